@@ -1,0 +1,1 @@
+"""Pure functions of tensors: no state, no torch.distributed, no Lightning."""

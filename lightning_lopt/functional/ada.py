@@ -1,0 +1,257 @@
+"""Ada accumulators and per-coordinate features of the learned optimizer (arXiv 2312.02204, appendix).
+
+Every tensor carries a leading particle dimension P. A parameter of shape [P, *S] is seen as [P, B, a, b]:
+its two largest dimensions come last, in their original order, all others are merged into B. A vector or
+scalar is seen as [P, 1, 1, n].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MOMENTUM_INIT = (0.9, 0.99, 0.999)
+RMS_INIT = (0.999,)
+FACTORED_INIT = (0.9, 0.99, 0.999)
+TIME_SCALES = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
+NUM_SHARED_FEATURES = 27  # all that is normalised, besides the pseudo-gradient inputs themselves
+NUM_TIME_FEATURES = len(TIME_SCALES)
+
+SQUARE_EPS = 1e-30
+FACTOR_EPS = 1e-9
+SECOND_EPS = 1e-6
+RSQRT_EPS = 1e-8
+RMS_EPS = 1e-5
+
+
+class Decays(NamedTuple):
+    """Complements `1 - decay`, which is what float32 can hold: momentum [P, 3], rms [P, 1], factored [P, 3]."""
+
+    momentum: Tensor
+    rms: Tensor
+    factored: Tensor
+
+
+def decay_complements(momentum: Tensor, rms: Tensor, factored: Tensor) -> Decays:
+    r"""Turn meta-learned offsets into complements of decays.
+
+    .. math:: 1 - \beta = \exp(10\,(\log(1 - \beta_{init}) / 10 + \text{offset}))
+
+    The complements of the rms and factored decays are clipped to [0, 1], those of momentum are not.
+
+    Args:
+        momentum: offsets [P, 3].
+        rms: offsets [P, 1].
+        factored: offsets [P, 3].
+
+    Source: arXiv 2312.02204, reference code `FedAdafacMLPLOpt`.
+
+    Example:
+        >>> decays = decay_complements(torch.zeros(1, 3), torch.zeros(1, 1), torch.zeros(1, 3))
+        >>> [round(x, 4) for x in decays.momentum[0].tolist()]
+        [0.1, 0.01, 0.001]
+    """
+
+    def complement(offset: Tensor, init: tuple[float, ...]) -> Tensor:
+        log_init = torch.tensor([math.log(1 - b) for b in init], dtype=offset.dtype, device=offset.device)
+        return torch.exp(log_init + 10 * offset)
+
+    return Decays(
+        complement(momentum, MOMENTUM_INIT),
+        complement(rms, RMS_INIT).clamp(max=1),
+        complement(factored, FACTORED_INIT).clamp(max=1),
+    )
+
+
+@dataclass(frozen=True)
+class Factoring:
+    """How a tensor of shape [*S] is seen as [B, a, b], and along which of a, b the row factor R runs.
+
+    Attributes:
+        permutation: dimensions of the tensor, the factored pair last.
+        shape: (B, a, b).
+        row_axis: -2 if R runs along a (d0 is b), -1 if it runs along b.
+        factored: False for vectors and scalars, which are [1, 1, n] with D = R along b and no column factor.
+    """
+
+    permutation: tuple[int, ...]
+    shape: tuple[int, int, int]
+    row_axis: int
+    factored: bool = True
+
+    @property
+    def col_axis(self) -> int:
+        return -3 - self.row_axis
+
+    def matrices(self, tensor: Tensor) -> Tensor:
+        """[P, *S] -> [P, B, a, b]; a view where the permutation allows it."""
+        return tensor.permute(0, *(1 + d for d in self.permutation)).reshape(tensor.shape[0], *self.shape)
+
+    def restore(self, matrices: Tensor, like: Tensor) -> Tensor:
+        """[P, B, a, b] -> [P, *S], the inverse of `matrices`."""
+        inverse = sorted(range(len(self.permutation)), key=self.permutation.__getitem__)
+        permuted = matrices.reshape(like.shape[0], *(like.shape[1 + d] for d in self.permutation))
+        return permuted.permute(0, *(1 + d for d in inverse))
+
+
+@lru_cache(maxsize=4096)
+def factoring(shape: tuple[int, ...]) -> Factoring:
+    """The factoring of a tensor of this shape.
+
+    d0 is the largest dimension and d1 the second largest, by a stable sort (on a tie the later index is d0).
+
+    Example:
+        >>> factoring((64, 32, 3, 3)).shape, factoring((64, 32, 3, 3)).row_axis, factoring((7,)).shape
+        ((9, 64, 32), -1, (1, 1, 7))
+    """
+    if len(shape) < 2:
+        return Factoring(tuple(range(len(shape))), (1, 1, math.prod(shape)), row_axis=-1, factored=False)
+    by_size = sorted(range(len(shape)), key=shape.__getitem__)
+    d1, d0 = by_size[-2], by_size[-1]
+    first, second = sorted((d1, d0))
+    others = tuple(d for d in range(len(shape)) if d not in (d1, d0))
+    batch = math.prod(shape[d] for d in others)
+    return Factoring((*others, first, second), (batch, shape[first], shape[second]), -2 if d1 == first else -1)
+
+
+@dataclass
+class AdaState:
+    """Accumulators of one parameter tensor, updated in place.
+
+    Attributes:
+        momentum: m_i, [P, 3, B, a, b].
+        second: v, [P, B, a, b].
+        row: R_i, [P, 3, B, size of d1]; for vectors D_i, [P, 3, 1, n].
+        col: C_i, [P, 3, B, size of d0]; unused for vectors.
+    """
+
+    momentum: Tensor
+    second: Tensor
+    row: Tensor
+    col: Tensor
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...], num_particles: int, dtype: torch.dtype, device: torch.device) -> AdaState:
+        """Accumulators of a parameter of shape [*S] before its first step."""
+        factors = factoring(shape)
+        batch, *sides = factors.shape
+
+        def new(*tail: int) -> Tensor:
+            return torch.zeros(num_particles, *tail, dtype=dtype, device=device)
+
+        return cls(
+            momentum=new(3, *factors.shape),
+            second=new(*factors.shape),
+            row=new(3, batch, sides[factors.row_axis]),
+            col=new(3, batch, sides[factors.col_axis]),
+        )
+
+
+Block = tuple[int, slice, slice]
+
+
+def blocks(shape: tuple[int, int, int], size: int) -> Iterator[Block]:
+    """Cut [B, a, b] into blocks of at most `size` elements: whole rows where they fit, else parts of one row.
+
+    Example:
+        >>> list(blocks((1, 3, 4), 8))
+        [(0, slice(0, 2, None), slice(0, 4, None)), (0, slice(2, 4, None), slice(0, 4, None))]
+    """
+    batch, a, b = shape
+    width = max(1, min(b, size))
+    height = max(1, size // width)
+    for index in range(batch):
+        for top in range(0, a, height):
+            for left in range(0, b, width):
+                yield index, slice(top, top + height), slice(left, left + width)
+
+
+def factored_sums(grad: Tensor, factors: Factoring, block_size: int) -> tuple[Tensor, Tensor]:
+    """Sums of g² over d0 and over d1; a caller whose tensors are sharded adds them up over its shards.
+
+    Args:
+        grad: averaged pseudo-gradient, [P, B, a, b].
+        factors: the factoring of the parameter.
+        block_size: elements per block, which bounds the extra memory.
+
+    Returns:
+        Row sums [P, B, size of d1] and column sums [P, B, size of d0].
+    """
+    num_particles, batch, a, b = grad.shape
+    along_a, along_b = grad.new_zeros(num_particles, batch, a), grad.new_zeros(num_particles, batch, b)
+    for index, rows, cols in blocks(factors.shape, max(1, block_size // num_particles)):
+        squares = grad[:, index, rows, cols].square()
+        along_a[:, index, rows] += squares.sum(-1)
+        along_b[:, index, cols] += squares.sum(-2)
+    return (along_a, along_b) if factors.row_axis == -2 else (along_b, along_a)
+
+
+def update_factors(state: AdaState, sums: tuple[Tensor, Tensor], decays: Decays, factors: Factoring) -> None:
+    r"""Advance R and C (for vectors D), in place.
+
+    .. math:: R_i \leftarrow \phi_i R_i + (1-\phi_i)\,\mathrm{mean}_{d_0}(g^2 + 10^{-30}),\quad
+        C_i \leftarrow \phi_i C_i + (1-\phi_i)\,\mathrm{mean}_{d_1}(g^2 + 10^{-30})
+
+    Args:
+        state: the accumulators.
+        sums: the result of `factored_sums`.
+        decays: complements of the decays.
+        factors: the factoring of the parameter.
+
+    Source: arXiv 2312.02204, appendix, after Shazeer & Stern 2018.
+    """
+    keep = decays.factored[:, :, None, None]
+    sides = factors.shape[1:]
+    for target, total, count in zip(
+        (state.row, state.col), sums, (sides[factors.col_axis], sides[factors.row_axis]), strict=True
+    ):
+        target.lerp_((total / count + SQUARE_EPS).unsqueeze(1), keep)
+
+
+def update_moments(momentum: Tensor, second: Tensor, grad: Tensor, decays: Decays) -> None:
+    r"""Advance m and v of one block, in place.
+
+    .. math:: m_i \leftarrow \beta_i m_i + (1-\beta_i) g,\quad v \leftarrow \beta_v v + (1-\beta_v) g^2
+
+    Args:
+        momentum: [P, 3, h, w].
+        second: [P, h, w].
+        grad: averaged pseudo-gradient, [P, h, w].
+        decays: complements of the decays.
+
+    Source: arXiv 2312.02204, appendix.
+    """
+    momentum.lerp_(grad.unsqueeze(1), decays.momentum[:, :, None, None])
+    second.lerp_(grad.square(), decays.rms[:, :, None])
+
+
+def gradient_scales(state: AdaState, factors: Factoring) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four vectors that make the factored features of a block: along the row axis and the column axis.
+
+    Returns:
+        For matrices (rf, cf, rf, cf): g and m are both scaled by rf·cf. For vectors
+        (1/sqrt(D + 1e-9), 1, 1/sqrt(D + 1e-6), 1). Each [P, 3, B, r] or [P, 3, B, c].
+    """
+    if not factors.factored:
+        one = torch.ones_like(state.col)
+        return (state.row + FACTOR_EPS).clamp_(min=FACTOR_EPS).rsqrt_(), one, (state.row + SECOND_EPS).rsqrt_(), one
+    rf = (state.row / (state.row.mean(-1, keepdim=True) + FACTOR_EPS)).clamp_(min=FACTOR_EPS).rsqrt_()
+    cf = state.col.clamp(min=FACTOR_EPS).rsqrt_()
+    return rf, cf, rf, cf
+
+
+def time_features(step: Tensor, dtype: torch.dtype) -> Tensor:
+    """tanh(t/x - 1) for the eleven time scales x: [P] -> [P, 11].
+
+    Example:
+        >>> time_features(torch.tensor([1]), torch.float32)[0, 0].item()
+        0.0
+    """
+    scales = torch.tensor(TIME_SCALES, dtype=dtype, device=step.device)
+    return torch.tanh(step.to(dtype)[:, None] / scales - 1)

@@ -1,0 +1,102 @@
+"""The plain form of the learned step: the paper's formulas, every feature formed for every coordinate.
+
+Slow and hungry (over 39 floats per parameter). `functional.learned` is tested and timed against it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_lopt.functional import ada
+from lightning_lopt.functional.ada import AdaState, Factoring
+from lightning_lopt.functional.learned import UPDATES, Network
+
+
+def features(
+    param: Tensor, grad: Tensor, inputs: Tensor, state: AdaState, round_idx: Tensor, factors: Factoring
+) -> Tensor:
+    """All features in the documented order, normalised, from accumulators already advanced.
+
+    Args:
+        param: [P, B, a, b].
+        grad: averaged pseudo-gradient, [P, B, a, b].
+        inputs: the pseudo-gradients that the network sees, [P, G, B, a, b].
+        state: the accumulators.
+        round_idx: [P].
+        factors: the factoring of the parameter.
+
+    Returns:
+        [P, G + 38, B, a, b].
+    """
+    m, v, g = state.momentum, state.second.unsqueeze(1), grad.unsqueeze(1)
+    full = (grad.shape[0], 3, *grad.shape[1:])
+    row = state.row.unsqueeze(factors.col_axis).expand(full)
+    if factors.factored:
+        col = state.col.unsqueeze(factors.row_axis).expand(full)
+        row_mean = state.row.mean(-1, keepdim=True).unsqueeze(factors.col_axis)
+        row_factor = (row / (row_mean + ada.FACTOR_EPS)).clamp(min=ada.FACTOR_EPS).rsqrt()
+        col_factor = col.clamp(min=ada.FACTOR_EPS).rsqrt()
+        fac_g, fac_m = g * row_factor * col_factor, m * row_factor * col_factor
+    else:
+        col = row
+        fac_g = g * (row + ada.FACTOR_EPS).clamp(min=ada.FACTOR_EPS).rsqrt()
+        fac_m = m * (row + ada.SECOND_EPS) ** -0.5
+    rsqrt_v = (v + ada.SECOND_EPS).rsqrt()
+    rsqrt_row, rsqrt_col = (row + ada.RSQRT_EPS).rsqrt(), (col + ada.RSQRT_EPS).rsqrt()
+    raw = torch.cat(
+        [inputs, param.unsqueeze(1), m, v, m * rsqrt_v, rsqrt_v, fac_g, row, col, rsqrt_row, rsqrt_col, fac_m], 1
+    )
+    normalised = raw * (raw.square().mean((2, 3, 4), keepdim=True) + ada.RMS_EPS).rsqrt()
+    time = ada.time_features(round_idx, raw.dtype)[:, :, None, None, None].expand(-1, -1, *grad.shape[1:])
+    return torch.cat([normalised, time], 1)
+
+
+def evaluate(all_features: Tensor, network: Network) -> Tensor:
+    """The network on every coordinate: [P, F, B, a, b] -> (d, m) as [P, 2, B * a * b]."""
+    hidden = all_features.flatten(2)
+    for layer, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
+        hidden = weight @ (hidden.relu() if layer else hidden) + bias.unsqueeze(-1)
+    return hidden
+
+
+@torch.no_grad()
+def step(
+    param: Tensor,
+    grad: Tensor,
+    state: AdaState,
+    network: Network,
+    round_idx: Tensor,
+    worker_grads: Tensor | None = None,
+) -> None:
+    """`functional.learned.step`, in the plain form; same arguments.
+
+    Example:
+        >>> from lightning_lopt import AdaMLP
+        >>> from lightning_lopt.functional import learned
+        >>> network, grad, results = AdaMLP(seed=0).functional(), torch.tensor([[1.0, 0.0, -1.0]]), []
+        >>> for form in (step, learned.step):
+        ...     results.append(torch.ones(1, 3))
+        ...     state = AdaState.zeros((3,), 1, torch.float32, grad.device)
+        ...     form(results[-1], grad, state, network, torch.tensor([0]))
+        >>> torch.allclose(*results, rtol=0, atol=1e-6)
+        True
+    """
+    if param.numel() == 0:
+        return
+    factors = ada.factoring(tuple(param.shape[1:]))
+    p, g = factors.matrices(param), factors.matrices(grad)
+    inputs = g.unsqueeze(1)
+    if worker_grads is not None:
+        inputs = torch.stack([factors.matrices(worker) for worker in worker_grads.unbind(1)], 1)
+    squares = g.square()
+    sums = squares.sum(factors.col_axis), squares.sum(factors.row_axis)
+    ada.update_factors(state, sums, network.decays, factors)
+    ada.update_moments(state.momentum.flatten(2, 3), state.second.flatten(1, 2), g.flatten(1, 2), network.decays)
+
+    output = evaluate(features(p, g, inputs, state, round_idx, factors), network)
+    kind = UPDATES[network.update]
+    base = kind.base(g.flatten(1, 2), state.momentum.flatten(2, 3), network.decays).flatten(1)
+    base_rms = base.square().mean(-1, keepdim=True).sqrt()
+    change = kind.step(output, base, base_rms, network)
+    param.copy_(factors.restore(p - change.view_as(g), param))

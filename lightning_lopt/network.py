@@ -1,0 +1,235 @@
+"""AdaMLP: the network of the learned optimizer, its decays, and the file it lives in."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_lopt.functional import ada
+from lightning_lopt.functional.learned import UPDATES, Network
+
+FORMAT = "lightning_lopt.AdaMLP"
+VERSION = "1"
+DEFAULT_WEIGHTS = "default"
+
+
+class WeightsError(ValueError):
+    """A weights file that cannot be used; the message says what is wrong with it and what to do."""
+
+
+class AdaMLP(nn.Module):
+    r"""A per-coordinate MLP over Ada features, together with the decays of their accumulators.
+
+    .. math:: (d, m) = W_3\,\mathrm{relu}(W_2\,\mathrm{relu}(W_1 f + b_1) + b_2) + b_3
+
+    Args:
+        inputs: ``"mean"`` sees the averaged pseudo-gradient (LOpt-A, 39 features); an integer K sees those of K
+            workers in fixed order (LAgg-A, 38 + K features) and belongs to that K.
+        hidden: widths of the two hidden layers.
+        step_mult: λ1 > 0, the size of the step.
+        exp_mult: λ2 >= 0, the range of the magnitude.
+        update: how the output becomes a step: ``"published"`` (the paper's), ``"gated_average"`` or
+            ``"gated_nesterov"`` (see `lightning_lopt.functional.learned`).
+        card: provenance, anything JSON can hold; saved with the weights.
+        seed: of the initial weights (truncated normal, std 1/sqrt(fan in); biases 0); None leaves torch's
+            global generator in charge.
+
+    Shape:
+        Weights ``layers.{0,1,2}.weight`` [32, F], [32, 32], [2, 32]; offsets ``decays.momentum`` [3],
+        ``decays.rms`` [1], ``decays.factored`` [3].
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    Source: arXiv 2312.02204, section 3 and appendix.
+
+    Example:
+        >>> sum(p.numel() for p in AdaMLP().parameters())
+        2409
+    """
+
+    def __init__(
+        self,
+        inputs: Literal["mean"] | int = "mean",
+        hidden: tuple[int, int] = (32, 32),
+        step_mult: float = 0.001,
+        exp_mult: float = 0.001,
+        update: str = "published",
+        card: Mapping[str, Any] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        if inputs != "mean" and (isinstance(inputs, bool) or not isinstance(inputs, int) or inputs < 1):
+            raise ValueError(f"inputs must be 'mean' or a number of workers >= 1, not {inputs!r}.")
+        if update not in UPDATES:
+            raise ValueError(f"update must be one of {sorted(UPDATES)}, not {update!r}.")
+        if not (step_mult > 0 and math.isfinite(step_mult) and exp_mult >= 0 and math.isfinite(exp_mult)):
+            raise ValueError(f"step_mult must be > 0 and exp_mult >= 0, not {step_mult} and {exp_mult}.")
+        self.inputs = inputs
+        self.hidden = (int(hidden[0]), int(hidden[1]))
+        self.step_mult = float(step_mult)
+        self.exp_mult = float(exp_mult)
+        self.update = update
+        self.card = dict(card or {})
+        sizes = (self.num_features, *self.hidden, 2)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.decays = nn.ParameterDict(
+            {
+                "momentum": torch.zeros(len(ada.MOMENTUM_INIT)),
+                "rms": torch.zeros(len(ada.RMS_INIT)),
+                "factored": torch.zeros(len(ada.FACTORED_INIT)),
+            }
+        )
+        self._reset(None if seed is None else torch.Generator().manual_seed(seed))
+
+    @property
+    def num_inputs(self) -> int:
+        """Pseudo-gradients the network sees: 1, or K."""
+        return self.inputs if isinstance(self.inputs, int) else 1
+
+    @property
+    def num_features(self) -> int:
+        return self.num_inputs + ada.NUM_SHARED_FEATURES + ada.NUM_TIME_FEATURES
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What `__init__` needs to build this network again (besides the card)."""
+        return {
+            "inputs": self.inputs,
+            "hidden": list(self.hidden),
+            "step_mult": self.step_mult,
+            "exp_mult": self.exp_mult,
+            "update": self.update,
+        }
+
+    def _reset(self, generator: torch.Generator | None) -> None:
+        for layer in self.layers:
+            assert isinstance(layer, nn.Linear)
+            std = layer.in_features**-0.5
+            nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+            nn.init.zeros_(layer.bias)
+
+    def functional(self, parameters: Mapping[str, Tensor] | None = None) -> Network:
+        """The meta-parameters as `functional.learned` takes them.
+
+        Args:
+            parameters: named like `named_parameters`, each with a leading particle dimension P; default: this
+                module's own, with P = 1.
+        """
+        if parameters is None:
+            parameters = {name: p.detach().unsqueeze(0) for name, p in self.named_parameters()}
+        count = len(self.layers)
+        return Network(
+            weights=tuple(parameters[f"layers.{i}.weight"] for i in range(count)),
+            biases=tuple(parameters[f"layers.{i}.bias"] for i in range(count)),
+            decays=ada.decay_complements(*(parameters[f"decays.{k}"] for k in ("momentum", "rms", "factored"))),
+            num_inputs=self.num_inputs,
+            step_mult=self.step_mult,
+            exp_mult=self.exp_mult,
+            update=self.update,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the weights, the configuration and the card to a safetensors file.
+
+        Args:
+            path: where to; an existing file is replaced.
+
+        Raises:
+            WeightsError: a weight is not finite.
+        """
+        tensors = {name: p.detach().float().contiguous().cpu() for name, p in self.named_parameters()}
+        _check_finite(tensors, f"This network cannot be saved to {path}")
+        metadata = {
+            "format": FORMAT,
+            "version": VERSION,
+            "config": json.dumps(self.config, sort_keys=True),
+            "card": json.dumps(self.card, sort_keys=True),
+        }
+        save_file(tensors, str(path), metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> AdaMLP:
+        """Read a network from a file that `save` wrote. Nothing in the file is executed.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            WeightsError: the file is corrupt, truncated, of another format or version, or holds wrong shapes or
+                values that are not finite.
+
+        Example:
+            >>> AdaMLP.load(AdaMLP.bundled_path("default")).inputs
+            'mean'
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no weights file {path}. Bundled names are {AdaMLP.bundled_names()}.")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise WeightsError(
+                f"{path} is not a readable safetensors file ({error}). It may be truncated: copy it again."
+            ) from error
+        found = metadata.get("format"), metadata.get("version")
+        if found != (FORMAT, VERSION):
+            raise WeightsError(
+                f"{path} is not a weights file that this version reads: it says format {found[0]!r} version "
+                f"{found[1]!r}, expected {FORMAT!r} version {VERSION!r}."
+            )
+        try:
+            network = cls(**json.loads(metadata["config"]), card=json.loads(metadata.get("card", "{}")))
+        except (KeyError, TypeError, ValueError) as error:
+            raise WeightsError(f"{path} has a configuration that cannot be used: {error}") from error
+        expected = {name: tuple(p.shape) for name, p in network.named_parameters()}
+        shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+        if shapes != expected:
+            wrong = sorted(k for k in {*shapes, *expected} if shapes.get(k) != expected.get(k))
+            raise WeightsError(
+                f"{path} does not hold the tensors of its configuration. "
+                + "; ".join(f"{k}: {shapes.get(k, 'missing')}, expected {expected.get(k, 'none')}" for k in wrong)
+            )
+        _check_finite(tensors, f"{path} cannot be used")
+        network.load_state_dict(tensors)
+        return network
+
+    @classmethod
+    def bundled(cls, name: str = DEFAULT_WEIGHTS) -> AdaMLP:
+        """A network whose weights come with the package.
+
+        Args:
+            name: one of `bundled_names()`.
+        """
+        return cls.load(cls.bundled_path(name))
+
+    @staticmethod
+    def bundled_names() -> list[str]:
+        """The names that `bundled` knows."""
+        folder = resources.files("lightning_lopt") / "weights"
+        return sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".safetensors"))
+
+    @staticmethod
+    def bundled_path(name: str) -> Path:
+        """Where the file of a bundled network is."""
+        if name not in AdaMLP.bundled_names():
+            raise WeightsError(f"There are no bundled weights {name!r}; there are {AdaMLP.bundled_names()}.")
+        return Path(str(resources.files("lightning_lopt") / "weights" / f"{name}.safetensors"))
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in self.config.items())
+
+
+def _check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        raise WeightsError(f"{what}: {', '.join(bad)} holds values that are not finite.")
