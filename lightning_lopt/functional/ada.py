@@ -178,14 +178,14 @@ def factored_sums(grad: Tensor, factors: Factoring, block_size: int) -> tuple[Te
     Args:
         grad: averaged pseudo-gradient, [P, B, a, b].
         factors: the factoring of the parameter.
-        block_size: elements per block, which bounds the extra memory.
+        block_size: elements per block and particle, which bounds the extra memory.
 
     Returns:
         Row sums [P, B, size of d1] and column sums [P, B, size of d0].
     """
     num_particles, batch, a, b = grad.shape
     along_a, along_b = grad.new_zeros(num_particles, batch, a), grad.new_zeros(num_particles, batch, b)
-    for index, rows, cols in blocks(factors.shape, max(1, block_size // num_particles)):
+    for index, rows, cols in blocks(factors.shape, block_size):
         squares = grad[:, index, rows, cols].square()
         along_a[:, index, rows] += squares.sum(-1)
         along_b[:, index, cols] += squares.sum(-2)

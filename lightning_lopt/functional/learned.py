@@ -10,8 +10,9 @@ shards of a tensor, so a caller that shards tensors reduces them in between.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +20,12 @@ from torch import Tensor
 from lightning_lopt.functional import ada
 from lightning_lopt.functional.ada import AdaState, Decays, Factoring
 
-PASS_BLOCK = 1 << 16  # elements per block in the passes that only read and write
-NETWORK_BLOCK = 1 << 12  # elements per block in the network, whose 32 hidden planes must stay in the cache
+# Elements per block. On a CPU the planes of a block (16 + 2 x 32 floats per element in the network) should stay in
+# the cache of a core; a GPU wants few large launches. Either way the extra memory is tens of MB, whatever the model.
+PASS_BLOCK = {"cpu": 1 << 15, "other": 1 << 20}
+NETWORK_BLOCK = {"cpu": 3 << 13, "other": 1 << 18}
+
+Result = TypeVar("Result")
 
 
 class Network(NamedTuple):
@@ -219,29 +224,51 @@ def _planes(param: Tensor, grad: Tensor, worker_grads: Tensor | None, state: Ada
     return _Planes(factors.matrices(param), matrices, inputs, state, factors, scales)
 
 
-def _block_size(budget: int, num_particles: int, shape: tuple[int, int, int]) -> int:
-    return min(max(1, budget // num_particles), shape[1] * shape[2])
+def _blocks(sizes: dict[str, int], like: Tensor, factors: Factoring) -> tuple[int, list[ada.Block]]:
+    """The number of elements of the largest block, and the blocks."""
+    budget = sizes.get(like.device.type, sizes["other"]) // like.shape[0]
+    size = min(max(1, budget), factors.shape[1] * factors.shape[2])
+    return size, list(ada.blocks(factors.shape, size))
+
+
+def _over_blocks(blocks: list[ada.Block], work: Callable[[Sequence[ada.Block]], list[Result]]) -> list[Result]:
+    """Call `work` on all blocks, on a CPU in as many threads as torch may use, and return its results in order.
+
+    The operations of a block are too small to be worth splitting, so that each thread runs whole blocks. Results
+    do not depend on the number of threads.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or len(blocks) < 4 * threads:
+        return work(blocks)
+    cuts = [round(i * len(blocks) / threads) for i in range(threads + 1)]
+    parts = [blocks[start:stop] for start, stop in zip(cuts[:-1], cuts[1:], strict=True)]
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return [result for results in pool.map(torch.no_grad()(work), parts) for result in results]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def accumulate(planes: _Planes, network: Network) -> Moments:
     """Advance m and v and return the sums that normalise the features."""
-    num_particles = planes.grad.shape[0]
-    num_features = planes.inputs.shape[1] + 15
-    size = _block_size(PASS_BLOCK, num_particles, planes.factors.shape)
-    scratch = _Scratch(planes.grad, num_features, size)
-    total = planes.grad.new_zeros(num_particles, num_features)
-    base_total = planes.grad.new_zeros(num_particles)
+    size, blocks = _blocks(PASS_BLOCK, planes.grad, planes.factors)
     base_of = UPDATES[network.update].base
-    for block in ada.blocks(planes.factors.shape, size):
-        index, rows, cols = block
-        grad = planes.grad[:, index, rows, cols]
-        momentum = planes.state.momentum[:, :, index, rows, cols]
-        ada.update_moments(momentum, planes.state.second[:, index, rows, cols], grad, network.decays)
-        features = planes.features(block, scratch.view(*grad.shape[1:])).flatten(2)
-        total += torch.linalg.vecdot(features, features)
-        base = base_of(grad, momentum, network.decays).flatten(1)
-        base_total += torch.linalg.vecdot(base, base)
-    return Moments(total, base_total, planes.grad[0].numel())
+
+    def work(part: Sequence[ada.Block]) -> list[tuple[Tensor, Tensor]]:
+        scratch = _Scratch(planes.grad, planes.inputs.shape[1] + 15, size)
+        sums = []
+        for block in part:
+            index, rows, cols = block
+            grad = planes.grad[:, index, rows, cols]
+            momentum = planes.state.momentum[:, :, index, rows, cols]
+            ada.update_moments(momentum, planes.state.second[:, index, rows, cols], grad, network.decays)
+            features = planes.features(block, scratch.view(*grad.shape[1:])).flatten(2)
+            base = base_of(grad, momentum, network.decays).flatten(1)
+            sums.append(tuple(torch.linalg.vector_norm(x, dim=-1).square_() for x in (features, base)))
+        return sums
+
+    features, base = zip(*_over_blocks(blocks, work), strict=True)
+    return Moments(torch.stack(features).sum(0), torch.stack(base).sum(0), planes.grad[0].numel())
 
 
 def _rms_scale(features: Tensor) -> Tensor:
@@ -273,35 +300,60 @@ class _FirstLayer:
         else:  # a vector's row and column features are the same ones
             self._row_weight = row_weight + col_weight
 
-    def constant(self, block: ada.Block) -> Tensor:
-        """What the features that are not per-coordinate add: broadcasts to [P, hidden, h, w]."""
+    def constant(self, block: ada.Block, out: Tensor) -> None:
+        """Write what the features that are not per-coordinate add into `out` [P, hidden, h, w]."""
         planes = self._planes
         row = planes.along(self._row, planes.factors.row_axis, block)
         if planes.factors.factored:
-            return row + planes.along(self._col, planes.factors.col_axis, block)
-        linear = torch.baddbmm(self.bias.unsqueeze(-1), self._row_weight, row.flatten(2))
-        return linear.unsqueeze(2)
+            torch.add(row, planes.along(self._col, planes.factors.col_axis, block), out=out)
+        else:
+            linear = torch.baddbmm(self.bias.unsqueeze(-1), self._row_weight, row.flatten(2))
+            out.copy_(linear.unsqueeze(2))
 
 
 def apply(planes: _Planes, moments: Moments, network: Network, step: Tensor) -> None:
     """Run the network over all coordinates and move `planes.param`, in place."""
     kind = UPDATES[network.update]
-    num_particles = planes.grad.shape[0]
     base_rms = (moments.base / moments.count).sqrt().unsqueeze(-1)
     first = _FirstLayer(planes, moments, network, step)
-    size = _block_size(NETWORK_BLOCK, num_particles, planes.factors.shape)
-    scratch = _Scratch(planes.grad, first.element.shape[-1], size)
-    biases = [b.unsqueeze(-1) for b in network.biases]
-    for block in ada.blocks(planes.factors.shape, size):
-        index, rows, cols = block
-        grad = planes.grad[:, index, rows, cols]
-        features = planes.features(block, scratch.view(*grad.shape[1:]))
-        hidden = first.constant(block).flatten(2).baddbmm_(first.element, features.flatten(2))
-        for weight, bias in zip(network.weights[1:], biases[1:], strict=True):
-            hidden = torch.baddbmm(bias, weight, hidden.relu_())
-        base = kind.base(grad, planes.state.momentum[:, :, index, rows, cols], network.decays)
-        change = kind.step(hidden, base.flatten(1), base_rms, network)
-        planes.param[:, index, rows, cols].sub_(change.view_as(grad))
+    thresholds, last_bias = _shifted_biases(network)
+    size, blocks = _blocks(NETWORK_BLOCK, planes.grad, planes.factors)
+
+    def work(part: Sequence[ada.Block]) -> list[None]:
+        inputs = _Scratch(planes.grad, first.element.shape[-1], size)
+        layers = [_Scratch(planes.grad, weight.shape[1], size) for weight in network.weights]
+        for block in part:
+            index, rows, cols = block
+            grad = planes.grad[:, index, rows, cols]
+            sides = grad.shape[1:]
+            hidden = layers[0].view(*sides)
+            first.constant(block, hidden)
+            features = planes.features(block, inputs.view(*sides)).flatten(2)
+            hidden = hidden.flatten(2).baddbmm_(first.element, features).relu_()
+            for weight, threshold, layer in zip(network.weights[1:-1], thresholds, layers[1:-1], strict=True):
+                hidden = torch.bmm(weight, hidden, out=layer.view(*sides).flatten(2))
+                torch.maximum(hidden, threshold, out=hidden)
+            output = torch.bmm(network.weights[-1], hidden, out=layers[-1].view(*sides).flatten(2)).add_(last_bias)
+            base = kind.base(grad, planes.state.momentum[:, :, index, rows, cols], network.decays)
+            change = kind.step(output, base.flatten(1), base_rms, network)
+            planes.param[:, index, rows, cols].sub_(change.view_as(grad))
+        return []
+
+    _over_blocks(blocks, work)
+
+
+def _shifted_biases(network: Network) -> tuple[list[Tensor], Tensor]:
+    """relu(x + b) = max(x, -b) + b: one pass per hidden layer, with b carried into the next layer's bias.
+
+    Returns:
+        The thresholds -b [P, hidden, 1] of all hidden layers but the first, and the bias [P, 2, 1] of the last.
+    """
+    thresholds = []
+    carried = network.biases[1].unsqueeze(-1)
+    for weight, bias in zip(network.weights[2:], network.biases[2:], strict=True):
+        thresholds.append(-carried)
+        carried = torch.baddbmm(bias.unsqueeze(-1), weight, carried)
+    return thresholds, carried
 
 
 @torch.no_grad()
@@ -338,7 +390,8 @@ def step(
     if param.numel() == 0:
         return
     factors = ada.factoring(tuple(param.shape[1:]))
-    sums = ada.factored_sums(factors.matrices(grad), factors, PASS_BLOCK)
+    block_size, _ = _blocks(PASS_BLOCK, grad, factors)
+    sums = ada.factored_sums(factors.matrices(grad), factors, block_size)
     ada.update_factors(state, sums, network.decays, factors)
     planes = _planes(param, grad, worker_grads, state, factors)
     apply(planes, accumulate(planes, network), network, round_idx)
