@@ -10,9 +10,7 @@ from lightning_lopt import AdaMLP
 def golden_adamlp(data, dtype: torch.dtype, prefix: str = "") -> AdaMLP:
     """The authors' network; rows of odd features change sign with the pseudo-gradient."""
     first = torch.from_numpy(data["theta/w0"]).double()
-    odd = (
-        torch.from_numpy(data["odd_features"]) if "odd_features" in data else _odd_features(first.shape[0])
-    )
+    odd = torch.from_numpy(data["odd_features"]) if "odd_features" in data else _odd_features(first.shape[0])
     first[odd] *= -1
     inputs = first.shape[0] - 38
     network = AdaMLP(inputs="mean" if inputs == 1 else inputs).to(dtype)
