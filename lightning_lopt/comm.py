@@ -1,0 +1,139 @@
+"""The collectives of a round, counted in bytes. Without a process group they are the identity."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class DisagreementError(RuntimeError):
+    """Workers came to a sync with different rounds, local steps or parameters."""
+
+
+class Communicator:
+    """Collectives among the workers, in a process group of their own.
+
+    Creating one is itself a collective: all workers must do it, in the same order. Metrics and other collectives of
+    the default group do not queue behind a transfer of this one.
+
+    Args:
+        timeout: after which a collective that some worker does not join fails; None for torch's default.
+
+    Attributes:
+        bytes_sent: bytes that this worker has put on the wire, by the ring algorithms' count: 2(K-1)/K of the
+            payload for an all-reduce, K-1 payloads for an all-gather.
+        num_collectives: collectives so far.
+
+    Example:
+        >>> comm = Communicator()  # no process group: one worker, nothing to send
+        >>> flat = torch.ones(3)
+        >>> comm.mean_(flat)
+        >>> comm.num_workers, comm.bytes_sent, flat.tolist()
+        (1, 0, [1.0, 1.0, 1.0])
+    """
+
+    def __init__(self, timeout: timedelta | None = None) -> None:
+        connected = dist.is_available() and dist.is_initialized()
+        self.num_workers = dist.get_world_size() if connected else 1
+        self.rank = dist.get_rank() if connected else 0
+        self._group = dist.new_group(timeout=timeout) if self.num_workers > 1 else None
+        self.bytes_sent = 0
+        self.num_collectives = 0
+
+    def _count(self, tensor: Tensor, factor: float) -> None:
+        self.num_collectives += 1
+        self.bytes_sent += round(tensor.numel() * tensor.element_size() * factor)
+
+    def mean_(self, flat: Tensor) -> None:
+        """Replace a contiguous tensor by its mean over the workers; bitwise the same on all of them."""
+        if self._group is None:
+            return
+        self._count(flat, 2 * (self.num_workers - 1) / self.num_workers)
+        dist.all_reduce(flat, group=self._group)
+        flat.div_(self.num_workers)
+
+    def max_(self, values: Tensor) -> None:
+        """Replace a contiguous tensor by its maximum over the workers."""
+        if self._group is None:
+            return
+        self._count(values, 2 * (self.num_workers - 1) / self.num_workers)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group)
+
+    def gather(self, flat: Tensor) -> Tensor:
+        """All workers' tensors, stacked in the order of their ranks: [n] -> [K, n]."""
+        if self._group is None:
+            return flat.unsqueeze(0)
+        self._count(flat, self.num_workers - 1)
+        stacked = flat.new_empty(self.num_workers, *flat.shape)
+        dist.all_gather(list(stacked.unbind(0)), flat, group=self._group)
+        return stacked
+
+    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite the tensors by those of rank 0."""
+        if self._group is None:
+            return
+        for tensor in tensors:
+            self._count(tensor, 1 if self.rank == 0 else 0)
+            buffer = tensor.detach().contiguous()
+            dist.broadcast(buffer, group=self._group, group_src=0)
+            tensor.detach().copy_(buffer)
+
+    def agree(self, device: torch.device, equal: Mapping[str, int], flags: Sequence[bool] = ()) -> list[bool]:
+        """Check that all workers pass the same integers; return which flags any of them raised.
+
+        One small integer all-reduce, before the payload: a mean cannot notice a disagreement.
+
+        Args:
+            device: where the process group communicates.
+            equal: named integers that must be the same on all workers.
+            flags: as many on all workers; combined by "or".
+
+        Raises:
+            DisagreementError: on every worker, if one of the integers differs.
+        """
+        if self._group is None:
+            return list(flags)
+        own = [*equal.values()]
+        vector = torch.tensor([*own, *(-v for v in own), *map(int, flags)], dtype=torch.int64, device=device)
+        self.max_(vector)
+        values = vector.tolist()
+        high, low, raised = values[: len(own)], [-v for v in values[len(own) : 2 * len(own)]], values[2 * len(own) :]
+        if high != low:
+            wrong = [f"{k} (between {b} and {a})" for k, a, b in zip(equal, high, low, strict=True) if a != b]
+            raise DisagreementError(
+                f"The workers disagree on {', '.join(wrong)}; this is worker {self.rank}, which has {dict(equal)}. "
+                "All workers must take the same number of steps per round on the same parameters: check for unequal "
+                "data per worker, a learning rate that depends on the worker, or branches on the rank."
+            )
+        return [bool(v) for v in raised]
+
+    def check_same_shapes(self, named: Sequence[tuple[str, Tensor]], device: torch.device) -> None:
+        """Check that all workers have the same tensors by name, shape and type.
+
+        Raises:
+            DisagreementError: on every worker, with the first tensor that differs.
+        """
+        if self._group is None:
+            return
+        described = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in named]
+        digest = int.from_bytes(hashlib.sha256("\n".join(described).encode()).digest()[:7], "big")
+        try:
+            self.agree(device, {"parameters": digest})
+        except DisagreementError:
+            all_described: list[list[str]] = [[] for _ in range(self.num_workers)]
+            dist.all_gather_object(all_described, described, group=self._group)
+            rank, theirs = next((r, d) for r, d in enumerate(all_described) if d != all_described[0])
+            first = all_described[0]
+            at = next((i for i, pair in enumerate(zip(first, theirs, strict=False)) if pair[0] != pair[1]), -1)
+            difference = (
+                f"{len(first)} tensors against {len(theirs)}" if at < 0 else f"{first[at]!r} against {theirs[at]!r}"
+            )
+            raise DisagreementError(
+                f"Worker 0 and worker {rank} do not have the same model: {difference}. Build the same model on every "
+                "worker (the same arguments, no branch on the rank)."
+            ) from None

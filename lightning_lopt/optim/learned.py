@@ -1,0 +1,134 @@
+"""The learned optimizer as a `torch.optim.Optimizer`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from lightning_lopt.functional import learned
+from lightning_lopt.functional.ada import AdaState
+from lightning_lopt.functional.learned import Network
+from lightning_lopt.network import AdaMLP
+
+
+def resolve_network(network: AdaMLP | str | Path | None) -> AdaMLP:
+    """The network itself, one loaded from a path, a bundled one by name, or (None) the bundled default."""
+    if network is None:
+        return AdaMLP.bundled()
+    if isinstance(network, AdaMLP):
+        return network
+    if isinstance(network, str) and network in AdaMLP.bundled_names():
+        return AdaMLP.bundled(network)
+    return AdaMLP.load(network)
+
+
+class LearnedOptimizer(Optimizer):
+    r"""A meta-learned outer step: LOpt-A, or LAgg-A when the network has K inputs.
+
+    .. math:: p \leftarrow p - \mathrm{step}(\mathrm{MLP}(\text{Ada features of } p, g))
+
+    There is nothing to tune. ``p.grad`` is the averaged pseudo-gradient; a network with K inputs also needs
+    ``p.worker_grads`` [K, *S]. The state is float32 (float64 for float64 parameters) whatever the parameter's type:
+    ``momentum`` (3 per coordinate), ``second`` (1), ``row`` and ``col`` (3 per row and column), ``step``.
+
+    Args:
+        params: anchors, or groups of them.
+        network: an `AdaMLP`, a path to a weights file, the name of bundled weights, or None for the default ones.
+
+    Attributes:
+        needs_worker_grads: whether `p.worker_grads` must be set.
+        num_workers: the K that the network belongs to, or None for any.
+        max_update_ratio: a sync falls back to averaging when a step is more than this many times the averaged one.
+
+    Raises:
+        ValueError: sparse or complex parameters, a gradient of another shape, a missing `worker_grads`.
+
+    Source: arXiv 2312.02204.
+
+    Example:
+        >>> p = torch.nn.Parameter(torch.ones(4, 3))
+        >>> outer = LearnedOptimizer([p], network=AdaMLP(seed=0))
+        >>> p.grad = torch.randn(4, 3)
+        >>> outer.step()
+        >>> sorted(outer.state[p]), tuple(outer.state[p]["row"].shape)
+        (['col', 'momentum', 'row', 'second', 'step'], (1, 3, 1, 3))
+    """
+
+    max_update_ratio = 100.0
+
+    def __init__(self, params: ParamsT, network: AdaMLP | str | Path | None = None) -> None:
+        self.network = resolve_network(network)
+        self._functional: dict[tuple[torch.device, torch.dtype], Network] = {}
+        super().__init__(params, {})
+
+    @property
+    def num_workers(self) -> int | None:
+        return self.network.inputs if isinstance(self.network.inputs, int) else None
+
+    @property
+    def needs_worker_grads(self) -> bool:
+        return self.num_workers is not None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One outer step on every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._step_one(p)
+        return loss
+
+    def _step_one(self, p: Tensor) -> None:
+        assert p.grad is not None
+        if p.grad.is_sparse or p.is_complex():
+            raise ValueError("LearnedOptimizer takes dense real parameters and gradients only.")
+        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+        state = self.state[p]
+        if not state:
+            ada_state = AdaState.zeros(tuple(p.shape), 1, dtype, p.device)
+            state.update(vars(ada_state), step=torch.zeros(1, dtype=torch.long))
+        workers = getattr(p, "worker_grads", None) if self.needs_worker_grads else None
+        if self.needs_worker_grads and (workers is None or len(workers) != self.num_workers):
+            raise ValueError(
+                f"This network belongs to {self.num_workers} workers: set p.worker_grads to their stacked "
+                "pseudo-gradients before step(), or use a network with inputs='mean'."
+            )
+        work = p.to(dtype).unsqueeze(0)
+        learned.step(
+            work,
+            p.grad.to(dtype).unsqueeze(0),
+            AdaState(**{name: state[name] for name in AdaState.__dataclass_fields__}),
+            self._network_for(p.device, dtype),
+            state["step"].to(p.device),
+            None if workers is None else workers.to(dtype).unsqueeze(0),
+        )
+        state["step"] += 1
+        if work.data_ptr() != p.data_ptr():
+            p.copy_(work[0])
+
+    def _network_for(self, device: torch.device, dtype: torch.dtype) -> Network:
+        if (device, dtype) not in self._functional:
+            named = self.network.named_parameters()
+            moved = {name: p.detach().to(device, dtype).unsqueeze(0) for name, p in named}
+            self._functional[device, dtype] = self.network.functional(moved)
+        return self._functional[device, dtype]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but the accumulators keep their own type, where torch casts them to the parameter's."""
+        super().load_state_dict(state_dict)
+        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(indices, params, strict=True):
+            saved = state_dict["state"].get(i, {})
+            self.state[p].update(
+                {name: v.to("cpu" if name == "step" else p.device, copy=True) for name, v in saved.items()}
+            )

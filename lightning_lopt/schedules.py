@@ -1,0 +1,102 @@
+"""When do workers sync? A schedule is any callable from a `RoundInfo` to a number of local steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RoundInfo:
+    """What a schedule may know when a round begins.
+
+    Attributes:
+        round_idx: rounds finished so far.
+        step: local steps finished so far.
+        total_steps: local steps of the whole run, None if unknown.
+        lr: the local learning rate of the round's first step, the largest of all parameter groups.
+    """
+
+    round_idx: int
+    step: int
+    total_steps: int | None
+    lr: float
+
+
+Schedule = Callable[[RoundInfo], int]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same number of local steps in every round.
+
+    Args:
+        local_steps: H >= 1.
+
+    Raises:
+        ValueError: `local_steps` is not an integer >= 1.
+
+    Example:
+        >>> Constant(16)(RoundInfo(0, 0, None, 0.1))
+        16
+    """
+
+    local_steps: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.local_steps, bool) or not isinstance(self.local_steps, int) or self.local_steps < 1:
+            raise ValueError(f"local_steps must be an integer >= 1, not {self.local_steps!r}.")
+
+    def __call__(self, info: RoundInfo) -> int:
+        return self.local_steps
+
+
+@dataclass(frozen=True)
+class QSR:
+    r"""The quadratic synchronization rule: sync less often as the learning rate decays.
+
+    .. math:: H = \max(H_{base}, \lfloor (\alpha / \eta)^{power} \rfloor)
+
+    During learning-rate warm-up H is the base, since a small warm-up rate would give a huge H.
+
+    Args:
+        alpha: α > 0, in units of the learning rate; a good choice is slightly above lr_max * sqrt(base_steps).
+        base_steps: H_base >= 1.
+        power: 2 is the quadratic rule, 1 and 3 its relatives.
+        warmup_steps: local steps of learning-rate warm-up, >= 0.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    Source: arXiv 2310.14423, equation 2.
+
+    Example:
+        >>> rule = QSR(alpha=0.0175, base_steps=4)
+        >>> rule(RoundInfo(0, 0, None, lr=0.008)), rule(RoundInfo(9, 90, None, lr=0.001))
+        (4, 306)
+    """
+
+    alpha: float
+    base_steps: int
+    power: float = 2.0
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.alpha > 0 and self.base_steps >= 1 and self.power > 0 and self.warmup_steps >= 0):
+            raise ValueError(f"QSR needs alpha > 0, base_steps >= 1, power > 0 and warmup_steps >= 0, not {self}.")
+
+    def __call__(self, info: RoundInfo) -> int:
+        if info.step < self.warmup_steps:
+            return self.base_steps
+        if info.lr <= 0:  # nothing moves any more
+            return self.base_steps if info.total_steps is None else max(1, info.total_steps - info.step)
+        return max(self.base_steps, int((self.alpha / info.lr) ** self.power))
+
+
+def as_schedule(local_steps: int | Schedule) -> Schedule:
+    """An integer becomes `Constant`; a callable is taken as it is.
+
+    Raises:
+        ValueError: neither an integer >= 1 nor a callable.
+    """
+    return local_steps if callable(local_steps) else Constant(local_steps)
