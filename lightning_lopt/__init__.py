@@ -1,6 +1,29 @@
 """Communication-efficient training with learned optimizers, as PyTorch Lightning strategies."""
 
-from lightning_lopt.network import AdaMLP
+from lightning_lopt.callbacks import RoundMonitor
+from lightning_lopt.comm import DisagreementError
+from lightning_lopt.network import AdaMLP, WeightsError
+from lightning_lopt.optim import LearnedOptimizer, SlowMomentum
+from lightning_lopt.rounds import Rounds
+from lightning_lopt.schedules import QSR, Constant, RoundInfo
+from lightning_lopt.strategies import DiLoCo, LearnedLocalSGD, LocalSGD, SlowMo
+from lightning_lopt.sync import RoundReport
 
 __version__ = "0.1.0"
-__all__ = ["AdaMLP"]
+__all__ = [
+    "QSR",
+    "AdaMLP",
+    "Constant",
+    "DiLoCo",
+    "DisagreementError",
+    "LearnedLocalSGD",
+    "LearnedOptimizer",
+    "LocalSGD",
+    "RoundInfo",
+    "RoundMonitor",
+    "RoundReport",
+    "Rounds",
+    "SlowMo",
+    "SlowMomentum",
+    "WeightsError",
+]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,7 @@ class Communicator:
     Example:
         >>> comm = Communicator()  # no process group: one worker, nothing to send
         >>> flat = torch.ones(3)
-        >>> comm.mean_(flat)
+        >>> comm.start_mean(flat)()
         >>> comm.num_workers, comm.bytes_sent, flat.tolist()
         (1, 0, [1.0, 1.0, 1.0])
     """
@@ -49,13 +50,23 @@ class Communicator:
         self.num_collectives += 1
         self.bytes_sent += round(tensor.numel() * tensor.element_size() * factor)
 
-    def mean_(self, flat: Tensor) -> None:
-        """Replace a contiguous tensor by its mean over the workers; bitwise the same on all of them."""
+    def start_mean(self, flat: Tensor) -> Callable[[], None]:
+        """Begin to replace a contiguous tensor by its mean over the workers, bitwise the same on all of them.
+
+        Returns:
+            A function that waits until it is done; leave the tensor alone before.
+        """
         if self._group is None:
-            return
+            return lambda: None
         self._count(flat, 2 * (self.num_workers - 1) / self.num_workers)
-        dist.all_reduce(flat, group=self._group)
-        flat.div_(self.num_workers)
+        work = dist.all_reduce(flat, group=self._group, async_op=True)
+        assert work is not None
+
+        def wait() -> None:
+            work.wait()
+            flat.div_(self.num_workers)
+
+        return wait
 
     def max_(self, values: Tensor) -> None:
         """Replace a contiguous tensor by its maximum over the workers."""
@@ -72,6 +83,15 @@ class Communicator:
         stacked = flat.new_empty(self.num_workers, *flat.shape)
         dist.all_gather(list(stacked.unbind(0)), flat, group=self._group)
         return stacked
+
+    def gather_objects(self, item: Any) -> list[Any] | None:
+        """All workers' picklable objects in the order of their ranks, on rank 0; None on the others."""
+        if self._group is None:
+            return [item]
+        self.num_collectives += 1
+        items = [None] * self.num_workers if self.rank == 0 else None
+        dist.gather_object(item, items, group=self._group, group_dst=0)
+        return items
 
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite the tensors by those of rank 0."""

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,7 +82,7 @@ class AdaMLP(nn.Module):
         self.update = update
         self.card = dict(card or {})
         sizes = (self.num_features, *self.hidden, 2)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.decays = nn.ParameterDict(
             {
                 "momentum": torch.zeros(len(ada.MOMENTUM_INIT)),

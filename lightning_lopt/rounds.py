@@ -1,0 +1,149 @@
+"""Rounds: counts local steps, asks the schedule when to sync, and drives one `Sync`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_lopt.comm import Communicator
+from lightning_lopt.schedules import RoundInfo, Schedule, as_schedule
+from lightning_lopt.sync import EvalWeights, OuterFactory, RoundReport, Sync
+
+
+class Rounds:
+    r"""Local SGD rounds in a plain PyTorch loop: H local steps on every worker, then a sync.
+
+    Workers are the processes of `torch.distributed`; without a process group there is one, and a round is a
+    Lookahead step. Creating a `Rounds` gives all workers the parameters of rank 0, and is collective.
+
+    Args:
+        model: its buffers are synchronised too.
+        optimizer: the local optimizer, whose parameters are synchronised and whose `lr` schedules read.
+        local_steps: H >= 1, or a schedule (`QSR`, any callable from `RoundInfo` to an integer >= 1).
+        outer_optimizer: makes a torch optimizer from parameter groups, e.g. `partial(LearnedOptimizer,
+            network=...)`; None averages.
+        total_steps: local steps of the whole run, if known: the last round is cut so that it ends synced.
+        comm: the collectives; by default a new process group.
+
+    Attributes:
+        round_idx: rounds finished.
+        step_idx: local steps finished, the same on all workers.
+        local_step: local steps finished in the present round.
+        local_steps: H of the present round, None before its first step.
+        last_report: the `RoundReport` of the last sync.
+
+    Raises:
+        ValueError: `local_steps` < 1, nothing to train, a network for another number of workers.
+        DisagreementError: the workers' models, rounds or steps differ.
+
+    Source: arXiv 2312.02204 (learned), 1910.00643 (SlowMo), 2311.08105 (DiLoCo), 2310.14423 (QSR).
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> rounds = Rounds(model, optimizer, local_steps=2)
+        >>> for _ in range(4):
+        ...     model(torch.ones(1, 1)).sum().backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        ...     print(rounds.step())
+        False
+        True
+        False
+        True
+        >>> rounds.round_idx
+        2
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        local_steps: int | Schedule,
+        outer_optimizer: OuterFactory | None = None,
+        total_steps: int | None = None,
+        comm: Communicator | None = None,
+    ) -> None:
+        self._schedule = as_schedule(local_steps)
+        self._optimizer = optimizer
+        self.total_steps = total_steps
+        self.comm = comm or Communicator()
+        self.sync = Sync(model, optimizer, outer_optimizer, self.comm)
+        self.round_idx = 0
+        self.step_idx = 0
+        self.local_step = 0
+        self.local_steps: int | None = None
+        self.last_report: RoundReport | None = None
+
+    def step(self, stop: bool = False) -> bool:
+        """Count a local step, right after `optimizer.step()`; sync if it ends a round.
+
+        Args:
+            stop: this worker would like all workers to stop; the next `RoundReport.stop_requested` tells them.
+
+        Returns:
+            Whether the workers are now synced.
+        """
+        if self.local_steps is None:  # the learning rate is now the one of the round's first step
+            self.local_steps = self._choose_local_steps()
+        self.step_idx += 1
+        self.local_step += 1
+        if self.local_step < self.local_steps:
+            return False
+        self.finish_round(stop)
+        return True
+
+    def finish_round(self, stop: bool = False) -> None:
+        """Sync now, on all workers, even if the round is not over; nothing happens right after a sync."""
+        if self.local_step == 0:
+            return
+        self.last_report = self.sync.run(self.round_idx, self.local_step, stop)
+        self.round_idx += 1
+        self.local_step = 0
+        self.local_steps = None
+
+    def _choose_local_steps(self) -> int:
+        lr = max(float(group.get("lr", 0.0)) for group in self._optimizer.param_groups)
+        info = RoundInfo(self.round_idx, self.step_idx, self.total_steps, lr)
+        local_steps = int(self._schedule(info))
+        if local_steps < 1:
+            raise ValueError(
+                f"The schedule {self._schedule!r} returned {local_steps} local steps for {info}; need >= 1."
+            )
+        if self.total_steps is not None and self.step_idx < self.total_steps:
+            local_steps = min(local_steps, self.total_steps - self.step_idx)
+        return local_steps
+
+    def swap_in(self, weights: EvalWeights) -> None:
+        """Put the global weights into the model until `swap_out`: see `Sync.swap_in`.
+
+        Right after a sync every worker has them already, and nothing happens.
+        """
+        if self.local_step > 0:
+            self.sync.swap_in(weights)
+
+    def swap_out(self) -> None:
+        """Give the model this worker's own weights back."""
+        self.sync.swap_out()
+
+    def abandon_round(self) -> None:
+        """Go back to the anchor, without communication: the local steps since the last sync are lost."""
+        self.sync.swap_out()
+        self.sync.restore_anchor()
+        self.step_idx -= self.local_step
+        self.local_step = 0
+        self.local_steps = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, anchors and outer state, the same on all workers. Local weights and states are not in it."""
+        counters = {name: getattr(self, name) for name in ("round_idx", "step_idx", "local_step", "local_steps")}
+        return {**counters, "sync": self.sync.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        for name in ("round_idx", "step_idx", "local_step", "local_steps"):
+            setattr(self, name, state[name])
+        self.sync.load_state_dict(state["sync"])

@@ -1,0 +1,420 @@
+"""Lightning strategies: DDP's launching and process groups, with rounds of local steps instead of gradient syncs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import DeepSpeedPrecision, FSDPPrecision
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_lopt.comm import Communicator
+from lightning_lopt.network import AdaMLP
+from lightning_lopt.optim import LearnedOptimizer, SlowMomentum
+from lightning_lopt.optim.learned import resolve_network
+from lightning_lopt.rounds import Rounds
+from lightning_lopt.schedules import RoundInfo, as_schedule
+from lightning_lopt.sync import EvalWeights
+
+CHECKPOINT_KEY = "lightning_lopt"
+CHECKPOINT_VERSION = 1
+
+
+class _RoundCallback(Callback):
+    """The first callback: what must happen before anybody else's hook."""
+
+    def __init__(self, strategy: LocalSGD) -> None:
+        self._strategy = strategy
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._strategy.swap_in_global_weights()
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._strategy.rounds is not None:  # an end that nobody foresaw: early stopping, max_time
+            self._strategy.rounds.finish_round()
+
+
+class LocalSGD(DDPStrategy):
+    r"""Local SGD: every worker takes H local steps, then all continue from the average of their parameters.
+
+    .. math:: a \leftarrow \mathrm{Outer}\big(a,\; a - \tfrac1K \sum_i y_i\big), \qquad y_i \leftarrow a
+
+    a is the anchor (the global parameters), y_i worker i's parameters; without an outer optimizer a becomes the
+    mean itself. Between syncs nothing at all is communicated. Works with one optimizer and automatic optimization.
+
+    Args:
+        local_steps: H >= 1 in optimizer steps, or a schedule (`QSR`, or a callable from `RoundInfo` to an integer).
+        outer_optimizer: makes a torch optimizer from parameter groups, whose `.grad` is the averaged
+            pseudo-gradient, e.g. `partial(torch.optim.AdamW, lr=1e-3)`; None averages.
+        eval_weights: what validation and checkpoints see in mid-round: `"anchor"`, the last synced weights, without
+            communication, or `"mean"`, the workers' present average; None means the mean for plain averaging, else
+            the anchor. After an exception it is always the anchor.
+        **kwargs: `process_group_backend`, `timeout`, `start_method` and others of
+            `lightning.pytorch.strategies.DDPStrategy`.
+
+    Attributes:
+        rounds: the `Rounds` of the present fit, None before.
+
+    Raises:
+        ValueError: `local_steps` < 1, or nothing to train.
+        TypeError: an unknown keyword.
+        MisconfigurationException: several optimizers, manual optimization, or a plugin of FSDP or DeepSpeed.
+
+    Memory: 4 bytes per parameter for the anchor, 4 more during a sync. Sends 2(K-1)/K × 4 bytes per parameter and
+    round. Fails when H is so large that workers drift into different basins: watch `RoundMonitor`'s drift.
+
+    Source: McMahan et al. 1602.05629; Stich 1805.09767.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(accelerator="cpu", devices=2, strategy=LocalSGD(local_steps=16), logger=False)
+        >>> trainer.strategy.strategy_name
+        'local_sgd'
+    """
+
+    strategy_name = "local_sgd"
+
+    def __init__(
+        self,
+        local_steps: int | Callable[[RoundInfo], int] = 16,
+        outer_optimizer: Callable[[Iterable], Optimizer] | None = None,
+        eval_weights: EvalWeights | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if self._ddp_kwargs:
+            raise TypeError(f"{type(self).__name__} does not know the keyword(s) {sorted(self._ddp_kwargs)}.")
+        averaging = ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period")
+        given = [name for name in averaging if kwargs.get(name) is not None]
+        if given:
+            raise TypeError(f"{type(self).__name__} averages by itself: leave out DDP's {given}.")
+        if eval_weights not in (None, "anchor", "mean"):
+            raise ValueError(f"eval_weights must be 'anchor', 'mean' or None, not {eval_weights!r}.")
+        self._schedule = as_schedule(local_steps)
+        self._outer_optimizer = outer_optimizer
+        self._eval_weights: EvalWeights = eval_weights or ("mean" if outer_optimizer is None else "anchor")
+        self._resumed = False
+        self._rng_states: dict[str, Any] | None = None
+        self.rounds: Rounds | None = None
+
+    # -- setup ----------------------------------------------------------------------------------------------------
+
+    @override
+    def setup_environment(self) -> None:
+        if isinstance(self.precision_plugin, FSDPPrecision | DeepSpeedPrecision):
+            raise MisconfigurationException(
+                f"{type(self).__name__} keeps whole models on its workers and cannot use "
+                f"{type(self.precision_plugin).__name__}. Use Trainer(precision=...) instead of that plugin."
+            )
+        super().setup_environment()
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        super().setup(trainer)
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        module = trainer.lightning_module
+        if not module.automatic_optimization or len(self.optimizers) != 1:
+            raise MisconfigurationException(
+                f"{type(self).__name__} needs automatic optimization with exactly one optimizer; "
+                f"{type(module).__name__} has {len(self.optimizers)} optimizer(s) and automatic_optimization="
+                f"{module.automatic_optimization}. Put the parameters of several optimizers into groups of one."
+            )
+        self.rounds = Rounds(
+            module, self.optimizers[0], self._schedule, self._outer_optimizer, comm=Communicator(self._timeout)
+        )
+        self._resumed = False
+        if not any(isinstance(callback, _RoundCallback) for callback in trainer.callbacks):
+            trainer.callbacks.insert(0, _RoundCallback(self))
+
+    @override
+    def configure_ddp(self) -> None:
+        """No wrapper, and so no gradient all-reduce; `Rounds` gives all workers the weights of rank 0."""
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        trainer = self._trainer
+        assert self.rounds is not None
+        if not self._resumed:
+            self.rounds.step_idx = trainer.global_step
+        self.rounds.total_steps = _total_steps(trainer)
+        if self._rng_states is not None:  # not earlier: making an iterator of the loader draws a seed
+            _set_rng_states(self._rng_states)
+            self._rng_states = None
+        epoch_loop = trainer.fit_loop.epoch_loop
+        if hasattr(epoch_loop, "_broadcast_sigterm_tensor"):  # one broadcast per batch, in Lightning >= 2.6
+            epoch_loop._broadcast_sigterm_tensor = self._raise_if_stopping
+
+    @property
+    def _trainer(self) -> pl.Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    def _raise_if_stopping(self) -> None:
+        """In place of Lightning's broadcast per batch: SIGTERM travels with the sync."""
+        assert self.rounds is not None
+        report = self.rounds.last_report
+        if report is not None and report.stop_requested:
+            raise SIGTERMException
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        assert self.rounds is not None
+        self.rounds.step(stop=self._trainer.received_sigterm)  # attempts count: all ranks make as many
+        return output
+
+    # -- global weights -------------------------------------------------------------------------------------------
+
+    def swap_in_global_weights(self) -> None:
+        """Show the global weights to whoever evaluates or saves, until `on_validation_end`."""
+        if self.rounds is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            self.rounds.swap_in("anchor" if self._trainer.interrupted else self._eval_weights)
+
+    @override
+    def on_validation_end(self) -> None:
+        if self.rounds is not None:
+            self.rounds.swap_out()
+        super().on_validation_end()
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        if self.rounds is None or self.rounds.sync.swapped:
+            return super().lightning_module_state_dict()
+        self.swap_in_global_weights()
+        try:
+            return super().lightning_module_state_dict()
+        finally:
+            self.rounds.swap_out()
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        if self.rounds is not None:
+            self.rounds.abandon_round()
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if self.rounds is not None and "optimizer_states" in checkpoint:
+            alone = self._trainer.interrupted  # the other workers may be gone: nothing of theirs can be saved
+            workers = None if alone else self.rounds.comm.gather_objects(self._worker_state(checkpoint))
+            checkpoint[CHECKPOINT_KEY] = {
+                "version": CHECKPOINT_VERSION,
+                "rounds": self.rounds.state_dict(),
+                "workers": workers,
+            }
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def _worker_state(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        assert self.rounds is not None
+        rng_states = _collect_rng_states()
+        if "numpy" in rng_states:  # as plain lists, which torch.load(weights_only=True) accepts
+            rng_states["numpy"] = [x.tolist() if isinstance(x, np.ndarray) else x for x in rng_states["numpy"]]
+        return {
+            "optimizer_states": checkpoint["optimizer_states"],
+            "local": self.rounds.sync.local_state(),
+            "rng": rng_states,
+        }
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        assert self.rounds is not None
+        state = checkpoint.get(CHECKPOINT_KEY)
+        if state is None:
+            rank_zero_warn("This checkpoint was not written by a lightning_lopt strategy: a fresh round begins.")
+            super().load_optimizer_state_dict(checkpoint)
+            return
+        if state["version"] != CHECKPOINT_VERSION:
+            raise ValueError(
+                f"This checkpoint has version {state['version']}, this release reads {CHECKPOINT_VERSION}."
+            )
+        self._resumed = True
+        self.rounds.load_state_dict(state["rounds"])
+        workers = state["workers"]
+        if workers is None or len(workers) != self.world_size:
+            super().load_optimizer_state_dict(checkpoint)
+            self.rounds.abandon_round()
+            rank_zero_warn(
+                "The checkpoint was written after an exception: "
+                if workers is None
+                else f"The checkpoint holds {len(workers)} workers, there are {self.world_size} now: "
+                "all workers continue from its last synced weights with the first worker's optimizer state."
+            )
+            return
+        mine = workers[self.global_rank]
+        super().load_optimizer_state_dict({"optimizer_states": mine["optimizer_states"]})
+        self.rounds.sync.load_local_state(mine["local"])
+        self._rng_states = mine["rng"]
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        module = self.lightning_module
+        if module is None or module._trainer is None or not module.trainer.interrupted:
+            super().barrier(*args, **kwargs)  # else the other workers may never come
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork")):
+            strategy_registry.register(
+                f"{cls.strategy_name}{suffix}",
+                cls,
+                description=f"{cls.__name__} with `start_method` '{start_method}'",
+                start_method=start_method,
+            )
+
+
+class SlowMo(LocalSGD):
+    r"""SlowMo: slow momentum over the averaged pseudo-gradient g.
+
+    .. math:: u \leftarrow \beta u + g/\gamma, \qquad a \leftarrow a - \alpha \gamma u
+
+    Args:
+        local_steps: H >= 1, or a schedule.
+        outer_lr: α > 0; 1 is usual.
+        momentum: β in [0, 1); the authors suggest .2 for 4 workers, .5 for 8, .6 for 16.
+        **kwargs: those of `LocalSGD`.
+
+    Memory: 4 bytes per parameter on top of `LocalSGD`; the same bytes per round.
+
+    Source: arXiv 1910.00643.
+
+    Example:
+        >>> SlowMo(local_steps=16, momentum=0.5).strategy_name
+        'slowmo'
+    """
+
+    strategy_name = "slowmo"
+
+    def __init__(
+        self,
+        local_steps: int | Callable[[RoundInfo], int] = 16,
+        outer_lr: float = 1.0,
+        momentum: float = 0.5,
+        **kwargs: Any,
+    ) -> None:
+        _refuse_outer_optimizer(self, kwargs)
+        factory = partial(SlowMomentum, lr=outer_lr, momentum=momentum)
+        factory([torch.zeros(1)])  # wrong values fail here, not at the first sync
+        super().__init__(local_steps=local_steps, outer_optimizer=factory, **kwargs)
+
+
+class DiLoCo(LocalSGD):
+    r"""DiLoCo: SGD with Nesterov momentum on the averaged pseudo-gradient g.
+
+    .. math:: u \leftarrow \mu u + g, \qquad a \leftarrow a - \eta\,(g + \mu u)
+
+    Args:
+        local_steps: H >= 1, or a schedule; the paper has 500.
+        outer_lr: η > 0.
+        momentum: μ in [0, 1); 0 is plain SGD.
+        **kwargs: those of `LocalSGD`.
+
+    Memory: 4 bytes per parameter on top of `LocalSGD`; the same bytes per round.
+
+    Source: arXiv 2311.08105.
+
+    Example:
+        >>> DiLoCo(local_steps=500).strategy_name
+        'diloco'
+    """
+
+    strategy_name = "diloco"
+
+    def __init__(
+        self,
+        local_steps: int | Callable[[RoundInfo], int] = 500,
+        outer_lr: float = 0.7,
+        momentum: float = 0.9,
+        **kwargs: Any,
+    ) -> None:
+        _refuse_outer_optimizer(self, kwargs)
+        factory = partial(torch.optim.SGD, lr=outer_lr, momentum=momentum, nesterov=momentum > 0)
+        factory([torch.zeros(1)])
+        super().__init__(local_steps=local_steps, outer_optimizer=factory, **kwargs)
+
+
+class LearnedLocalSGD(LocalSGD):
+    r"""Local SGD whose global update is a meta-learned optimizer: LOpt-A, or LAgg-A with a network of K inputs.
+
+    .. math:: a \leftarrow a - \mathrm{step}(\mathrm{MLP}(\text{Ada features of } a, g))
+
+    There is nothing to tune: the bundled weights are the default. A step that is not finite, or more than 100 times
+    the averaged one, is replaced by averaging, with a warning.
+
+    Args:
+        local_steps: H >= 1, or a schedule.
+        network: an `AdaMLP`, a path to a weights file, the name of bundled weights, or None for the default ones.
+        **kwargs: those of `LocalSGD`, without `outer_optimizer`.
+
+    Raises:
+        WeightsError: a weights file that cannot be used.
+        ValueError: a network that belongs to another number of workers.
+
+    Memory: 16 bytes per parameter and a little per row and column on top of `LocalSGD`; the same bytes per round
+    (LAgg-A: K-1 all-gathered payloads instead of an all-reduce, and K times the memory during a sync).
+
+    Source: arXiv 2312.02204.
+
+    Example:
+        >>> LearnedLocalSGD(local_steps=16, network=AdaMLP(seed=0)).strategy_name
+        'learned_local_sgd'
+    """
+
+    strategy_name = "learned_local_sgd"
+
+    def __init__(
+        self,
+        local_steps: int | Callable[[RoundInfo], int] = 16,
+        network: AdaMLP | str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        _refuse_outer_optimizer(self, kwargs)
+        factory = partial(LearnedOptimizer, network=resolve_network(network))
+        super().__init__(local_steps=local_steps, outer_optimizer=factory, **kwargs)
+
+
+def _refuse_outer_optimizer(strategy: LocalSGD, kwargs: dict[str, Any]) -> None:
+    if "outer_optimizer" in kwargs:
+        raise TypeError(
+            f"{type(strategy).__name__} brings its own outer optimizer; for another one use "
+            "LocalSGD(outer_optimizer=...)."
+        )
+
+
+def _total_steps(trainer: pl.Trainer) -> int | None:
+    """Optimizer steps of the whole run, None if unknown."""
+    try:
+        total = trainer.estimated_stepping_batches
+    except MisconfigurationException:  # accumulate_grad_batches varies over epochs
+        total = trainer.max_steps
+    return None if total in (-1, float("inf")) else int(total)
+
+
+for _strategy in (LocalSGD, SlowMo, DiLoCo, LearnedLocalSGD):
+    _strategy.register_strategies(StrategyRegistry)

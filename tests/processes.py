@@ -1,0 +1,85 @@
+"""Real worker processes for tests: forked, joined by gloo over the loopback, with a time limit."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def _main(
+    connection, function: Callable[..., Any], rank: int, num_workers: int, port: int, connect: bool, args
+) -> None:
+    # the environment that torchrun makes, which Lightning recognises
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        GROUP_RANK="0",
+        WORLD_SIZE=str(num_workers),
+        LOCAL_WORLD_SIZE=str(num_workers),
+        TORCHELASTIC_RUN_ID="tests",
+        GLOO_SOCKET_IFNAME="lo",
+    )
+    torch.set_num_threads(1)
+    try:
+        if connect:
+            dist.init_process_group("gloo", rank=rank, world_size=num_workers)
+        connection.send((function(rank, *args), None))
+    except BaseException:
+        connection.send((None, traceback.format_exc()))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        connection.close()
+
+
+def run_workers(
+    function: Callable[..., Any], num_workers: int, *args: Any, connect: bool = True, limit: float = 90
+) -> list:
+    """Call `function(rank, *args)` in forked processes; their results by rank.
+
+    With `connect` the processes are in a process group; without, they have torchrun's environment for a Trainer.
+    """
+    context = multiprocessing.get_context("fork")
+    port = free_port()
+    pipes = [context.Pipe(duplex=False) for _ in range(num_workers)]
+    processes = [
+        context.Process(target=_main, args=(send, function, rank, num_workers, port, connect, args), daemon=True)
+        for rank, (_, send) in enumerate(pipes)
+    ]
+    end = time.monotonic() + limit
+    try:
+        for process in processes:
+            process.start()
+        for _, send in pipes:
+            send.close()
+        results = []
+        for rank, (receive, _) in enumerate(pipes):
+            if not receive.poll(max(0.0, end - time.monotonic())):
+                raise TimeoutError(f"worker {rank} did not finish within {limit} s")
+            result, error = receive.recv()
+            if error is not None:
+                raise RuntimeError(f"worker {rank} failed:\n{error}")
+            results.append(result)
+        return results
+    finally:
+        for process in processes:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.kill()
+                process.join()
