@@ -1,0 +1,155 @@
+"""MetaTraining: the learned optimizer's own training, as a LightningModule."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_lopt.meta.estimator import PESEstimator
+from lightning_lopt.meta.tasks import ImageMLP
+from lightning_lopt.meta.truncation import LogUniform
+from lightning_lopt.network import AdaMLP
+
+WARMUP_STEPS = 100
+FINAL_LR = 1 / 3  # of the peak
+STATE_KEY = "lightning_lopt.MetaTraining"
+
+
+class MetaTraining(L.LightningModule):
+    r"""Train a learned optimizer by persistent evolution strategies on simulated rounds.
+
+    .. math:: \min_\theta\, \mathbb E\, \frac1T \sum_{t<T} \ell_t(\theta)
+
+    where :math:`\ell_t` is the workers' mean training loss in round t of an unroll of T rounds. One optimizer step
+    (a meta-iteration) is one window of `truncation` rounds of every particle. Hyperparameters are those of
+    arXiv 2312.02204 by default: AdamW, warm-up over 100 meta-iterations, cosine to a third.
+
+    Args:
+        task: what to train on; several are taken in turn, one per meta-iteration, each with particles of its own.
+        num_workers: K >= 1 simulated workers.
+        local_steps: H >= 1; of several, each window draws one.
+        local_lr: γ > 0; of a range (low, high), each unroll draws one log-uniformly, and half of the unrolls let it
+            fall to 0 along a cosine.
+        network: what to train; default ``AdaMLP(seed=seed)``.
+        num_particles: P >= 1 antithetic pairs per task.
+        truncation: W >= 1 rounds per window.
+        unroll_length: T in rounds.
+        sigma: σ > 0, standard deviation of the perturbations of the meta-parameters.
+        lr: peak learning rate of the meta-optimizer, > 0.
+        seed: of everything drawn.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    Source: arXiv 2312.02204, section 4 and appendix; PES: arXiv 2112.13835.
+
+    Example:
+        >>> task = ImageMLP(torch.rand(64, 8, 8), torch.arange(64) % 4, hidden=(8,), batch_size=8)
+        >>> meta = MetaTraining(task=task, num_workers=2, local_steps=1, local_lr=0.1)
+        >>> trainer = L.Trainer(max_steps=5_000)  # doctest: +SKIP
+        >>> trainer.fit(meta)  # doctest: +SKIP
+        >>> meta.network.save("lopt_a.safetensors")  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        task: ImageMLP | Sequence[ImageMLP],
+        num_workers: int = 8,
+        local_steps: int | Sequence[int] = 4,
+        local_lr: float | tuple[float, float] = 0.5,
+        *,
+        network: AdaMLP | None = None,
+        num_particles: int = 8,
+        truncation: int = 50,
+        unroll_length: LogUniform | None = None,
+        sigma: float = 0.01,
+        lr: float = 3e-3,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        tasks = [task] if isinstance(task, ImageMLP) else list(task)
+        if not tasks:
+            raise ValueError("MetaTraining needs at least one task.")
+        self.network = AdaMLP(seed=seed) if network is None else network
+        if self.network.num_inputs not in (1, num_workers):
+            raise ValueError(
+                f"The network sees {self.network.num_inputs} workers but there are num_workers={num_workers}. "
+                "Use AdaMLP(inputs='mean'), or as many inputs as workers."
+            )
+        self.lr = lr
+        # Not buffers: those would be overwritten by the broadcasts of distributed strategies.
+        self._estimators = [
+            PESEstimator(
+                each,
+                num_workers=num_workers,
+                local_steps=local_steps,
+                local_lr=local_lr,
+                num_particles=num_particles,
+                truncation=truncation,
+                unroll_length=unroll_length or LogUniform(100, 1_000),
+                sigma=sigma,
+                seed=seed + 1_000_003 * index,
+            )
+            for index, each in enumerate(tasks)
+        ]
+
+    @override
+    def setup(self, stage: str) -> None:
+        if self.trainer.world_size > 1:
+            raise ValueError(
+                f"MetaTraining runs in one process, not {self.trainer.world_size}. Use Trainer(devices=1)."
+            )
+
+    @override
+    def train_dataloader(self) -> DataLoader[int]:
+        """Counts meta-iterations; the data are the tasks' own."""
+        return DataLoader(range(max(self.trainer.max_steps, 1)), batch_size=None)  # pyright: ignore
+
+    @override
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=1e-4)
+        total = self.trainer.max_steps
+        if total < 1:
+            raise ValueError("The cosine needs to know its length: use Trainer(max_steps=...).")
+
+        def factor(step: int) -> float:
+            if step < WARMUP_STEPS:
+                return (step + 1) / WARMUP_STEPS
+            progress = min(1.0, (step - WARMUP_STEPS) / max(1, total - WARMUP_STEPS))
+            return FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * progress))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        start = time.perf_counter()
+        estimator = self._estimators[self.global_step % len(self._estimators)]
+        window = estimator.window(self.network, self.global_step)
+        self.log("meta_loss", window.loss, prog_bar=True, batch_size=1)
+        self.log("rounds_per_second", window.rounds / (time.perf_counter() - start), prog_bar=True, batch_size=1)
+        # A surrogate whose gradient is the estimate and whose value is the meta-loss, so that everything of
+        # Lightning's automatic optimization applies: clipping, schedules, accumulation, checkpoints.
+        linear = torch.stack([(p * window.gradient[name]).sum() for name, p in self.network.named_parameters()]).sum()
+        return linear - linear.detach() + window.loss
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[STATE_KEY] = [estimator.state_dict() for estimator in self._estimators]
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        states = checkpoint.get(STATE_KEY)
+        if states is None or len(states) != len(self._estimators):
+            found = "no particles" if states is None else f"the particles of {len(states)} tasks"
+            raise ValueError(f"The checkpoint holds {found}, but this run has {len(self._estimators)} tasks.")
+        for estimator, state in zip(self._estimators, states, strict=True):
+            estimator.load_state_dict(state)

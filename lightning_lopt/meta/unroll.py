@@ -1,0 +1,65 @@
+"""One round, simulated: K workers take H local steps from the anchor, then the outer step; all particles at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from lightning_lopt.functional import learned
+from lightning_lopt.functional.ada import AdaState
+from lightning_lopt.functional.learned import Network
+from lightning_lopt.meta.tasks import ImageMLP, Tensors
+
+
+@torch.no_grad()
+def local_round(
+    task: ImageMLP,
+    anchor: Tensors,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    local_lr: Tensor,
+    num_workers: int,
+) -> tuple[Tensors, Tensor]:
+    """Let K workers take H local SGD steps from the anchor.
+
+    Args:
+        task: the model and its loss.
+        anchor: global parameters, {[P, *S]}; not changed.
+        batches: H batches, images [P * K, B, pixels] and labels [P * K, B], the workers of a particle side by side.
+        local_lr: γ of each particle, [P].
+        num_workers: K >= 1.
+
+    Returns:
+        The workers' parameters {[P, K, *S]}, and the loss, mean over workers and steps, each before its step, [P].
+    """
+    workers = {name: p.repeat_interleave(num_workers, 0) for name, p in anchor.items()}
+    worker_lr = local_lr.repeat_interleave(num_workers)
+    losses = [task.sgd_step(workers, images, labels, worker_lr) for images, labels in batches]
+    loss = torch.stack(losses).mean(0).unflatten(0, (-1, num_workers)).mean(1)
+    return {name: w.unflatten(0, (-1, num_workers)) for name, w in workers.items()}, loss
+
+
+def zero_states(anchor: Tensors) -> dict[str, AdaState]:
+    """Accumulators before the first round, one per tensor."""
+    return {name: AdaState.zeros(tuple(p.shape[1:]), len(p), p.dtype, p.device) for name, p in anchor.items()}
+
+
+@torch.no_grad()
+def outer_step(
+    anchor: Tensors, workers: Tensors, states: dict[str, AdaState], network: Network, round_idx: Tensor
+) -> None:
+    r"""Apply the learned optimizer to the workers' pseudo-gradients, in place on `anchor` and `states`.
+
+    .. math:: g = a - \mathrm{mean}_k\, y_k, \qquad a \leftarrow \mathrm{Outer}(a, g)
+
+    Args:
+        anchor: {[P, *S]}.
+        workers: {[P, K, *S]}.
+        states: the accumulators of `anchor`.
+        network: meta-parameters of each particle.
+        round_idx: [P], from 0.
+    """
+    for name, a in anchor.items():
+        worker_grads = a.unsqueeze(1) - workers[name] if network.num_inputs > 1 else None
+        learned.step(a, a - workers[name].mean(1), states[name], network, round_idx, worker_grads)
