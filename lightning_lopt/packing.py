@@ -56,7 +56,7 @@ class Wire:
         """The tensors that lie in the last dimension of `flat`, [..., n] -> [..., *S] each, and the scalar."""
         *pieces, scalar = flat.split([*(s.numel() for s in self._shapes), 1], dim=-1)
         lead = flat.shape[:-1]
-        return [*(p.view(*lead, *s) for p, s in zip(pieces, self._shapes, strict=True)), scalar]
+        return [*(p.view((*lead, *s)) for p, s in zip(pieces, self._shapes, strict=True)), scalar]
 
     def fill(self, *, differences: bool) -> None:
         """Write anchor - y, or y itself, and the buffers."""

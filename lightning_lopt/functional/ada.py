@@ -8,7 +8,6 @@ scalar is seen as [P, 1, 1, n].
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -90,11 +89,15 @@ class Factoring:
         return -3 - self.row_axis
 
     def matrices(self, tensor: Tensor) -> Tensor:
-        """[P, *S] -> [P, B, a, b]; a view where the permutation allows it."""
-        return tensor.permute(0, *(1 + d for d in self.permutation)).reshape(tensor.shape[0], *self.shape)
+        """[P, *S] -> [P, 1, B, a, b]; a view where the permutation allows it."""
+        return tensor.permute(0, *(1 + d for d in self.permutation)).reshape(tensor.shape[0], 1, *self.shape)
+
+    def along(self, vector: Tensor, axis: int) -> Tensor:
+        """[P, X, B, n] along `row_axis` or `col_axis` -> [P, X, B, n, 1] or [P, X, B, 1, n]."""
+        return vector.unsqueeze(-1 if axis == -2 else -2)
 
     def restore(self, matrices: Tensor, like: Tensor) -> Tensor:
-        """[P, B, a, b] -> [P, *S], the inverse of `matrices`."""
+        """[P, 1, B, a, b] -> [P, *S], the inverse of `matrices`."""
         inverse = sorted(range(len(self.permutation)), key=self.permutation.__getitem__)
         permuted = matrices.reshape(like.shape[0], *(like.shape[1 + d] for d in self.permutation))
         return permuted.permute(0, *(1 + d for d in inverse))
@@ -153,42 +156,25 @@ class AdaState:
         )
 
 
-Block = tuple[int, slice, slice]
-
-
-def blocks(shape: tuple[int, int, int], size: int) -> Iterator[Block]:
-    """Cut [B, a, b] into blocks of at most `size` elements: whole rows where they fit, else parts of one row.
-
-    Example:
-        >>> list(blocks((1, 3, 4), 8))
-        [(0, slice(0, 2, None), slice(0, 4, None)), (0, slice(2, 4, None), slice(0, 4, None))]
-    """
-    batch, a, b = shape
-    width = max(1, min(b, size))
-    height = max(1, size // width)
-    for index in range(batch):
-        for top in range(0, a, height):
-            for left in range(0, b, width):
-                yield index, slice(top, top + height), slice(left, left + width)
-
-
-def factored_sums(grad: Tensor, factors: Factoring, block_size: int) -> tuple[Tensor, Tensor]:
+def factored_sums(grad: Tensor, factors: Factoring, chunk_size: int = 1 << 16) -> tuple[Tensor, Tensor]:
     """Sums of g² over d0 and over d1; a caller whose tensors are sharded adds them up over its shards.
 
     Args:
-        grad: averaged pseudo-gradient, [P, B, a, b].
+        grad: averaged pseudo-gradient, [P, 1, B, a, b].
         factors: the factoring of the parameter.
-        block_size: elements per block and particle, which bounds the extra memory.
+        chunk_size: elements (at least one row) squared at a time, which bounds the extra memory.
 
     Returns:
         Row sums [P, B, size of d1] and column sums [P, B, size of d0].
     """
-    num_particles, batch, a, b = grad.shape
-    along_a, along_b = grad.new_zeros(num_particles, batch, a), grad.new_zeros(num_particles, batch, b)
-    for index, rows, cols in blocks(factors.shape, block_size):
-        squares = grad[:, index, rows, cols].square()
-        along_a[:, index, rows] += squares.sum(-1)
-        along_b[:, index, cols] += squares.sum(-2)
+    num_particles, _, batch, _, b = grad.shape
+    height = max(1, chunk_size // (num_particles * batch * b))
+    rows, along_b = [], grad.new_zeros(num_particles, batch, b)
+    for chunk in grad.squeeze(1).split(height, dim=2):
+        squares = chunk.square()
+        rows.append(squares.sum(-1))
+        along_b += squares.sum(-2)
+    along_a = torch.cat(rows, -1)
     return (along_a, along_b) if factors.row_axis == -2 else (along_b, along_a)
 
 
@@ -220,30 +206,29 @@ def update_moments(momentum: Tensor, second: Tensor, grad: Tensor, decays: Decay
     .. math:: m_i \leftarrow \beta_i m_i + (1-\beta_i) g,\quad v \leftarrow \beta_v v + (1-\beta_v) g^2
 
     Args:
-        momentum: [P, 3, h, w].
-        second: [P, h, w].
-        grad: averaged pseudo-gradient, [P, h, w].
+        momentum: [P, 3, B, a, b].
+        second: [P, 1, B, a, b].
+        grad: averaged pseudo-gradient, [P, 1, B, a, b].
         decays: complements of the decays.
 
     Source: arXiv 2312.02204, appendix.
     """
-    momentum.lerp_(grad.unsqueeze(1), decays.momentum[:, :, None, None])
-    second.lerp_(grad.square(), decays.rms[:, :, None])
+    momentum.lerp_(grad, decays.momentum[:, :, None, None, None])
+    second.lerp_(grad.square(), decays.rms[:, :, None, None, None])
 
 
-def gradient_scales(state: AdaState, factors: Factoring) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four vectors that make the factored features of a block: along the row axis and the column axis.
+def gradient_scales(state: AdaState, factors: Factoring) -> tuple[Tensor, Tensor, Tensor]:
+    """What makes the factored features: the scale of m along R, that along C, and for vectors that of g.
 
     Returns:
-        For matrices (rf, cf, rf, cf): g and m are both scaled by rf·cf. For vectors
-        (1/sqrt(D + 1e-9), 1, 1/sqrt(D + 1e-6), 1). Each [P, 3, B, r] or [P, 3, B, c].
+        For matrices rf [P, 3, B, size of d1], cf [P, 3, B, size of d0], and rf again: g and m are both scaled by
+        rf·cf. For vectors 1/sqrt(D + 1e-6), 1 and 1/sqrt(max(D + 1e-9, 1e-9)).
     """
     if not factors.factored:
-        one = torch.ones_like(state.col)
-        return (state.row + FACTOR_EPS).clamp_(min=FACTOR_EPS).rsqrt_(), one, (state.row + SECOND_EPS).rsqrt_(), one
+        vector = (state.row + FACTOR_EPS).clamp_(min=FACTOR_EPS).rsqrt_()
+        return (state.row + SECOND_EPS).rsqrt_(), torch.ones_like(state.col), vector
     rf = (state.row / (state.row.mean(-1, keepdim=True) + FACTOR_EPS)).clamp_(min=FACTOR_EPS).rsqrt_()
-    cf = state.col.clamp(min=FACTOR_EPS).rsqrt_()
-    return rf, cf, rf, cf
+    return rf, state.col.clamp(min=FACTOR_EPS).rsqrt_(), rf
 
 
 def time_features(step: Tensor, dtype: torch.dtype) -> Tensor:

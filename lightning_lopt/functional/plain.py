@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_lopt.functional import ada
 from lightning_lopt.functional.ada import AdaState, Factoring
-from lightning_lopt.functional.learned import UPDATES, Network
+from lightning_lopt.functional.learned import Network
+from lightning_lopt.functional.updates import UPDATES, Base
 
 
 def features(
@@ -19,8 +20,8 @@ def features(
     """All features in the documented order, normalised, from accumulators already advanced.
 
     Args:
-        param: [P, B, a, b].
-        grad: averaged pseudo-gradient, [P, B, a, b].
+        param: [P, 1, B, a, b].
+        grad: averaged pseudo-gradient, [P, 1, B, a, b].
         inputs: the pseudo-gradients that the network sees, [P, G, B, a, b].
         state: the accumulators.
         round_idx: [P].
@@ -29,8 +30,8 @@ def features(
     Returns:
         [P, G + 38, B, a, b].
     """
-    m, v, g = state.momentum, state.second.unsqueeze(1), grad.unsqueeze(1)
-    full = (grad.shape[0], 3, *grad.shape[1:])
+    m, v, g = state.momentum, state.second.unsqueeze(1), grad
+    full = (len(grad), 3, *grad.shape[2:])
     row = state.row.unsqueeze(factors.col_axis).expand(full)
     if factors.factored:
         col = state.col.unsqueeze(factors.row_axis).expand(full)
@@ -44,20 +45,19 @@ def features(
         fac_m = m * (row + ada.SECOND_EPS) ** -0.5
     rsqrt_v = (v + ada.SECOND_EPS).rsqrt()
     rsqrt_row, rsqrt_col = (row + ada.RSQRT_EPS).rsqrt(), (col + ada.RSQRT_EPS).rsqrt()
-    raw = torch.cat(
-        [inputs, param.unsqueeze(1), m, v, m * rsqrt_v, rsqrt_v, fac_g, row, col, rsqrt_row, rsqrt_col, fac_m], 1
-    )
+    raw = torch.cat([inputs, param, m, v, m * rsqrt_v, rsqrt_v, fac_g, row, col, rsqrt_row, rsqrt_col, fac_m], 1)
     normalised = raw * (raw.square().mean((2, 3, 4), keepdim=True) + ada.RMS_EPS).rsqrt()
-    time = ada.time_features(round_idx, raw.dtype)[:, :, None, None, None].expand(-1, -1, *grad.shape[1:])
+    time = ada.time_features(round_idx, raw.dtype)[:, :, None, None, None].expand(-1, -1, *grad.shape[2:])
     return torch.cat([normalised, time], 1)
 
 
 def evaluate(all_features: Tensor, network: Network) -> Tensor:
-    """The network on every coordinate: [P, F, B, a, b] -> (d, m) as [P, 2, B * a * b]."""
+    """The network on every coordinate: [P, F, B, a, b] -> (λ1 d, λ2 m) as [P, 2, B, a, b]."""
     hidden = all_features.flatten(2)
     for layer, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
         hidden = weight @ (hidden.relu() if layer else hidden) + bias.unsqueeze(-1)
-    return hidden
+    direction, magnitude = hidden.unflatten(2, all_features.shape[2:]).split(1, dim=1)
+    return torch.cat([network.step_mult * direction, network.exp_mult * magnitude], 1)
 
 
 @torch.no_grad()
@@ -86,17 +86,18 @@ def step(
         return
     factors = ada.factoring(tuple(param.shape[1:]))
     p, g = factors.matrices(param), factors.matrices(grad)
-    inputs = g.unsqueeze(1)
+    inputs = g
     if worker_grads is not None:
-        inputs = torch.stack([factors.matrices(worker) for worker in worker_grads.unbind(1)], 1)
-    squares = g.square()
+        inputs = torch.cat([factors.matrices(worker) for worker in worker_grads.unbind(1)], 1)
+    squares = g.square().squeeze(1)
     sums = squares.sum(factors.col_axis), squares.sum(factors.row_axis)
     ada.update_factors(state, sums, network.decays, factors)
-    ada.update_moments(state.momentum.flatten(2, 3), state.second.flatten(1, 2), g.flatten(1, 2), network.decays)
+    ada.update_moments(state.momentum, state.second.unsqueeze(1), g, network.decays)
 
     output = evaluate(features(p, g, inputs, state, round_idx, factors), network)
-    kind = UPDATES[network.update]
-    base = kind.base(g.flatten(1, 2), state.momentum.flatten(2, 3), network.decays).flatten(1)
-    base_rms = base.square().mean(-1, keepdim=True).sqrt()
-    change = kind.step(output, base, base_rms, network)
-    param.copy_(factors.restore(p - change.view_as(g), param))
+    kind, base = UPDATES[network.update], None
+    if kind.base is not None:
+        value = kind.base(g, state.momentum, network.decays)
+        base = Base(value, value.square().mean((2, 3, 4), keepdim=True).sqrt())
+    change = kind.step(output, base)
+    param.copy_(factors.restore(p - change, param))
