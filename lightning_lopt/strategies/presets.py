@@ -1,0 +1,134 @@
+"""The presets: LocalSGD with an outer optimizer of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_lopt.network import AdaMLP
+from lightning_lopt.optim import LearnedOptimizer, SlowMomentum
+from lightning_lopt.optim.learned import resolve_network
+from lightning_lopt.schedules import RoundInfo
+from lightning_lopt.strategies.local_sgd import LocalSGD
+
+
+class SlowMo(LocalSGD):
+    r"""SlowMo: slow momentum over the averaged pseudo-gradient g.
+
+    .. math:: u \leftarrow \beta u + g/\gamma, \qquad a \leftarrow a - \alpha \gamma u
+
+    Args:
+        local_steps: H >= 1, or a schedule.
+        outer_lr: α > 0; 1 is usual.
+        momentum: β in [0, 1); the authors suggest .2 for 4 workers, .5 for 8, .6 for 16.
+        **kwargs: those of `LocalSGD`.
+
+    Memory: 4 bytes per parameter on top of `LocalSGD`; the same bytes per round.
+
+    Source: arXiv 1910.00643.
+
+    Example:
+        >>> SlowMo(local_steps=16, momentum=0.5).strategy_name
+        'slowmo'
+    """
+
+    strategy_name = "slowmo"
+
+    def __init__(
+        self,
+        local_steps: int | Callable[[RoundInfo], int] = 16,
+        outer_lr: float = 1.0,
+        momentum: float = 0.5,
+        **kwargs: Any,
+    ) -> None:
+        _refuse_outer_optimizer(self, kwargs)
+        factory = partial(SlowMomentum, lr=outer_lr, momentum=momentum)
+        factory([torch.zeros(1)])  # wrong values fail here, not at the first sync
+        super().__init__(local_steps=local_steps, outer_optimizer=factory, **kwargs)
+
+
+class DiLoCo(LocalSGD):
+    r"""DiLoCo: SGD with Nesterov momentum on the averaged pseudo-gradient g.
+
+    .. math:: u \leftarrow \mu u + g, \qquad a \leftarrow a - \eta\,(g + \mu u)
+
+    Args:
+        local_steps: H >= 1, or a schedule; the paper has 500.
+        outer_lr: η > 0.
+        momentum: μ in [0, 1); 0 is plain SGD.
+        **kwargs: those of `LocalSGD`.
+
+    Memory: 4 bytes per parameter on top of `LocalSGD`; the same bytes per round.
+
+    Source: arXiv 2311.08105.
+
+    Example:
+        >>> DiLoCo(local_steps=500).strategy_name
+        'diloco'
+    """
+
+    strategy_name = "diloco"
+
+    def __init__(
+        self,
+        local_steps: int | Callable[[RoundInfo], int] = 500,
+        outer_lr: float = 0.7,
+        momentum: float = 0.9,
+        **kwargs: Any,
+    ) -> None:
+        _refuse_outer_optimizer(self, kwargs)
+        factory = partial(torch.optim.SGD, lr=outer_lr, momentum=momentum, nesterov=momentum > 0)
+        factory([torch.zeros(1)])
+        super().__init__(local_steps=local_steps, outer_optimizer=factory, **kwargs)
+
+
+class LearnedLocalSGD(LocalSGD):
+    r"""Local SGD whose global update is a meta-learned optimizer: LOpt-A, or LAgg-A with a network of K inputs.
+
+    .. math:: a \leftarrow a - \mathrm{step}(\mathrm{MLP}(\text{Ada features of } a, g))
+
+    There is nothing to tune: the bundled weights are the default. A step that is not finite, or more than 100 times
+    the averaged one, is replaced by averaging, with a warning.
+
+    Args:
+        local_steps: H >= 1, or a schedule.
+        network: an `AdaMLP`, a path to a weights file, the name of bundled weights, or None for the default ones.
+        **kwargs: those of `LocalSGD`, without `outer_optimizer`.
+
+    Raises:
+        WeightsError: a weights file that cannot be used.
+        ValueError: a network that belongs to another number of workers.
+
+    Memory: 16 bytes per parameter and a little per row and column on top of `LocalSGD`; the same bytes per round
+    (LAgg-A: K-1 all-gathered payloads instead of an all-reduce, and K times the memory during a sync).
+
+    Source: arXiv 2312.02204.
+
+    Example:
+        >>> LearnedLocalSGD(local_steps=16, network=AdaMLP(seed=0)).strategy_name
+        'learned_local_sgd'
+    """
+
+    strategy_name = "learned_local_sgd"
+
+    def __init__(
+        self,
+        local_steps: int | Callable[[RoundInfo], int] = 16,
+        network: AdaMLP | str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        _refuse_outer_optimizer(self, kwargs)
+        factory = partial(LearnedOptimizer, network=resolve_network(network))
+        super().__init__(local_steps=local_steps, outer_optimizer=factory, **kwargs)
+
+
+def _refuse_outer_optimizer(strategy: LocalSGD, kwargs: dict[str, Any]) -> None:
+    if "outer_optimizer" in kwargs:
+        raise TypeError(
+            f"{type(strategy).__name__} brings its own outer optimizer; for another one use "
+            "LocalSGD(outer_optimizer=...)."
+        )
