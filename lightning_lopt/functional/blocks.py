@@ -1,0 +1,74 @@
+"""Cutting tensors of shape [P, X, B, a, b] into blocks of bounded size, and running over them in threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, int, int]
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def block_shape(grid: Grid, size: int) -> Grid:
+    """The shape of the blocks that cover [B, a, b]: matrices, rows or parts of a row, about equal in size.
+
+    Args:
+        grid: (B, a, b).
+        size: the most elements that a block may have, >= 1.
+
+    Returns:
+        The block (B, a, b); those at an end may be smaller.
+
+    Example:
+        >>> block_shape((9, 10, 10), 250), block_shape((9, 10, 10), 60), block_shape((1, 10, 10), 7)
+        ((2, 10, 10), (1, 5, 10), (1, 1, 5))
+    """
+    block = list(grid)
+    for dim, side in enumerate(grid):
+        inner = block[1] * block[2] if dim == 0 else block[2] if dim == 1 else 1
+        pieces = -(-side // max(1, size // inner))
+        block[dim] = -(-side // pieces)
+    return block[0], block[1], block[2]
+
+
+def cut(tensor: Tensor, grid: Grid, block: Grid) -> list[Tensor]:
+    """Views of [P, X, B, a, b] by block, in row-major order; dimensions of size 1 stand for all blocks along them.
+
+    Example:
+        >>> column = torch.arange(3).view(1, 1, 1, 3, 1)
+        >>> [view.flatten().tolist() for view in cut(column, (1, 3, 4), (1, 2, 2))]
+        [[0, 1], [0, 1], [2], [2]]
+    """
+    views = [tensor]
+    for dim, (whole, side) in enumerate(zip(grid, block, strict=True), start=2):
+        if side == whole:
+            continue
+        if tensor.shape[dim] == 1:
+            views = [view for view in views for _ in range(0, whole, side)]
+        else:
+            views = [part for view in views for part in view.split(side, dim)]
+    return views
+
+
+def over(jobs: Sequence[Job], work: Callable[[Sequence[Job]], list[Result]]) -> list[Result]:
+    """Call `work` on all jobs, on a CPU in as many threads as torch may use, and return its results in order.
+
+    The operations on a block are too small to be worth splitting, so that each thread runs whole blocks. Results
+    do not depend on the number of threads.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or len(jobs) < 4 * threads:
+        return work(jobs)
+    cuts = [round(i * len(jobs) / threads) for i in range(threads + 1)]
+    parts = [jobs[start:stop] for start, stop in pairwise(cuts)]
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return [result for results in pool.map(torch.no_grad()(work), parts) for result in results]
+    finally:
+        torch.set_num_threads(threads)
