@@ -1,12 +1,10 @@
 """The learned step of LOpt-A and LAgg-A in its exact separable form.
 
-The first layer of the network is linear, so what is constant along an axis never has to be formed per coordinate:
-time features, and those of the factor along a, only move the biases; those of the factor along b are vectors that
-enter the product as they are. Normalisation by RMS scales the weights. `functional.plain` holds the plain form,
-which this one equals up to rounding.
+`functional.layers` says how the network separates. What is left per coordinate runs in blocks that stay in a cache.
+`functional.plain` holds the plain form, which this one equals up to rounding.
 
 A step is `ada.factored_sums` -> `accumulate` -> `apply`; `step` is the three in a row. The sums of the first two
-are exact over shards of a tensor, so a caller that shards tensors reduces them in between.
+add up over shards of a tensor, so a caller that shards tensors reduces them in between.
 """
 
 from __future__ import annotations
@@ -19,49 +17,14 @@ import torch
 from torch import Tensor
 
 from lightning_lopt.functional import ada
-from lightning_lopt.functional.ada import AdaState, Decays, Factoring
+from lightning_lopt.functional.ada import AdaState, Factoring
 from lightning_lopt.functional.blocks import Grid, block_shape, cut, over
+from lightning_lopt.functional.layers import Layers, Moments, Network, separate
 from lightning_lopt.functional.updates import UPDATES, Base
 
 # Elements per block, over all particles. A thread needs 2 x 32 floats for each: on a CPU larger blocks fall out of
 # the cache and smaller ones cost more in dispatch; a GPU wants few large launches. Tens of MB, whatever the model.
 BLOCK_SIZE = {"cpu": 9 << 11, "other": 1 << 18}
-
-
-class Network(NamedTuple):
-    """Meta-parameters with a leading particle dimension.
-
-    Attributes:
-        weights: one [P, out, in] per layer.
-        biases: one [P, out] per layer.
-        decays: complements of the decays.
-        num_inputs: pseudo-gradient inputs: 1 (their mean) or K.
-        step_mult: λ1.
-        exp_mult: λ2.
-        update: a key of `UPDATES`.
-    """
-
-    weights: tuple[Tensor, ...]
-    biases: tuple[Tensor, ...]
-    decays: Decays
-    num_inputs: int
-    step_mult: float
-    exp_mult: float
-    update: str
-
-
-class Moments(NamedTuple):
-    """Sums over one tensor, from which the features are normalised.
-
-    Attributes:
-        features: sums of squares of the per-coordinate features, in the order of `_Views` [P, G + 15].
-        base: sum of squares of the base step [P]; 0 for an update without one.
-        count: number of coordinates.
-    """
-
-    features: Tensor
-    base: Tensor
-    count: int
 
 
 class _Operands(NamedTuple):
@@ -178,94 +141,31 @@ def accumulate(operands: _Operands, network: Network) -> Moments:
     return Moments(sums[:, :num_features], sums[:, num_features:], operands.grad[0].numel())
 
 
-def _constant_features(accumulator: Tensor) -> Tensor:
-    """Features 8 and 10 (or 9 and 11), normalised: [P, 3, B, r] -> [P, 6, B, r]."""
-    raw = torch.cat([accumulator, (accumulator + ada.RSQRT_EPS).rsqrt_()], 1)
-    return raw.mul_((raw.square().mean((2, 3), keepdim=True) + ada.RMS_EPS).rsqrt_())
-
-
-class _FirstLayer(NamedTuple):
-    """The first layer, split by where its features live.
-
-    Attributes:
-        weight: of the tiled and the per-coordinate features, [P, hidden, 6 + G + 15].
-        bias: with all that is constant along b, [P, hidden, B, a, 1].
-        tiled: the features that are constant along a, [P, 6, B, 1, b].
-    """
-
-    weight: Tensor
-    bias: Tensor
-    tiled: Tensor
-
-
-def _first_layer(
-    state: AdaState, moments: Moments, network: Network, round_idx: Tensor, factors: Factoring
-) -> _FirstLayer:
-    weight, before = network.weights[0], network.num_inputs + 12
-    element, row, col, row_rsqrt, col_rsqrt, fac_m, time_weight = weight.split([before, 3, 3, 3, 3, 3, 11], dim=2)
-    row_weight, col_weight = torch.cat([row, row_rsqrt], 2), torch.cat([col, col_rsqrt], 2)
-    time = ada.time_features(round_idx, weight.dtype).unsqueeze(-1)
-    bias = torch.baddbmm(network.biases[0].unsqueeze(-1), time_weight, time).view(*weight.shape[:2], 1, 1, 1)
-    along_b = _constant_features(state.row)
-    if not factors.factored:  # a vector's row and column features are the same ones, along b
-        b_weight = row_weight + col_weight
-    else:
-        along_a, a_weight, b_weight = _constant_features(state.col), col_weight, row_weight
-        if factors.row_axis == -2:
-            along_a, a_weight, along_b, b_weight = along_b, b_weight, along_a, a_weight
-        bias = bias + torch.bmm(a_weight, along_a.flatten(2)).view(*weight.shape[:2], *along_a.shape[2:], 1)
-    scale = (moments.features / moments.count + ada.RMS_EPS).rsqrt_().unsqueeze(1)
-    element = torch.cat([element, fac_m], 2) * scale
-    return _FirstLayer(torch.cat([b_weight, element], 2), bias, along_b.unsqueeze(-2))
-
-
-def _later_layers(bias: Tensor, network: Network) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """relu(x + b) = max(x, -b) + b: one pass per hidden layer, with b carried into the next layer's bias.
-
-    Args:
-        bias: of the first layer, [P, hidden, B, a, 1].
-        network: for the other layers.
-
-    Returns:
-        The thresholds -b of all hidden layers; the weights of the layers after the first, and the bias of the last.
-        The last layer is scaled by (λ1, λ2). Biases and thresholds are [P, X, B, a, 1].
-    """
-    carried, weights, thresholds = bias.flatten(2), list(network.weights[1:]), []
-    for weight, next_bias in zip(weights, network.biases[1:], strict=True):
-        thresholds.append(-carried)
-        carried = torch.baddbmm(next_bias.unsqueeze(-1), weight, carried)
-    mults = carried.new_tensor([[network.step_mult], [network.exp_mult]])
-    weights[-1] = weights[-1] * mults
-    shape = bias.shape[2:]
-    return [t.unflatten(2, shape) for t in thresholds], weights, (carried * mults).unflatten(2, shape)
-
-
-def apply(operands: _Operands, first: _FirstLayer, moments: Moments, network: Network) -> None:
+def apply(operands: _Operands, layers: Layers, moments: Moments, network: Network) -> None:
     """Run the network over all coordinates and move `operands.param`, in place."""
     kind = UPDATES[network.update]
     base_rms = (moments.base / moments.count).sqrt_()[..., None, None, None]
-    thresholds, weights, last_bias = _later_layers(first.bias, network)
-    *hidden_weights, last_weight = first.weight, *weights
+    *hidden_weights, last_weight = layers.weights
     grid, block = operands.grad.shape[2:], operands.block_shape()
-    tiled = first.tiled.expand(-1, -1, *grid)
-    constants = zip(*(cut(tensor, grid, block) for tensor in (tiled, last_bias, *thresholds)), strict=True)
+    constants = layers.tiled.expand(-1, -1, *grid), layers.bias, *layers.thresholds
+    constant_blocks = zip(*(cut(tensor, grid, block) for tensor in constants), strict=True)
 
     def work(blocks: Sequence[tuple[_Operands, tuple[Tensor, ...]]]) -> list[None]:
-        workspace = _Workspace(operands, tiled.shape[1], [weight.shape[1] for weight in network.weights])
-        for x, (tiled_part, last_bias, *thresholds) in blocks:
-            views = workspace.features(x, tiled_part)
-            *layers, output = views.layers
-            *flat_layers, flat_output = views.flat_layers
+        workspace = _Workspace(operands, layers.tiled.shape[1], [weight.shape[1] for weight in layers.weights])
+        for x, (tiled, last_bias, *thresholds) in blocks:
+            views = workspace.features(x, tiled)
+            *buffers, output = views.layers
+            *flat_buffers, flat_output = views.flat_layers
             hidden = views.flat_features
-            for weight, threshold, layer, flat in zip(hidden_weights, thresholds, layers, flat_layers, strict=True):
+            for weight, threshold, buffer, flat in zip(hidden_weights, thresholds, buffers, flat_buffers, strict=True):
                 hidden = torch.bmm(weight, hidden, out=flat)
-                torch.maximum(layer, threshold, out=layer)
+                torch.maximum(buffer, threshold, out=buffer)
             torch.bmm(last_weight, hidden, out=flat_output)
             base = kind.base and Base(kind.base(x.grad, x.momentum, network.decays), base_rms)
             x.param.sub_(kind.step(output.add_(last_bias), base))
         return []
 
-    over(list(zip(operands.blocks(), constants, strict=True)), work)
+    over(list(zip(operands.blocks(), constant_blocks, strict=True)), work)
 
 
 @torch.no_grad()
@@ -305,7 +205,6 @@ def step(
     ada.update_factors(state, ada.factored_sums(factors.matrices(grad), factors), network.decays, factors)
     operands = _Operands.of(param, grad, worker_grads, state, factors)
     moments = accumulate(operands, network)
-    first = _first_layer(state, moments, network, round_idx, factors)
-    apply(operands, first, moments, network)
+    apply(operands, separate(network, state, moments, round_idx, factors), moments, network)
     if operands.param.data_ptr() != param.data_ptr():  # the permuted view was a copy
         param.copy_(factors.restore(operands.param, param))

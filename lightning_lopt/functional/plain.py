@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_lopt.functional import ada
 from lightning_lopt.functional.ada import AdaState, Factoring
-from lightning_lopt.functional.learned import Network
+from lightning_lopt.functional.layers import Network
 from lightning_lopt.functional.updates import UPDATES, Base
 
 

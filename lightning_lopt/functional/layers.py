@@ -1,0 +1,119 @@
+"""The network of the learned optimizer, and what is left of its layers in the separable form.
+
+The first layer is linear, so what is constant along an axis never has to be formed per coordinate: the time features
+and those of the factor along a only move biases; those of the factor along b enter the product as vectors.
+Normalisation by RMS scales weights. A bias b of a hidden layer needs no pass of its own: relu(x + b) = max(x, -b) + b,
+where the last b moves the bias of the next layer.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_lopt.functional import ada
+from lightning_lopt.functional.ada import AdaState, Decays, Factoring
+
+
+class Network(NamedTuple):
+    """Meta-parameters with a leading particle dimension.
+
+    Attributes:
+        weights: one [P, out, in] per layer.
+        biases: one [P, out] per layer.
+        decays: complements of the decays.
+        num_inputs: pseudo-gradient inputs: 1 (their mean) or K.
+        step_mult: λ1.
+        exp_mult: λ2.
+        update: a key of `UPDATES`.
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+    decays: Decays
+    num_inputs: int
+    step_mult: float
+    exp_mult: float
+    update: str
+
+
+class Moments(NamedTuple):
+    """Sums over one tensor, from which the features are normalised.
+
+    Attributes:
+        features: sums of squares of the per-coordinate features, in the order of the network [P, G + 15].
+        base: sum of squares of the base step [P, 1], or [P, 0] for an update without one.
+        count: number of coordinates.
+    """
+
+    features: Tensor
+    base: Tensor
+    count: int
+
+
+class Layers(NamedTuple):
+    """The network as one tensor needs it.
+
+    Attributes:
+        weights: one [P, out, in] per layer: the first of the tiled and the per-coordinate features, the last scaled
+            by (λ1, λ2).
+        thresholds: one [P, out, B, a, 1] per hidden layer, whose output is max(x, threshold).
+        bias: of the last layer, [P, 2, B, a, 1].
+        tiled: the features that are constant along a, [P, 6, B, 1, b].
+    """
+
+    weights: list[Tensor]
+    thresholds: list[Tensor]
+    bias: Tensor
+    tiled: Tensor
+
+
+def separate(network: Network, state: AdaState, moments: Moments, round_idx: Tensor, factors: Factoring) -> Layers:
+    """Fold into the layers all that is not per coordinate.
+
+    Args:
+        network: meta-parameters.
+        state: the accumulators, already advanced.
+        moments: the result of `learned.accumulate`.
+        round_idx: [P].
+        factors: the factoring of the parameter.
+    """
+    first, carried, tiled = _first_layer(network, state, moments, round_idx, factors)
+    grid = carried.shape[2:]
+    carried, weights, thresholds = carried.flatten(2), list(network.weights[1:]), []
+    for weight, bias in zip(weights, network.biases[1:], strict=True):
+        thresholds.append(-carried)
+        carried = torch.baddbmm(bias.unsqueeze(-1), weight, carried)
+    mults = carried.new_tensor([[network.step_mult], [network.exp_mult]])
+    weights = [first, *weights[:-1], weights[-1] * mults]
+    return Layers(weights, [t.unflatten(2, grid) for t in thresholds], (carried * mults).unflatten(2, grid), tiled)
+
+
+def _first_layer(
+    network: Network, state: AdaState, moments: Moments, round_idx: Tensor, factors: Factoring
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weight [P, hidden, 6 + G + 15], the bias [P, hidden, B, a, 1], and the tiled features."""
+    weight, before = network.weights[0], network.num_inputs + 12
+    element, row, col, row_rsqrt, col_rsqrt, fac_m, time_weight = weight.split([before, 3, 3, 3, 3, 3, 11], dim=2)
+    row_weight, col_weight = torch.cat([row, row_rsqrt], 2), torch.cat([col, col_rsqrt], 2)
+    time = ada.time_features(round_idx, weight.dtype).unsqueeze(-1)
+    bias = torch.baddbmm(network.biases[0].unsqueeze(-1), time_weight, time).view(*weight.shape[:2], 1, 1, 1)
+    along_b = _constant_features(state.row)
+    if not factors.factored:  # a vector's row and column features are the same ones, along b
+        b_weight = row_weight + col_weight
+    else:
+        along_a, a_weight, b_weight = _constant_features(state.col), col_weight, row_weight
+        if factors.row_axis == -2:
+            along_a, a_weight, along_b, b_weight = along_b, b_weight, along_a, a_weight
+        bias = bias + torch.bmm(a_weight, along_a.flatten(2)).view(*weight.shape[:2], *along_a.shape[2:], 1)
+    scale = (moments.features / moments.count + ada.RMS_EPS).rsqrt_().unsqueeze(1)
+    element = torch.cat([element, fac_m], 2) * scale
+    return torch.cat([b_weight, element], 2), bias, along_b.unsqueeze(-2)
+
+
+def _constant_features(accumulator: Tensor) -> Tensor:
+    """Features 8 and 10 (or 9 and 11), normalised: [P, 3, B, r] -> [P, 6, B, r]."""
+    raw = torch.cat([accumulator, (accumulator + ada.RSQRT_EPS).rsqrt_()], 1)
+    return raw.mul_((raw.square().mean((2, 3), keepdim=True) + ada.RMS_EPS).rsqrt_())
