@@ -134,7 +134,8 @@ class PESEstimator:
         loss = self._clip(torch.stack(losses))
         accumulator = self._accumulator or {name: torch.zeros_like(eps) for name, eps in noise.items()}
         flags = torch.stack(done).to(loss.device)
-        estimate = pes.pes_gradient(*loss.chunk(2, 1), flags, noise, accumulator, self.sigma)
+        loss_pos, loss_neg = loss.chunk(2, dim=1)
+        estimate = pes.pes_gradient(loss_pos, loss_neg, flags, noise, accumulator, self.sigma)
         self._accumulator = estimate.accumulator
         gradient = {name: g.nan_to_num(0, 0, 0) for name, g in estimate.gradient.items()}
         return Window(gradient, loss.mean().item(), loss.numel())

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_lopt.meta.estimator import PESEstimator
@@ -21,6 +20,30 @@ from lightning_lopt.network import AdaMLP
 WARMUP_STEPS = 100
 FINAL_LR = 1 / 3  # of the peak
 STATE_KEY = "lightning_lopt.MetaTraining"
+
+
+class Iterations:
+    """A data loader that only counts; the data are the tasks' own, and it can go on from where it was."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._next = 0
+
+    def __len__(self) -> int:
+        return self._total
+
+    def __iter__(self) -> Iterator[int]:
+        start, self._next = self._next, 0
+        for index in range(start, self._total):
+            self._next = index + 1
+            yield index
+        self._next = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self._next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._next = state["next"]
 
 
 class MetaTraining(L.LightningModule):
@@ -109,9 +132,8 @@ class MetaTraining(L.LightningModule):
             )
 
     @override
-    def train_dataloader(self) -> DataLoader[int]:
-        """Counts meta-iterations; the data are the tasks' own."""
-        return DataLoader(range(max(self.trainer.max_steps, 1)), batch_size=None)  # pyright: ignore
+    def train_dataloader(self) -> Iterations:
+        return Iterations(self.trainer.max_steps)
 
     @override
     def configure_optimizers(self) -> Any:

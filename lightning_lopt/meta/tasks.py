@@ -85,12 +85,12 @@ class ImageMLP:
         """A batch of its own for each replica: images [R, batch_size, pixels], labels [R, batch_size]."""
         starts = torch.randint(len(self.images) - self.batch_size + 1, (num_replicas,), generator=generator)
         starts = starts.to(self.images.device)
-        return tuple(self._windows(array).index_select(0, starts) for array in (self.images, self.labels))
+        return self._windows(self.images, starts), self._windows(self.labels, starts)
 
-    def _windows(self, array: Tensor) -> Tensor:
-        """All runs of batch_size neighbours, as a view: [N, *S] -> [N - batch_size + 1, batch_size, *S]."""
-        count = len(array) - self.batch_size + 1
-        return array.as_strided((count, self.batch_size, *array.shape[1:]), (array.stride(0), *array.stride()))
+    def _windows(self, array: Tensor, starts: Tensor) -> Tensor:
+        """Runs of batch_size neighbours: [N, *S], [R] -> [R, batch_size, *S]."""
+        size = (len(array) - self.batch_size + 1, self.batch_size, *array.shape[1:])
+        return array.as_strided(size, (array.stride(0), *array.stride())).index_select(0, starts)
 
     def _forward(self, params: Tensors, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """The input of every layer, [R, B, in], and the logits, [R, classes, B] (a softmax over rows is far faster)."""

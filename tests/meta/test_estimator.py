@@ -1,0 +1,153 @@
+"""Windows over particles: what is shared within a pair, where unrolls restart, what the estimate is worth."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+
+from lightning_lopt import AdaMLP
+from lightning_lopt.meta.estimator import PESEstimator
+from lightning_lopt.meta.tasks import ImageMLP
+from lightning_lopt.meta.truncation import LogUniform
+
+
+def make(dtype=torch.float32, **keywords) -> PESEstimator:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(60, 9, generator=generator, dtype=dtype)
+    task = ImageMLP(images, (images.sum(1) * 100).long() % 3, hidden=(4,), batch_size=5)
+    settings = {
+        "num_workers": 2,
+        "local_steps": [1, 2],
+        "local_lr": (0.1, 1.0),
+        "num_particles": 3,
+        "truncation": 6,
+        "unroll_length": LogUniform(4, 9),
+        "sigma": 0.01,
+        "seed": 0,
+    }
+    return PESEstimator(task, **{**settings, **keywords})
+
+
+def test_unrolls_restart_one_by_one_from_fresh_parameters_common_to_the_pair():
+    estimator, network = make(num_particles=6), AdaMLP(seed=0)
+    restarted = 0
+    for iteration in range(6):
+        estimator.window(network, iteration)
+        fresh = estimator._round_idx == 0
+        restarted += int(fresh.sum())
+        for name, anchor in estimator._anchor.items():
+            pos, neg = anchor.chunk(2)
+            assert torch.equal(pos[fresh], neg[fresh])
+            assert not fresh.all()
+            assert not torch.equal(pos[~fresh], neg[~fresh])
+            momentum = estimator._states[name].momentum
+            assert not momentum[fresh.repeat(2)].any()
+            assert momentum[~fresh.repeat(2)].any()
+        assert (estimator._round_idx < estimator._length).all()
+    assert restarted > 0
+
+
+def test_an_unperturbed_pair_has_no_gradient():
+    window = make(sigma=1e-12, dtype=torch.float32).window(AdaMLP(seed=0), 0)
+    assert all(not g.any() for g in window.gradient.values())
+    assert window.rounds == 6 * 6
+
+
+def test_windows_depend_on_seed_and_iteration_alone():
+    network = AdaMLP(seed=0)
+    first, again, other = (make(seed=seed).window(network, 0) for seed in (1, 1, 2))
+    torch.manual_seed(7)
+    assert first.loss == again.loss != other.loss
+    assert all(torch.equal(g, again.gradient[name]) for name, g in first.gradient.items())
+
+
+def test_state_dict_goes_on_bitwise_and_is_a_snapshot():
+    network, one, two = AdaMLP(seed=0), make(), make()
+    for iteration in range(3):
+        one.window(network, iteration)
+    state = copy.deepcopy(one.state_dict())
+    two.load_state_dict(state)
+    for iteration in range(3, 6):
+        ours, theirs = one.window(network, iteration), two.window(network, iteration)
+        assert ours.loss == theirs.loss
+        assert all(torch.equal(g, theirs.gradient[name]) for name, g in ours.gradient.items())
+
+
+def test_the_local_rate_decays_to_zero_along_a_cosine():
+    estimator = make()
+    estimator._base_lr, estimator._length = torch.tensor([0.4, 0.4, 0.4]), torch.tensor([8, 8, 8])
+    estimator._decays = torch.tensor([True, True, False])
+    estimator._round_idx = torch.tensor([0, 4, 4])
+    torch.testing.assert_close(estimator._current_lr(), torch.tensor([0.4, 0.2, 0.4]))
+
+
+def test_losses_are_clipped_and_diverged_ones_count_as_the_worst():
+    limit = 1.5 * math.log(3)
+    clipped = make()._clip(torch.tensor([0.5, 9.0, torch.nan, torch.inf]))
+    torch.testing.assert_close(clipped, torch.tensor([0.5, limit, limit, limit]))
+
+
+def test_a_task_that_diverges_gives_a_finite_gradient():
+    window = make(local_lr=1e30).window(AdaMLP(seed=0), 0)
+    assert math.isfinite(window.loss)
+    assert all(g.isfinite().all() for g in window.gradient.values())
+
+
+def test_gradient_points_along_the_finite_difference():
+    """Along its own direction, the mean of independent estimates is the slope of the loss within 4 standard errors."""
+    network = AdaMLP(seed=0, step_mult=0.01).double()
+    settings = {
+        "truncation": 3,
+        "unroll_length": LogUniform(3, 3),
+        "local_steps": 1,
+        "local_lr": 0.3,
+        "num_particles": 64,
+    }
+
+    def fresh(sigma: float, seed: int) -> PESEstimator:
+        estimator = make(torch.float64, sigma=sigma, seed=seed, **settings)
+        estimator._length[:] = 3  # not out of phase: every window is a whole unroll
+        return estimator
+
+    estimates = [fresh(1e-3, seed).window(network, 0).gradient for seed in range(24)]
+    flat = torch.stack([torch.cat([g.flatten() for g in gradient.values()]) for gradient in estimates])
+    direction = flat[:12].mean(0) / flat[:12].mean(0).norm()
+    slopes = flat[12:] @ direction
+
+    def loss_at(distance: float, seed: int) -> float:
+        moved = copy.deepcopy(network)
+        torch.nn.utils.vector_to_parameters(
+            torch.nn.utils.parameters_to_vector(moved.parameters()).detach() + distance * direction, moved.parameters()
+        )
+        return fresh(1e-12, seed).window(moved, 0).loss
+
+    wanted = sum((loss_at(1e-3, s) - loss_at(-1e-3, s)) / 2e-3 for s in range(12, 24)) / 12
+    error = slopes.std().item() / len(slopes) ** 0.5
+    assert wanted > 0
+    assert abs(slopes.mean().item() - wanted) < 4 * error
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"num_workers": 0}, "num_workers must be at least 1"),
+        ({"local_steps": 0}, "local_steps must be at least 1"),
+        ({"local_steps": []}, "local_steps must be at least 1"),
+        ({"num_particles": 0}, "num_particles must be at least 1"),
+        ({"truncation": 0}, "truncation must be at least 1"),
+        ({"local_lr": 0.0}, "local_lr must be positive"),
+        ({"local_lr": (1.0, 0.1)}, "local_lr must be positive"),
+        ({"sigma": 0.0}, "sigma must be positive"),
+    ],
+)
+def test_bad_arguments_are_named(keywords, message):
+    with pytest.raises(ValueError, match=message):
+        make(**keywords)
+
+
+def test_a_checkpoint_of_another_task_is_refused():
+    with pytest.raises(ValueError, match=r"The checkpoint is of ImageMLP\(60 images, 9-4-3.*with 3 particles"):
+        make(num_particles=2).load_state_dict(make().state_dict())

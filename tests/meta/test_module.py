@@ -1,0 +1,132 @@
+"""MetaTraining in a Trainer: automatic optimization on the estimate, and a killed run that goes on bitwise."""
+
+from __future__ import annotations
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_lopt import AdaMLP
+from lightning_lopt.meta import ImageMLP, LogUniform, MetaTraining
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+def make(tasks: int = 2, **keywords) -> MetaTraining:
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(100, 6, 6, generator=generator), torch.randint(4, (100,), generator=generator)
+    settings = {
+        "num_workers": 2,
+        "local_steps": [1, 2],
+        "local_lr": (0.05, 1.0),
+        "num_particles": 2,
+        "truncation": 5,
+        "unroll_length": LogUniform(4, 20),
+    }
+    widths = [(8,), (4, 4)][:tasks]
+    return MetaTraining(
+        task=[ImageMLP(images, labels, hidden=hidden, batch_size=8) for hidden in widths], **{**settings, **keywords}
+    )
+
+
+def trainer(max_steps: int, *callbacks: L.Callback, **keywords) -> L.Trainer:
+    return L.Trainer(
+        max_steps=max_steps,
+        callbacks=list(callbacks),
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        **keywords,
+    )
+
+
+def test_the_gradient_is_the_estimate_and_the_loss_is_the_meta_loss():
+    meta, seen = make(), {}
+    expected = make()._estimators[0].window(meta.network, 0)
+
+    class Look(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            seen.update({name: p.grad.clone() for name, p in pl_module.network.named_parameters()})
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen["loss"] = outputs["loss"].item()
+
+    trainer(1, Look()).fit(meta)
+    assert seen.pop("loss") == pytest.approx(expected.loss, rel=1e-6)
+    assert set(seen) == set(expected.gradient)
+    assert all(torch.equal(grad, expected.gradient[name]) for name, grad in seen.items())
+
+
+def test_tasks_are_taken_in_turn_and_metrics_are_logged():
+    meta = make()
+    fit = trainer(3)
+    fit.fit(meta)
+    assert [int(e._round_idx.max() > 0 or bool(e._accumulator)) for e in meta._estimators] == [1, 1]
+    assert {"meta_loss", "rounds_per_second"} <= set(fit.callback_metrics)
+
+
+class Kill(L.Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 7:
+            raise KeyError("killed")
+
+
+def test_a_killed_run_goes_on_bitwise(tmp_path):
+    whole = make()
+    trainer(11).fit(whole)
+
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1, filename="{step}")
+    with pytest.raises(KeyError, match="killed"):
+        trainer(11, saving, Kill()).fit(make())
+    resumed = make()
+    resuming = trainer(11, saving)
+    resuming.fit(resumed, ckpt_path=tmp_path / "step=5.ckpt")
+
+    assert resuming.global_step == 11
+    for ours, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(resumed._estimators, whole._estimators, strict=True):
+        assert torch.equal(ours._round_idx, theirs._round_idx)
+        assert all(torch.equal(ours._accumulator[name], value) for name, value in theirs._accumulator.items())
+
+
+def test_a_checkpoint_with_other_tasks_is_refused(tmp_path):
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=1, filename="saved")
+    trainer(1, saving).fit(make())
+    with pytest.raises(ValueError, match="particles of 2 tasks, but this run has 1"):
+        trainer(2).fit(make(tasks=1), ckpt_path=tmp_path / "saved.ckpt")
+
+
+def test_meta_training_improves_on_an_untrained_twin():
+    """With a tiny local rate only the outer step can lower the loss; both runs see the same data."""
+
+    def losses(lr: float) -> list[float]:
+        found = []
+
+        class Record(L.Callback):
+            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+                found.append(outputs["loss"].item())
+
+        settings = {"num_particles": 8, "truncation": 10, "unroll_length": LogUniform(10, 10)}
+        trainer(40, Record()).fit(make(tasks=1, local_lr=1e-3, local_steps=1, lr=lr, **settings))
+        return found
+
+    trained, untrained = losses(1e-2), losses(0.0)
+    assert trained[0] == untrained[0]
+    assert sum(trained[-10:]) < sum(untrained[-10:]) - 0.03
+
+
+def test_a_network_for_k_workers_needs_that_k():
+    assert make(network=AdaMLP(inputs=2)).network.num_inputs == 2
+    with pytest.raises(ValueError, match=r"sees 3 workers but there are num_workers=2"):
+        make(network=AdaMLP(inputs=3))
+
+
+def test_bad_trainers_and_arguments_are_named():
+    with pytest.raises(ValueError, match="at least one task"):
+        make(tasks=0)
+    with pytest.raises(ValueError, match="max_steps"):
+        trainer(-1, max_epochs=1).fit(make())
