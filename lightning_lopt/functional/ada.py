@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_lopt.functional.blocks import block_shape, cut
+
 MOMENTUM_INIT = (0.9, 0.99, 0.999)
 RMS_INIT = (0.999,)
 FACTORED_INIT = (0.9, 0.99, 0.999)
@@ -156,26 +158,31 @@ class AdaState:
         )
 
 
-def factored_sums(grad: Tensor, factors: Factoring, chunk_size: int = 1 << 16) -> tuple[Tensor, Tensor]:
+# Elements squared at a time: few enough that torch sums them in one thread, in an order that does not depend on how
+# many there are.
+SUM_BLOCK = 30_000
+
+
+def factored_sums(grad: Tensor, factors: Factoring) -> tuple[Tensor, Tensor]:
     """Sums of g² over d0 and over d1; a caller whose tensors are sharded adds them up over its shards.
 
     Args:
         grad: averaged pseudo-gradient, [P, 1, B, a, b].
         factors: the factoring of the parameter.
-        chunk_size: elements (at least one row) squared at a time, which bounds the extra memory.
 
     Returns:
         Row sums [P, B, size of d1] and column sums [P, B, size of d0].
     """
-    num_particles, _, batch, _, b = grad.shape
-    height = max(1, chunk_size // (num_particles * batch * b))
-    rows, along_b = [], grad.new_zeros(num_particles, batch, b)
-    for chunk in grad.squeeze(1).split(height, dim=2):
-        squares = chunk.square()
-        rows.append(squares.sum(-1))
-        along_b += squares.sum(-2)
-    along_a = torch.cat(rows, -1)
-    return (along_a, along_b) if factors.row_axis == -2 else (along_b, along_a)
+    grid, num_particles = factors.shape, len(grad)
+    block = block_shape(grid, max(1, SUM_BLOCK // num_particles))
+    along_a = grad.new_zeros(num_particles, 1, *grid[:2], 1)
+    along_b = grad.new_zeros(num_particles, 1, grid[0], 1, grid[2])
+    for part, sum_a, sum_b in zip(*(cut(x, grid, block) for x in (grad, along_a, along_b)), strict=True):
+        squares = part.square()
+        sum_a += squares.sum(-1, keepdim=True)
+        sum_b += squares.sum(-2, keepdim=True)
+    row, col = along_a[:, 0, :, :, 0], along_b[:, 0, :, 0]
+    return (row, col) if factors.row_axis == -2 else (col, row)
 
 
 def update_factors(state: AdaState, sums: tuple[Tensor, Tensor], decays: Decays, factors: Factoring) -> None:

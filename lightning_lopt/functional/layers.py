@@ -45,12 +45,12 @@ class Moments(NamedTuple):
     Attributes:
         features: sums of squares of the per-coordinate features, in the order of the network [P, G + 15].
         base: sum of squares of the base step [P, 1], or [P, 0] for an update without one.
-        count: number of coordinates.
+        numel: number of coordinates.
     """
 
     features: Tensor
     base: Tensor
-    count: int
+    numel: int
 
 
 class Layers(NamedTuple):
@@ -108,7 +108,7 @@ def _first_layer(
         if factors.row_axis == -2:
             along_a, a_weight, along_b, b_weight = along_b, b_weight, along_a, a_weight
         bias = bias + torch.bmm(a_weight, along_a.flatten(2)).view(*weight.shape[:2], *along_a.shape[2:], 1)
-    scale = (moments.features / moments.count + ada.RMS_EPS).rsqrt_().unsqueeze(1)
+    scale = (moments.features / moments.numel + ada.RMS_EPS).rsqrt_().unsqueeze(1)
     element = torch.cat([element, fac_m], 2) * scale
     return torch.cat([b_weight, element], 2), bias, along_b.unsqueeze(-2)
 

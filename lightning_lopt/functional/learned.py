@@ -50,12 +50,18 @@ class _Operands(NamedTuple):
         second, col = state.second.unsqueeze(1), factors.along(col, factors.col_axis)
         return cls(factors.matrices(param), grad, inputs, state.momentum, second, rows, col, vector)
 
-    def block_shape(self) -> Grid:
+    @property
+    def grid(self) -> Grid:
+        _, _, batch, a, b = self.grad.shape
+        return batch, a, b
+
+    @property
+    def block(self) -> Grid:
         size = BLOCK_SIZE.get(self.grad.device.type, BLOCK_SIZE["other"])
-        return block_shape(self.grad.shape[2:], max(1, size // len(self.grad)))
+        return block_shape(self.grid, max(1, size // len(self.grad)))
 
     def blocks(self) -> list[_Operands]:
-        grid, block = self.grad.shape[2:], self.block_shape()
+        grid, block = self.grid, self.block
         return [_Operands(*views) for views in zip(*(cut(tensor, grid, block) for tensor in self), strict=True)]
 
 
@@ -91,7 +97,7 @@ class _Workspace:
         self._factored = operands.row_scale is operands.vector_scale
         self._sections = [num_tiled + num_inputs + 1, 3, 1, 3, 1, 3, 3]
         self._widths = [sum(self._sections), *widths]
-        size = len(operands.grad) * max(self._widths) * math.prod(operands.block_shape())
+        size = len(operands.grad) * max(self._widths) * math.prod(operands.block)
         self._buffers = [operands.grad.new_empty(size) for _ in self._widths[:2]]
         self._views: dict[torch.Size, _Views] = {}
 
@@ -102,10 +108,19 @@ class _Workspace:
                 self._buffers[i % 2][: width * like.numel()].view(len(like), width, *like.shape[2:])
                 for i, width in enumerate(self._widths)
             )
-            copied = features.narrow(1, 0, sum(self._sections[:3]))
-            parts = features.split(self._sections, dim=1)[1:]
-            flat = [layer.flatten(2) for layer in layers]
-            self._views[like.shape] = _Views(copied, *parts, features.flatten(2), layers, flat)
+            _, momentum, second, normed_m, rsqrt_v, fac_g, fac_m = features.split(self._sections, dim=1)
+            self._views[like.shape] = _Views(
+                copied=features.narrow(1, 0, sum(self._sections[:3])),
+                momentum=momentum,
+                second=second,
+                normed_m=normed_m,
+                rsqrt_v=rsqrt_v,
+                fac_g=fac_g,
+                fac_m=fac_m,
+                flat_features=features.flatten(2),
+                layers=layers,
+                flat_layers=[layer.flatten(2) for layer in layers],
+            )
         return self._views[like.shape]
 
     def features(self, x: _Operands, *tiled: Tensor) -> _Views:
@@ -144,9 +159,9 @@ def accumulate(operands: _Operands, network: Network) -> Moments:
 def apply(operands: _Operands, layers: Layers, moments: Moments, network: Network) -> None:
     """Run the network over all coordinates and move `operands.param`, in place."""
     kind = UPDATES[network.update]
-    base_rms = (moments.base / moments.count).sqrt_()[..., None, None, None]
+    base_rms = (moments.base / moments.numel).sqrt_()[..., None, None, None]
     *hidden_weights, last_weight = layers.weights
-    grid, block = operands.grad.shape[2:], operands.block_shape()
+    grid, block = operands.grid, operands.block
     constants = layers.tiled.expand(-1, -1, *grid), layers.bias, *layers.thresholds
     constant_blocks = zip(*(cut(tensor, grid, block) for tensor in constants), strict=True)
 

@@ -1,0 +1,129 @@
+"""The separable form equals the plain one: all kinds of shapes, blocks, inputs, updates and thread counts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lightning_lopt import AdaMLP
+from lightning_lopt.functional import ada, blocks, learned, plain
+from lightning_lopt.functional.updates import UPDATES
+
+SHAPES = {
+    "scalar": (),
+    "one": (1,),
+    "vector": (13,),
+    "matrix": (5, 7),
+    "tall": (11, 3),
+    "square": (6, 6),
+    "flat": (1, 9),
+    "conv": (8, 4, 3, 3),
+    "depthwise": (10, 1, 3, 3),
+    "patches": (4, 3, 8, 8),
+    "three": (3, 5, 2),
+}
+
+
+def steps(form, shape, network: AdaMLP, num_particles=1, num_steps=3, dtype=torch.float64):
+    """Parameters and accumulators after some steps on random pseudo-gradients."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*size):
+        return torch.randn(size, generator=generator, dtype=dtype)
+
+    named = {name: p.detach().to(dtype) + 0.1 * rand(num_particles, *p.shape) for name, p in network.named_parameters()}
+    theta = network.to(dtype).functional(named)
+    param = rand(num_particles, *shape)
+    state = ada.AdaState.zeros(shape, num_particles, dtype, param.device)
+    for t in range(num_steps):
+        workers = rand(num_particles, theta.num_inputs, *shape)
+        rounds = torch.arange(num_particles) + t
+        form(param, workers.mean(1), state, theta, rounds, workers if theta.num_inputs > 1 else None)
+    return param, state
+
+
+def assert_same(network, shape, **kwargs):
+    (ours, our_state), (theirs, their_state) = (steps(form.step, shape, network, **kwargs) for form in (learned, plain))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+    torch.testing.assert_close(vars(our_state), vars(their_state), rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_separable_equals_plain(shape, update):
+    assert_same(AdaMLP(seed=0, step_mult=0.1, exp_mult=0.1, update=update), shape, num_particles=3)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_separable_equals_plain_with_worker_inputs(shape):
+    assert_same(AdaMLP(inputs=4, seed=0, step_mult=0.1), shape, num_particles=2)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 7, 12, 40])
+@pytest.mark.parametrize("shape", [(13,), (5, 7), (7, 5), (8, 4, 3, 3), (3, 5, 2)], ids=str)
+def test_every_block_boundary(monkeypatch, shape, size):
+    monkeypatch.setitem(learned.BLOCK_SIZE, "cpu", size)
+    assert_same(AdaMLP(seed=0, step_mult=0.1, update="gated_nesterov"), shape)
+
+
+@pytest.mark.parametrize("size", [1, 3, 10, 29, 100])
+def test_blocks_of_the_factored_sums_do_not_matter(monkeypatch, size):
+    factors = ada.factoring((6, 4, 3, 3))
+    grad = factors.matrices(torch.randn(2, 6, 4, 3, 3, dtype=torch.float64))
+    whole = ada.factored_sums(grad, factors)
+    monkeypatch.setattr(ada, "SUM_BLOCK", size)
+    torch.testing.assert_close(ada.factored_sums(grad, factors), whole, rtol=1e-14, atol=0)
+    torch.testing.assert_close(whole[0].sum(-1), grad.square().sum((1, 3, 4)), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3, 3)], ids=str)
+def test_empty_tensors_are_left_alone(shape):
+    param, _ = steps(learned.step, shape, AdaMLP(seed=0))
+    assert param.shape == (1, *shape)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize(
+    "shape", [(120, 500), (130_000,), (1, 130_000), (90_000, 2), (40, 30, 7, 7), (300, 96)], ids=str
+)
+def test_the_number_of_threads_does_not_matter(shape, update):
+    network, threads, results = AdaMLP(seed=0, update=update), torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(steps(learned.step, shape, network, num_steps=2, dtype=torch.float32))
+    finally:
+        torch.set_num_threads(threads)
+    (one, one_state), (two, two_state) = results
+    assert torch.equal(one, two)
+    assert all(torch.equal(a, b) for a, b in zip(vars(one_state).values(), vars(two_state).values(), strict=True))
+
+
+def test_the_number_of_threads_is_restored():
+    threads = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError):
+        blocks.over(range(100), lambda jobs: [1 / job for job in jobs])
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, 30, 1000])
+def test_blocks_cover_each_element_once(size):
+    grid = (3, 4, 5)
+    block = blocks.block_shape(grid, size)
+    assert math.prod(block) <= size
+    ones = torch.zeros(1, 1, *grid)
+    for view in blocks.cut(ones, grid, block):
+        view += 1
+    assert bool((ones == 1).all())
+
+
+def test_published_update_has_no_base_and_zero_output_of_a_gate_is_its_base():
+    grad, momentum = torch.randn(1, 1, 1, 2, 3), torch.randn(1, 3, 1, 2, 3)
+    decays = ada.decay_complements(torch.zeros(1, 3), torch.zeros(1, 1), torch.zeros(1, 3))
+    assert UPDATES["published"].base is None
+    for name in ("gated_average", "gated_nesterov"):
+        base = UPDATES[name].base(grad, momentum, decays)
+        step = UPDATES[name].step(torch.zeros(1, 2, 1, 2, 3), learned.Base(base, base.square().mean().sqrt()))
+        torch.testing.assert_close(step, base)
