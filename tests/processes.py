@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import time
 import traceback
@@ -39,9 +40,9 @@ def _main(
     try:
         if connect:
             dist.init_process_group("gloo", rank=rank, world_size=num_workers)
-        connection.send((function(rank, *args), None))
+        connection.send_bytes(pickle.dumps((function(rank, *args), None)))
     except BaseException:
-        connection.send((None, traceback.format_exc()))
+        connection.send_bytes(pickle.dumps((None, traceback.format_exc())))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -72,7 +73,7 @@ def run_workers(
         for rank, (receive, _) in enumerate(pipes):
             if not receive.poll(max(0.0, end - time.monotonic())):
                 raise TimeoutError(f"worker {rank} did not finish within {limit} s")
-            result, error = receive.recv()
+            result, error = pickle.loads(receive.recv_bytes())  # plain pickle: torch's shares memory of the dead
             if error is not None:
                 raise RuntimeError(f"worker {rank} failed:\n{error}")
             results.append(result)

@@ -324,11 +324,11 @@ def test_a_schedule_that_returns_nonsense():
         rounds.step()
 
 
-def _fresh(num_steps, state=None, outer=partial(LearnedOptimizer, network=AdaMLP(seed=1))):
+def _fresh(num_steps, state=None):
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    rounds = Rounds(model, optimizer, 3, outer)
+    rounds = Rounds(model, optimizer, 3, partial(LearnedOptimizer, network=AdaMLP(seed=1)))
     x = torch.randn(20, 8, 4)
     if state is not None:
         rounds.load_state_dict(state["rounds"])

@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import DeepSpeedPrecision, FSDPPrecision
@@ -151,6 +150,8 @@ class LocalSGD(DDPStrategy):
         if self._rng_states is not None:  # not earlier: making an iterator of the loader draws a seed
             _set_rng_states(self._rng_states)
             self._rng_states = None
+            if getattr(trainer.fit_loop, "resumed_on_epoch_end", False):  # Lightning would skip the new epoch's draw
+                iter(trainer.fit_loop._data_fetcher)
         epoch_loop = trainer.fit_loop.epoch_loop
         if hasattr(epoch_loop, "_broadcast_sigterm_tensor"):  # one broadcast per batch, in Lightning >= 2.6
             epoch_loop._broadcast_sigterm_tensor = self._raise_if_stopping

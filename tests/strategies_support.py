@@ -1,0 +1,62 @@
+"""A small LightningModule, data and Trainer for the strategy tests."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+QUIET = {"enable_progress_bar": False, "enable_model_summary": False}
+
+
+class Classifier(pl.LightningModule):
+    """A net with BatchNorm and tied and frozen parameters; it records what its hooks see."""
+
+    def __init__(self, lr: float = 0.1, seed: int | None = None, dropout: float = 0.0) -> None:
+        super().__init__()
+        if seed is not None:
+            torch.manual_seed(seed)
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(dropout))
+        self.square = nn.Linear(8, 8, bias=False)
+        self.head = nn.Linear(8, 3)
+        self.alias = self.square.weight  # tied: one parameter, two names
+        self.head.bias.requires_grad_(False)
+        self.lr = lr
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, x):
+        return self.head(self.square(self.body(x)))
+
+    def training_step(self, batch, batch_idx):
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def on_validation_start(self):
+        self.seen.append(flat(self))
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]), sync_dist=True)
+
+    def configure_optimizers(self):
+        body, rest = list(self.body.parameters()), [self.square.weight, *self.head.parameters()]
+        optimizer = torch.optim.Adam([{"params": body}, {"params": rest, "lr": self.lr / 2}], lr=self.lr)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, gamma=0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def flat(module: nn.Module) -> torch.Tensor:
+    """All parameters and buffers in one vector."""
+    return torch.cat([t.detach().double().flatten() for t in module.state_dict().values()]).clone()
+
+
+def loader(rows: int = 96, batch_size: int = 4, shuffle: bool = True) -> DataLoader:
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(rows, 6, generator=generator)
+    return DataLoader(TensorDataset(x, x[:, :3].argmax(1)), batch_size=batch_size, shuffle=shuffle)
+
+
+def trainer(strategy, devices: int = 2, **kwargs) -> pl.Trainer:
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, **QUIET, **kwargs}
+    return pl.Trainer(devices=devices, strategy=strategy, **options)
