@@ -59,15 +59,19 @@ def cut(tensor: Tensor, grid: Grid, block: Grid) -> list[Tensor]:
 def over(jobs: Sequence[Job], work: Callable[[Sequence[Job]], list[Result]]) -> list[Result]:
     """Call `work` on all jobs, on a CPU in as many threads as torch may use, and return its results in order.
 
-    The operations on a block are too small to be worth splitting, so that each thread runs whole blocks. Results
-    do not depend on the number of threads.
+    Each thread runs whole jobs: the operations on a block are too small to be worth splitting, and waiting for each
+    other after each of them is slow beyond measure when other processes share the cores. Results do not depend on
+    the number of threads.
     """
     threads = torch.get_num_threads()
-    if threads == 1 or len(jobs) < 4 * threads:
+    if threads == 1:
         return work(jobs)
-    cuts = [round(i * len(jobs) / threads) for i in range(threads + 1)]
-    parts = [jobs[start:stop] for start, stop in pairwise(cuts)]
     try:
+        if len(jobs) < 2 * threads:
+            torch.set_num_threads(1)
+            return work(jobs)
+        cuts = [round(i * len(jobs) / threads) for i in range(threads + 1)]
+        parts = [jobs[start:stop] for start, stop in pairwise(cuts)]
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return [result for results in pool.map(torch.no_grad()(work), parts) for result in results]
     finally:
