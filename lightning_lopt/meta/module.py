@@ -66,7 +66,8 @@ class MetaTraining(L.LightningModule):
         truncation: W >= 1 rounds per window.
         unroll_length: T in rounds.
         sigma: σ > 0, standard deviation of the perturbations of the meta-parameters.
-        lr: peak learning rate of the meta-optimizer, > 0.
+        lr: peak learning rate of the meta-optimizer, >= 0.
+        decays_lr: that of the decays, whose offsets act tenfold in the exponent; default `lr`, as published.
         seed: of everything drawn.
 
     Raises:
@@ -95,6 +96,7 @@ class MetaTraining(L.LightningModule):
         unroll_length: LogUniform | None = None,
         sigma: float = 0.01,
         lr: float = 3e-3,
+        decays_lr: float | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -108,6 +110,7 @@ class MetaTraining(L.LightningModule):
                 "Use AdaMLP(inputs='mean'), or as many inputs as workers."
             )
         self.lr = lr
+        self.decays_lr = lr if decays_lr is None else decays_lr
         # Not buffers: those would be overwritten by the broadcasts of distributed strategies.
         self._estimators = [
             PESEstimator(
@@ -137,7 +140,11 @@ class MetaTraining(L.LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=1e-4)
+        groups = [
+            {"params": list(self.network.layers.parameters()), "lr": self.lr},
+            {"params": list(self.network.decays.parameters()), "lr": self.decays_lr},
+        ]
+        optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
         total = self.trainer.max_steps
         if total < 1:
             raise ValueError("The cosine needs to know its length: use Trainer(max_steps=...).")
