@@ -1,0 +1,155 @@
+"""Fine-tune a small GPT on several workers that synchronise only now and then, in four ways.
+
+    python examples/finetune_lm.py                    # from Python's source code to Python's manual
+    python examples/finetune_lm.py --data FILE.txt    # to a text of yours
+    torchrun --nproc-per-node 4 examples/finetune_lm.py
+
+Phase 1 pre-trains a network of bytes on the source code of Python's standard library (or loads one: --init). Phase 2
+fine-tunes it on the text, once per method: the same weights, data, local optimizer and cosine of learning rates.
+Every worker runs this script from top to bottom; the first `fit` starts the others, unless torchrun or SLURM has.
+"""
+
+import argparse
+import copy
+import os
+import sysconfig
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from report import Curve, CurveRecorder, parse_args, print_once, report, tidy_output
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.utils.data import DataLoader
+from torchmetrics.text import Perplexity
+
+from lightning_lopt import DiLoCo, LearnedLocalSGD, LocalSGD, RoundMonitor, SlowMo
+
+CONTEXT = 64  # bytes
+BATCH_SIZE = 16  # windows per worker
+EVAL_WINDOWS = 512  # of the training and of the validation text, after every round
+
+
+def load_text(file: Path | None) -> str:
+    """A text file, or the manual that comes with Python."""
+    if file is None:
+        return "".join(topics[name] for name in sorted(topics))
+    from datasets import load_dataset
+
+    return "".join(load_dataset("text", data_files=str(file), split="train", sample_by="document")["text"])
+
+
+def windows(text: str) -> list[Tensor]:
+    """Windows of bytes [N, CONTEXT + 1] of the text's first nine tenths, for training, and of the rest."""
+    data = torch.tensor(list(text.encode()))
+    return [part.unfold(0, CONTEXT + 1, CONTEXT) for part in data.split(len(data) * 9 // 10 + 1)]
+
+
+class Block(nn.Module):
+    """Causal self-attention and an MLP."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:  # [batch, bytes, width]
+        q, k, v = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        heads = scaled_dot_product_attention(q, k, v, is_causal=True)  # [batch, heads, bytes, width / heads]
+        x = x + self.proj(heads.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norms[1](x))
+
+
+class GPT(L.LightningModule):
+    """A small causal transformer on bytes."""
+
+    def __init__(self, lr: float, width: int = 64, depth: int = 3, num_heads: int = 4) -> None:
+        super().__init__()
+        self.lr = lr
+        self.embed = nn.Embedding(256, width)
+        self.position = nn.Parameter(torch.zeros(CONTEXT, width))
+        self.blocks = nn.Sequential(*(Block(width, num_heads) for _ in range(depth)), nn.LayerNorm(width))
+        self.head = nn.Linear(width, 256, bias=False)
+        self.embed.weight = self.head.weight  # tied
+        self.perplexity = Perplexity()
+
+    def forward(self, text: Tensor) -> Tensor:
+        return self.head(self.blocks(self.embed(text) + self.position))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return cross_entropy(self(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+    def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int) -> None:
+        if dataloader_idx == 0:
+            loss = self.training_step(batch, batch_idx)
+            self.log("train loss", loss, prog_bar=True, sync_dist=True, add_dataloader_idx=False)
+        else:
+            self.perplexity(self(batch[:, :-1]), batch[:, 1:])
+            self.log("val perplexity", self.perplexity, prog_bar=True, add_dataloader_idx=False)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr)
+        num_steps = int(self.trainer.estimated_stepping_batches)
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
+
+
+def fit(strategy: LocalSGD, model: GPT, splits: list[Tensor], args: argparse.Namespace) -> Curve:
+    """Train for one long epoch; validate the global weights after every round."""
+    draws = torch.randint(len(splits[0]), (args.steps * args.workers * BATCH_SIZE,))  # the same on all workers
+    train = DataLoader(splits[0][draws], BATCH_SIZE)  # of which the Trainer gives each worker its share
+    recorder = CurveRecorder()
+    trainer = L.Trainer(
+        strategy=strategy,
+        accelerator="cuda" if torch.cuda.device_count() >= args.workers else "cpu",
+        devices=args.workers,
+        max_epochs=1,
+        val_check_interval=args.local_steps,
+        num_sanity_val_steps=0,
+        callbacks=[RoundMonitor(), recorder],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, train, [DataLoader(split[:EVAL_WINDOWS], 64) for split in splits])
+    return recorder.curve
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="text file to fine-tune on")
+    parser.add_argument("--init", type=Path, help="fine-tune the network in this file, which phase 1 has saved")
+    workers = int(os.environ.get("LOCAL_WORLD_SIZE", 2))  # torchrun says how many it has started
+    parser.add_argument("--workers", type=int, default=workers, help="worker processes (default: %(default)s)")
+    args = parse_args(parser, steps=192, lr=1e-3)
+    tidy_output()
+    L.seed_everything(args.seed, verbose=False)
+    pretrained = GPT(args.lr)
+    text = windows(load_text(args.data))
+
+    if args.init is not None:
+        pretrained.load_state_dict(torch.load(args.init, weights_only=True))
+    else:
+        print_once("\nPhase 1: pre-training on source code")
+        files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+        code = windows("".join(file.read_text(encoding="utf-8") for file in files))
+        fit(LocalSGD(local_steps=args.local_steps), pretrained, code, args)
+        rank_zero_only(torch.save)(pretrained.state_dict(), args.out / "gpt.pt")
+
+    curves = {}
+    for method in (LocalSGD, SlowMo, DiLoCo, LearnedLocalSGD):
+        print_once(f"\nPhase 2: fine-tuning with {method.__name__}")
+        L.seed_everything(args.seed, verbose=False)
+        model = copy.deepcopy(pretrained)
+        curves[method.__name__] = fit(method(local_steps=args.local_steps), model, text, args)
+    report(curves, ["train loss", "val perplexity"], args.out / "finetune_lm.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""What the examples share: their arguments, a curve per method, and a table and a plot of the curves."""
+
+import argparse
+import logging
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning as L
+import matplotlib.pyplot as plt
+from lightning.pytorch.utilities import rank_zero_only
+from matplotlib.ticker import MaxNLocator
+
+from lightning_lopt.strategies import LocalSGD
+
+print_once = rank_zero_only(print)
+Curve = list[dict[str, float]]  # a point per evaluation: "rounds", "MB sent", "seconds" and metrics
+
+
+def parse_args(parser: argparse.ArgumentParser, steps: int, lr: float) -> argparse.Namespace:
+    """Parse an example's own arguments and those that all have, with these defaults."""
+    parser.add_argument("--steps", type=int, default=steps, help="local steps, in whole rounds (default: %(default)s)")
+    parser.add_argument("--local-steps", type=int, default=16, help="local steps per round (default: %(default)s)")
+    parser.add_argument(
+        "--lr", type=float, default=lr, help="local learning rate of all methods (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights and data (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder for results (default: %(default)s)")
+    args = parser.parse_args()
+    args.steps = math.ceil(args.steps / args.local_steps) * args.local_steps
+    args.out.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+def tidy_output() -> None:
+    """Without Lightning's remarks on the hardware and on loaders whose data are in memory anyway."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+
+
+class CurveRecorder(L.Callback):
+    """Record the metrics of the global weights at each validation, and what they have cost so far."""
+
+    def __init__(self) -> None:
+        self.curve: Curve = []
+        self._seconds = 0.0
+        self._resumed_at = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._resumed_at = time.perf_counter()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._seconds += time.perf_counter() - self._resumed_at  # the clock stands still during validation
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(trainer.strategy, LocalSGD)
+        assert trainer.strategy.rounds is not None
+        rounds = trainer.strategy.rounds
+        costs = {"rounds": rounds.round_idx, "MB sent": rounds.comm.bytes_sent / 1e6, "seconds": self._seconds}
+        self.curve.append({**costs, **{name: float(value) for name, value in trainer.callback_metrics.items()}})
+        self._resumed_at = time.perf_counter()
+
+
+@rank_zero_only
+def report(curves: dict[str, Curve], metrics: Sequence[str], file: Path) -> None:
+    """Print the last point of each curve as a table; plot all curves.
+
+    Args:
+        curves: by the name of the method.
+        metrics: what the table shows; all are plotted over rounds, the first over megabytes too.
+        file: of the plot.
+    """
+    columns = ["rounds", "MB sent", "seconds", *metrics]
+    rows = [["method", *columns], *([name, *(f"{c[-1][k]:.4g}" for k in columns)] for name, c in curves.items())]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print()
+    for name, *cells in rows:
+        print("  ".join([name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:], strict=True))]))
+
+    panels = [("rounds", metrics[0]), ("MB sent", metrics[0]), *(("rounds", metric) for metric in metrics[1:])]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6), layout="constrained")
+    for ax, (x, y) in zip(axes, panels, strict=True):
+        for name, curve in curves.items():
+            ax.plot([point[x] for point in curve], [point[y] for point in curve], marker=".", label=name)
+        ax.set(xlabel="MB sent per worker" if x == "MB sent" else x, ylabel=y)
+        ax.set_xlim(left=0)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=x == "rounds"))
+        ax.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+    print(f"\nPlot: {file}")
