@@ -56,7 +56,7 @@ def cut(tensor: Tensor, grid: Grid, block: Grid) -> list[Tensor]:
     return views
 
 
-def over(jobs: Sequence[Job], work: Callable[[Sequence[Job]], list[Result]]) -> list[Result]:
+def over(jobs: Sequence[Job], work: Callable[[Sequence[Job]], list[Result]], device: torch.device) -> list[Result]:
     """Call `work` on all jobs, on a CPU in as many threads as torch may use, and return its results in order.
 
     Each thread runs whole jobs: the operations on a block are too small to be worth splitting, and waiting for each
@@ -64,7 +64,7 @@ def over(jobs: Sequence[Job], work: Callable[[Sequence[Job]], list[Result]]) -> 
     the number of threads.
     """
     threads = torch.get_num_threads()
-    if threads == 1:
+    if threads == 1 or device.type != "cpu":
         return work(jobs)
     try:
         if len(jobs) < 2 * threads:

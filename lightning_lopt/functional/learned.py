@@ -151,7 +151,7 @@ def accumulate(operands: _Operands, network: Network) -> Moments:
             norms.append(norm)
         return norms
 
-    sums = torch.stack(over(operands.blocks(), work)).square_().sum(0)
+    sums = torch.stack(over(operands.blocks(), work, operands.grad.device)).square_().sum(0)
     num_features = operands.inputs.shape[1] + 15
     return Moments(sums[:, :num_features], sums[:, num_features:], operands.grad[0].numel())
 
@@ -180,7 +180,7 @@ def apply(operands: _Operands, layers: Layers, moments: Moments, network: Networ
             x.param.sub_(kind.step(output.add_(last_bias), base))
         return []
 
-    over(list(zip(operands.blocks(), constant_blocks, strict=True)), work)
+    over(list(zip(operands.blocks(), constant_blocks, strict=True)), work, operands.grad.device)
 
 
 @torch.no_grad()

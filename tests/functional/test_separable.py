@@ -104,7 +104,7 @@ def test_the_number_of_threads_does_not_matter(shape, update):
 def test_the_number_of_threads_is_restored():
     threads = torch.get_num_threads()
     with pytest.raises(ZeroDivisionError):
-        blocks.over(range(100), lambda jobs: [1 / job for job in jobs])
+        blocks.over(range(100), lambda jobs: [1 / job for job in jobs], torch.device("cpu"))
     assert torch.get_num_threads() == threads
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m lightning_lopt.bench --help`."""
