@@ -1,0 +1,141 @@
+"""Outer optimizers: golden numbers of torchdistx and exo gym, state dicts, wrong input."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from lightning_lopt import AdaMLP, LearnedOptimizer, SlowMomentum
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+SLOWMO = ["slowmo_b05_a1", "slowmo_b08_a07", "slowmo_decaying_lr", "slowmo_identity"]
+NESTEROV = ["diloco", "diloco_lr1_mu0", "outer_heavyball"]
+
+
+def _anchors(data, dtype):
+    return {n: torch.nn.Parameter(torch.from_numpy(data[f"params0/{n}"]).to(dtype)) for n in ("w", "b")}
+
+
+def _compare(anchors, data, case, t, dtype):
+    for name, p in anchors.items():
+        wanted = torch.from_numpy(data[f"{case}/params/{name}"][t]).double()
+        torch.testing.assert_close(p.data.double(), wanted, rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", SLOWMO)
+def test_slow_momentum_equals_torchdistx(vectors, case, dtype):
+    data = vectors("slowmo_diloco.npz")
+    anchors = _anchors(data, dtype)
+    outer = SlowMomentum(anchors.values(), lr=float(data[f"{case}/alpha"]), momentum=float(data[f"{case}/beta"]))
+    for t, gamma in enumerate(data[f"{case}/gamma"]):
+        for name, p in anchors.items():
+            p.grad = torch.from_numpy(data[f"pseudo_grad/{name}"][t]).to(dtype)
+        outer.param_groups[0]["local_lr"] = float(gamma)
+        outer.step()
+        _compare(anchors, data, case, t, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", NESTEROV)
+def test_torch_sgd_is_diloco(vectors, case, dtype):
+    data = vectors("slowmo_diloco.npz")
+    anchors = _anchors(data, dtype)
+    options = {"lr": float(data[f"{case}/lr"]), "momentum": float(data[f"{case}/momentum"])}
+    outer = torch.optim.SGD(anchors.values(), nesterov=bool(data[f"{case}/nesterov"]), **options)
+    for t in range(10):
+        for name, p in anchors.items():
+            p.grad = torch.from_numpy(data[f"pseudo_grad/{name}"][t]).to(dtype)
+        outer.step()
+        _compare(anchors, data, case, t, dtype)
+
+
+def test_slow_momentum_with_local_lr_zero_changes_nothing():
+    p = torch.nn.Parameter(torch.ones(2))
+    outer = SlowMomentum([p])
+    p.grad = torch.ones(2)
+    outer.step()
+    before, buffer = p.detach().clone(), outer.state[p]["momentum_buffer"].clone()
+    outer.param_groups[0]["local_lr"] = 0.0
+    outer.step()
+    assert torch.equal(p, before)
+    assert torch.equal(outer.state[p]["momentum_buffer"], buffer)
+
+
+def _parameters(dtype):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(4, 3), (5,), (), (2, 3, 3, 3), (0, 4)]
+    return [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
+
+
+def _steps(outer, params, start, stop):
+    for t in range(start, stop):
+        generator = torch.Generator().manual_seed(t)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        outer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_state_dict_round_trip_is_bitwise(dtype, tmp_path):
+    network = AdaMLP(seed=1)
+    whole = _parameters(dtype)
+    _steps(LearnedOptimizer(whole, network), whole, 0, 6)
+
+    first = _parameters(dtype)
+    outer = LearnedOptimizer(first, network)
+    _steps(outer, first, 0, 3)
+    torch.save([outer.state_dict(), first], tmp_path / "state.pt")
+    state, second = torch.load(tmp_path / "state.pt", weights_only=False)
+    resumed = LearnedOptimizer(second, network)
+    resumed.load_state_dict(state)
+    _steps(resumed, second, 3, 6)
+    assert all(torch.equal(a, b) for a, b in zip(whole, second, strict=True))
+    kept = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {s["second"].dtype for s in resumed.state.values() if s} == {kept}
+
+
+def test_parameters_without_gradient_stay():
+    params = _parameters(torch.float32)
+    before = copy.deepcopy(params)
+    outer = LearnedOptimizer(params, AdaMLP(seed=0))
+    params[0].grad = torch.ones_like(params[0])
+    outer.step()
+    assert not torch.equal(params[0], before[0])
+    assert all(torch.equal(a, b) for a, b in zip(params[1:], before[1:], strict=True))
+
+
+def test_closure():
+    p = torch.nn.Parameter(torch.ones(3))
+
+    def closure():
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    for outer in (LearnedOptimizer([p], AdaMLP(seed=0)), SlowMomentum([p])):
+        p.grad = None
+        assert outer.step(closure).item() > 0
+
+
+def test_worker_grads_are_needed_by_lagg():
+    p = torch.nn.Parameter(torch.ones(3))
+    outer = LearnedOptimizer([p], AdaMLP(inputs=4, seed=0))
+    p.grad = torch.ones(3)
+    with pytest.raises(ValueError, match=r"belongs to 4 workers: set p\.worker_grads"):
+        outer.step()
+
+
+def test_sparse_gradients_are_refused():
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3).to_sparse()
+    with pytest.raises(ValueError, match="dense real"):
+        LearnedOptimizer([p], AdaMLP(seed=0)).step()
+
+
+@pytest.mark.parametrize(("options", "match"), [({"lr": 0.0}, "lr > 0"), ({"momentum": 1.0}, r"momentum in \[0, 1\)")])
+def test_wrong_slow_momentum(options, match):
+    with pytest.raises(ValueError, match=match):
+        SlowMomentum([torch.zeros(1)], **options)

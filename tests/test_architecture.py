@@ -1,0 +1,82 @@
+"""The layers: who may import whom, and what the package shows."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+import lightning_lopt
+
+ROOT = Path(lightning_lopt.__file__).parent
+MODULES = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+# What each layer may import of this package, besides itself.
+MAY_IMPORT = {
+    "functional": set(),
+    "network": {"functional"},
+    "optim": {"functional", "network"},
+    "schedules": set(),
+    "comm": set(),
+    "packing": set(),
+    "sync": {"comm", "packing"},
+    "rounds": {"comm", "schedules", "sync"},
+    "strategies": {"comm", "network", "optim", "rounds", "schedules", "sync"},
+    "callbacks": {"strategies", "sync"},
+    "meta": {"functional", "network", "comm"},
+    "bench": {
+        "functional",
+        "network",
+        "optim",
+        "schedules",
+        "comm",
+        "sync",
+        "rounds",
+        "strategies",
+        "callbacks",
+        "meta",
+    },
+}
+LIGHTNING = {"strategies", "callbacks", "bench"}
+DISTRIBUTED = {"comm", "strategies"}
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_left(module):
+    layer = module.removesuffix(".py").split("/")[0]
+    imports = _imports(ROOT / module)
+    own = {name.split(".")[1] for name in imports if name.startswith("lightning_lopt.") and name.count(".") >= 1}
+    layers = own & set(MAY_IMPORT)
+    assert layers <= MAY_IMPORT[layer] | {layer}
+    if any(name == "lightning" or name.startswith("lightning.") for name in imports):
+        assert layer in LIGHTNING or module == "meta/module.py"
+    if any(name.startswith("torch.distributed") for name in imports):
+        assert layer in DISTRIBUTED
+
+
+def test_public_names():
+    assert sorted(lightning_lopt.__all__) == sorted(set(lightning_lopt.__all__))
+    for name in lightning_lopt.__all__:
+        thing = getattr(lightning_lopt, name)
+        assert thing.__doc__, name
+        assert thing.__module__.startswith("lightning_lopt."), name
+
+
+def test_every_module_says_what_it_is_for():
+    for module in MODULES:
+        name = "lightning_lopt." + module.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+        if not name.endswith("__main__"):
+            assert importlib.import_module(name).__doc__, name

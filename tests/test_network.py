@@ -1,0 +1,121 @@
+"""AdaMLP and its file: round trips and every kind of damage."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lightning_lopt import AdaMLP, LearnedOptimizer, WeightsError
+from lightning_lopt.network import FORMAT
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    AdaMLP(inputs=3, hidden=(16, 8), update="gated_nesterov", card={"hours": 1.5}, seed=0).save(path)
+    return path
+
+
+def test_round_trip(saved):
+    network, again = AdaMLP(inputs=3, hidden=(16, 8), update="gated_nesterov", seed=0), AdaMLP.load(saved)
+    assert again.config == network.config
+    assert again.card == {"hours": 1.5}
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True))
+
+
+def test_layout_of_the_file(tmp_path):
+    path = tmp_path / "w.safetensors"
+    AdaMLP(seed=0).save(path)
+    shapes = {name: tuple(t.shape) for name, t in load_file(path).items()}
+    assert shapes == {
+        "layers.0.weight": (32, 39), "layers.0.bias": (32,), "layers.1.weight": (32, 32), "layers.1.bias": (32,),
+        "layers.2.weight": (2, 32), "layers.2.bias": (2,),
+        "decays.momentum": (3,), "decays.rms": (1,), "decays.factored": (3,),
+    }  # fmt: skip
+
+
+def test_truncated_at_every_length(saved, tmp_path):
+    content = saved.read_bytes()
+    broken = tmp_path / "broken.safetensors"
+    for length in [0, 1, 7, 8, 9, 100, len(content) // 2, len(content) - 1]:
+        broken.write_bytes(content[:length])
+        with pytest.raises(WeightsError, match=r"not a readable safetensors file|not a weights file"):
+            AdaMLP.load(broken)
+
+
+def test_header_that_lies_about_its_size(saved, tmp_path):
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(struct.pack("<Q", 1 << 60) + saved.read_bytes()[8:])
+    with pytest.raises(WeightsError, match="not a readable safetensors file"):
+        AdaMLP.load(broken)
+
+
+def _rewrite(path, tensors=None, **metadata):
+    network = AdaMLP.load(path)
+    given = {
+        "format": FORMAT, "version": "1", "config": json.dumps(network.config), "card": "{}", **metadata
+    }  # fmt: skip
+    save_file({**load_file(path), **(tensors or {})}, path, metadata=given)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"version": "2"}, "version '2', expected"),
+        ({"format": "else"}, "format 'else'"),
+        ({"config": "{"}, "configuration that cannot be used"),
+        ({"config": json.dumps({"inputs": -1})}, "inputs must be"),
+        ({"config": json.dumps({"nonsense": 1})}, "unexpected keyword"),
+        ({"config": json.dumps({"update": "magic"})}, "update must be one of"),
+        ({"config": json.dumps({"step_mult": float("nan")})}, "step_mult must be"),
+        ({"config": json.dumps({"inputs": 4})}, r"layers.0.weight: \(16, 41\), expected \(32, 42\)"),
+        ({"tensors": {"layers.1.bias": torch.full((8,), float("nan"))}}, "layers.1.bias holds values"),
+        ({"tensors": {"decays.rms": torch.tensor([float("inf")])}}, "decays.rms holds values"),
+        ({"tensors": {"more": torch.zeros(1)}}, r"more: \(1,\), expected none"),
+    ],
+)
+def test_wrong_content(saved, change, match):
+    _rewrite(saved, **change)
+    with pytest.raises(WeightsError, match=match):
+        AdaMLP.load(saved)
+
+
+def test_missing_file_and_name():
+    with pytest.raises(FileNotFoundError, match="Bundled names are"):
+        AdaMLP.load("nowhere.safetensors")
+    with pytest.raises(WeightsError, match="no bundled weights 'nonsense'"):
+        AdaMLP.bundled("nonsense")
+
+
+def test_a_diverged_network_is_not_saved(tmp_path):
+    network = AdaMLP(seed=0)
+    with torch.no_grad():
+        network.layers[0].weight[0, 0] = float("nan")
+    with pytest.raises(WeightsError, match="cannot be saved"):
+        network.save(tmp_path / "w.safetensors")
+    assert not (tmp_path / "w.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [{"inputs": 0}, {"inputs": True}, {"inputs": "all"}, {"step_mult": 0}, {"exp_mult": -1}, {"update": "x"}]
+)
+def test_wrong_arguments(options):
+    with pytest.raises(ValueError, match="must be"):
+        AdaMLP(**options)
+
+
+def test_bundled_weights_have_a_card_and_are_the_default():
+    assert "default" in AdaMLP.bundled_names()
+    for name in AdaMLP.bundled_names():
+        path = AdaMLP.bundled_path(name)
+        network = AdaMLP.bundled(name)
+        assert path.with_suffix(".md").read_text().strip()
+        assert {"recipe", "command", "commit", "seed", "hours"} <= set(network.card)
+    p = torch.nn.Parameter(torch.ones(3))
+    default = LearnedOptimizer([p]).network
+    assert all(torch.equal(a, b) for a, b in zip(default.parameters(), AdaMLP.bundled().parameters(), strict=True))
+    assert default.inputs == "mean"
