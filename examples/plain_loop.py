@@ -57,7 +57,7 @@ def train(name: str, args: argparse.Namespace) -> Curve:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    args = parse_args(parser, steps=320, lr=0.1)
+    args = parse_args(parser, steps=320, lr=0.5)
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
     curves = {name: train(name, args) for name in OUTER_OPTIMIZERS}

@@ -38,6 +38,7 @@ def tidy_output() -> None:
     """Without Lightning's remarks on the hardware and on loaders whose data are in memory anyway."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")  # a word between Lightning and torch
 
 
 class CurveRecorder(L.Callback):
@@ -85,6 +86,7 @@ def report(curves: dict[str, Curve], metrics: Sequence[str], file: Path) -> None
         for name, curve in curves.items():
             ax.plot([point[x] for point in curve], [point[y] for point in curve], marker=".", label=name)
         ax.set(xlabel="MB sent per worker" if x == "MB sent" else x, ylabel=y)
+        ax.set_yscale("log" if "loss" in y else "linear")
         ax.set_xlim(left=0)
         ax.xaxis.set_major_locator(MaxNLocator(integer=x == "rounds"))
         ax.grid(alpha=0.3)

@@ -42,7 +42,11 @@ class Communicator:
         connected = dist.is_available() and dist.is_initialized()
         self.num_workers = dist.get_world_size() if connected else 1
         self.rank = dist.get_rank() if connected else 0
-        self._group = dist.new_group(timeout=timeout) if self.num_workers > 1 else None
+        self._group: dist.ProcessGroup | None = None
+        if self.num_workers > 1:
+            group = dist.new_group(timeout=timeout)
+            assert isinstance(group, dist.ProcessGroup)  # every rank is a member
+            self._group = group
         self.bytes_sent = 0
         self.num_collectives = 0
 

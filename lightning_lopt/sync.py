@@ -233,7 +233,8 @@ class Sync:
         refused = limit is not None and self._refuse(outer, wires, before, limit, square, round_idx)
         for t in self._all():
             t.anchor.grad = None
-            t.anchor.__dict__.pop("worker_grads", None)
+            if hasattr(t.anchor, "worker_grads"):
+                del t.anchor.worker_grads  # pyright: ignore[reportAttributeAccessIssue]
         return square, refused
 
     def _refuse(

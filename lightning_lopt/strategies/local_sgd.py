@@ -7,13 +7,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import DeepSpeedPrecision, FSDPPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -132,8 +133,8 @@ class LocalSGD(DDPStrategy):
             module, self.optimizers[0], self._schedule, self._outer_optimizer, comm=Communicator(self._timeout)
         )
         self._resumed = False
-        if not any(isinstance(callback, _RoundCallback) for callback in trainer.callbacks):
-            trainer.callbacks.insert(0, _RoundCallback(self))
+        callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        callbacks[:] = [_RoundCallback(self), *(c for c in callbacks if not isinstance(c, _RoundCallback))]
 
     @override
     def configure_ddp(self) -> None:
@@ -150,8 +151,9 @@ class LocalSGD(DDPStrategy):
         if self._rng_states is not None:  # not earlier: making an iterator of the loader draws a seed
             _set_rng_states(self._rng_states)
             self._rng_states = None
-            if getattr(trainer.fit_loop, "resumed_on_epoch_end", False):  # Lightning would skip the new epoch's draw
-                iter(trainer.fit_loop._data_fetcher)
+            fetcher = trainer.fit_loop._data_fetcher
+            if fetcher is not None and getattr(trainer.fit_loop, "resumed_on_epoch_end", False):
+                fetcher.__iter__()  # Lightning would skip the new epoch's draw of seeds
         epoch_loop = trainer.fit_loop.epoch_loop
         if hasattr(epoch_loop, "_broadcast_sigterm_tensor"):  # one broadcast per batch, in Lightning >= 2.6
             epoch_loop._broadcast_sigterm_tensor = self._raise_if_stopping
