@@ -6,8 +6,8 @@ import time
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from lightning_lopt.strategies import LocalSGD
