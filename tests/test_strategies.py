@@ -16,8 +16,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins import FSDPPrecision
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lightning_lopt import QSR, AdaMLP, DiLoCo, LearnedLocalSGD, LocalSGD, RoundMonitor, SlowMo
 from tests.processes import free_port, run_workers
@@ -310,7 +311,8 @@ def test_modules_that_are_refused(module, error, match):
     [
         (lambda: LocalSGD(0), ValueError, "integer >= 1"),
         (lambda: LocalSGD(locl_steps=3), TypeError, "locl_steps"),
-        (lambda: LocalSGD(model_averaging_period=3), TypeError, "leave out DDP's"),
+        (lambda: LocalSGD(model_averaging_period=3), TypeError, "model_averaging_period"),
+        (lambda: DiLoCo(nesterov=False), TypeError, "nesterov"),
         (lambda: LocalSGD(eval_weights="best"), ValueError, "eval_weights"),
         (lambda: LearnedLocalSGD(outer_optimizer=torch.optim.SGD), TypeError, "brings its own"),
         (lambda: LearnedLocalSGD(network="no/such/file"), FileNotFoundError, "no weights file"),
@@ -339,6 +341,47 @@ def test_names_are_registered():
     run = trainer("slowmo", 1)
     assert isinstance(run.strategy, SlowMo)
     assert trainer("local_sgd_fork", 1).strategy._start_method == "fork"
+
+
+def test_lightning_cli(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        textwrap.dedent(
+            """
+            trainer:
+              accelerator: cpu
+              logger: false
+              strategy:
+                class_path: lightning_lopt.LocalSGD
+                init_args:
+                  local_steps: {class_path: lightning_lopt.QSR, init_args: {alpha: 0.3, base_steps: 4}}
+                  outer_optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.7}}
+                  process_group_backend: gloo
+              callbacks: [{class_path: lightning_lopt.RoundMonitor}]
+            """
+        )
+    )
+    cli = LightningCLI(Classifier, _Data, run=False, args=["--config", str(config)], save_config_callback=None)
+    assert cli.trainer.strategy._schedule == QSR(alpha=0.3, base_steps=4)
+    assert cli.trainer.strategy._eval_weights == "anchor"
+
+
+def _terminated(rank):
+    """SIGTERM in mid-round, on all workers, as schedulers send it: training ends at the next sync."""
+
+    class Terminate(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if batch_idx == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    run = trainer(SlowMo(4), max_epochs=1, callbacks=[Terminate()])
+    with pytest.raises(SIGTERMException):
+        run.fit(Classifier(seed=0), loader())
+    return run.global_step, run.strategy.rounds.step_idx
+
+
+def test_sigterm_takes_effect_at_the_next_sync():
+    assert run_workers(_terminated, 2, connect=False) == [(8, 8)] * 2
 
 
 class _Data(pl.LightningDataModule):

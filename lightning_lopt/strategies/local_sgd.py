@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from datetime import timedelta
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins import DeepSpeedPrecision, FSDPPrecision
+from lightning.pytorch.plugins import DeepSpeedPrecision, FSDPPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -58,15 +63,17 @@ class LocalSGD(DDPStrategy):
         eval_weights: what validation and checkpoints see in mid-round: `"anchor"`, the last synced weights, without
             communication, or `"mean"`, the workers' present average; None means the mean for plain averaging, else
             the anchor. After an exception it is always the anchor.
-        **kwargs: `process_group_backend`, `timeout`, `start_method` and others of
-            `lightning.pytorch.strategies.DDPStrategy`.
+        accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin: usually left to the
+            Trainer.
+        process_group_backend: `"gloo"`, `"nccl"`, ...; by default what fits the device.
+        timeout: after which a collective fails that some worker does not join.
+        start_method: how the Trainer starts worker processes: `"popen"`, `"spawn"`, `"fork"` or `"forkserver"`.
 
     Attributes:
         rounds: the `Rounds` of the present fit, None before.
 
     Raises:
         ValueError: `local_steps` < 1, or nothing to train.
-        TypeError: an unknown keyword.
         MisconfigurationException: several optimizers, manual optimization, or a plugin of FSDP or DeepSpeed.
 
     Memory: 4 bytes per parameter for the anchor, 4 more during a sync. Sends 2(K-1)/K × 4 bytes per parameter and
@@ -88,15 +95,25 @@ class LocalSGD(DDPStrategy):
         local_steps: int | Callable[[RoundInfo], int] = 16,
         outer_optimizer: Callable[[Iterable], Optimizer] | None = None,
         eval_weights: EvalWeights | None = None,
-        **kwargs: Any,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
-        super().__init__(**kwargs)
-        if self._ddp_kwargs:
-            raise TypeError(f"{type(self).__name__} does not know the keyword(s) {sorted(self._ddp_kwargs)}.")
-        averaging = ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period")
-        given = [name for name in averaging if kwargs.get(name) is not None]
-        if given:
-            raise TypeError(f"{type(self).__name__} averages by itself: leave out DDP's {given}.")
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
         if eval_weights not in (None, "anchor", "mean"):
             raise ValueError(f"eval_weights must be 'anchor', 'mean' or None, not {eval_weights!r}.")
         self._schedule = as_schedule(local_steps)

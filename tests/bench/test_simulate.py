@@ -1,0 +1,101 @@
+"""Simulated runs: the same trajectories as the optimizers taken alone, and what is read off the curves."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+
+from lightning_lopt import AdaMLP
+from lightning_lopt.bench import __main__ as bench
+from lightning_lopt.bench import plot, simulate
+from lightning_lopt.bench.simulate import Setting
+from lightning_lopt.meta.tasks import ImageMLP
+
+
+@pytest.fixture
+def task():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    images = torch.rand(60, 2, 3, generator=generator) + labels[:, None, None]
+    return ImageMLP(images, labels, hidden=(5,), batch_size=4)
+
+
+def losses(task, settings, seeds=(0, 1), **kwargs):
+    sizes = {"num_workers": 2, "local_steps": 3, "num_rounds": 4, **kwargs}
+    return simulate.simulate(task, settings, seeds, network=AdaMLP(seed=0, update="gated_average"), **sizes)
+
+
+def test_settings_and_seeds_do_not_mix(task):
+    for method, options in (("local_sgd", {}), ("learned", {}), ("slowmo", {"lr": 0.5, "momentum": 0.3})):
+        settings = [Setting(method, lr, options) for lr in (0.5, 0.1)]
+        together = losses(task, settings)
+        assert together.shape == (2, 2, 5)
+        for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            alone = losses(task, settings[i : i + 1], seeds=(j,))
+            torch.testing.assert_close(together[i, j], alone[0, 0], rtol=1e-5, atol=1e-6)
+
+
+def test_methods_that_are_local_sgd_by_algebra(task):
+    expected = losses(task, [Setting("local_sgd", 0.2)])
+    slowmo = losses(task, [Setting("slowmo", 0.2, {"lr": 1.0, "momentum": 0.0})])
+    torch.testing.assert_close(slowmo, expected, rtol=1e-5, atol=1e-6)
+    assert all(later < sooner for sooner, later in pairwise(expected.mean((0, 1)).tolist()))
+
+
+def test_grids():
+    sizes = {method: len(simulate.settings(method, [1.0, 0.5])) for method in simulate.GRIDS}
+    assert sizes == {"local_sgd": 2, "learned": 2, "slowmo": 220, "diloco": 60}
+    first = simulate.settings("slowmo", [0.5])[0]
+    assert first.options == {"lr": 2.0, "momentum": 0.99}
+
+
+def test_groups_hold_every_setting_once(task, monkeypatch):
+    settings = simulate.settings("diloco", [1.0])
+    monkeypatch.setattr(simulate, "BATCH_BYTES", 7 * 6 * task.batch_size * task.images[0].nbytes)
+    parts = list(simulate.groups(task, settings, 6))
+    assert [len(part) for part in parts] == [7, 7, 7, 7, 2]
+    assert [setting for part in parts for setting in part] == settings
+
+
+def row(method, seed, losses, local_lr=1.0, **options):
+    return {"method": method, "local_lr": local_lr, "options": options, "seed": seed, "losses": losses}
+
+
+def test_tuning_and_the_rounds_to_the_baseline():
+    rows = [
+        *(row("local_sgd", seed, [8.0] + [4.0] * 8 + [2.0 + seed] * 5, 0.5) for seed in (0, 1)),
+        *(row("local_sgd", seed, [8.0] + [float("nan")] * 13, 1.0) for seed in (0, 1)),
+        *(row("learned", seed, [8.0] + [2.0] * 13, 0.5) for seed in (0, 1)),
+        *(row("learned", seed, [8.0] + [0.0] * 13, 1.0) for seed in (0, 1)),  # not at the rate of Local SGD
+        *(row("slowmo", seed, [8.0] + [5.0] * 13, 1.0, momentum=0.5) for seed in (0, 1)),
+        row("slowmo", 0, [8.0] + [1.0] * 13, 1.0, momentum=0.9),  # one seed only
+    ]
+    table = {line["method"]: line for line in plot.summary(plot.tune(rows))}
+    assert [line["gamma"] for line in table.values()] == [0.5, 0.5, 1.0]
+    assert table["local_sgd"]["rounds to Local SGD's"] == "13 13"
+    assert table["learned"]["rounds to Local SGD's"] == "5 5"  # seed 0: the first window without the 8; seed 1: <= 3
+    assert table["learned"]["share of its rounds"] == pytest.approx(5 / 13)
+    assert table["slowmo"]["rounds to Local SGD's"] == "never never"
+    assert table["slowmo"]["share of its rounds"] is None
+
+
+def test_run_then_plot(tmp_path, capsys):
+    first, second = tmp_path / "grid.jsonl", tmp_path / "best.jsonl"
+    sizes = ["--rounds", "3", "--num-workers", "2", "--local-steps", "1"]
+    methods = ["--methods", "local_sgd", "learned", "diloco"]
+    bench.main(["run", str(first), *sizes, *methods, "--local-lr", "0.5", "0.1", "--seeds", "0"])
+    bench.main(["run", str(second), *sizes, *methods, "--best-of", str(first), "--seeds", "0", "1"])
+    assert len(first.read_text().splitlines()) == 2 + 2 + 60
+    assert len(second.read_text().splitlines()) == 2 + 2 + 2
+    bench.main(["plot", str(second), "--png", str(tmp_path / "loss.png"), "--json", str(tmp_path / "table.json")])
+    assert "digits, K = 2, H = 1" in capsys.readouterr().out
+    assert (tmp_path / "loss_digits_k2_h1.png").stat().st_size > 1000
+    assert len(json.loads((tmp_path / "table.json").read_text())["digits, K = 2, H = 1"]) == 3
+
+
+def test_missing_data_says_where_it_was_looked_for(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"--data"):
+        bench.main(["run", str(tmp_path / "x"), "--task", "cifar10", "--methods", "local_sgd", "--data", str(tmp_path)])
