@@ -1,0 +1,156 @@
+"""Read files of `run`, tune every method, print a table and draw the loss over the rounds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning_lopt.bench.report import table, write_json
+
+FINAL_ROUNDS = 5
+
+
+class Tuned(NamedTuple):
+    """A method at one setting: its loss curves by seed."""
+
+    method: str
+    local_lr: float
+    options: Mapping[str, float]
+    curves: Mapping[int, Sequence[float]]
+
+    @property
+    def final_loss(self) -> float:
+        """Mean over the last rounds and the seeds; infinite if a run diverged."""
+        return statistics.fmean(smooth(curve)[-1] for curve in self.curves.values())
+
+
+def smooth(curve: Sequence[float]) -> list[float]:
+    """The mean of each value and the four before it; infinite where one of them is not finite.
+
+    Example:
+        >>> smooth([3.0, 1.0, float("nan")])
+        [3.0, 2.0, inf]
+    """
+    means = (statistics.fmean(curve[max(0, i + 1 - FINAL_ROUNDS) : i + 1]) for i in range(len(curve)))
+    return [mean if math.isfinite(mean) else math.inf for mean in means]
+
+
+def rounds_to(curve: Sequence[float], target: float) -> int | None:
+    """The first round after which the smoothed loss is at most `target`; None if there is none.
+
+    Example:
+        >>> rounds_to([4.0, 2.0, 1.0, 1.0], 2.5)
+        2
+    """
+    return next((i for i, loss in enumerate(smooth(curve)) if loss <= target), None)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The runs in a file that `run` wrote."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def tune(rows: Sequence[Mapping[str, Any]]) -> list[Tuned]:
+    """The best setting of each method by final loss; the learned one runs at the local rate of Local SGD, untuned.
+
+    Settings that were run from fewer seeds than others of their method do not count.
+
+    Args:
+        rows: lines that `run` wrote, of one task, K and H, Local SGD among them.
+    """
+    curves: dict[tuple[str, float, str], dict[int, list[float]]] = defaultdict(dict)
+    for row in rows:
+        curves[row["method"], row["local_lr"], json.dumps(row["options"])][row["seed"]] = row["losses"]
+    candidates = [Tuned(method, lr, json.loads(options), runs) for (method, lr, options), runs in curves.items()]
+    seeds = {
+        method: max(len(c.curves) for c in candidates if c.method == method)
+        for method in {c.method for c in candidates}
+    }
+    candidates = [c for c in candidates if len(c.curves) == seeds[c.method]]
+    best = {"local_sgd": min((c for c in candidates if c.method == "local_sgd"), key=lambda c: c.final_loss)}
+    for candidate in candidates:
+        method = candidate.method
+        if method == "learned":
+            if candidate.local_lr == best["local_sgd"].local_lr:
+                best[method] = candidate
+        elif method not in best or candidate.final_loss < best[method].final_loss:
+            best[method] = candidate
+    return list(best.values())
+
+
+def summary(tuned: Sequence[Tuned]) -> list[dict[str, Any]]:
+    """One row per method: its setting, its loss, and the rounds to the final loss of Local SGD, seed by seed."""
+    baseline = next(t for t in tuned if t.method == "local_sgd")
+    targets = {seed: smooth(curve)[-1] for seed, curve in baseline.curves.items()}
+    rows = []
+    for method in tuned:
+        finals = [smooth(curve)[-1] for curve in method.curves.values()]
+        reached = [rounds_to(curve, targets[seed]) for seed, curve in method.curves.items()]
+        total = len(next(iter(baseline.curves.values()))) - 1
+        never = None in reached
+        rows.append(
+            {
+                "method": method.method,
+                "gamma": method.local_lr,
+                "setting": " ".join(f"{key}={value:.4g}" for key, value in method.options.items()),
+                "final loss": method.final_loss,
+                "lowest": min(finals),
+                "highest": max(finals),
+                "rounds to Local SGD's": " ".join("never" if r is None else str(r) for r in reached),
+                "share of its rounds": None if never else statistics.fmean(r for r in reached if r is not None) / total,
+            }
+        )
+    return rows
+
+
+def draw(tuned: Sequence[Tuned], title: str, path: Path) -> None:
+    """Loss over rounds, log scale: the mean over seeds and their range."""
+    from matplotlib.figure import Figure  # an extra
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for method in tuned:
+        curves = list(zip(*method.curves.values(), strict=True))
+        label = " ".join(
+            [method.method, f"gamma={method.local_lr:g}", *(f"{k}={v:.3g}" for k, v in method.options.items())]
+        )
+        (line,) = axes.plot([statistics.fmean(losses) for losses in curves], label=label)
+        axes.fill_between(
+            range(len(curves)), [*map(min, curves)], [*map(max, curves)], alpha=0.2, color=line.get_color()
+        )
+    axes.set(xlabel="round", ylabel="training loss of the global weights", yscale="log", title=title)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command line."""
+    parser.add_argument("files", nargs="+", type=Path, help="files that `run` wrote")
+    parser.add_argument("--png", type=Path, help="figure to draw, one per task: its name is put before the suffix")
+    parser.add_argument("--json", type=Path, help="file to write the tables to")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print one table, and draw one figure, for each task, K and H."""
+    experiments: dict[tuple[str, int, int], list[dict[str, Any]]] = defaultdict(list)
+    for path in args.files:
+        for row in read(path):
+            experiments[row["task"], row["num_workers"], row["local_steps"]].append(row)
+    tables = {}
+    for (task, num_workers, local_steps), rows in experiments.items():
+        title = f"{task}, K = {num_workers}, H = {local_steps}"
+        tuned = tune(rows)
+        tables[title] = summary(tuned)
+        print(f"{title}\n{table(tables[title])}\n")
+        if args.png:
+            name = f"{args.png.stem}_{task}_k{num_workers}_h{local_steps}{args.png.suffix}"
+            draw(tuned, title, args.png.with_name(name))
+    if args.json:
+        write_json(args.json, tables)
