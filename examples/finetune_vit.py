@@ -95,7 +95,7 @@ class ViTClassifier(L.LightningModule):
             self.log("val accuracy", self.accuracy, prog_bar=True, add_dataloader_idx=False)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
 def fit(strategy: LocalSGD, model: ViTClassifier, splits: list[TensorDataset], args: argparse.Namespace) -> Curve:
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--init", type=Path, help="fine-tune the backbone in this file, which phase 1 has saved")
     workers = int(os.environ.get("LOCAL_WORLD_SIZE", 2))  # torchrun says how many it has started
     parser.add_argument("--workers", type=int, default=workers, help="worker processes (default: %(default)s)")
-    args = parse_args(parser, steps=256, lr=0.02)
+    args = parse_args(parser, steps=256, lr=0.1)
     if (args.dataset == "digits") != (args.data is None):
         parser.error("fashion_mnist and cifar10 need both --dataset and --data FOLDER; digits need neither.")
     tidy_output()

@@ -78,11 +78,8 @@ class Rounds:
         self.local_steps: int | None = None
         self.last_report: RoundReport | None = None
 
-    def step(self, stop: bool = False) -> bool:
+    def step(self) -> bool:
         """Count a local step, right after `optimizer.step()`; sync if it ends a round.
-
-        Args:
-            stop: this worker would like all workers to stop; the next `RoundReport.stop_requested` tells them.
 
         Returns:
             Whether the workers are now synced.
@@ -93,14 +90,14 @@ class Rounds:
         self.local_step += 1
         if self.local_step < self.local_steps:
             return False
-        self.finish_round(stop)
+        self.finish_round()
         return True
 
-    def finish_round(self, stop: bool = False) -> None:
+    def finish_round(self) -> None:
         """Sync now, on all workers, even if the round is not over; nothing happens right after a sync."""
         if self.local_step == 0:
             return
-        self.last_report = self.sync.run(self.round_idx, self.local_step, stop)
+        self.last_report = self.sync.run(self.round_idx, self.local_step)
         self.round_idx += 1
         self.local_step = 0
         self.local_steps = None

@@ -41,7 +41,6 @@ class RoundReport:
         outer_seconds: time in the outer step.
         sync_seconds: time in the whole sync.
         fell_back: whether the outer step was refused and the workers were averaged instead.
-        stop_requested: whether some worker asked all of them to stop.
     """
 
     round_idx: int
@@ -53,7 +52,6 @@ class RoundReport:
     outer_seconds: float
     sync_seconds: float
     fell_back: bool
-    stop_requested: bool
 
 
 class Sync:
@@ -123,13 +121,12 @@ class Sync:
         return tracked
 
     @torch.no_grad()
-    def run(self, round_idx: int, local_steps: int, stop: bool = False) -> RoundReport:
+    def run(self, round_idx: int, local_steps: int) -> RoundReport:
         """Synchronise all workers.
 
         Args:
             round_idx: index of the round that ends, the same on all workers.
             local_steps: H of that round, likewise.
-            stop: whether this worker asks all of them to stop.
 
         Raises:
             DisagreementError: the workers do not agree on the round, its steps, or the parameters in training.
@@ -137,7 +134,7 @@ class Sync:
         start, bytes_before = time.perf_counter(), self._comm.bytes_sent
         tracked = self._follow_optimizer()
         equal = {"round": round_idx, "local steps": local_steps, "parameters in training": size(tracked)}
-        changed, stop_requested = self._agree(equal, stop)
+        changed = self._agree(equal)
         wires, finish = self._launch(tracked, changed)
         launched = time.perf_counter()
         workers = finish()
@@ -163,7 +160,6 @@ class Sync:
             outer_seconds=done - received,
             sync_seconds=time.perf_counter() - start,
             fell_back=fell_back,
-            stop_requested=stop_requested,
         )
 
     def _launch(
@@ -194,11 +190,11 @@ class Sync:
 
         return wires, finish
 
-    def _agree(self, equal: dict[str, int], stop: bool = False) -> tuple[list[Tensor], bool]:
-        """Agree with the other workers: the buffers that any changed since the last sync, and whether any stops."""
+    def _agree(self, equal: dict[str, int]) -> list[Tensor]:
+        """Agree with the other workers; the buffers that any of them changed since the last sync."""
         own = [not torch.equal(b, self._buffer_anchors[name]) for name, b in self._buffers.items()]
-        *flags, stop_requested = self._comm.agree(self._device, equal, [*own, stop])
-        return [b for b, flag in zip(self._buffers.values(), flags, strict=True) if flag], stop_requested
+        flags = self._comm.agree(self._device, equal, own)
+        return [b for b, flag in zip(self._buffers.values(), flags, strict=True) if flag]
 
     def _maxima(self, changed: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """The buffers of integers or booleans among these, with their maxima over the workers."""
@@ -278,7 +274,7 @@ class Sync:
             new += [(b, self._buffer_anchors[name]) for name, b in self._buffers.items()]
         else:
             tracked = [t for t in self._all() if t.known]
-            changed, _ = self._agree({"parameters in training": size(tracked)})
+            changed = self._agree({"parameters in training": size(tracked)})
             wires = pack(tracked, changed, differences=False)
             for wait in [self._comm.start_mean(wire.flat) for wire in wires]:
                 wait()

@@ -367,7 +367,7 @@ def test_lightning_cli(tmp_path):
 
 
 def _terminated(rank):
-    """SIGTERM in mid-round, on all workers, as schedulers send it: training ends at the next sync."""
+    """SIGTERM in mid-round, on all workers, as schedulers send it."""
 
     class Terminate(pl.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
@@ -377,11 +377,13 @@ def _terminated(rank):
     run = trainer(SlowMo(4), max_epochs=1, callbacks=[Terminate()])
     with pytest.raises(SIGTERMException):
         run.fit(Classifier(seed=0), loader())
-    return run.global_step, run.strategy.rounds.step_idx
+    return run.global_step, run.strategy.rounds.step_idx, flat(run.lightning_module)
 
 
-def test_sigterm_takes_effect_at_the_next_sync():
-    assert run_workers(_terminated, 2, connect=False) == [(8, 8)] * 2
+def test_sigterm_goes_back_to_the_last_synced_weights():
+    (*first, weights), (*second, others) = run_workers(_terminated, 2, connect=False)
+    assert first == second == [6, 4]
+    assert torch.equal(weights, others)
 
 
 class _Data(pl.LightningDataModule):

@@ -18,7 +18,6 @@ from lightning.pytorch.plugins import DeepSpeedPrecision, FSDPPrecision, Precisi
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -173,19 +172,12 @@ class LocalSGD(DDPStrategy):
                 fetcher.__iter__()  # Lightning would skip the new epoch's draw of seeds
         epoch_loop = trainer.fit_loop.epoch_loop
         if hasattr(epoch_loop, "_broadcast_sigterm_tensor"):  # one broadcast per batch, in Lightning >= 2.6
-            epoch_loop._broadcast_sigterm_tensor = self._raise_if_stopping
+            epoch_loop._broadcast_sigterm_tensor = lambda: None  # schedulers and launchers signal every worker
 
     @property
     def _trainer(self) -> pl.Trainer:
         assert self.lightning_module is not None
         return self.lightning_module.trainer
-
-    def _raise_if_stopping(self) -> None:
-        """In place of Lightning's broadcast per batch: SIGTERM travels with the sync."""
-        assert self.rounds is not None
-        report = self.rounds.last_report
-        if report is not None and report.stop_requested:
-            raise SIGTERMException
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
@@ -199,7 +191,7 @@ class LocalSGD(DDPStrategy):
     ) -> Any:
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         assert self.rounds is not None
-        self.rounds.step(stop=self._trainer.received_sigterm)  # attempts count: all ranks make as many
+        self.rounds.step()  # attempts count: all ranks make as many
         return output
 
     # -- global weights -------------------------------------------------------------------------------------------
