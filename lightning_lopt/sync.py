@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_lopt.buffers import Buffers, maxima
 from lightning_lopt.comm import Communicator
 from lightning_lopt.packing import Tracked, Wire, pack, size
 
@@ -87,7 +88,6 @@ class Sync:
         self._optimizer = optimizer
         self._comm = comm
         self._device = next(t.param.device for t in self._all())
-        self._buffers = dict(model.named_buffers())
         self._swapped: list[tuple[Tensor, Tensor]] = []
         named = [*model.named_parameters(), *model.named_buffers()]
         comm.check_same_shapes(named, self._device)
@@ -95,7 +95,7 @@ class Sync:
         for t in self._all():
             if t.param.requires_grad:
                 t.adopt(t.param)
-        self._buffer_anchors = {name: b.detach().clone() for name, b in self._buffers.items()}
+        self._buffers = Buffers(model)
         self.outer: Optimizer | None = None
         if outer_optimizer is not None:
             self.outer = outer_optimizer([{"params": [t.anchor for t in group]} for group in self._groups])
@@ -148,8 +148,7 @@ class Sync:
             t.known = True
             t.param.copy_(t.anchor)
         done = time.perf_counter()
-        for name, buffer in self._buffers.items():
-            self._buffer_anchors[name].copy_(buffer)
+        self._buffers.remember()
         return RoundReport(
             round_idx=round_idx,
             local_steps=local_steps,
@@ -184,7 +183,7 @@ class Sync:
             for wire in wires:
                 for buffer, view in zip(wire.buffers, wire.buffer_views, strict=True):
                     buffer.copy_(view)
-            for buffer, value in self._maxima(changed):
+            for buffer, value in maxima(changed, self._comm):
                 buffer.copy_(value)
             return workers
 
@@ -192,19 +191,7 @@ class Sync:
 
     def _agree(self, equal: dict[str, int]) -> list[Tensor]:
         """Agree with the other workers; the buffers that any of them changed since the last sync."""
-        own = [not torch.equal(b, self._buffer_anchors[name]) for name, b in self._buffers.items()]
-        flags = self._comm.agree(self._device, equal, own)
-        return [b for b, flag in zip(self._buffers.values(), flags, strict=True) if flag]
-
-    def _maxima(self, changed: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """The buffers of integers or booleans among these, with their maxima over the workers."""
-        integers = [b for b in changed if not b.is_floating_point()]
-        if not integers:
-            return []
-        flat = torch.cat([b.flatten().to(torch.int64) for b in integers])
-        self._comm.max_(flat)
-        values = flat.split([b.numel() for b in integers])
-        return [(b, v.view_as(b).to(b.dtype)) for b, v in zip(integers, values, strict=True)]
+        return self._buffers.select(self._comm.agree(self._device, equal, self._buffers.changed()))
 
     def _outer_step(
         self, outer: Optimizer, wires: list[Wire], workers: list[Tensor] | None, round_idx: int, local_steps: int
@@ -271,7 +258,7 @@ class Sync:
             return
         if weights == "anchor":
             new = [(t.param, t.anchor) for t in self._all() if t.known]
-            new += [(b, self._buffer_anchors[name]) for name, b in self._buffers.items()]
+            new += self._buffers.pairs()
         else:
             tracked = [t for t in self._all() if t.known]
             changed = self._agree({"parameters in training": size(tracked)})
@@ -280,7 +267,7 @@ class Sync:
                 wait()
             new = [(t.param, view) for wire in wires for t, view in zip(wire.tracked, wire.views, strict=True)]
             new += [pair for wire in wires for pair in zip(wire.buffers, wire.buffer_views, strict=True)]
-            new += self._maxima(changed)
+            new += maxima(changed, self._comm)
         for target, value in new:
             self._swapped.append((target, target.data))
             target.data = value.to(target.dtype, copy=weights == "anchor")
@@ -297,8 +284,8 @@ class Sync:
         for t in self._all():
             if t.known:
                 t.param.copy_(t.anchor)
-        for name, buffer in self._buffers.items():
-            buffer.copy_(self._buffer_anchors[name])
+        for buffer, synced in self._buffers.pairs():
+            buffer.copy_(synced)
 
     @property
     def swapped(self) -> bool:
@@ -308,7 +295,7 @@ class Sync:
         """Anchors, the buffers of the last sync and the state of the outer optimizer."""
         return {
             "anchors": [t.anchor.clone() if t.known else None for t in self._all()],
-            "buffers": {name: b.clone() for name, b in self._buffer_anchors.items()},
+            "buffers": self._buffers.synced_state(),
             "outer": None if self.outer is None else self.outer.state_dict(),
         }
 
@@ -316,7 +303,7 @@ class Sync:
         """This worker's own parameters and buffers, which differ from the others' in mid-round."""
         return {
             "params": [t.param.detach().clone() if t.known else None for t in self._all()],
-            "buffers": {name: b.detach().clone() for name, b in self._buffers.items()},
+            "buffers": self._buffers.own_state(),
         }
 
     @torch.no_grad()
@@ -325,8 +312,7 @@ class Sync:
         for t, param in zip(self._all(), state["params"], strict=True):
             if param is not None:
                 t.param.copy_(param)
-        for name, buffer in state["buffers"].items():
-            self._buffers[name].copy_(buffer)
+        self._buffers.load_own_state(state["buffers"])
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -346,8 +332,7 @@ class Sync:
         for t, anchor in zip(own, state["anchors"], strict=True):
             if anchor is not None:
                 t.adopt(anchor.to(t.param.device))
-        for name, buffer in state["buffers"].items():
-            self._buffer_anchors[name].copy_(buffer)
+        self._buffers.load_synced_state(state["buffers"])
         if self.outer is not None:
             self.outer.load_state_dict(state["outer"])
 

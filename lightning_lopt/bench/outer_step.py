@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,20 +84,28 @@ def sgemm_flops() -> float:
     return 2 * SGEMM_SIDE**3 / (time.perf_counter() - start)
 
 
-def time_steps(shapes: Shapes, repeats: int) -> tuple[dict[str, list[float]], float]:
-    """Seconds of each step, by optimizer, taken in turn after a step each to warm up; and the peak FLOP per second."""
+class Times(NamedTuple):
+    """Of each timed step of one optimizer: wall time, and CPU time of all threads, which other processes hardly move."""
+
+    seconds: list[float]
+    cpu_seconds: list[float]
+
+
+def time_steps(shapes: Shapes, repeats: int) -> tuple[dict[str, Times], float]:
+    """Times of each step, by optimizer, taken in turn after a step each to warm up; and the peak FLOP per second."""
     params = parameters(shapes)
     optimizers = {name: make(params) for name, make in OPTIMIZERS.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in optimizers}
+    times = {name: Times([], []) for name in optimizers}
     peak = 0.0
     for repeat in range(repeats + 1):
         for name, optimizer in optimizers.items():
             peak = max(peak, sgemm_flops())
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             optimizer.step()
             if repeat:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds, peak
+                times[name].seconds.append(time.perf_counter() - start)
+                times[name].cpu_seconds.append(time.process_time() - cpu_start)
+    return times, peak
 
 
 def extra_memory(name: str, shapes: Shapes, threads: int) -> int | None:
@@ -130,29 +138,31 @@ def measure(shapes: Shapes, repeats: int) -> dict[str, Any]:
         shapes: of the parameters.
         repeats: timed steps of each optimizer, >= 1.
     """
-    seconds, peak = time_steps(shapes, repeats)
+    times, peak = time_steps(shapes, repeats)
     memory = {}
     for name in OPTIMIZERS:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             memory[name] = process.submit(extra_memory, name, shapes, torch.get_num_threads()).result()
     count = sum(torch.Size(shape).numel() for shape in shapes)
     rows = []
-    for name, times in seconds.items():
-        median = statistics.median(times)
+    for name, (seconds, cpu_seconds) in times.items():
+        median = statistics.median(seconds)
         learned = name in (OURS, TWIN)
         rows.append(
             {
                 "optimizer": name,
                 "seconds": median,
-                "fastest": min(times),
-                "slowest": max(times),
+                "fastest": min(seconds),
+                "slowest": max(seconds),
+                "CPU seconds": statistics.median(cpu_seconds),
                 "ns per parameter": median / count * 1e9,
-                f"of {OURS}": statistics.median(b / a for a, b in zip(seconds[OURS], times, strict=True)),
+                "of ours": statistics.median(b / a for a, b in zip(times[OURS].seconds, seconds, strict=True)),
                 "share of sgemm": FLOP_PER_PARAMETER * count / median / peak if learned else None,
                 "extra MB": None if memory[name] is None else memory[name] / 1e6,
             }
         )
-    return {"machine": machine(), "parameters": count, "sgemm_flops": peak, "rows": rows, "seconds": seconds}
+    raw = {name: values._asdict() for name, values in times.items()}
+    return {"machine": machine(), "parameters": count, "sgemm_flops": peak, "rows": rows, "times": raw}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
