@@ -11,19 +11,17 @@ Every worker runs this script from top to bottom; the first `fit` starts the oth
 
 import argparse
 import copy
-import os
 import sysconfig
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from report import Curve, CurveRecorder, parse_args, print_once, report, tidy_output
+from report import BRIEF, NUM_WORKERS, Curve, CurveRecorder, print_once, report, save_once, set_up
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchmetrics.text import Perplexity
 
 from lightning_lopt import DiLoCo, LearnedLocalSGD, LocalSGD, RoundMonitor, SlowMo
@@ -42,10 +40,10 @@ def load_text(file: Path | None) -> str:
     return "".join(load_dataset("text", data_files=str(file), split="train", sample_by="document")["text"])
 
 
-def windows(text: str) -> list[Tensor]:
-    """Windows of bytes [N, CONTEXT + 1] of the text's first nine tenths, for training, and of the rest."""
+def windows(text: str) -> list[TensorDataset]:
+    """Windows of CONTEXT + 1 bytes of the text's first nine tenths, for training, and of the rest."""
     data = torch.tensor(list(text.encode()))
-    return [part.unfold(0, CONTEXT + 1, CONTEXT) for part in data.split(len(data) * 9 // 10 + 1)]
+    return [TensorDataset(t.unfold(0, CONTEXT + 1, CONTEXT)) for t in data.split(len(data) * 9 // 10 + 1)]
 
 
 class Block(nn.Module):
@@ -82,15 +80,15 @@ class GPT(L.LightningModule):
     def forward(self, text: Tensor) -> Tensor:
         return self.head(self.blocks(self.embed(text) + self.position))
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return cross_entropy(self(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return cross_entropy(self(batch[0][:, :-1]).flatten(0, 1), batch[0][:, 1:].flatten())
 
-    def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int) -> None:
+    def validation_step(self, batch: list[Tensor], batch_idx: int, dataloader_idx: int) -> None:
         if dataloader_idx == 0:
             loss = self.training_step(batch, batch_idx)
             self.log("train loss", loss, prog_bar=True, sync_dist=True, add_dataloader_idx=False)
         else:
-            self.perplexity(self(batch[:, :-1]), batch[:, 1:])
+            self.perplexity(self(batch[0][:, :-1]), batch[0][:, 1:])
             self.log("val perplexity", self.perplexity, prog_bar=True, add_dataloader_idx=False)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -100,10 +98,11 @@ class GPT(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
 
 
-def fit(strategy: LocalSGD, model: GPT, splits: list[Tensor], args: argparse.Namespace) -> Curve:
+def fit(strategy: LocalSGD, model: GPT, splits: list[TensorDataset], args: argparse.Namespace) -> Curve:
     """Train for one long epoch; validate the global weights after every round."""
     draws = torch.randint(len(splits[0]), (args.steps * args.workers * BATCH_SIZE,))  # the same on all workers
-    train = DataLoader(splits[0][draws], BATCH_SIZE)  # of which the Trainer gives each worker its share
+    train = DataLoader(Subset(splits[0], draws.tolist()), BATCH_SIZE)  # the Trainer gives each its share
+    evaluate = [DataLoader(Subset(split, range(min(EVAL_WINDOWS, len(split)))), 64) for split in splits]
     recorder = CurveRecorder()
     trainer = L.Trainer(
         strategy=strategy,
@@ -111,13 +110,10 @@ def fit(strategy: LocalSGD, model: GPT, splits: list[Tensor], args: argparse.Nam
         devices=args.workers,
         max_epochs=1,
         val_check_interval=args.local_steps,
-        num_sanity_val_steps=0,
         callbacks=[RoundMonitor(), recorder],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
+        **BRIEF,
     )
-    trainer.fit(model, train, [DataLoader(split[:EVAL_WINDOWS], 64) for split in splits])
+    trainer.fit(model, train, evaluate)
     return recorder.curve
 
 
@@ -125,11 +121,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="text file to fine-tune on")
     parser.add_argument("--init", type=Path, help="fine-tune the network in this file, which phase 1 has saved")
-    workers = int(os.environ.get("LOCAL_WORLD_SIZE", 2))  # torchrun says how many it has started
-    parser.add_argument("--workers", type=int, default=workers, help="worker processes (default: %(default)s)")
-    args = parse_args(parser, steps=192, lr=1e-3)
-    tidy_output()
-    L.seed_everything(args.seed, verbose=False)
+    parser.add_argument("--workers", type=int, default=NUM_WORKERS, help="worker processes (default: %(default)s)")
+    args = set_up(parser, steps=192, lr=1e-3)
     pretrained = GPT(args.lr)
     text = windows(load_text(args.data))
 
@@ -140,7 +133,7 @@ def main() -> None:
         files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
         code = windows("".join(file.read_text(encoding="utf-8") for file in files))
         fit(LocalSGD(local_steps=args.local_steps), pretrained, code, args)
-        rank_zero_only(torch.save)(pretrained.state_dict(), args.out / "gpt.pt")
+        save_once(pretrained.state_dict(), args.out / "gpt.pt")
 
     curves = {}
     for method in (LocalSGD, SlowMo, DiLoCo, LearnedLocalSGD):

@@ -12,16 +12,13 @@ Every worker runs this script from top to bottom; the first `fit` starts the oth
 
 import argparse
 import copy
-import os
 from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_only
-from report import Curve, CurveRecorder, parse_args, print_once, report, tidy_output
+from report import BRIEF, NUM_WORKERS, Curve, CurveRecorder, print_once, report, save_once, set_up
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchmetrics import Accuracy
 from torchvision.datasets import CIFAR10, FashionMNIST
@@ -37,15 +34,15 @@ EVAL_IMAGES = 1024  # of the training and of the validation images, after every 
 def load_images(dataset: str, folder: Path | None) -> list[TensorDataset]:
     """Training and validation images, uint8 [N, 3, size, size], with their labels."""
     if folder is None:
-        digits = load_digits()
-        pairs = list(zip((digits.images * (255 / 16)).astype("uint8"), digits.target, strict=True))
+        pixels, labels = load_digits(return_X_y=True)
+        pairs = list(zip((torch.tensor(pixels) * 255 / 16).byte().view(-1, 8, 8), labels, strict=True))
         splits = [pairs[360:], pairs[:360]]
     elif any(folder.glob("*.parquet")):
         from datasets import load_dataset
 
         files = {split: str(folder / f"{split}-*.parquet") for split in ("train", "test")}
-        data = load_dataset("parquet", data_files=files)
-        splits = [zip(data[split]["img"], data[split]["label"], strict=True) for split in files]
+        data = load_dataset("parquet", data_files=files).values()
+        splits = [zip(split["img"], split["label"], strict=True) for split in data]
     else:
         kind = {"fashion_mnist": FashionMNIST, "cifar10": CIFAR10}[dataset]
         splits = [kind(folder, train=train, download=True) for train in (True, False)]
@@ -64,7 +61,8 @@ def build_backbone(weights: str | None, image_size: int) -> tuple[VisionTransfor
     else:
         backbone = VisionTransformer(image_size, image_size // 4, 4, 4, hidden_dim=64, mlp_dim=128)
         preprocess = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])])
-    backbone.heads = nn.Identity()
+    assert isinstance(backbone, VisionTransformer), f"{weights} is not a vision transformer."
+    backbone.heads = nn.Sequential()
     return backbone, preprocess
 
 
@@ -83,12 +81,12 @@ class ViTClassifier(L.LightningModule):
         return self.head(self.backbone(self.preprocess(images)))
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return cross_entropy(self(batch[0]), batch[1])
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
     def validation_step(self, batch: list[Tensor], batch_idx: int, dataloader_idx: int) -> None:
         logits, labels = self(batch[0]), batch[1]
         if dataloader_idx == 0:
-            loss = cross_entropy(logits, labels)
+            loss = nn.functional.cross_entropy(logits, labels)
             self.log("train loss", loss, prog_bar=True, sync_dist=True, add_dataloader_idx=False)
         else:
             self.accuracy(logits, labels)
@@ -101,7 +99,7 @@ class ViTClassifier(L.LightningModule):
 def fit(strategy: LocalSGD, model: ViTClassifier, splits: list[TensorDataset], args: argparse.Namespace) -> Curve:
     """Train for one long epoch; validate the global weights after every round."""
     draws = torch.randint(len(splits[0]), (args.steps * args.workers * BATCH_SIZE,))  # the same on all workers
-    train = DataLoader(Subset(splits[0], draws.tolist()), BATCH_SIZE)  # of which the Trainer gives each its share
+    train = DataLoader(Subset(splits[0], draws.tolist()), BATCH_SIZE)  # the Trainer gives each its share
     evaluate = [DataLoader(Subset(split, range(min(EVAL_IMAGES, len(split)))), 256) for split in splits]
     recorder = CurveRecorder()
     trainer = L.Trainer(
@@ -110,11 +108,8 @@ def fit(strategy: LocalSGD, model: ViTClassifier, splits: list[TensorDataset], a
         devices=args.workers,
         max_epochs=1,
         val_check_interval=args.local_steps,
-        num_sanity_val_steps=0,
         callbacks=[RoundMonitor(), recorder],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
+        **BRIEF,
     )
     trainer.fit(model, train, evaluate)
     return recorder.curve
@@ -126,17 +121,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of the data set; torchvision downloads what is not there")
     parser.add_argument("--weights", help="fine-tune torchvision's pretrained network of this name, e.g. vit_b_16")
     parser.add_argument("--init", type=Path, help="fine-tune the backbone in this file, which phase 1 has saved")
-    workers = int(os.environ.get("LOCAL_WORLD_SIZE", 2))  # torchrun says how many it has started
-    parser.add_argument("--workers", type=int, default=workers, help="worker processes (default: %(default)s)")
-    args = parse_args(parser, steps=256, lr=0.1)
+    parser.add_argument("--workers", type=int, default=NUM_WORKERS, help="worker processes (default: %(default)s)")
+    args = set_up(parser, steps=256, lr=0.1)
     if (args.dataset == "digits") != (args.data is None):
         parser.error("fashion_mnist and cifar10 need both --dataset and --data FOLDER; digits need neither.")
-    tidy_output()
-    L.seed_everything(args.seed, verbose=False)
     splits = load_images(args.dataset, args.data)
     num_classes = int(splits[0].tensors[1].max()) + 1
     backbone, preprocess = build_backbone(args.weights, splits[0].tensors[0].shape[-1])
-
     if args.init is not None:
         backbone.load_state_dict(torch.load(args.init, weights_only=True))
     elif args.weights is None:
@@ -145,8 +136,7 @@ def main() -> None:
         model = ViTClassifier(backbone, preprocess, num_classes, args.lr)
         fit(LocalSGD(local_steps=args.local_steps), model, half, args)
         backbone = model.backbone
-        rank_zero_only(torch.save)(backbone.state_dict(), args.out / "vit_backbone.pt")
-
+        save_once(backbone.state_dict(), args.out / "vit_backbone.pt")
     curves = {}
     for method in (LocalSGD, SlowMo, DiLoCo, LearnedLocalSGD):
         print_once(f"\nPhase 2: fine-tuning with {method.__name__}")

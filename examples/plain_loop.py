@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from report import Curve, parse_args, report
+from report import Curve, report, set_up
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -29,8 +29,8 @@ OUTER_OPTIMIZERS = {
 def train(name: str, args: argparse.Namespace) -> Curve:
     """Train from scratch with the outer optimizer of this name; a point per round."""
     rank, num_workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    digits = load_digits()
-    images, labels = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
+    pixels, digits = load_digits(return_X_y=True)
+    images, labels = torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(digits)
     own_images, own_labels = images[rank::num_workers], labels[rank::num_workers]
     torch.manual_seed(args.seed)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -57,7 +57,7 @@ def train(name: str, args: argparse.Namespace) -> Curve:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    args = parse_args(parser, steps=320, lr=0.5)
+    args = set_up(parser, steps=320, lr=0.5)
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
     curves = {name: train(name, args) for name in OUTER_OPTIMIZERS}

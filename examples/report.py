@@ -3,6 +3,7 @@
 import argparse
 import logging
 import math
+import os
 import time
 import warnings
 from collections.abc import Sequence
@@ -10,35 +11,41 @@ from pathlib import Path
 
 import lightning as L
 import matplotlib.pyplot as plt
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.ticker import MaxNLocator
 
 from lightning_lopt.strategies import LocalSGD
 
+NUM_WORKERS = int(os.environ.get("LOCAL_WORLD_SIZE", 2))  # torchrun says how many it has started
+BRIEF = {  # for a Trainer that shows its progress, and writes nothing
+    "num_sanity_val_steps": 0,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+}
+save_once = rank_zero_only(torch.save)
 print_once = rank_zero_only(print)
 Curve = list[dict[str, float]]  # a point per evaluation: "rounds", "MB sent", "seconds" and metrics
 
 
-def parse_args(parser: argparse.ArgumentParser, steps: int, lr: float) -> argparse.Namespace:
-    """Parse an example's own arguments and those that all have, with these defaults."""
+def set_up(parser: argparse.ArgumentParser, steps: int, lr: float) -> argparse.Namespace:
+    """Parse an example's own arguments and those that all have, with these defaults; seed; make the output folder."""
     parser.add_argument("--steps", type=int, default=steps, help="local steps, in whole rounds (default: %(default)s)")
     parser.add_argument("--local-steps", type=int, default=16, help="local steps per round (default: %(default)s)")
-    parser.add_argument(
-        "--lr", type=float, default=lr, help="local learning rate of all methods (default: %(default)s)"
-    )
+    parser.add_argument("--lr", type=float, default=lr, help="learning rate of the workers (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder for results (default: %(default)s)")
     args = parser.parse_args()
+    if min(args.steps, args.local_steps) < 1:
+        parser.error("--steps and --local-steps must be at least 1.")
     args.steps = math.ceil(args.steps / args.local_steps) * args.local_steps
     args.out.mkdir(parents=True, exist_ok=True)
+    L.seed_everything(args.seed, verbose=False)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no remarks on the hardware
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the data are in memory
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")  # torch deprecates what Lightning calls
     return args
-
-
-def tidy_output() -> None:
-    """Without Lightning's remarks on the hardware and on loaders whose data are in memory anyway."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")  # a word between Lightning and torch
 
 
 class CurveRecorder(L.Callback):
