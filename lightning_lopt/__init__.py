@@ -4,10 +4,10 @@ from lightning_lopt.callbacks import RoundMonitor
 from lightning_lopt.comm import DisagreementError
 from lightning_lopt.network import AdaMLP, WeightsError
 from lightning_lopt.optim import LearnedOptimizer, SlowMomentum
+from lightning_lopt.report import RoundReport
 from lightning_lopt.rounds import Rounds
 from lightning_lopt.schedules import QSR, Constant, RoundInfo
 from lightning_lopt.strategies import DiLoCo, LearnedLocalSGD, LocalSGD, SlowMo
-from lightning_lopt.sync import RoundReport
 
 __version__ = "0.1.0"
 __all__ = [

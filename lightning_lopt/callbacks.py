@@ -10,8 +10,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
+from lightning_lopt.report import RoundReport
 from lightning_lopt.strategies import LocalSGD
-from lightning_lopt.sync import RoundReport
 
 
 class RoundMonitor(Callback):

@@ -8,8 +8,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lopt.comm import Communicator
+from lightning_lopt.report import RoundReport
 from lightning_lopt.schedules import RoundInfo, Schedule, as_schedule
-from lightning_lopt.sync import EvalWeights, OuterFactory, RoundReport, Sync
+from lightning_lopt.sync import EvalWeights, OuterFactory, Sync
 
 
 class Rounds:

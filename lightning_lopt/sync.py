@@ -13,7 +13,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -23,36 +22,10 @@ from torch.optim import Optimizer
 from lightning_lopt.buffers import Buffers, maxima
 from lightning_lopt.comm import Communicator
 from lightning_lopt.packing import Tracked, Wire, pack, size
+from lightning_lopt.report import RoundReport
 
 OuterFactory = Callable[[Any], Optimizer]
 EvalWeights = Literal["anchor", "mean"]
-
-
-@dataclass(frozen=True)
-class RoundReport:
-    """What one round did and cost.
-
-    Attributes:
-        round_idx: index of the round, from 0.
-        local_steps: H of this round.
-        pseudo_grad_norm: Euclidean norm of the averaged pseudo-gradient.
-        drift: root mean square distance of the workers from their mean when the sync was launched.
-        bytes_sent: bytes that this worker sent in this sync.
-        transfer_seconds: time from the launch until the mean is here, waiting for other workers included.
-        outer_seconds: time in the outer step.
-        sync_seconds: time in the whole sync.
-        fell_back: whether the outer step was refused and the workers were averaged instead.
-    """
-
-    round_idx: int
-    local_steps: int
-    pseudo_grad_norm: float
-    drift: float
-    bytes_sent: int
-    transfer_seconds: float
-    outer_seconds: float
-    sync_seconds: float
-    fell_back: bool
 
 
 class Sync:
@@ -211,7 +184,7 @@ class Sync:
             group.update(round_idx=round_idx, local_steps=local_steps, local_lr=float(local.get("lr", math.nan)))
         square = sum(float(view.square().sum()) for wire in wires for view in wire.views)
         limit = getattr(outer, "max_update_ratio", None)
-        before = [t.anchor.clone() for wire in wires for t in wire.tracked] if limit is not None else []
+        before = [_parked_anchor(t) for wire in wires for t in wire.tracked] if limit is not None else []
         outer.step()
         refused = limit is not None and self._refuse(outer, wires, before, limit, square, round_idx)
         for t in self._all():
@@ -335,6 +308,11 @@ class Sync:
         self._buffers.load_synced_state(state["buffers"])
         if self.outer is not None:
             self.outer.load_state_dict(state["outer"])
+
+
+def _parked_anchor(t: Tracked) -> Tensor:
+    """A copy of the anchor, in the parameter itself where it fits: its local value has been sent."""
+    return t.param.detach().copy_(t.anchor) if t.param.dtype == t.dtype else t.anchor.clone()
 
 
 def _average(wires: list[Wire]) -> float:

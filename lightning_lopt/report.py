@@ -1,0 +1,30 @@
+"""What a sync reports."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What one round did and cost.
+
+    Attributes:
+        round_idx: index of the round, from 0.
+        local_steps: H of this round.
+        pseudo_grad_norm: Euclidean norm of the averaged pseudo-gradient.
+        drift: root mean square distance of the workers from their mean when the sync was launched.
+        bytes_sent: bytes that this worker sent in this sync.
+        transfer_seconds: time from the launch until the mean is here, waiting for other workers included.
+        outer_seconds: time in the outer step.
+        sync_seconds: time in the whole sync.
+        fell_back: whether the outer step was refused and the workers were averaged instead.
+    """
+
+    round_idx: int
+    local_steps: int
+    pseudo_grad_norm: float
+    drift: float
+    bytes_sent: int
+    transfer_seconds: float
+    outer_seconds: float
+    sync_seconds: float
+    fell_back: bool
