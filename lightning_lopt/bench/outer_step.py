@@ -85,7 +85,7 @@ def sgemm_flops() -> float:
 
 
 class Times(NamedTuple):
-    """Of each timed step of one optimizer: wall time, and CPU time of all threads, which other processes hardly move."""
+    """Of each timed step: wall time, and CPU time of all threads, which other processes hardly disturb."""
 
     seconds: list[float]
     cpu_seconds: list[float]
