@@ -42,7 +42,7 @@ def load_text(file: Path | None) -> str:
 
 def windows(text: str) -> list[TensorDataset]:
     """Windows of CONTEXT + 1 bytes of the text's first nine tenths, for training, and of the rest."""
-    data = torch.tensor(list(text.encode()))
+    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
     return [TensorDataset(t.unfold(0, CONTEXT + 1, CONTEXT)) for t in data.split(len(data) * 9 // 10 + 1)]
 
 

@@ -13,7 +13,7 @@ import lightning as L
 import matplotlib.pyplot as plt
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from lightning_lopt.strategies import LocalSGD
 
@@ -93,7 +93,9 @@ def report(curves: dict[str, Curve], metrics: Sequence[str], file: Path) -> None
         for name, curve in curves.items():
             ax.plot([point[x] for point in curve], [point[y] for point in curve], marker=".", label=name)
         ax.set(xlabel="MB sent per worker" if x == "MB sent" else x, ylabel=y)
-        ax.set_yscale("log" if "loss" in y else "linear")
+        if "loss" in y:
+            ax.set_yscale("log")
+            ax.yaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())
         ax.set_xlim(left=0)
         ax.xaxis.set_major_locator(MaxNLocator(integer=x == "rounds"))
         ax.grid(alpha=0.3)

@@ -1,0 +1,70 @@
+"""The examples run as a user would run them: the table and the plot are there, and no process is left."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+METHODS = ["LocalSGD", "SlowMo", "DiLoCo", "LearnedLocalSGD"]
+TINY = ["--steps", "4", "--local-steps", "2"]
+
+
+def run(command: list[str], limit: float = 100) -> str:
+    """What a command printed. It has its own process group, which must be empty soon after its end."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=limit)
+        assert process.returncode == 0, output
+        end = time.monotonic() + 10  # workers may take a moment to shut down
+        while group_exists(process.pid):
+            assert time.monotonic() < end, f"a process is left\n{output}"
+            time.sleep(0.1)
+        return output
+    finally:
+        if group_exists(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def group_exists(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def check_report(output: str, methods: list[str], rounds: int, plot: Path) -> None:
+    """The table has a row per method with as many rounds, and the plot is a PNG."""
+    for method in methods:
+        assert re.search(rf"^{method}  +{rounds}  ", output, re.MULTILINE), f"no row for {method}\n{output}"
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("script", "saved"), [("finetune_vit", "vit_backbone.pt"), ("finetune_lm", "gpt.pt")])
+def test_fine_tuning(script: str, saved: str, tmp_path: Path):
+    output = run([str(EXAMPLES / f"{script}.py"), *TINY, "--out", str(tmp_path)])
+    assert "Phase 1" in output
+    assert (tmp_path / saved).is_file()
+    check_report(output, METHODS, rounds=2, plot=tmp_path / f"{script}.png")
+
+
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]])
+def test_plain_loop(launcher: list[str], tmp_path: Path):
+    output = run([*launcher, str(EXAMPLES / "plain_loop.py"), *TINY, "--out", str(tmp_path)])
+    check_report(output, ["average", "slow momentum", "learned"], rounds=2, plot=tmp_path / "plain_loop.png")
