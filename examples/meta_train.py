@@ -16,6 +16,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import matplotlib.pyplot as plt
@@ -33,7 +34,7 @@ def load_images(folder: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
     if folder is None:
         from sklearn.datasets import load_digits
 
-        digits = load_digits()
+        digits: Any = load_digits()
         return torch.tensor(digits.images, dtype=torch.float32) / 16, torch.tensor(digits.target)
     if files := sorted(map(str, folder.glob("train*.parquet"))):
         from datasets import load_dataset
@@ -66,7 +67,7 @@ def new_network(update: str, seed: int) -> AdaMLP:
     if update == "published":
         return AdaMLP(seed=seed)
     network = AdaMLP(update=update, step_mult=1.0, exp_mult=1.0, seed=seed)
-    torch.nn.init.zeros_(network.layers[-1].weight)
+    torch.nn.init.zeros_(network.get_parameter("layers.2.weight"))
     return network
 
 
@@ -88,13 +89,14 @@ def training_curve(task: ImageMLP, network: AdaMLP | None, rounds: int = 200, ru
     generator = torch.Generator().manual_seed(0)
     anchor = task.init(runs, generator)
     states = zero_states(anchor)
+    meta = None
     if network is not None:
         meta = network.functional({name: torch.stack([p.detach()] * runs) for name, p in network.named_parameters()})
     losses = []
     for round_idx in range(rounds):
         batches = (task.batch(runs * 8, generator) for _ in range(4))
         workers, loss = local_round(task, anchor, batches, torch.full((runs,), 0.2), num_workers=8)
-        if network is None:
+        if meta is None:
             anchor = {name: w.mean(1) for name, w in workers.items()}
         else:
             outer_step(anchor, workers, states, meta, torch.full((runs,), round_idx))
