@@ -56,10 +56,16 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def tune(rows: Sequence[Mapping[str, Any]]) -> list[Tuned]:
-    """The best setting of each method by final loss; the learned one runs at the local rate of Local SGD, untuned.
+def reached(method: Tuned, baseline: Tuned) -> list[int | None]:
+    """Rounds to the final loss of the baseline, seed by seed; None for never."""
+    return [rounds_to(curve, smooth(baseline.curves[seed])[-1]) for seed, curve in method.curves.items()]
 
-    Settings that were run from fewer seeds than others of their method do not count.
+
+def tune(rows: Sequence[Mapping[str, Any]]) -> list[Tuned]:
+    """The best setting of each method: of Local SGD by final loss, of the others by rounds to that loss.
+
+    The learned method is not tuned: it runs at the local learning rate that is best for Local SGD. Settings that were
+    run from fewer seeds than others of their method do not count.
 
     Args:
         rows: lines that `run` wrote, of one task, K and H, Local SGD among them.
@@ -67,33 +73,36 @@ def tune(rows: Sequence[Mapping[str, Any]]) -> list[Tuned]:
     curves: dict[tuple[str, float, str], dict[int, list[float]]] = defaultdict(dict)
     for row in rows:
         curves[row["method"], row["local_lr"], json.dumps(row["options"])][row["seed"]] = row["losses"]
-    candidates = [Tuned(method, lr, json.loads(options), runs) for (method, lr, options), runs in curves.items()]
-    seeds = {
-        method: max(len(c.curves) for c in candidates if c.method == method)
-        for method in {c.method for c in candidates}
-    }
-    candidates = [c for c in candidates if len(c.curves) == seeds[c.method]]
-    best = {"local_sgd": min((c for c in candidates if c.method == "local_sgd"), key=lambda c: c.final_loss)}
-    for candidate in candidates:
-        method = candidate.method
-        if method == "learned":
-            if candidate.local_lr == best["local_sgd"].local_lr:
-                best[method] = candidate
-        elif method not in best or candidate.final_loss < best[method].final_loss:
-            best[method] = candidate
-    return list(best.values())
+    candidates: dict[str, list[Tuned]] = defaultdict(list)
+    for (method, lr, options), runs in curves.items():
+        candidates[method].append(Tuned(method, lr, json.loads(options), runs))
+    baseline = min(_complete(candidates.pop("local_sgd")), key=lambda c: c.final_loss)
+
+    def rounds_then_loss(candidate: Tuned) -> tuple[float, float]:
+        rounds = reached(candidate, baseline)
+        return sum(math.inf if r is None else r for r in rounds), candidate.final_loss
+
+    best = [baseline]
+    for method, choices in candidates.items():
+        allowed = [c for c in choices if method != "learned" or c.local_lr == baseline.local_lr]
+        best.append(min(_complete(allowed), key=rounds_then_loss))
+    return best
+
+
+def _complete(candidates: Sequence[Tuned]) -> list[Tuned]:
+    most = max(len(c.curves) for c in candidates)
+    return [c for c in candidates if len(c.curves) == most]
 
 
 def summary(tuned: Sequence[Tuned]) -> list[dict[str, Any]]:
     """One row per method: its setting, its loss, and the rounds to the final loss of Local SGD, seed by seed."""
     baseline = next(t for t in tuned if t.method == "local_sgd")
-    targets = {seed: smooth(curve)[-1] for seed, curve in baseline.curves.items()}
+    total = len(next(iter(baseline.curves.values()))) - 1
     rows = []
     for method in tuned:
         finals = [smooth(curve)[-1] for curve in method.curves.values()]
-        reached = [rounds_to(curve, targets[seed]) for seed, curve in method.curves.items()]
-        total = len(next(iter(baseline.curves.values()))) - 1
-        never = None in reached
+        rounds = reached(method, baseline)
+        known = [r for r in rounds if r is not None]
         rows.append(
             {
                 "method": method.method,
@@ -102,8 +111,8 @@ def summary(tuned: Sequence[Tuned]) -> list[dict[str, Any]]:
                 "final loss": method.final_loss,
                 "lowest": min(finals),
                 "highest": max(finals),
-                "rounds to Local SGD's": " ".join("never" if r is None else str(r) for r in reached),
-                "share of its rounds": None if never else statistics.fmean(r for r in reached if r is not None) / total,
+                "rounds to Local SGD's": " ".join("never" if r is None else str(r) for r in rounds),
+                "share of its rounds": statistics.fmean(known) / total if len(known) == len(rounds) else None,
             }
         )
     return rows

@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
             with args.out.open("a") as out:
                 for setting, curves in zip(group, losses.tolist(), strict=True):
                     for seed, curve in zip(args.seeds, curves, strict=True):
-                        row = {**common, **vars(setting), "seed": seed, "losses": [round(x, 5) for x in curve]}
+                        row = {**common, **vars(setting), "seed": seed, "losses": [float(f"{x:.5g}") for x in curve]}
                         out.write(json.dumps(row) + "\n")
             print(f"  {len(group)} settings in {seconds:.1f} s", flush=True)
     print(f"{args.out}: {machine()}")
