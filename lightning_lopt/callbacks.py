@@ -85,7 +85,7 @@ class RoundMonitor(Callback):
         self.history.append({"step": float(trainer.global_step), **metrics})
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
-        if pl_module is not None:
+        if pl_module is not None and trainer.progress_bar_callback is not None:
             pl_module.log("round", metrics["rounds/round"], prog_bar=True, logger=False, rank_zero_only=True)
             pl_module.log(
                 "sent_MB", metrics["rounds/bytes_sent"] / 1e6, prog_bar=True, logger=False, rank_zero_only=True

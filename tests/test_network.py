@@ -114,7 +114,7 @@ def test_bundled_weights_have_a_card_and_are_the_default():
         path = AdaMLP.bundled_path(name)
         network = AdaMLP.bundled(name)
         assert path.with_suffix(".md").read_text().strip()
-        assert {"recipe", "command", "commit", "seed", "hours"} <= set(network.card)
+        assert {"command", "commit", "seed"} <= set(network.card)
     p = torch.nn.Parameter(torch.ones(3))
     default = LearnedOptimizer([p]).network
     assert all(torch.equal(a, b) for a, b in zip(default.parameters(), AdaMLP.bundled().parameters(), strict=True))
