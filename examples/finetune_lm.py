@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="text file to fine-tune on")
     parser.add_argument("--init", type=Path, help="fine-tune the network in this file, which phase 1 has saved")
     parser.add_argument("--workers", type=int, default=NUM_WORKERS, help="worker processes (default: %(default)s)")
-    args = set_up(parser, steps=192, lr=1e-3)
+    args = set_up(parser, steps=192, lr=3e-3)
     pretrained = GPT(args.lr)
     text = windows(load_text(args.data))
 
