@@ -78,6 +78,8 @@ class MetaTraining(L.LightningModule):
     Example:
         >>> task = ImageMLP(torch.rand(64, 8, 8), torch.arange(64) % 4, hidden=(8,), batch_size=8)
         >>> meta = MetaTraining(task=task, num_workers=2, local_steps=1, local_lr=0.1)
+        >>> sum(p.numel() for p in meta.parameters())
+        2409
         >>> trainer = L.Trainer(max_steps=5_000)  # doctest: +SKIP
         >>> trainer.fit(meta)  # doctest: +SKIP
         >>> meta.network.save("lopt_a.safetensors")  # doctest: +SKIP
