@@ -17,7 +17,8 @@ from lightning_lopt.strategies import LocalSGD
 class RoundMonitor(Callback):
     """Log what each round did and cost, to every logger and the progress bar.
 
-    Metrics, once per round: ``rounds/round``, ``rounds/local_steps``, ``rounds/bytes_sent`` (total of this worker),
+    Metrics, once per round: ``rounds/round`` (finished), ``rounds/local_steps``, ``rounds/bytes_sent`` (total of this
+    worker; rank 0's holds the broadcast of the first weights too),
     ``rounds/sync_seconds``, ``rounds/transfer_seconds``, ``rounds/outer_seconds`` (of this round),
     ``rounds/sync_share`` (of the time since training began), ``rounds/pseudo_grad_norm``, ``rounds/drift`` (root mean
     square distance of the workers from their mean), ``rounds/fell_back`` (refused outer steps so far).
@@ -71,7 +72,7 @@ class RoundMonitor(Callback):
         self._fell_back += report.fell_back
         elapsed = time.perf_counter() - self._start
         metrics = {
-            "rounds/round": float(report.round_idx),
+            "rounds/round": float(rounds.round_idx),
             "rounds/local_steps": float(report.local_steps),
             "rounds/bytes_sent": float(rounds.comm.bytes_sent),
             "rounds/sync_seconds": report.sync_seconds,

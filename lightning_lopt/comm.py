@@ -27,7 +27,7 @@ class Communicator:
 
     Attributes:
         bytes_sent: bytes that this worker has put on the wire, by the ring algorithms' count: 2(K-1)/K of the
-            payload for an all-reduce, K-1 payloads for an all-gather.
+            payload for an all-reduce, K-1 payloads for an all-gather; one payload on rank 0 for a broadcast.
         num_collectives: collectives so far.
 
     Example:
