@@ -424,9 +424,7 @@ def _script(tmp_path, epochs):
     path = tmp_path / "script.py"
     path.write_text(textwrap.dedent(SCRIPT).format(epochs=epochs))
     root = Path(__file__).parents[1]
-    names = {"MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK", "PL_GLOBAL_SEED"}  # left by other tests' Trainers
-    environment = {name: value for name, value in os.environ.items() if name not in names}
-    environment |= {"PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
+    environment = {**os.environ, "PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
     return path, environment
 
 
