@@ -35,6 +35,7 @@ def _main(
         LOCAL_WORLD_SIZE=str(num_workers),
         TORCHELASTIC_RUN_ID="tests",
         GLOO_SOCKET_IFNAME="lo",
+        OMP_NUM_THREADS="1",  # Lightning would raise it, and OpenMP hangs in a fork of a process that has used it
     )
     torch.set_num_threads(1)
     try:
