@@ -106,10 +106,11 @@ class Rounds:
     def _choose_local_steps(self) -> int:
         lr = max(float(group.get("lr", 0.0)) for group in self._optimizer.param_groups)
         info = RoundInfo(self.round_idx, self.step_idx, self.total_steps, lr)
-        local_steps = int(self._schedule(info))
-        if local_steps < 1:
+        local_steps = self._schedule(info)
+        if not isinstance(local_steps, int) or local_steps < 1:
             raise ValueError(
-                f"The schedule {self._schedule!r} returned {local_steps} local steps for {info}; need >= 1."
+                f"The schedule {self._schedule!r} returned {local_steps!r} local steps for {info}; "
+                "it must be an integer >= 1."
             )
         if self.total_steps is not None and self.step_idx < self.total_steps:
             local_steps = min(local_steps, self.total_steps - self.step_idx)

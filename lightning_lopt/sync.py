@@ -9,6 +9,7 @@ The anchor (the global parameters) and the pseudo-gradient are float32 (float64 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 import warnings
@@ -73,6 +74,7 @@ class Sync:
         if outer_optimizer is not None:
             self.outer = outer_optimizer([{"params": [t.anchor for t in group]} for group in self._groups])
             _check_num_workers(self.outer, comm.num_workers)
+        comm.agree(self._device, {"the outer optimizer (as a digest)": _digest(self.outer)})
 
     def _all(self) -> Iterator[Tracked]:
         for group in self._groups:
@@ -209,12 +211,7 @@ class Sync:
             warnings.warn(
                 f"Round {round_idx}: the outer step was refused and the workers were averaged instead. Its norm is "
                 f"{math.sqrt(update):.3g}, that of the averaged pseudo-gradient {math.sqrt(square):.3g}; "
-                + (
-                    f"more than {limit:g} times as much is not trusted."
-                    if math.isfinite(update)
-                    else "the outer optimizer starts afresh. Look for a diverging worker: lower the local learning "
-                    "rate or clip gradients."
-                ),
+                + _advice(math.isfinite(update), math.isfinite(square), limit),
                 stacklevel=2,
             )
         return True
@@ -270,6 +267,7 @@ class Sync:
             "anchors": [t.anchor.clone() if t.known else None for t in self._all()],
             "buffers": self._buffers.synced_state(),
             "outer": None if self.outer is None else self.outer.state_dict(),
+            "outer_kind": type(self.outer).__name__,
         }
 
     def local_state(self) -> dict[str, Any]:
@@ -296,11 +294,12 @@ class Sync:
         """
         self._follow_optimizer()
         own = list(self._all())
-        if len(own) != len(state["anchors"]) or (self.outer is None) != (state["outer"] is None):
+        kind = type(self.outer).__name__
+        if len(own) != len(state["anchors"]) or kind != state["outer_kind"]:
             raise ValueError(
-                f"This checkpoint holds {len(state['anchors'])} parameters and "
-                f"{'no' if state['outer'] is None else 'an'} outer optimizer; here there are {len(own)} and "
-                f"{'no' if self.outer is None else 'an'} outer optimizer. Resume with the strategy that wrote it."
+                f"This checkpoint holds {len(state['anchors'])} parameters and the outer optimizer "
+                f"{state['outer_kind']}; here there are {len(own)} parameters and {kind}. Resume with the "
+                "strategy that wrote it, or start from its weights alone."
             )
         for t, anchor in zip(own, state["anchors"], strict=True):
             if anchor is not None:
@@ -308,6 +307,24 @@ class Sync:
         self._buffers.load_synced_state(state["buffers"])
         if self.outer is not None:
             self.outer.load_state_dict(state["outer"])
+
+
+def _advice(finite_update: bool, finite_average: bool, limit: float) -> str:
+    if finite_update:
+        return f"more than {limit:g} times as much is not trusted."
+    if finite_average:
+        return "the outer optimizer starts afresh."
+    return (
+        "a worker has diverged, and so the average is not finite either: the model is lost. Go back to a checkpoint "
+        "with a lower local learning rate or clipped gradients, or try LocalSGD."
+    )
+
+
+def _digest(outer: Optimizer | None) -> int:
+    """An integer that differs for outer optimizers of another kind, with other settings or another network."""
+    settings = [] if outer is None else [{k: v for k, v in g.items() if k != "params"} for g in outer.param_groups]
+    text = repr((type(outer).__name__, settings, getattr(outer, "fingerprint", None)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 def _parked_anchor(t: Tracked) -> Tensor:

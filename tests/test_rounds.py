@@ -205,6 +205,25 @@ def test_different_models_are_an_error():
     assert run_workers(_different_models, 2) == [True, True]
 
 
+def _different_outer(rank, factories):
+    model = nn.Linear(3, 1)
+    with pytest.raises(DisagreementError, match="outer optimizer"):
+        Rounds(model, torch.optim.SGD(model.parameters(), lr=0.1), 2, factories[rank])
+    return True
+
+
+@pytest.mark.parametrize(
+    "factories",
+    [
+        [None, SlowMomentum],
+        [partial(SlowMomentum, momentum=0.5), partial(SlowMomentum, momentum=0.9)],
+        [partial(LearnedOptimizer, network=AdaMLP(seed=seed)) for seed in range(2)],
+    ],
+)
+def test_different_outer_optimizers_are_an_error(factories):
+    assert run_workers(_different_outer, 2, factories) == [True, True]
+
+
 def _start(rank):
     torch.manual_seed(rank)
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
@@ -322,6 +341,14 @@ def test_a_schedule_that_returns_nonsense():
     rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=1.0), lambda info: 0)
     with pytest.raises(ValueError, match="returned 0 local steps"):
         rounds.step()
+
+
+def test_a_state_of_another_outer_optimizer():
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    state = Rounds(model, optimizer, 1, SlowMomentum).state_dict()
+    with pytest.raises(ValueError, match="outer optimizer SlowMomentum; here there are 2 parameters and SGD"):
+        Rounds(model, optimizer, 1, partial(torch.optim.SGD, lr=1.0)).load_state_dict(state)
 
 
 def _fresh(num_steps, state=None):

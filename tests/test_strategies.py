@@ -316,6 +316,8 @@ def test_modules_that_are_refused(module, error, match):
         (lambda: LocalSGD(eval_weights="best"), ValueError, "eval_weights"),
         (lambda: LearnedLocalSGD(outer_optimizer=torch.optim.SGD), TypeError, "brings its own"),
         (lambda: LearnedLocalSGD(network="no/such/file"), FileNotFoundError, "no weights file"),
+        (lambda: LearnedLocalSGD(network=3), TypeError, "must be an AdaMLP"),
+        (lambda: LocalSGD(outer_optimizer="adam"), TypeError, "make an optimizer from parameters"),
         (lambda: SlowMo(momentum=1.0), ValueError, "momentum"),
         (lambda: DiLoCo(outer_lr=-1.0), ValueError, "learning rate"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ def resolve_network(network: AdaMLP | str | Path | None) -> AdaMLP:
         return AdaMLP.bundled()
     if isinstance(network, AdaMLP):
         return network
+    if not isinstance(network, (str, Path)):
+        raise TypeError(f"network must be an AdaMLP, a path or the name of bundled weights, not {network!r}.")
     if isinstance(network, str) and network in AdaMLP.bundled_names():
         return AdaMLP.bundled(network)
     return AdaMLP.load(network)
@@ -73,6 +76,14 @@ class LearnedOptimizer(Optimizer):
     @property
     def needs_worker_grads(self) -> bool:
         return self.num_workers is not None
+
+    @property
+    def fingerprint(self) -> str:
+        """Differs for networks that differ in their configuration or in any weight."""
+        digest = hashlib.sha256(repr(self.network.config).encode())
+        for p in self.network.parameters():
+            digest.update(p.detach().double().cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -73,6 +73,7 @@ class LocalSGD(DDPStrategy):
 
     Raises:
         ValueError: `local_steps` < 1, or nothing to train.
+        TypeError: `outer_optimizer` cannot be called with parameters.
         MisconfigurationException: several optimizers, manual optimization, or a plugin of FSDP or DeepSpeed.
 
     Memory: 4 bytes per parameter for the anchor, 4 more during a sync. Sends 2(K-1)/K × 4 bytes per parameter and
@@ -113,6 +114,11 @@ class LocalSGD(DDPStrategy):
             timeout=timeout,
             start_method=start_method,
         )
+        if outer_optimizer is not None and (not callable(outer_optimizer) or isinstance(outer_optimizer, Optimizer)):
+            raise TypeError(
+                "outer_optimizer must make an optimizer from parameters, as partial(torch.optim.SGD, lr=0.7) does, not "
+                f"{outer_optimizer!r}."
+            )
         if eval_weights not in (None, "anchor", "mean"):
             raise ValueError(f"eval_weights must be 'anchor', 'mean' or None, not {eval_weights!r}.")
         self._schedule = as_schedule(local_steps)
@@ -143,7 +149,7 @@ class LocalSGD(DDPStrategy):
             raise MisconfigurationException(
                 f"{type(self).__name__} needs automatic optimization with exactly one optimizer; "
                 f"{type(module).__name__} has {len(self.optimizers)} optimizer(s) and automatic_optimization="
-                f"{module.automatic_optimization}. Put the parameters of several optimizers into groups of one."
+                f"{module.automatic_optimization}. Give all parameters to one optimizer, as groups if need be."
             )
         self.rounds = Rounds(
             module, self.optimizers[0], self._schedule, self._outer_optimizer, comm=Communicator(self._timeout)
