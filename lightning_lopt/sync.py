@@ -9,7 +9,6 @@ The anchor (the global parameters) and the pseudo-gradient are float32 (float64 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 import warnings
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lopt.buffers import Buffers, maxima
-from lightning_lopt.comm import Communicator
+from lightning_lopt.comm import Communicator, digest
 from lightning_lopt.packing import Tracked, Wire, pack, size
 from lightning_lopt.report import RoundReport
 
@@ -323,8 +322,7 @@ def _advice(finite_update: bool, finite_average: bool, limit: float) -> str:
 def _digest(outer: Optimizer | None) -> int:
     """An integer that differs for outer optimizers of another kind, with other settings or another network."""
     settings = [] if outer is None else [{k: v for k, v in g.items() if k != "params"} for g in outer.param_groups]
-    text = repr((type(outer).__name__, settings, getattr(outer, "fingerprint", None)))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    return digest(repr((type(outer).__name__, settings, getattr(outer, "fingerprint", None))))
 
 
 def _parked_anchor(t: Tracked) -> Tensor:
