@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_lopt.functional import ada
-from lightning_lopt.functional.learned import UPDATES, Network
+from lightning_lopt.functional.layers import NUM_TENSOR_FEATURES, Network
+from lightning_lopt.functional.updates import UPDATES
 
 FORMAT = "lightning_lopt.AdaMLP"
 VERSION = "1"
@@ -38,8 +39,9 @@ class AdaMLP(nn.Module):
         hidden: widths of the two hidden layers.
         step_mult: λ1 > 0, the size of the step.
         exp_mult: λ2 >= 0, the range of the magnitude.
-        update: how the output becomes a step: ``"published"`` (the paper's), ``"gated_average"`` or
-            ``"gated_nesterov"`` (see `lightning_lopt.functional.learned`).
+        update: how the output becomes a step: ``"published"`` (the paper's), ``"gated_average"``,
+            ``"gated_nesterov"`` or ``"adaptive_nesterov"``, which also sees 11 features of the tensor as a whole (see
+            `lightning_lopt.functional.updates`).
         card: provenance, anything JSON can hold; saved with the weights.
         seed: of the initial weights (truncated normal, std 1/sqrt(fan in); biases 0); None leaves torch's
             global generator in charge.
@@ -81,7 +83,7 @@ class AdaMLP(nn.Module):
         self.exp_mult = float(exp_mult)
         self.update = update
         self.card = dict(card or {})
-        sizes = (self.num_features, *self.hidden, 2)
+        sizes = (self.num_features, *self.hidden, UPDATES[update].num_outputs)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.decays = nn.ParameterDict(
             {
@@ -99,7 +101,8 @@ class AdaMLP(nn.Module):
 
     @property
     def num_features(self) -> int:
-        return self.num_inputs + ada.NUM_SHARED_FEATURES + ada.NUM_TIME_FEATURES
+        shared = ada.NUM_SHARED_FEATURES + ada.NUM_TIME_FEATURES
+        return self.num_inputs + shared + (NUM_TENSOR_FEATURES if UPDATES[self.update].relative else 0)
 
     @property
     def config(self) -> dict[str, Any]:

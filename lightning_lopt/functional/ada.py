@@ -25,10 +25,16 @@ NUM_SHARED_FEATURES = 27  # all that is normalised, besides the pseudo-gradient 
 NUM_TIME_FEATURES = len(TIME_SCALES)
 
 SQUARE_EPS = 1e-30
-FACTOR_EPS = 1e-9
-SECOND_EPS = 1e-6
-RSQRT_EPS = 1e-8
-RMS_EPS = 1e-5
+MIN_SCALE = 1e-20
+
+
+class Epsilons(NamedTuple):
+    """What is added before roots and divisions, [P, 1, 1, 1] each; `rms` is a number."""
+
+    factor: Tensor
+    second: Tensor
+    rsqrt: Tensor
+    rms: float
 
 
 class Decays(NamedTuple):
@@ -224,7 +230,18 @@ def update_moments(momentum: Tensor, second: Tensor, grad: Tensor, decays: Decay
     second.lerp_(grad.square(), decays.rms[:, :, None, None, None])
 
 
-def gradient_scales(state: AdaState, factors: Factoring) -> tuple[Tensor, Tensor, Tensor]:
+def epsilons(state: AdaState, *, relative: bool) -> Epsilons:
+    """The published constants, in units of 1, or of the running mean of g² over the tensor.
+
+    With the latter the features do not change when all pseudo-gradients are scaled.
+    """
+    scale = state.row[:, -1:].mean((2, 3), keepdim=True).clamp_(min=MIN_SCALE)
+    if not relative:
+        scale = torch.ones_like(scale)
+    return Epsilons(1e-9 * scale, 1e-6 * scale, 1e-8 * scale, torch.finfo(scale.dtype).tiny if relative else 1e-5)
+
+
+def gradient_scales(state: AdaState, eps: Epsilons, factors: Factoring) -> tuple[Tensor, Tensor, Tensor]:
     """What makes the factored features: the scale of m along R, that along C, and for vectors that of g.
 
     Returns:
@@ -232,10 +249,10 @@ def gradient_scales(state: AdaState, factors: Factoring) -> tuple[Tensor, Tensor
         rf·cf. For vectors 1/sqrt(D + 1e-6), 1 and 1/sqrt(max(D + 1e-9, 1e-9)).
     """
     if not factors.factored:
-        vector = (state.row + FACTOR_EPS).clamp_(min=FACTOR_EPS).rsqrt_()
-        return (state.row + SECOND_EPS).rsqrt_(), torch.ones_like(state.col), vector
-    rf = (state.row / (state.row.mean(-1, keepdim=True) + FACTOR_EPS)).clamp_(min=FACTOR_EPS).rsqrt_()
-    return rf, state.col.clamp(min=FACTOR_EPS).rsqrt_(), rf
+        vector = (state.row + eps.factor).clamp_(min=eps.factor).rsqrt_()
+        return (state.row + eps.second).rsqrt_(), torch.ones_like(state.col), vector
+    rf = (state.row / (state.row.mean(-1, keepdim=True) + eps.factor)).clamp_(min=1e-9).rsqrt_()
+    return rf, state.col.clamp(min=eps.factor).rsqrt_(), rf
 
 
 def time_features(step: Tensor, dtype: torch.dtype) -> Tensor:

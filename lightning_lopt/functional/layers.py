@@ -8,13 +8,17 @@ where the last b moves the bias of the next layer.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_lopt.functional import ada
-from lightning_lopt.functional.ada import AdaState, Decays, Factoring
+from lightning_lopt.functional.ada import AdaState, Decays, Epsilons, Factoring
+from lightning_lopt.functional.updates import UPDATES
+
+NUM_TENSOR_FEATURES = 11
 
 
 class Network(NamedTuple):
@@ -45,11 +49,13 @@ class Moments(NamedTuple):
     Attributes:
         features: sums of squares of the per-coordinate features, in the order of the network [P, G + 15].
         base: sum of squares of the base step [P, 1], or [P, 0] for an update without one.
+        products: sums of g², g m_1, g m_2, g m_3 [P, 4], or [P, 0] for an update without a base.
         numel: number of coordinates.
     """
 
     features: Tensor
     base: Tensor
+    products: Tensor
     numel: int
 
 
@@ -70,50 +76,96 @@ class Layers(NamedTuple):
     tiled: Tensor
 
 
-def separate(network: Network, state: AdaState, moments: Moments, round_idx: Tensor, factors: Factoring) -> Layers:
+def separate(
+    network: Network, state: AdaState, moments: Moments, eps: Epsilons, round_idx: Tensor, factors: Factoring
+) -> Layers:
     """Fold into the layers all that is not per coordinate.
 
     Args:
         network: meta-parameters.
         state: the accumulators, already advanced.
         moments: the result of `learned.accumulate`.
+        eps: those of the features.
         round_idx: [P].
         factors: the factoring of the parameter.
     """
-    first, carried, tiled = _first_layer(network, state, moments, round_idx, factors)
+    first, carried, tiled = _first_layer(network, state, moments, eps, round_idx, factors)
     grid = carried.shape[2:]
     carried, weights, thresholds = carried.flatten(2), list(network.weights[1:]), []
     for weight, bias in zip(weights, network.biases[1:], strict=True):
         thresholds.append(-carried)
         carried = torch.baddbmm(bias.unsqueeze(-1), weight, carried)
-    mults = carried.new_tensor([[network.step_mult], [network.exp_mult]])
+    num_gates = carried.shape[1] - 1
+    mults = carried.new_tensor([[network.step_mult], *[[network.exp_mult]] * num_gates])
     weights = [first, *weights[:-1], weights[-1] * mults]
     return Layers(weights, [t.unflatten(2, grid) for t in thresholds], (carried * mults).unflatten(2, grid), tiled)
 
 
 def _first_layer(
-    network: Network, state: AdaState, moments: Moments, round_idx: Tensor, factors: Factoring
+    network: Network, state: AdaState, moments: Moments, eps: Epsilons, round_idx: Tensor, factors: Factoring
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The weight [P, hidden, 6 + G + 15], the bias [P, hidden, B, a, 1], and the tiled features."""
     weight, before = network.weights[0], network.num_inputs + 12
-    element, row, col, row_rsqrt, col_rsqrt, fac_m, time_weight = weight.split([before, 3, 3, 3, 3, 3, 11], dim=2)
+    element, row, col, row_rsqrt, col_rsqrt, fac_m, last = weight.tensor_split(
+        list(accumulate([before, 3, 3, 3, 3, 3])), dim=2
+    )
     row_weight, col_weight = torch.cat([row, row_rsqrt], 2), torch.cat([col, col_rsqrt], 2)
-    time = ada.time_features(round_idx, weight.dtype).unsqueeze(-1)
-    bias = torch.baddbmm(network.biases[0].unsqueeze(-1), time_weight, time).view(*weight.shape[:2], 1, 1, 1)
-    along_b = _constant_features(state.row)
+    constants = ada.time_features(round_idx, weight.dtype)
+    if UPDATES[network.update].relative:
+        constants = torch.cat([constants, tensor_features(moments, state, network.decays, round_idx, factors)], 1)
+    bias = torch.baddbmm(network.biases[0].unsqueeze(-1), last, constants.unsqueeze(-1)).view(
+        *weight.shape[:2], 1, 1, 1
+    )
+    along_b = _constant_features(state.row, eps)
     if not factors.factored:  # a vector's row and column features are the same ones, along b
         b_weight = row_weight + col_weight
     else:
-        along_a, a_weight, b_weight = _constant_features(state.col), col_weight, row_weight
+        along_a, a_weight, b_weight = _constant_features(state.col, eps), col_weight, row_weight
         if factors.row_axis == -2:
             along_a, a_weight, along_b, b_weight = along_b, b_weight, along_a, a_weight
         bias = bias + torch.bmm(a_weight, along_a.flatten(2)).view(*weight.shape[:2], *along_a.shape[2:], 1)
-    scale = (moments.features / moments.numel + ada.RMS_EPS).rsqrt_().unsqueeze(1)
+    scale = (moments.features / moments.numel + eps.rms).rsqrt_().unsqueeze(1)
     element = torch.cat([element, fac_m], 2) * scale
     return torch.cat([b_weight, element], 2), bias, along_b.unsqueeze(-2)
 
 
-def _constant_features(accumulator: Tensor) -> Tensor:
+def _constant_features(accumulator: Tensor, eps: Epsilons) -> Tensor:
     """Features 8 and 10 (or 9 and 11), normalised: [P, 3, B, r] -> [P, 6, B, r]."""
-    raw = torch.cat([accumulator, (accumulator + ada.RSQRT_EPS).rsqrt_()], 1)
-    return raw.mul_((raw.square().mean((2, 3), keepdim=True) + ada.RMS_EPS).rsqrt_())
+    raw = torch.cat([accumulator, (accumulator + eps.rsqrt).rsqrt_()], 1)
+    return raw.mul_((raw.square().mean((2, 3), keepdim=True) + eps.rms).rsqrt_())
+
+
+def tensor_features(moments: Moments, state: AdaState, decays: Decays, round_idx: Tensor, factors: Factoring) -> Tensor:
+    r"""What describes the tensor as a whole, all independent of the scale of g.
+
+    .. math:: \cos(g, m_i),\quad \log\frac{|\hat m_i|}{|g|},\quad \log\frac{|g|^2}{\hat R_i},\quad
+        \log\frac{|g|}{|p|},\quad [\text{vector}]
+
+    with norms as root mean squares over the tensor and accumulators without their bias towards 0; logarithms are
+    quartered, so that they are half the logarithm of a norm's ratio, and clipped to ±3.
+
+    Returns:
+        [P, NUM_TENSOR_FEATURES].
+    """
+    tiny = ada.MIN_SCALE
+    before_param = moments.features.shape[1] - 15
+    param, momentum = moments.features[:, before_param:].split([1, 3, 11], 1)[:2]
+    grad, products = moments.products.split([1, 3], 1)
+    age = (round_idx + 1).unsqueeze(1)
+    mean_square = grad / moments.numel + tiny
+    unbiased_m = momentum / _grown(decays.momentum, age).square()
+    unbiased_r = state.row.mean((2, 3)) / _grown(decays.factored, age) + tiny
+    cosines = products / (grad * momentum).sqrt().clamp_(min=tiny)
+    ratios = [
+        (unbiased_m / moments.numel + tiny) / mean_square,
+        mean_square / unbiased_r,
+        mean_square / (param / moments.numel + tiny),
+    ]
+    logs = (0.25 * torch.log(torch.cat(ratios, 1))).clamp_(-3, 3)
+    is_vector = torch.full_like(grad, float(not factors.factored))
+    return torch.cat([cosines, logs, is_vector], 1)
+
+
+def _grown(keep: Tensor, age: Tensor) -> Tensor:
+    """How much of its limit an average of constants has reached: 1 - (1 - keep)^age."""
+    return -torch.expm1(age * torch.log1p(-keep.clamp(max=1)))

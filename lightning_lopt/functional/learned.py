@@ -38,17 +38,27 @@ class _Operands(NamedTuple):
     row_scale: Tensor
     col_scale: Tensor
     vector_scale: Tensor  # of fac_g, for vectors
+    second_eps: Tensor
 
     @classmethod
-    def of(cls, param: Tensor, grad: Tensor, workers: Tensor | None, state: AdaState, factors: Factoring) -> _Operands:
+    def of(
+        cls,
+        param: Tensor,
+        grad: Tensor,
+        workers: Tensor | None,
+        state: AdaState,
+        eps: ada.Epsilons,
+        factors: Factoring,
+    ) -> _Operands:
         inputs = grad = factors.matrices(grad)
         if workers is not None:
             inputs = factors.matrices(workers.flatten(0, 1)).squeeze(1).unflatten(0, workers.shape[:2])
-        row, col, vector = ada.gradient_scales(state, factors)
+        row, col, vector = ada.gradient_scales(state, eps, factors)
         rows = factors.along(row, factors.row_axis)
         vector = rows if vector is row else factors.along(vector, factors.row_axis)
         second, col = state.second.unsqueeze(1), factors.along(col, factors.col_axis)
-        return cls(factors.matrices(param), grad, inputs, state.momentum, second, rows, col, vector)
+        second_eps = eps.second.unsqueeze(-1)
+        return cls(factors.matrices(param), grad, inputs, state.momentum, second, rows, col, vector, second_eps)
 
     @property
     def grid(self) -> Grid:
@@ -127,7 +137,7 @@ class _Workspace:
         """Write the features of a block."""
         views = self.views(x.grad)
         torch.cat([*tiled, x.inputs, x.param, x.momentum, x.second], 1, out=views.copied)
-        torch.add(views.second, ada.SECOND_EPS, out=views.rsqrt_v).rsqrt_()
+        torch.add(views.second, x.second_eps, out=views.rsqrt_v).rsqrt_()
         torch.mul(views.momentum, views.rsqrt_v, out=views.normed_m)
         torch.mul(x.row_scale, x.col_scale, out=views.fac_m)
         torch.mul(views.fac_m if self._factored else x.vector_scale, x.grad, out=views.fac_g)
@@ -136,24 +146,27 @@ class _Workspace:
 
 
 def accumulate(operands: _Operands, network: Network) -> Moments:
-    """Advance m and v and return the sums that normalise the features."""
-    base_of = UPDATES[network.update].base
+    """Advance m and v and return the sums over the tensor that the rest needs."""
+    terms_of = UPDATES[network.update].terms
 
     def work(blocks: Sequence[_Operands]) -> list[Tensor]:
         workspace = _Workspace(operands)
-        norms = []
+        sums = []
         for x in blocks:
             ada.update_moments(x.momentum, x.second, x.grad, network.decays)
-            norm = torch.linalg.vector_norm(workspace.features(x).flat_features, dim=-1)
-            if base_of is not None:
-                base = base_of(x.grad, x.momentum, network.decays).flatten(2)
-                norm = torch.cat([norm, torch.linalg.vector_norm(base, dim=-1)], 1)
-            norms.append(norm)
-        return norms
+            views = workspace.features(x)
+            parts = [torch.linalg.vector_norm(views.flat_features, dim=-1).square_()]
+            if terms_of is not None:
+                grad = x.grad.flatten(2)
+                base = terms_of(x.grad, x.momentum, network.decays).sum(1).flatten(1)
+                products = torch.bmm(torch.cat([grad, views.momentum.flatten(2)], 1), grad.mT).squeeze(2)
+                parts += [torch.linalg.vector_norm(base, dim=-1, keepdim=True).square_(), products]
+            sums.append(torch.cat(parts, 1))
+        return sums
 
-    sums = torch.stack(over(operands.blocks(), work, operands.grad.device)).square_().sum(0)
-    num_features = operands.inputs.shape[1] + 15
-    return Moments(sums[:, :num_features], sums[:, num_features:], operands.grad[0].numel())
+    sums = torch.stack(over(operands.blocks(), work, operands.grad.device)).sum(0)
+    features, base, products = sums.tensor_split([operands.inputs.shape[1] + 15, operands.inputs.shape[1] + 16], 1)
+    return Moments(features, base, products, operands.grad[0].numel())
 
 
 def apply(operands: _Operands, layers: Layers, moments: Moments, network: Network) -> None:
@@ -176,7 +189,7 @@ def apply(operands: _Operands, layers: Layers, moments: Moments, network: Networ
                 hidden = torch.bmm(weight, hidden, out=flat)
                 torch.maximum(buffer, threshold, out=buffer)
             torch.bmm(last_weight, hidden, out=flat_output)
-            base = kind.base and Base(kind.base(x.grad, x.momentum, network.decays), base_rms)
+            base = kind.terms and Base(kind.terms(x.grad, x.momentum, network.decays), base_rms)
             x.param.sub_(kind.step(output.add_(last_bias), base))
         return []
 
@@ -218,8 +231,9 @@ def step(
         return
     factors = ada.factoring(tuple(param.shape[1:]))
     ada.update_factors(state, ada.factored_sums(factors.matrices(grad), factors), network.decays, factors)
-    operands = _Operands.of(param, grad, worker_grads, state, factors)
+    eps = ada.epsilons(state, relative=UPDATES[network.update].relative)
+    operands = _Operands.of(param, grad, worker_grads, state, eps, factors)
     moments = accumulate(operands, network)
-    apply(operands, separate(network, state, moments, round_idx, factors), moments, network)
+    apply(operands, separate(network, state, moments, eps, round_idx, factors), moments, network)
     if operands.param.data_ptr() != param.data_ptr():  # the permuted view was a copy
         param.copy_(factors.restore(operands.param, param))

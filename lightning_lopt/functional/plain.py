@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from lightning_lopt.functional import ada
-from lightning_lopt.functional.ada import AdaState, Factoring
+from lightning_lopt.functional.ada import AdaState, Epsilons, Factoring
 from lightning_lopt.functional.layers import Network
 from lightning_lopt.functional.updates import UPDATES, Base
 
 
 def features(
-    param: Tensor, grad: Tensor, inputs: Tensor, state: AdaState, round_idx: Tensor, factors: Factoring
+    param: Tensor, grad: Tensor, inputs: Tensor, state: AdaState, eps: Epsilons, round_idx: Tensor, factors: Factoring
 ) -> Tensor:
     """All features in the documented order, normalised, from accumulators already advanced.
 
@@ -24,40 +24,56 @@ def features(
         grad: averaged pseudo-gradient, [P, 1, B, a, b].
         inputs: the pseudo-gradients that the network sees, [P, G, B, a, b].
         state: the accumulators.
+        eps: what is added before roots and divisions.
         round_idx: [P].
         factors: the factoring of the parameter.
 
     Returns:
         [P, G + 38, B, a, b].
     """
+    eps_factor, eps_second, eps_rsqrt = (e.unsqueeze(-1) for e in eps[:3])
     m, v, g = state.momentum, state.second.unsqueeze(1), grad
     full = (len(grad), 3, *grad.shape[2:])
     row = state.row.unsqueeze(factors.col_axis).expand(full)
     if factors.factored:
         col = state.col.unsqueeze(factors.row_axis).expand(full)
         row_mean = state.row.mean(-1, keepdim=True).unsqueeze(factors.col_axis)
-        row_factor = (row / (row_mean + ada.FACTOR_EPS)).clamp(min=ada.FACTOR_EPS).rsqrt()
-        col_factor = col.clamp(min=ada.FACTOR_EPS).rsqrt()
+        row_factor = (row / (row_mean + eps_factor)).clamp(min=1e-9).rsqrt()
+        col_factor = col.clamp(min=eps_factor).rsqrt()
         fac_g, fac_m = g * row_factor * col_factor, m * row_factor * col_factor
     else:
         col = row
-        fac_g = g * (row + ada.FACTOR_EPS).clamp(min=ada.FACTOR_EPS).rsqrt()
-        fac_m = m * (row + ada.SECOND_EPS) ** -0.5
-    rsqrt_v = (v + ada.SECOND_EPS).rsqrt()
-    rsqrt_row, rsqrt_col = (row + ada.RSQRT_EPS).rsqrt(), (col + ada.RSQRT_EPS).rsqrt()
+        fac_g = g * (row + eps_factor).clamp(min=eps_factor).rsqrt()
+        fac_m = m * (row + eps_second) ** -0.5
+    rsqrt_v = (v + eps_second).rsqrt()
+    rsqrt_row, rsqrt_col = (row + eps_rsqrt).rsqrt(), (col + eps_rsqrt).rsqrt()
     raw = torch.cat([inputs, param, m, v, m * rsqrt_v, rsqrt_v, fac_g, row, col, rsqrt_row, rsqrt_col, fac_m], 1)
-    normalised = raw * (raw.square().mean((2, 3, 4), keepdim=True) + ada.RMS_EPS).rsqrt()
+    normalised = raw * (raw.square().mean((2, 3, 4), keepdim=True) + eps.rms).rsqrt()
     time = ada.time_features(round_idx, raw.dtype)[:, :, None, None, None].expand(-1, -1, *grad.shape[2:])
     return torch.cat([normalised, time], 1)
 
 
+def tensor_features(
+    param: Tensor, grad: Tensor, state: AdaState, network: Network, round_idx: Tensor, factors: Factoring
+) -> Tensor:
+    """The features of the whole tensor that `layers.tensor_features` makes from sums, [P, 11]."""
+    tiny, age = ada.MIN_SCALE, (round_idx + 1)[:, None]
+    products = (grad * state.momentum).mean((2, 3, 4))
+    g, p, m = (x.square().mean((2, 3, 4)) for x in (grad, param, state.momentum))
+    unbiased_m = m / (1 - (1 - network.decays.momentum).clamp(min=0) ** age).square()
+    unbiased_r = state.row.mean((2, 3)) / (1 - (1 - network.decays.factored) ** age)
+    ratios = torch.cat([(unbiased_m + tiny) / (g + tiny), (g + tiny) / (unbiased_r + tiny), (g + tiny) / (p + tiny)], 1)
+    is_vector = torch.full_like(g, float(not factors.factored))
+    return torch.cat([products / (g * m).sqrt().clamp(min=tiny), (ratios.log() / 4).clamp(-3, 3), is_vector], 1)
+
+
 def evaluate(all_features: Tensor, network: Network) -> Tensor:
-    """The network on every coordinate: [P, F, B, a, b] -> (λ1 d, λ2 m) as [P, 2, B, a, b]."""
+    """The network on every coordinate: [P, F, B, a, b] -> (λ1 d, λ2 m, ...) as [P, outputs, B, a, b]."""
     hidden = all_features.flatten(2)
     for layer, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
         hidden = weight @ (hidden.relu() if layer else hidden) + bias.unsqueeze(-1)
-    direction, magnitude = hidden.unflatten(2, all_features.shape[2:]).split(1, dim=1)
-    return torch.cat([network.step_mult * direction, network.exp_mult * magnitude], 1)
+    direction, gates = hidden.unflatten(2, all_features.shape[2:]).tensor_split([1], dim=1)
+    return torch.cat([network.step_mult * direction, network.exp_mult * gates], 1)
 
 
 @torch.no_grad()
@@ -94,10 +110,14 @@ def step(
     ada.update_factors(state, sums, network.decays, factors)
     ada.update_moments(state.momentum, state.second.unsqueeze(1), g, network.decays)
 
-    output = evaluate(features(p, g, inputs, state, round_idx, factors), network)
     kind, base = UPDATES[network.update], None
-    if kind.base is not None:
-        value = kind.base(g, state.momentum, network.decays)
-        base = Base(value, value.square().mean((2, 3, 4), keepdim=True).sqrt())
-    change = kind.step(output, base)
+    eps = ada.epsilons(state, relative=kind.relative)
+    seen = features(p, g, inputs, state, eps, round_idx, factors)
+    if kind.relative:
+        context = tensor_features(p, g, state, network, round_idx, factors)
+        seen = torch.cat([seen, context[:, :, None, None, None].expand(-1, -1, *g.shape[2:])], 1)
+    if kind.terms is not None:
+        terms = kind.terms(g, state.momentum, network.decays)
+        base = Base(terms, terms.sum(1, keepdim=True).square().mean((2, 3, 4), keepdim=True).sqrt())
+    change = kind.step(evaluate(seen, network), base)
     param.copy_(factors.restore(p - change, param))

@@ -10,16 +10,19 @@ from torch import Tensor
 
 from lightning_lopt.functional.ada import Decays
 
+GATE_RANGE = (-4.0, 2.0)  # of a gate's exponent
+MAX_CORRECTION = 8.0  # in units of the base step
+
 
 class Base(NamedTuple):
     """A hand-made step that an update starts from.
 
     Attributes:
-        value: per coordinate, [P, 1, *].
-        rms: its root mean square over the tensor, [P, 1, *] with trailing dimensions of size 1.
+        terms: whose sum is the step, per coordinate, [P, M, *].
+        rms: root mean square of their sum over the tensor, [P, 1, *] with trailing dimensions of size 1.
     """
 
-    value: Tensor
+    terms: Tensor
     rms: Tensor
 
 
@@ -38,50 +41,72 @@ def published(output: Tensor, base: Base | None) -> Tensor:
 
 
 def gated(output: Tensor, base: Base | None) -> Tensor:
-    r"""A gate on a hand-made base step, plus a correction in its units:
-    :math:`b \exp(\lambda_2 m) + \mathrm{rms}(b)\,\lambda_1 d`; the exponent is clamped to ±2.
+    r"""Gates on the terms of a hand-made base step, plus a correction in its units:
+    :math:`\sum_j b_j \exp(\lambda_2 m_j) + \mathrm{rms}(b)\,\lambda_1 d`.
 
-    A zero output is the base step itself; the step anneals with the pseudo-gradient.
+    A zero output is the base step itself; the step anneals with the pseudo-gradient. Exponents are clamped to
+    `GATE_RANGE` and λ1 d to ±`MAX_CORRECTION`, which bounds the step by a multiple of the base step.
 
     Args:
-        output: (λ1 d, λ2 m), [P, 2, *]; overwritten.
-        base: the base step.
+        output: (λ1 d, λ2 m_1, ..., λ2 m_M), [P, 1 + M, *]; overwritten.
+        base: the base step, of M terms.
 
     Returns:
         What is subtracted from the parameter, [P, 1, *].
     """
     assert base is not None
-    direction, magnitude = output.split(1, dim=1)
-    return direction.mul_(base.rms).addcmul_(base.value, magnitude.clamp_(-2, 2).exp_())
+    correction, gates = output.tensor_split([1], dim=1)
+    correction.clamp_(-MAX_CORRECTION, MAX_CORRECTION).mul_(base.rms)
+    return correction.add_(gates.clamp_(*GATE_RANGE).exp_().mul_(base.terms).sum(1, keepdim=True))
 
 
-def average_base(grad: Tensor, momentum: Tensor, decays: Decays) -> Tensor:
+def average_terms(grad: Tensor, momentum: Tensor, decays: Decays) -> Tensor:
     """Plain averaging: the step is g itself."""
     return grad
 
 
-def nesterov_base(grad: Tensor, momentum: Tensor, decays: Decays) -> Tensor:
-    r"""Nesterov momentum with learning rate 0.7: :math:`0.7\,(g + \beta u)`, where :math:`u = m_1/(1-\beta_1)`
-    is the heavy-ball sum behind the first momentum accumulator (DiLoCo's outer step when β1 = 0.9).
+def nesterov_terms(grad: Tensor, momentum: Tensor, decays: Decays) -> Tensor:
+    r"""Nesterov momentum with learning rate 0.7: :math:`0.7 g` and :math:`0.7 \beta u`, where
+    :math:`u = m_1/(1-\beta_1)` is the heavy-ball sum behind the first momentum accumulator (DiLoCo's outer step when
+    β1 = 0.9).
 
     Args:
         grad: [P, 1, B, a, b].
         momentum: [P, 3, B, a, b], already advanced.
         decays: complements of the decays.
+
+    Returns:
+        [P, 2, B, a, b].
     """
+    keep = decays.momentum[:, :1, None, None, None]
+    return torch.cat([0.7 * grad, (0.7 * (1 - keep) / keep) * momentum[:, :1]], 1)
+
+
+def nesterov_step(grad: Tensor, momentum: Tensor, decays: Decays) -> Tensor:
+    """The sum of the `nesterov_terms`, as one term."""
     keep = decays.momentum[:, :1, None, None, None]
     return torch.addcmul(grad, (1 - keep) / keep, momentum[:, :1]).mul_(0.7)
 
 
 class Update(NamedTuple):
-    """A kind of update: its base step, if it has one, and how the network's output turns it into the step."""
+    """A kind of update.
 
-    base: Callable[[Tensor, Tensor, Decays], Tensor] | None
+    Attributes:
+        terms: of its base step, if it has one.
+        step: how the network's output turns them into the step.
+        num_outputs: of the network.
+        relative: whether the network sees the statistics of the tensor, and no feature changes with the scale of g.
+    """
+
+    terms: Callable[[Tensor, Tensor, Decays], Tensor] | None
     step: Callable[[Tensor, Base | None], Tensor]
+    num_outputs: int
+    relative: bool
 
 
 UPDATES = {
-    "published": Update(None, published),
-    "gated_average": Update(average_base, gated),
-    "gated_nesterov": Update(nesterov_base, gated),
+    "published": Update(None, published, num_outputs=2, relative=False),
+    "gated_average": Update(average_terms, gated, num_outputs=2, relative=False),
+    "gated_nesterov": Update(nesterov_step, gated, num_outputs=2, relative=False),
+    "adaptive_nesterov": Update(nesterov_terms, gated, num_outputs=3, relative=True),
 }

@@ -119,11 +119,29 @@ def test_blocks_cover_each_element_once(size):
     assert bool((ones == 1).all())
 
 
-def test_published_update_has_no_base_and_zero_output_of_a_gate_is_its_base():
-    grad, momentum = torch.randn(1, 1, 1, 2, 3), torch.randn(1, 3, 1, 2, 3)
+@pytest.mark.parametrize("update", [name for name, kind in UPDATES.items() if kind.terms is not None])
+def test_zero_output_of_a_gate_is_its_base(update):
+    kind, grad, momentum = UPDATES[update], torch.randn(1, 1, 1, 2, 3), torch.randn(1, 3, 1, 2, 3)
     decays = ada.decay_complements(torch.zeros(1, 3), torch.zeros(1, 1), torch.zeros(1, 3))
-    assert UPDATES["published"].base is None
-    for name in ("gated_average", "gated_nesterov"):
-        base = UPDATES[name].base(grad, momentum, decays)
-        step = UPDATES[name].step(torch.zeros(1, 2, 1, 2, 3), learned.Base(base, base.square().mean().sqrt()))
-        torch.testing.assert_close(step, base)
+    terms = kind.terms(grad, momentum, decays)
+    base = terms.sum(1, keepdim=True)
+    step = kind.step(torch.zeros(1, kind.num_outputs, 1, 2, 3), learned.Base(terms, base.square().mean().sqrt()))
+    torch.testing.assert_close(step, base)
+    if update != "gated_average":  # DiLoCo's outer step: 0.7 (g + 0.9 u), u = m / 0.1
+        torch.testing.assert_close(base, 0.7 * (grad + 9 * momentum[:, :1]))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e3])
+@pytest.mark.parametrize("shape", [(7,), (5, 6), (4, 3, 3, 3)], ids=str)
+def test_relative_updates_do_not_depend_on_the_scale(shape, scale):
+    network = AdaMLP(update="adaptive_nesterov", step_mult=0.1, exp_mult=0.1, seed=0).double().functional()
+    params = []
+    for factor in (1.0, scale):
+        generator = torch.Generator().manual_seed(0)
+        param = factor * torch.randn(1, *shape, generator=generator, dtype=torch.float64)
+        state = ada.AdaState.zeros(shape, 1, torch.float64, param.device)
+        for t in range(4):
+            grad = factor * torch.randn(1, *shape, generator=generator, dtype=torch.float64)
+            learned.step(param, grad, state, network, torch.tensor([t]))
+        params.append(param / factor)
+    torch.testing.assert_close(*params, rtol=1e-7, atol=0)
