@@ -113,9 +113,8 @@ def _first_layer(
     constants = ada.time_features(round_idx, weight.dtype)
     if UPDATES[network.update].relative:
         constants = torch.cat([constants, tensor_features(moments, state, network.decays, round_idx, factors)], 1)
-    bias = torch.baddbmm(network.biases[0].unsqueeze(-1), last, constants.unsqueeze(-1)).view(
-        *weight.shape[:2], 1, 1, 1
-    )
+    bias = torch.baddbmm(network.biases[0].unsqueeze(-1), last, constants.unsqueeze(-1))
+    bias = bias.view(*weight.shape[:2], 1, 1, 1)
     along_b = _constant_features(state.row, eps)
     if not factors.factored:  # a vector's row and column features are the same ones, along b
         b_weight = row_weight + col_weight
