@@ -136,11 +136,11 @@ def simulate(
         images, labels = zip(*(task.batch(num_workers, generator) for generator in generators), strict=True)
         return _tile(images, len(group)), _tile(labels, len(group))
 
-    losses = [task.loss(anchor, images, labels)]
+    losses = [task.loss(anchor, (images, labels))]
     for round_idx in range(num_rounds):
         workers, _ = local_round(task, anchor, (batch() for _ in range(local_steps)), local_lr, num_workers)
         step(workers, round_idx)
-        losses.append(task.loss(anchor, images, labels))
+        losses.append(task.loss(anchor, (images, labels)))
     return torch.stack(losses, 1).unflatten(0, (len(group), len(seeds)))
 
 

@@ -1,7 +1,8 @@
 """Meta-training of the learned optimizer."""
 
+from lightning_lopt.meta.local import LocalOptimizer, LocalTraining
 from lightning_lopt.meta.module import MetaTraining
-from lightning_lopt.meta.tasks import ImageMLP
+from lightning_lopt.meta.tasks import AbstractTask, ImageMLP
 from lightning_lopt.meta.truncation import LogUniform
 
-__all__ = ["ImageMLP", "LogUniform", "MetaTraining"]
+__all__ = ["AbstractTask", "ImageMLP", "LocalOptimizer", "LocalTraining", "LogUniform", "MetaTraining"]

@@ -13,7 +13,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_lopt.meta.estimator import PESEstimator
-from lightning_lopt.meta.tasks import ImageMLP
+from lightning_lopt.meta.local import Kind, LocalOptimizer, LocalTraining
+from lightning_lopt.meta.particles import MetaLoss, Particles
+from lightning_lopt.meta.tasks import AbstractTask
 from lightning_lopt.meta.truncation import LogUniform
 from lightning_lopt.network import AdaMLP
 
@@ -57,10 +59,15 @@ class MetaTraining(L.LightningModule):
 
     Args:
         task: what to train on; several are taken in turn, one per meta-iteration, each with particles of its own.
+            A pair (task, `LocalTraining`) has a local training of its own; the next arguments hold for the others.
         num_workers: K >= 1 simulated workers.
         local_steps: H >= 1; of several, each window draws one.
         local_lr: γ > 0; of a range (low, high), each unroll draws one log-uniformly, and half of the unrolls let it
             fall to 0 along a cosine.
+        local_optimizer: ``"sgd"``, ``"momentum"`` or ``"adamw"``.
+        meta_loss: what is minimised: the workers' training loss (``"local"``), or the loss of the updated anchor on
+            fresh batches (``"updated"``) or on validation batches (``"validation"``).
+        log_loss: minimise the mean of log(loss + 0.001), so that late progress counts.
         network: what to train; default ``AdaMLP(seed=seed)``.
         num_particles: P >= 1 antithetic pairs per task.
         truncation: W >= 1 rounds per window.
@@ -76,6 +83,7 @@ class MetaTraining(L.LightningModule):
     Source: arXiv 2312.02204, section 4 and appendix; PES: arXiv 2112.13835.
 
     Example:
+        >>> from lightning_lopt.meta import ImageMLP
         >>> task = ImageMLP(torch.rand(64, 8, 8), torch.arange(64) % 4, hidden=(8,), batch_size=8)
         >>> meta = MetaTraining(task=task, num_workers=2, local_steps=1, local_lr=0.1)
         >>> sum(p.numel() for p in meta.parameters())
@@ -87,11 +95,14 @@ class MetaTraining(L.LightningModule):
 
     def __init__(
         self,
-        task: ImageMLP | Sequence[ImageMLP],
+        task: AbstractTask | Sequence[AbstractTask | tuple[AbstractTask, LocalTraining]],
         num_workers: int = 8,
         local_steps: int | Sequence[int] = 4,
         local_lr: float | tuple[float, float] = 0.5,
         *,
+        local_optimizer: Kind = "sgd",
+        meta_loss: MetaLoss = "local",
+        log_loss: bool = False,
         network: AdaMLP | None = None,
         num_particles: int = 8,
         truncation: int = 50,
@@ -102,32 +113,28 @@ class MetaTraining(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        tasks = [task] if isinstance(task, ImageMLP) else list(task)
+        tasks = [task] if isinstance(task, AbstractTask) else list(task)
         if not tasks:
             raise ValueError("MetaTraining needs at least one task.")
+        decay_share = 0.0 if isinstance(local_lr, (int, float)) else 0.5
+        common = LocalTraining(num_workers, local_steps, local_lr, decay_share, LocalOptimizer(local_optimizer))
+        pairs = [(each, common) if isinstance(each, AbstractTask) else each for each in tasks]
         self.network = AdaMLP(seed=seed) if network is None else network
-        if self.network.num_inputs not in (1, num_workers):
-            raise ValueError(
-                f"The network sees {self.network.num_inputs} workers but there are num_workers={num_workers}. "
-                "Use AdaMLP(inputs='mean'), or as many inputs as workers."
-            )
+        for _, training in pairs:
+            if self.network.num_inputs not in (1, training.num_workers):
+                raise ValueError(
+                    f"The network sees {self.network.num_inputs} workers but there are "
+                    f"num_workers={training.num_workers}. Use AdaMLP(inputs='mean'), or as many inputs as workers."
+                )
         self.lr = lr
         self.decays_lr = lr if decays_lr is None else decays_lr
         # Not buffers: those would be overwritten by the broadcasts of distributed strategies.
-        self._estimators = [
-            PESEstimator(
-                each,
-                num_workers=num_workers,
-                local_steps=local_steps,
-                local_lr=local_lr,
-                num_particles=num_particles,
-                truncation=truncation,
-                unroll_length=unroll_length or LogUniform(100, 1_000),
-                sigma=sigma,
-                seed=seed + 1_000_003 * index,
-            )
-            for index, each in enumerate(tasks)
-        ]
+        self._estimators = []
+        for index, (each, training) in enumerate(pairs):
+            own_seed = seed + 1_000_003 * index
+            lengths = unroll_length or LogUniform(100, 1_000)
+            particles = Particles(each, training, num_particles, lengths, meta_loss, own_seed)
+            self._estimators.append(PESEstimator(particles, truncation, sigma, log_loss, own_seed))
 
     @override
     def setup(self, stage: str) -> None:
@@ -138,7 +145,7 @@ class MetaTraining(L.LightningModule):
 
     @override
     def train_dataloader(self) -> Iterations:
-        return Iterations(self.trainer.max_steps)
+        return Iterations(self.trainer.max_steps * self.trainer.accumulate_grad_batches)
 
     @override
     def configure_optimizers(self) -> Any:
@@ -163,8 +170,10 @@ class MetaTraining(L.LightningModule):
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         start = time.perf_counter()
-        estimator = self._estimators[self.global_step % len(self._estimators)]
-        window = estimator.window(self.network, self.global_step)
+        iteration = self.trainer.fit_loop.total_batch_idx
+        index = iteration % len(self._estimators)
+        window = self._estimators[index].window(self.network, iteration)
+        self.log("task", float(index), batch_size=1)
         self.log("meta_loss", window.loss, prog_bar=True, batch_size=1)
         self.log("rounds_per_second", window.rounds / (time.perf_counter() - start), prog_bar=True, batch_size=1)
         # A surrogate whose gradient is the estimate and whose value is the meta-loss, so that everything of

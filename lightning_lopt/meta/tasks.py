@@ -2,17 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 Tensors = dict[str, Tensor]
+Batch = tuple[Tensor, ...]
+
+CLIP = 1.5  # losses are clipped to this multiple of that of a uniform guess
 
 
-class ImageMLP:
+class AbstractTask(ABC):
+    """What is trained: the replicas of a small model, as pure functions of their parameters {[R, *S]} and data.
+
+    A task on data of its own defines `init`, `batch`, `loss`, `to`, `device`, `dtype` and `max_loss`. The gradient
+    comes from `loss` through torch.func unless it is written out; a step of plain SGD may be fused with it.
+    """
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the data lies, and the parameters will."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+
+    @property
+    @abstractmethod
+    def max_loss(self) -> float:
+        """Where losses are clipped in meta-training; also what a diverged replica counts."""
+
+    @abstractmethod
+    def to(self, device: torch.device) -> AbstractTask:
+        """Move the data, in place."""
+
+    @abstractmethod
+    def init(self, num_replicas: int, generator: torch.Generator) -> Tensors:
+        """New parameters, {[R, *S]}, from a CPU generator."""
+
+    @abstractmethod
+    def batch(self, num_replicas: int, generator: torch.Generator) -> Batch:
+        """A batch of its own for each replica, each tensor [R, B, *], from a CPU generator."""
+
+    def validation_batch(self, num_replicas: int, generator: torch.Generator) -> Batch:
+        """As `batch`, from data that `batch` never gives."""
+        raise ValueError(f"{self} has no validation data, which meta_loss='validation' needs. Hold some out.")
+
+    @abstractmethod
+    def loss(self, params: Tensors, batch: Batch) -> Tensor:
+        """Mean loss of each replica over its batch: {[R, *S]}, tensors [R, B, *] -> [R]."""
+
+    def loss_and_grad(self, params: Tensors, batch: Batch) -> tuple[Tensor, Tensors]:
+        """The loss of each replica, [R], and its gradient, {[R, *S]}."""
+
+        def total(params: Tensors) -> tuple[Tensor, Tensor]:
+            loss = self.loss(params, batch)
+            return loss.sum(), loss  # replicas do not see each other: the sum's gradient holds everyone's own
+
+        grads, (_, loss) = torch.func.grad_and_value(total, has_aux=True)(params)
+        return loss, grads
+
+    @torch.no_grad()
+    def sgd_step(self, params: Tensors, batch: Batch, local_lr: Tensor) -> Tensor:
+        r"""One SGD step of every replica, in place.
+
+        .. math:: x \leftarrow x - \gamma \nabla \ell(x)
+
+        Args:
+            params: {[R, *S]}, changed in place.
+            batch: tensors [R, B, *].
+            local_lr: γ >= 0 of each replica, [R].
+
+        Returns:
+            The loss before the step, [R].
+        """
+        loss, grads = self.loss_and_grad(params, batch)
+        for name, p in params.items():
+            p.sub_(column(local_lr, p) * grads[name])
+        return loss
+
+
+def column(vector: Tensor, like: Tensor) -> Tensor:
+    """One number per replica, [R], as [R, 1, ...] beside [R, *S]."""
+    return vector.view(-1, *[1] * (like.dim() - 1))
+
+
+class ImageMLP(AbstractTask):
     r"""Classification of images held in memory, by a ReLU MLP with softmax cross-entropy.
 
     Args:
@@ -22,6 +105,7 @@ class ImageMLP:
         batch_size: images per local step of one worker, in [1, N].
         size: side in pixels to which [N, height, width] or [N, channels, height, width] are resized by area.
         num_classes: default: the largest label plus 1.
+        num_validation: images held out for validation batches; 0, or in [batch_size, N - batch_size].
 
     Shape:
         Parameters of R replicas: ``layers.{i}.weight`` [R, out, in], ``layers.{i}.bias`` [R, out].
@@ -46,11 +130,17 @@ class ImageMLP:
         batch_size: int = 128,
         size: int | None = None,
         num_classes: int | None = None,
+        num_validation: int = 0,
     ) -> None:
         images, labels = torch.as_tensor(images), torch.as_tensor(labels).long()
         _check_data(images, labels, num_classes)
-        if not 1 <= batch_size <= len(images):
-            raise ValueError(f"batch_size must lie between 1 and the number of images {len(images)}, not {batch_size}.")
+        num_training = len(images) - num_validation
+        if not 1 <= batch_size <= num_training:
+            raise ValueError(
+                f"batch_size must lie between 1 and the number of images {num_training}, not {batch_size}."
+            )
+        if num_validation and num_validation < batch_size:
+            raise ValueError(f"num_validation must be 0 or at least batch_size={batch_size}, not {num_validation}.")
         if any(width < 1 for width in hidden):
             raise ValueError(f"hidden widths must be at least 1, not {tuple(hidden)}.")
         pixels = images.float() / 255 if images.dtype == torch.uint8 else images
@@ -58,8 +148,9 @@ class ImageMLP:
             pixels = _resize(pixels, size)
         # Shuffled once: a batch is then a window of neighbours, which is far faster to read than scattered rows.
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(images.device)
-        self.images = pixels.flatten(1)[order]
-        self.labels = labels.to(images.device)[order]
+        pixels, labels = pixels.flatten(1)[order], labels.to(images.device)[order]
+        self.images, self.labels = pixels[:num_training], labels[:num_training]
+        self._validation = pixels[num_training:], labels[num_training:]
         self.batch_size = batch_size
         self.num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
         self.sizes = (self.images.shape[1], *hidden, self.num_classes)
@@ -67,11 +158,28 @@ class ImageMLP:
     def __repr__(self) -> str:
         return f"ImageMLP({len(self.images)} images, {'-'.join(map(str, self.sizes))}, batch_size={self.batch_size})"
 
+    @property
+    @override
+    def device(self) -> torch.device:
+        return self.images.device
+
+    @property
+    @override
+    def dtype(self) -> torch.dtype:
+        return self.images.dtype
+
+    @property
+    @override
+    def max_loss(self) -> float:
+        return CLIP * math.log(self.num_classes)
+
+    @override
     def to(self, device: torch.device) -> ImageMLP:
-        """Move the data, in place."""
         self.images, self.labels = self.images.to(device), self.labels.to(device)
+        self._validation = self._validation[0].to(device), self._validation[1].to(device)
         return self
 
+    @override
     def init(self, num_replicas: int, generator: torch.Generator) -> Tensors:
         """New parameters: weights normal with std 1/sqrt(fan in), biases 0; {[R, *S]}."""
         params = {}
@@ -81,16 +189,16 @@ class ImageMLP:
             params[f"layers.{i}.bias"] = self.images.new_zeros(num_replicas, fan_out)
         return params
 
+    @override
     def batch(self, num_replicas: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A batch of its own for each replica: images [R, batch_size, pixels], labels [R, batch_size]."""
-        starts = torch.randint(len(self.images) - self.batch_size + 1, (num_replicas,), generator=generator)
-        starts = starts.to(self.images.device)
-        return self._windows(self.images, starts), self._windows(self.labels, starts)
+        return windows((self.images, self.labels), self.batch_size, num_replicas, generator)
 
-    def _windows(self, array: Tensor, starts: Tensor) -> Tensor:
-        """Runs of batch_size neighbours: [N, *S], [R] -> [R, batch_size, *S]."""
-        size = (len(array) - self.batch_size + 1, self.batch_size, *array.shape[1:])
-        return array.as_strided(size, (array.stride(0), *array.stride())).index_select(0, starts)
+    @override
+    def validation_batch(self, num_replicas: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        if not len(self._validation[1]):
+            raise ValueError(f"{self} holds no images out for validation: set num_validation.")
+        return windows(self._validation, self.batch_size, num_replicas, generator)
 
     def _forward(self, params: Tensors, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """The input of every layer, [R, B, in], and the logits, [R, classes, B] (a softmax over rows is far faster)."""
@@ -100,39 +208,72 @@ class ImageMLP:
             inputs.append(torch.baddbmm(bias.unsqueeze(1), inputs[-1], weight.mT).relu_())
         return inputs, torch.baddbmm(last[1].unsqueeze(2), last[0], inputs[-1].mT)
 
-    def loss(self, params: Tensors, images: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of each replica in nats: {[R, *S]}, [R, B, pixels], [R, B] -> [R]."""
+    @override
+    def loss(self, params: Tensors, batch: Batch) -> Tensor:
+        """Mean cross-entropy of each replica in nats: {[R, *S]}, ([R, B, pixels], [R, B]) -> [R]."""
+        images, labels = batch
         return F.cross_entropy(self._forward(params, images)[1], labels, reduction="none").mean(1)
 
+    @override
     @torch.no_grad()
-    def sgd_step(self, params: Tensors, images: Tensor, labels: Tensor, local_lr: Tensor) -> Tensor:
-        r"""One SGD step of every replica, in place, with the backward pass written out.
+    def loss_and_grad(self, params: Tensors, batch: Batch) -> tuple[Tensor, Tensors]:
+        loss, layers = self._backward(params, batch, params["layers.0.bias"].new_ones(()))
+        grads = {}
+        for i, error, inputs in layers:
+            grads[f"layers.{i}.weight"] = error.mT @ inputs
+            grads[f"layers.{i}.bias"] = error.sum(1)
+        return loss, {name: grads[name] for name in params}
 
-        .. math:: x \leftarrow x - \gamma \nabla \ell(x)
+    @override
+    @torch.no_grad()
+    def sgd_step(self, params: Tensors, batch: Batch, local_lr: Tensor) -> Tensor:
+        # What flows back is the descent direction -γ dℓ/dz, so that each product with it is an update.
+        loss, layers = self._backward(params, batch, -local_lr)
+        for i, descent, inputs in layers:
+            params[f"layers.{i}.weight"].baddbmm_(descent.mT, inputs)
+            params[f"layers.{i}.bias"] += descent.sum(1)
+        return loss
 
-        Args:
-            params: {[R, *S]}, changed in place.
-            images: [R, B, pixels].
-            labels: [R, B].
-            local_lr: γ >= 0 of each replica, [R].
+    def _backward(
+        self, params: Tensors, batch: Batch, factor: Tensor
+    ) -> tuple[Tensor, Iterator[tuple[int, Tensor, Tensor]]]:
+        """The loss [R]; and from the last layer to the first: its index, factor · dℓ/dz [R, B, out], its input.
 
-        Returns:
-            The loss before the step, [R].
+        A layer's parameters may be changed once it has been given.
         """
+        images, labels = batch
         inputs, logits = self._forward(params, images)
         log_probs = logits.log_softmax(1)
         target = labels.unsqueeze(1)
         loss = -log_probs.gather(1, target).mean((1, 2))
-        # What flows back is the descent direction -γ dℓ/dz, so that each product with it is an update.
-        descent = log_probs.exp_().scatter_add_(1, target, torch.full_like(log_probs[:, :1], -1))
-        descent = descent.mul_((-local_lr / labels.shape[1])[:, None, None]).mT
-        for i in reversed(range(len(inputs))):
-            weight = params[f"layers.{i}.weight"]
-            below = torch.ops.aten.threshold_backward(descent @ weight, inputs[i], 0) if i else descent
-            weight.baddbmm_(descent.mT, inputs[i])
-            params[f"layers.{i}.bias"] += descent.sum(1)
-            descent = below
-        return loss
+        error = log_probs.exp_().scatter_add_(1, target, torch.full_like(log_probs[:, :1], -1))
+        error = error.mul_((factor / labels.shape[1]).view(-1, 1, 1)).mT
+
+        def layers(error: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+            for i in reversed(range(len(inputs))):
+                below = error
+                if i:
+                    below = torch.ops.aten.threshold_backward(error @ params[f"layers.{i}.weight"], inputs[i], 0)
+                yield i, error, inputs[i]
+                error = below
+
+        return loss, layers(error)
+
+
+def windows(
+    arrays: tuple[Tensor, Tensor], batch_size: int, num_replicas: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Runs of neighbours, at random places common to both arrays: [N, *S] -> [R, batch_size, *S]."""
+    starts = torch.randint(len(arrays[0]) - batch_size + 1, (num_replicas,), generator=generator)
+    starts = starts.to(arrays[0].device)
+
+    def runs(array: Tensor) -> Tensor:
+        size = (len(array) - batch_size + 1, batch_size, *array.shape[1:])
+        return array.as_strided(size, (array.stride(0), *array.stride()), array.storage_offset()).index_select(
+            0, starts
+        )
+
+    return runs(arrays[0]), runs(arrays[1])
 
 
 def _check_data(images: Tensor, labels: Tensor, num_classes: int | None) -> None:

@@ -10,32 +10,40 @@ from torch import Tensor
 from lightning_lopt.functional import learned
 from lightning_lopt.functional.ada import AdaState
 from lightning_lopt.functional.learned import Network
-from lightning_lopt.meta.tasks import ImageMLP, Tensors
+from lightning_lopt.meta.local import LocalOptimizer, LocalState
+from lightning_lopt.meta.tasks import AbstractTask, Batch, Tensors
+
+SGD = LocalOptimizer("sgd")
 
 
 @torch.no_grad()
 def local_round(
-    task: ImageMLP,
+    task: AbstractTask,
     anchor: Tensors,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Batch],
     local_lr: Tensor,
     num_workers: int,
+    optimizer: LocalOptimizer = SGD,
+    state: LocalState | None = None,
 ) -> tuple[Tensors, Tensor]:
-    """Let K workers take H local SGD steps from the anchor.
+    """Let K workers take H local steps from the anchor.
 
     Args:
         task: the model and its loss.
         anchor: global parameters, {[P, *S]}; not changed.
-        batches: H batches, images [P * K, B, pixels] and labels [P * K, B], the workers of a particle side by side.
+        batches: H batches, each tensor [P * K, B, *], the workers of a particle side by side.
         local_lr: γ of each particle, [P].
         num_workers: K >= 1.
+        optimizer: of the workers.
+        state: that of the optimizer, of P * K replicas, changed in place; None starts it anew in this round.
 
     Returns:
         The workers' parameters {[P, K, *S]}, and the loss, mean over workers and steps, each before its step, [P].
     """
     workers = {name: p.repeat_interleave(num_workers, 0) for name, p in anchor.items()}
     worker_lr = local_lr.repeat_interleave(num_workers)
-    losses = [task.sgd_step(workers, images, labels, worker_lr) for images, labels in batches]
+    state = optimizer.init(workers) if state is None else state
+    losses = [optimizer.step(task, workers, batch, worker_lr, state) for batch in batches]
     loss = torch.stack(losses).mean(0).unflatten(0, (-1, num_workers)).mean(1)
     return {name: w.unflatten(0, (-1, num_workers)) for name, w in workers.items()}, loss
 

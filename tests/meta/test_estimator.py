@@ -10,44 +10,20 @@ import torch
 
 from lightning_lopt import AdaMLP
 from lightning_lopt.meta.estimator import PESEstimator
+from lightning_lopt.meta.local import LocalTraining
+from lightning_lopt.meta.particles import Particles
 from lightning_lopt.meta.tasks import ImageMLP
 from lightning_lopt.meta.truncation import LogUniform
 
 
-def make(dtype=torch.float32, **keywords) -> PESEstimator:
+def make(dtype=torch.float32, training=None, **keywords) -> PESEstimator:
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(60, 9, generator=generator, dtype=dtype)
     task = ImageMLP(images, (images.sum(1) * 100).long() % 3, hidden=(4,), batch_size=5)
-    settings = {
-        "num_workers": 2,
-        "local_steps": [1, 2],
-        "local_lr": (0.1, 1.0),
-        "num_particles": 3,
-        "truncation": 6,
-        "unroll_length": LogUniform(4, 9),
-        "sigma": 0.01,
-        "seed": 0,
-    }
-    return PESEstimator(task, **{**settings, **keywords})
-
-
-def test_unrolls_restart_one_by_one_from_fresh_parameters_common_to_the_pair():
-    estimator, network = make(num_particles=6), AdaMLP(seed=0)
-    restarted = 0
-    for iteration in range(6):
-        estimator.window(network, iteration)
-        fresh = estimator._round_idx == 0
-        restarted += int(fresh.sum())
-        for name, anchor in estimator._anchor.items():
-            pos, neg = anchor.chunk(2)
-            assert torch.equal(pos[fresh], neg[fresh])
-            assert not fresh.all()
-            assert not torch.equal(pos[~fresh], neg[~fresh])
-            momentum = estimator._states[name].momentum
-            assert not momentum[fresh.repeat(2)].any()
-            assert momentum[~fresh.repeat(2)].any()
-        assert (estimator._round_idx < estimator._length).all()
-    assert restarted > 0
+    training = LocalTraining(num_workers=2, **{"local_steps": [1, 2], "local_lr": (0.1, 1.0), **(training or {})})
+    settings = {"num_particles": 3, "unroll_length": LogUniform(4, 9), "meta_loss": "local", "seed": 0}
+    particles = Particles(task, training, **{name: keywords.pop(name, value) for name, value in settings.items()})
+    return PESEstimator(particles, **{"truncation": 6, "sigma": 0.01, "log_loss": False, "seed": 0, **keywords})
 
 
 def test_an_unperturbed_pair_has_no_gradient():
@@ -76,14 +52,6 @@ def test_state_dict_goes_on_bitwise_and_is_a_snapshot():
         assert all(torch.equal(g, theirs.gradient[name]) for name, g in ours.gradient.items())
 
 
-def test_the_local_rate_decays_to_zero_along_a_cosine():
-    estimator = make()
-    estimator._base_lr, estimator._length = torch.tensor([0.4, 0.4, 0.4]), torch.tensor([8, 8, 8])
-    estimator._decays = torch.tensor([True, True, False])
-    estimator._round_idx = torch.tensor([0, 4, 4])
-    torch.testing.assert_close(estimator._current_lr(), torch.tensor([0.4, 0.2, 0.4]))
-
-
 def test_losses_are_clipped_and_diverged_ones_count_as_the_worst():
     limit = 1.5 * math.log(3)
     clipped = make()._clip(torch.tensor([0.5, 9.0, torch.nan, torch.inf]))
@@ -91,7 +59,7 @@ def test_losses_are_clipped_and_diverged_ones_count_as_the_worst():
 
 
 def test_a_task_that_diverges_gives_a_finite_gradient():
-    window = make(local_lr=1e30).window(AdaMLP(seed=0), 0)
+    window = make(training={"local_lr": 1e20}).window(AdaMLP(seed=0), 0)
     assert math.isfinite(window.loss)
     assert all(g.isfinite().all() for g in window.gradient.values())
 
@@ -102,14 +70,13 @@ def test_gradient_points_along_the_finite_difference():
     settings = {
         "truncation": 3,
         "unroll_length": LogUniform(3, 3),
-        "local_steps": 1,
-        "local_lr": 0.3,
         "num_particles": 64,
     }
 
     def fresh(sigma: float, seed: int) -> PESEstimator:
-        estimator = make(torch.float64, sigma=sigma, seed=seed, **settings)
-        estimator._length[:] = 3  # not out of phase: every window is a whole unroll
+        training = {"local_steps": 1, "local_lr": 0.3}
+        estimator = make(torch.float64, training=training, sigma=sigma, seed=seed, **settings)
+        estimator.particles.length[:] = 3  # not out of phase: every window is a whole unroll
         return estimator
 
     estimates = [fresh(1e-3, seed).window(network, 0).gradient for seed in range(24)]
@@ -133,13 +100,7 @@ def test_gradient_points_along_the_finite_difference():
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"num_workers": 0}, "num_workers must be at least 1"),
-        ({"local_steps": 0}, "local_steps must be at least 1"),
-        ({"local_steps": []}, "local_steps must be at least 1"),
-        ({"num_particles": 0}, "num_particles must be at least 1"),
         ({"truncation": 0}, "truncation must be at least 1"),
-        ({"local_lr": 0.0}, "local_lr must be positive"),
-        ({"local_lr": (1.0, 0.1)}, "local_lr must be positive"),
         ({"sigma": 0.0}, "sigma must be positive"),
     ],
 )
@@ -149,5 +110,5 @@ def test_bad_arguments_are_named(keywords, message):
 
 
 def test_a_checkpoint_of_another_task_is_refused():
-    with pytest.raises(ValueError, match=r"The checkpoint is of ImageMLP\(60 images, 9-4-3.*with 3 particles"):
+    with pytest.raises(ValueError, match=r"The checkpoint is of ImageMLP\(60 images, 9-4-3.* with 3 particles"):
         make(num_particles=2).load_state_dict(make().state_dict())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_lopt.meta.tasks import ImageMLP
+from lightning_lopt.meta.tasks import AbstractTask, ImageMLP
 
 
 def make(hidden=(7, 5), dtype=torch.float64, **keywords) -> ImageMLP:
@@ -19,13 +19,13 @@ def make(hidden=(7, 5), dtype=torch.float64, **keywords) -> ImageMLP:
 def test_sgd_step_equals_autograd_with_a_rate_per_replica(hidden):
     task, generator = make(hidden), torch.Generator().manual_seed(0)
     params = task.init(3, generator)
-    images, labels = task.batch(3, generator)
+    batch = task.batch(3, generator)
     local_lr = torch.tensor([0.1, 0.0, 2.0], dtype=torch.float64)
 
     leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
-    wanted_loss = task.loss(leaves, images, labels)
+    wanted_loss = task.loss(leaves, batch)
     wanted_loss.sum().backward()
-    loss = task.sgd_step(params, images, labels, local_lr)
+    loss = task.sgd_step(params, batch, local_lr)
 
     torch.testing.assert_close(loss, wanted_loss.detach(), rtol=0, atol=1e-14)
     for name, leaf in leaves.items():
@@ -46,7 +46,7 @@ def test_loss_is_that_of_an_ordinary_mlp():
                 params[f"layers.{i}.bias"][replica],
             )
         wanted = F.cross_entropy(hidden, labels[replica])
-        torch.testing.assert_close(task.loss(params, images, labels)[replica], wanted, rtol=0, atol=1e-14)
+        torch.testing.assert_close(task.loss(params, (images, labels))[replica], wanted, rtol=0, atol=1e-14)
 
 
 def test_batches_are_images_with_their_labels():
@@ -79,6 +79,8 @@ def test_uint8_is_scaled_and_images_are_resized_by_area():
         ({"batch_size": 5}, "between 1 and the number of images 4"),
         ({"batch_size": 0}, "between 1 and the number of images 4"),
         ({"hidden": (4, 0)}, "hidden widths"),
+        ({"num_validation": 1}, "num_validation must be 0 or at least batch_size=2"),
+        ({"num_validation": 3}, "between 1 and the number of images 1"),
         ({"images": torch.zeros(4, 64), "size": 4}, "can be resized"),
     ],
 )
@@ -86,3 +88,36 @@ def test_bad_input_is_named(keywords, message):
     good = {"images": torch.zeros(4, 8, 8), "labels": torch.arange(4), "batch_size": 2}
     with pytest.raises(ValueError, match=message):
         ImageMLP(**{**good, **keywords})
+
+
+@pytest.mark.parametrize("hidden", [(), (7,), (7, 5)])
+def test_the_written_out_gradient_equals_the_generic_one(hidden):
+    task, generator = make(hidden), torch.Generator().manual_seed(0)
+    params, batch = task.init(3, generator), task.batch(3, generator)
+    loss, grads = task.loss_and_grad(params, batch)
+    wanted_loss, wanted = AbstractTask.loss_and_grad(task, params, batch)
+    torch.testing.assert_close(loss, wanted_loss, rtol=0, atol=1e-14)
+    assert list(grads) == list(params)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, wanted[name], rtol=0, atol=1e-14)
+
+
+def test_the_generic_sgd_step_equals_the_fused_one():
+    task, generator = make(), torch.Generator().manual_seed(0)
+    params, batch = task.init(3, generator), task.batch(3, generator)
+    generic, rates = {name: p.clone() for name, p in params.items()}, torch.tensor([0.1, 0.0, 2.0]).double()
+    loss = task.sgd_step(params, batch, rates)
+    torch.testing.assert_close(AbstractTask.sgd_step(task, generic, batch, rates), loss, rtol=0, atol=1e-14)
+    for name, p in params.items():
+        torch.testing.assert_close(p, generic[name], rtol=0, atol=1e-14)
+
+
+def test_validation_images_are_held_out():
+    images = torch.arange(20, dtype=torch.float64).view(20, 1, 1)
+    task, generator = ImageMLP(images, torch.arange(20), batch_size=3, num_validation=6), torch.Generator()
+    training, validation = (
+        {int(x) for x in draw(200, generator)[1].flatten()} for draw in (task.batch, task.validation_batch)
+    )
+    assert len(training) == 14
+    assert len(validation) == 6
+    assert not training & validation

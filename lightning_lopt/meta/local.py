@@ -1,0 +1,195 @@
+"""How workers train between syncs: their optimizers, batched over replicas, and what is drawn for each unroll."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_lopt.meta.tasks import AbstractTask, Batch, Tensors, column
+
+Kind = Literal["sgd", "momentum", "adamw"]
+MOMENTUM = 0.9
+BETAS, EPS = (0.9, 0.999), 1e-8
+
+
+@dataclass
+class LocalState:
+    """What the optimizers of R replicas remember; empty dictionaries where a kind needs none.
+
+    Attributes:
+        steps: taken so far, [R].
+        first: momentum, or Adam's first moment, {[R, *S]}.
+        second: Adam's second moment, {[R, *S]}.
+    """
+
+    steps: Tensor
+    first: Tensors = field(default_factory=dict)
+    second: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LocalOptimizer:
+    """An optimizer of the workers, equal to torch.optim's for each replica.
+
+    Args:
+        kind: ``"sgd"``, ``"momentum"`` (SGD, momentum 0.9) or ``"adamw"`` (betas 0.9 and 0.999, epsilon 1e-8).
+        weight_decay: >= 0; added to the gradient by SGD, decoupled in AdamW.
+        max_grad_norm: > 0, to which the gradient of a replica is clipped; None leaves it.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    Example:
+        >>> from lightning_lopt.meta import ImageMLP
+        >>> task = ImageMLP(torch.rand(50, 8, 8), torch.arange(50) % 5, hidden=(16,), batch_size=10)
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> params, optimizer = task.init(3, generator), LocalOptimizer("adamw")
+        >>> state = optimizer.init(params)
+        >>> optimizer.step(task, params, task.batch(3, generator), torch.full((3,), 1e-3), state).shape
+        torch.Size([3])
+        >>> state.steps
+        tensor([1, 1, 1])
+    """
+
+    kind: Kind = "sgd"
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"The local optimizer must be one of {get_args(Kind)}, not {self.kind!r}.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be >= 0, not {self.weight_decay}.")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive or None, not {self.max_grad_norm}.")
+
+    def init(self, params: Tensors) -> LocalState:
+        """The state before the first step."""
+        some = next(iter(params.values()))
+        state = LocalState(torch.zeros(len(some), dtype=torch.long, device=some.device))
+        if self.kind != "sgd":
+            state.first = {name: torch.zeros_like(p) for name, p in params.items()}
+        if self.kind == "adamw":
+            state.second = {name: torch.zeros_like(p) for name, p in params.items()}
+        return state
+
+    @torch.no_grad()
+    def step(self, task: AbstractTask, params: Tensors, batch: Batch, local_lr: Tensor, state: LocalState) -> Tensor:
+        """One step of every replica, in place on `params` and `state`.
+
+        Args:
+            task: gives the gradient.
+            params: {[R, *S]}.
+            batch: tensors [R, B, *].
+            local_lr: γ >= 0 of each replica, [R].
+            state: as `init` made it.
+
+        Returns:
+            The loss before the step, [R].
+        """
+        state.steps += 1
+        if self.kind == "sgd" and not self.weight_decay and self.max_grad_norm is None:
+            return task.sgd_step(params, batch, local_lr)
+        loss, grads = task.loss_and_grad(params, batch)
+        if self.max_grad_norm is not None:
+            _clip(grads, self.max_grad_norm)
+        if self.kind == "adamw":
+            self._adamw(params, grads, local_lr, state)
+        else:
+            self._sgd(params, grads, local_lr, state)
+        return loss
+
+    def _sgd(self, params: Tensors, grads: Tensors, local_lr: Tensor, state: LocalState) -> None:
+        for name, p in params.items():
+            grad = grads[name].add_(p, alpha=self.weight_decay) if self.weight_decay else grads[name]
+            if self.kind == "momentum":
+                grad = state.first[name].mul_(MOMENTUM).add_(grad)
+            p.sub_(column(local_lr, p) * grad)
+
+    def _adamw(self, params: Tensors, grads: Tensors, local_lr: Tensor, state: LocalState) -> None:
+        first_share, second_share = ((1 - beta ** state.steps.double()).to(local_lr) for beta in BETAS)
+        rate, root = local_lr / first_share, second_share.sqrt()
+        for name, p in params.items():
+            grad, first, second = grads[name], state.first[name], state.second[name]
+            first.lerp_(grad, 1 - BETAS[0])
+            second.mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
+            if self.weight_decay:
+                p.mul_(1 - column(local_lr, p) * self.weight_decay)
+            p.sub_(first / second.sqrt().div_(column(root, p)).add_(EPS) * column(rate, p))
+
+
+def _clip(grads: Tensors, max_norm: float) -> None:
+    norms = torch.stack([torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad in grads.values()])
+    factor = (max_norm / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1)
+    for grad in grads.values():
+        grad.mul_(column(factor, grad))
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """How workers train, and from where: what a task distribution varies besides the task.
+
+    Args:
+        num_workers: K >= 1.
+        local_steps: H >= 1, or several, of which each window draws one.
+        local_lr: γ > 0, or (low, high): each unroll draws one log-uniformly.
+        decay_share: in [0, 1], of the unrolls whose γ falls to 0 along a cosine.
+        optimizer: of the workers; its state is kept from round to round of an unroll.
+        initial_scale: > 0, or (low, high): each unroll draws one log-uniformly; initial matrices are multiplied by it.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    Example:
+        >>> training = LocalTraining(local_steps=[1, 4], local_lr=(1e-4, 1e-2), optimizer=LocalOptimizer("adamw"))
+        >>> training.steps
+        (1, 4)
+    """
+
+    num_workers: int = 8
+    local_steps: int | Sequence[int] = 4
+    local_lr: float | tuple[float, float] = 0.5
+    decay_share: float = 0.0
+    optimizer: LocalOptimizer = LocalOptimizer()
+    initial_scale: float | tuple[float, float] = 1.0
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 1:
+            raise ValueError(f"num_workers must be at least 1, not {self.num_workers}.")
+        if not self.steps or min(self.steps) < 1:
+            raise ValueError(f"local_steps must be at least 1, not {self.local_steps}.")
+        if not 0 <= self.decay_share <= 1:
+            raise ValueError(f"decay_share must lie in [0, 1], not {self.decay_share}.")
+        for name in ("local_lr", "initial_scale"):
+            bounds = _range(getattr(self, name))
+            if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] < math.inf:
+                raise ValueError(f"{name} must be positive, or a range (low, high), not {getattr(self, name)}.")
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The choices of H."""
+        return (self.local_steps,) if isinstance(self.local_steps, int) else tuple(self.local_steps)
+
+    def draw_lr(self, generator: torch.Generator) -> tuple[float, bool]:
+        """The first γ of an unroll, and whether it decays."""
+        lr = _log_uniform(self.local_lr, generator)
+        return lr, bool(torch.rand((), generator=generator) < self.decay_share)
+
+    def init(self, task: AbstractTask, generator: torch.Generator) -> Tensors:
+        """Parameters that an unroll starts from, {[1, *S]}."""
+        scale = _log_uniform(self.initial_scale, generator)
+        return {name: p * scale if p.dim() > 2 else p for name, p in task.init(1, generator).items()}
+
+
+def _range(value: float | tuple[float, float]) -> tuple[float, ...]:
+    return (value, value) if isinstance(value, (int, float)) else tuple(value)
+
+
+def _log_uniform(value: float | tuple[float, float], generator: torch.Generator) -> float:
+    low, high = _range(value)
+    return low * (high / low) ** torch.rand((), generator=generator, dtype=torch.float64).item()

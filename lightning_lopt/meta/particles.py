@@ -1,0 +1,202 @@
+"""Unrolls that live on from window to window: one antithetic pair per particle."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_lopt.functional.learned import Network
+from lightning_lopt.meta.local import LocalTraining
+from lightning_lopt.meta.tasks import AbstractTask, Batch, Tensors
+from lightning_lopt.meta.truncation import LogUniform
+from lightning_lopt.meta.unroll import local_round, outer_step, zero_states
+
+MetaLoss = Literal["local", "updated", "validation"]
+VERSION = 2  # of the state
+
+
+def seeded(*counters: int | str) -> torch.Generator:
+    """A generator that depends on nothing but its arguments, so that no random state has to be saved."""
+    digest = hashlib.sha256(repr(counters).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+class Particles:
+    """Unrolls of one task, two for each particle, which share the start, the data and the local learning rate.
+
+    A particle depends on its own random numbers alone, so it is the same whichever process simulates it.
+
+    Args:
+        task: what is trained.
+        training: how.
+        num_particles: P >= 1.
+        unroll_length: T, drawn at each start of an unroll.
+        meta_loss: what a round gives: the mean local training loss (``"local"``), or the loss of the updated anchor on
+            K fresh batches (``"updated"``), or on K validation batches (``"validation"``).
+        seed: of everything drawn.
+
+    Raises:
+        ValueError: an argument out of its range, a loss that is not finite at the start, or a state of another task.
+    """
+
+    def __init__(
+        self,
+        task: AbstractTask,
+        training: LocalTraining,
+        num_particles: int,
+        unroll_length: LogUniform,
+        meta_loss: MetaLoss,
+        seed: int,
+    ) -> None:
+        if num_particles < 1:
+            raise ValueError(f"num_particles must be at least 1, not {num_particles}.")
+        if meta_loss not in get_args(MetaLoss):
+            raise ValueError(f"meta_loss must be one of {get_args(MetaLoss)}, not {meta_loss!r}.")
+        self.task = task
+        self.training = training
+        self.indices = list(range(num_particles))
+        self.unroll_length = unroll_length
+        self.meta_loss = meta_loss
+        self._seed = seed
+        generators = self.generators("start")
+        starts = [training.init(task, generator) for generator in generators]
+        self.anchor = _both_signs(starts)
+        self.states = zero_states(self.anchor)
+        self.local = training.optimizer.init(self._per_worker(self.anchor))
+        self.round_idx = torch.zeros(num_particles, dtype=torch.long)
+        self.length = torch.cat([unroll_length.draw_first(1, generator) for generator in generators])
+        rates = [training.draw_lr(generator) for generator in generators]
+        self.base_lr = torch.tensor([lr for lr, _ in rates], dtype=torch.float64)
+        self.decays = torch.tensor([decays for _, decays in rates])
+        self._check_start(generators)
+
+    def _check_start(self, generators: Sequence[torch.Generator]) -> None:
+        loss = self._anchor_loss(self.task.batch, generators)
+        if not loss.isfinite().all():
+            raise ValueError(
+                f"The loss of {self.task} is {loss.tolist()} before the first step. Check its data, its initial "
+                f"parameters and {self.training}."
+            )
+        if self.meta_loss == "validation":
+            self.task.validation_batch(1, generators[0])
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def generators(self, when: int | str) -> list[torch.Generator]:
+        """One for each particle."""
+        return [seeded(self._seed, when, index) for index in self.indices]
+
+    def _per_worker(self, anchor: Tensors) -> Tensors:
+        return {name: p.repeat_interleave(self.training.num_workers, 0) for name, p in anchor.items()}
+
+    def local_lr(self) -> Tensor:
+        """γ of each particle in the coming round, [P]."""
+        factor = torch.where(self.decays, 0.5 * (1 + torch.cos(math.pi * self.round_idx / self.length)), 1.0)
+        return self.base_lr * factor
+
+    def round(self, network: Network, local_steps: int, generators: Sequence[torch.Generator]) -> Tensor:
+        """One round of every unroll; both signs of a particle see the same data.
+
+        Args:
+            network: meta-parameters, those of θ + ε of all particles, then those of θ − ε.
+            local_steps: H.
+            generators: one for each particle.
+
+        Returns:
+            The losses, [2P].
+        """
+        training, device = self.training, self.task.device
+        local_lr = self.local_lr().to(device, self.task.dtype).repeat(2)
+        batches = (self._batch(self.task.batch, generators) for _ in range(local_steps))
+        workers, loss = local_round(
+            self.task, self.anchor, batches, local_lr, training.num_workers, training.optimizer, self.local
+        )
+        outer_step(self.anchor, workers, self.states, network, self.round_idx.to(device).repeat(2))
+        self.round_idx += 1
+        if self.meta_loss == "local":
+            return loss
+        draw = self.task.batch if self.meta_loss == "updated" else self.task.validation_batch
+        return self._anchor_loss(draw, generators)
+
+    def _batch(self, draw: Callable[..., Batch], generators: Sequence[torch.Generator]) -> Batch:
+        """A batch for every worker of every unroll, [2PK, B, *]."""
+        own = [draw(self.training.num_workers, generator) for generator in generators]
+        return tuple(torch.cat([*parts, *parts]) for parts in zip(*own, strict=True))
+
+    def _anchor_loss(self, draw: Callable[..., Batch], generators: Sequence[torch.Generator]) -> Tensor:
+        """The loss of the anchors, [2P], on K batches each."""
+        batch = self._batch(draw, generators)
+        return self.task.loss(
+            self.anchor, tuple(part.unflatten(0, (2 * len(self), -1)).flatten(1, 2) for part in batch)
+        )
+
+    def restart_finished(self, generators: Sequence[torch.Generator]) -> Tensor:
+        """Start a new unroll where one is complete; returns where, [P] bool."""
+        done = self.round_idx >= self.length
+        finished = done.nonzero().flatten().tolist()
+        if finished:
+            starts = []
+            for i in finished:
+                starts.append(self.training.init(self.task, generators[i]))
+                self.length[i] = self.unroll_length.draw(1, generators[i])
+                lr, decays = self.training.draw_lr(generators[i])
+                self.base_lr[i], self.decays[i] = lr, decays
+            self.round_idx[done] = 0
+            replicas = done.repeat(2).to(self.task.device)
+            for name, start in _both_signs(starts).items():
+                self.anchor[name][replicas] = start
+            for tensor in _leaves(self._memory()):
+                tensor.unflatten(0, (2 * len(self), -1))[replicas] = 0
+        return done
+
+    def _memory(self) -> dict[str, Any]:
+        """What the optimizers remember of each unroll, the outer and the local ones; zero at its start."""
+        return {"states": {name: vars(state) for name, state in self.states.items()}, "local": vars(self.local)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next round depends on; the first dimension of every tensor is that of the particles."""
+        replicas = {"anchor": self.anchor, **self._memory()}
+        return {
+            "version": VERSION,
+            "task": f"{self.task}, {self.training}, meta_loss={self.meta_loss!r}",
+            "replicas": _map(lambda t: t.unflatten(0, (2, len(self), -1)).transpose(0, 1), replicas),
+            "unrolls": {name: getattr(self, name) for name in ("round_idx", "length", "base_lr", "decays")},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        if state.get("version") != VERSION:
+            raise ValueError(
+                f"The checkpoint's particles are of version {state.get('version')}, but this code reads {VERSION}. "
+                "Go on with the network alone: MetaTraining(network=...)."
+            )
+        own = self.state_dict()
+        found, expected = (f"{s['task']} with {len(s['unrolls']['length'])} particles" for s in (state, own))
+        if found != expected:
+            raise ValueError(
+                f"The checkpoint is of {found}, but this run is of {expected}. Resume with the arguments of that run, "
+                "or start anew."
+            )
+        for name in ("replicas", "unrolls"):
+            for ours, theirs in zip(_leaves(own[name]), _leaves(state[name]), strict=True):
+                ours.copy_(theirs)
+
+
+def _both_signs(starts: Sequence[Tensors]) -> Tensors:
+    """One start for each particle, {[1, *S]}, as {[2P, *S]}."""
+    return {name: torch.cat([start[name] for start in starts] * 2) for name in starts[0]}
+
+
+def _map(function: Callable[[Tensor], Tensor], tree: dict[str, Any]) -> dict[str, Any]:
+    return {k: _map(function, v) if isinstance(v, dict) else function(v) for k, v in tree.items()}
+
+
+def _leaves(tree: dict[str, Any]) -> Iterator[Tensor]:
+    for value in tree.values():
+        yield from _leaves(value) if isinstance(value, dict) else [value]
