@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import math
+import os
+from pathlib import Path
+
 import lightning.pytorch as pl
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False}
+SCRIPT = """\
+from lightning_lopt import LearnedLocalSGD, LocalSGD
+from tests.strategies_support import Classifier, flat, loader, trainer
+
+if __name__ == "__main__":
+    run = trainer({strategy}, {devices}, **{options})
+    module = Classifier(seed=0)
+    run.fit(module, loader())
+    rounds = run.strategy.rounds.round_idx
+    line = f"rank {{run.global_rank}} of {{run.world_size}} rounds {{rounds}} sum {{flat(module).sum().item()}}"
+    print(line + chr(10), end="", flush=True)
+"""
 
 
 class Classifier(pl.LightningModule):
@@ -60,3 +76,20 @@ def loader(rows: int = 96, batch_size: int = 4, shuffle: bool = True) -> DataLoa
 def trainer(strategy, devices: int = 2, **kwargs) -> pl.Trainer:
     options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, **QUIET, **kwargs}
     return pl.Trainer(devices=devices, strategy=strategy, **options)
+
+
+def write_script(folder: Path, strategy: str, devices: int, **options) -> tuple[Path, dict[str, str]]:
+    """A script that trains with an H of 4, for a launcher to start, and the environment it needs."""
+    path = folder / "script.py"
+    path.write_text(SCRIPT.format(strategy=strategy, devices=devices, options=options))
+    loopback = {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    return path, {**os.environ, **loopback, "PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+def check_script(printed: str, num_workers: int) -> None:
+    """After an epoch of 24 batches over all workers, everybody had every round and holds the same weights."""
+    lines = sorted(line.split(" sum ") for line in printed.splitlines() if line.startswith("rank"))
+    rounds = math.ceil(24 / num_workers / 4)
+    assert [line for line, _ in lines] == [f"rank {i} of {num_workers} rounds {rounds}" for i in range(num_workers)]
+    assert len({weights for _, weights in lines}) == 1
+    assert math.isfinite(float(lines[0][1]))

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from lightning_lopt import QSR, AdaMLP, DiLoCo, LearnedLocalSGD, LocalSGD, RoundMonitor, SlowMo
 from tests.processes import free_port, run_workers
-from tests.strategies_support import Classifier, flat, loader, trainer
+from tests.strategies_support import Classifier, check_script, flat, loader, trainer, write_script
 
 STRATEGIES = {
     "local_sgd": partial(LocalSGD),
@@ -408,41 +408,21 @@ def test_data_module_test_and_second_fit():
     assert run.strategy.rounds.step_idx == run.global_step == 48
 
 
-SCRIPT = """
-    import torch
-    from tests.strategies_support import Classifier, loader, trainer
-    from lightning_lopt import LocalSGD
-
-    if __name__ == "__main__":
-        run = trainer(LocalSGD(4), max_epochs={epochs})
-        module = Classifier(seed=0)
-        run.fit(module, loader())
-        line = f"rank {{run.global_rank}} of {{run.world_size}} rounds {{run.strategy.rounds.round_idx}}"
-        print(line + chr(10), end="", flush=True)
-"""
-
-
-def _script(tmp_path, epochs):
-    path = tmp_path / "script.py"
-    path.write_text(textwrap.dedent(SCRIPT).format(epochs=epochs))
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
-    return path, environment
-
-
-@pytest.mark.parametrize("launcher", ["trainer", "torchrun"])
-def test_launchers(tmp_path, launcher):
-    path, environment = _script(tmp_path, epochs=1)
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+@pytest.mark.parametrize(
+    ("launcher", "num_workers"),
+    [("trainer", 2), ("trainer", 4), ("torchrun", 1), ("torchrun", 2), ("torchrun", 4)],  # one alone is not launched
+)
+def test_launchers(tmp_path, launcher, num_workers):
+    path, environment = write_script(tmp_path, "LocalSGD(4)", num_workers, max_epochs=1)
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={num_workers}", f"--master-port={free_port()}"]
     command = [sys.executable, *(torchrun if launcher == "torchrun" else []), str(path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "rank 0 of 2 rounds 3" in done.stdout
-    assert "rank 1 of 2 rounds 3" in done.stdout
+    check_script(done.stdout, num_workers)
 
 
 def test_ctrl_c_leaves_no_process(tmp_path):
-    path, environment = _script(tmp_path, epochs=100_000)
+    path, environment = write_script(tmp_path, "LocalSGD(4)", 2, max_epochs=100_000)
     process = subprocess.Popen(
         [sys.executable, str(path)], env=environment, cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE
     )
