@@ -51,14 +51,15 @@ def load_images(folder: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, nargs="+", default=[None], help="folders of CIFAR-10 or Fashion-MNIST")
-    parser.add_argument("--update", default="gated_nesterov", help="kind of update, see AdaMLP")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of the meta-optimizer")
-    parser.add_argument("--steps", type=int, default=100, help="meta-iterations")
-    parser.add_argument("--minutes", type=float, help="stop after this time, even if --steps are not done")
-    parser.add_argument("--resume", type=Path, help="checkpoint to go on from")
-    parser.add_argument("--out", type=Path, default=Path("meta_train"), help="folder of weights, checkpoints and plot")
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("--data", type=Path, nargs="+", default=[None], help="folders of CIFAR-10 or Fashion-MNIST")
+    add("--update", default="gated_nesterov", help="kind of update, see AdaMLP (default: %(default)s)")
+    add("--lr", type=float, default=2e-3, help="peak learning rate of the meta-optimizer (default: %(default)s)")
+    add("--steps", type=int, default=100, help="meta-iterations (default: %(default)s)")
+    add("--minutes", type=float, help="stop after this time, even if --steps are not done")
+    add("--resume", type=Path, help="checkpoint to go on from, e.g. OUT/checkpoints/step=40.ckpt")
+    add("--out", type=Path, default=Path("outputs/meta_train"), help="folder for results (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of everything drawn (default: %(default)s)")
     return parser.parse_args()
 
 
@@ -72,10 +73,10 @@ def new_network(update: str, seed: int) -> AdaMLP:
 
 
 def provenance(args: argparse.Namespace, trainer: L.Trainer, hours: float) -> dict[str, object]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "commit": commit or "unknown",
+        "commit": head.stdout.strip() or "unknown",
         "meta_iterations": trainer.global_step,
         "hours_of_last_start": round(hours, 2),
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
@@ -92,10 +93,10 @@ def training_curve(task: ImageMLP, network: AdaMLP | None, rounds: int = 200, ru
     meta = None
     if network is not None:
         meta = network.functional({name: torch.stack([p.detach()] * runs) for name, p in network.named_parameters()})
-    losses = []
+    losses, local_lr = [], torch.full((runs,), 0.2)
     for round_idx in range(rounds):
         batches = (task.batch(runs * 8, generator) for _ in range(4))
-        workers, loss = local_round(task, anchor, batches, torch.full((runs,), 0.2), num_workers=8)
+        workers, loss = local_round(task, anchor, batches, local_lr, num_workers=8)
         if meta is None:
             anchor = {name: w.mean(1) for name, w in workers.items()}
         else:
@@ -106,6 +107,7 @@ def training_curve(task: ImageMLP, network: AdaMLP | None, rounds: int = 200, ru
 
 def main() -> None:
     args = parse_args()
+    torch.set_num_threads(1)  # the tensors are small; and the numbers do not depend on the machine's cores
     tasks = []
     for images, labels in map(load_images, args.data):
         tasks.append(ImageMLP(images, labels, hidden=(32,), batch_size=32, size=8))
@@ -121,7 +123,7 @@ def main() -> None:
         decays_lr=args.lr / 10,
         seed=args.seed,
     )
-    checkpoint = ModelCheckpoint(args.out, "{step}", every_n_train_steps=20, save_top_k=-1)
+    checkpoint = ModelCheckpoint(args.out / "checkpoints", "{step}", every_n_train_steps=20, save_top_k=-1)
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=args.steps,
@@ -138,12 +140,9 @@ def main() -> None:
 
     curves = {"averaging": None, "before meta-training": new_network(args.update, args.seed), "learned": meta.network}
     for name, network in curves.items():
-        losses = training_curve(tasks[0], network)
+        plt.plot(losses := training_curve(tasks[0], network), label=name)
         print(f"{name:20s} loss of the last 20 rounds {losses[-20:].mean():.4f}")
-        plt.plot(losses, label=name)
-    plt.yscale("log")
-    plt.xlabel("round (8 workers, 4 local steps)")
-    plt.ylabel("training loss")
+    plt.gca().set(yscale="log", xlabel="round (8 workers, 4 local steps)", ylabel="training loss")
     plt.legend()
     plt.savefig(args.out / "curves.png", dpi=150)
     print(f"Weights and plot are in {args.out}/. Use them: LearnedLocalSGD(network=AdaMLP.load(...)).")

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from lightning_lopt import AdaMLP
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 METHODS = ["LocalSGD", "SlowMo", "DiLoCo", "LearnedLocalSGD"]
 TINY = ["--steps", "4", "--local-steps", "2"]
@@ -68,3 +70,11 @@ def test_fine_tuning(script: str, saved: str, tmp_path: Path):
 def test_plain_loop(launcher: list[str], tmp_path: Path):
     output = run([*launcher, str(EXAMPLES / "plain_loop.py"), *TINY, "--out", str(tmp_path)])
     check_report(output, ["average", "slow momentum", "learned"], rounds=2, plot=tmp_path / "plain_loop.png")
+
+
+def test_meta_training(tmp_path: Path):
+    output = run([str(EXAMPLES / "meta_train.py"), "--steps", "1", "--out", str(tmp_path)])
+    for curve in ("averaging", "before meta-training", "learned"):
+        assert re.search(rf"^{curve} +loss of the last 20 rounds 0\.\d+$", output, re.MULTILINE), output
+    assert AdaMLP.load(tmp_path / "network.safetensors").card["meta_iterations"] == 1
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
