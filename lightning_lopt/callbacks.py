@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from lightning_lopt.report import RoundReport
+from lightning_lopt.rounds import Rounds
 from lightning_lopt.strategies import LocalSGD
 
 
@@ -37,6 +38,7 @@ class RoundMonitor(Callback):
 
     def __init__(self) -> None:
         self.history: list[dict[str, float]] = []
+        self._rounds: Rounds | None = None
         self._last: RoundReport | None = None
         self._start = 0.0
         self._sync_seconds = 0.0
@@ -49,6 +51,7 @@ class RoundMonitor(Callback):
                 f"RoundMonitor watches the rounds of this package's strategies, not {type(trainer.strategy).__name__}; "
                 "pass e.g. Trainer(strategy=LearnedLocalSGD(...)) or leave the callback out."
             )
+        self._rounds, self._last = trainer.strategy.rounds, None
         self._start = time.perf_counter()
         self._sync_seconds = 0.0
 
@@ -63,11 +66,11 @@ class RoundMonitor(Callback):
         self._log_new_round(trainer, None)
 
     def _log_new_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule | None) -> None:
-        assert isinstance(trainer.strategy, LocalSGD)
-        rounds = trainer.strategy.rounds
-        if rounds is None or rounds.last_report is None or rounds.last_report is self._last:
+        rounds = self._rounds
+        if rounds is None or rounds.last_report is self._last:
             return
         report = self._last = rounds.last_report
+        assert report is not None
         self._sync_seconds += report.sync_seconds
         self._fell_back += report.fell_back
         elapsed = time.perf_counter() - self._start

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "sync": {"buffers", "comm", "packing", "report"},
     "rounds": {"comm", "report", "schedules", "sync"},
     "strategies": {"comm", "network", "optim", "rounds", "schedules", "sync"},
-    "callbacks": {"report", "strategies"},
+    "callbacks": {"report", "rounds", "strategies"},
     "meta": {"functional", "network", "comm"},
     "bench": {
         "functional",

@@ -2,7 +2,8 @@
 
 Trains the MLP 784-128-128-10 on random data with LearnedLocalSGD and RoundMonitor, one process per worker and one
 thread each. The clock of the main thread's CPU time runs around this package's methods that Lightning calls in every
-step, without what they call of Lightning in turn, and without syncs.
+step, without what they call of Lightning in turn, and without syncs. Reading that clock costs as much as what it
+measures, most of all with cold caches; so a second training times methods in the same places that do nothing.
 """
 
 from __future__ import annotations
@@ -33,13 +34,6 @@ from lightning_lopt.strategies import LearnedLocalSGD, LocalSGD
 WARM_UP_ROUNDS = 2
 OURS, HOST, SYNC = "strategy", "Lightning", "sync"
 MONITOR = "RoundMonitor"
-TIMED = (
-    (LocalSGD, "optimizer_step", OURS),
-    (Rounds, "step", OURS),
-    (Rounds, "finish_round", SYNC),
-    (RoundMonitor, "on_train_batch_end", MONITOR),
-    (DDPStrategy, "optimizer_step", HOST),
-)
 
 
 class Stopwatch:
@@ -71,6 +65,36 @@ class Stopwatch:
             for owner, name, label in methods:
                 stack.enter_context(patch.object(owner, name, self.timed(getattr(owner, name), label)))
             yield
+
+
+class _IdleStrategy(LocalSGD):
+    """Calls what `LocalSGD` calls in a step, and does nothing."""
+
+    def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
+        output = DDPStrategy.optimizer_step(self, optimizer, closure, model, **kwargs)
+        self.count()
+        return output
+
+    def count(self) -> None: ...
+
+
+class _IdleMonitor(pl.Callback):
+    """A callback whose hooks do nothing."""
+
+
+TIMED = (
+    (LocalSGD, "optimizer_step", OURS),
+    (Rounds, "step", OURS),
+    (Rounds, "finish_round", SYNC),
+    (RoundMonitor, "on_train_batch_end", MONITOR),
+    (DDPStrategy, "optimizer_step", HOST),
+)
+TIMED_IDLE = (
+    (_IdleStrategy, "optimizer_step", OURS),
+    (_IdleStrategy, "count", OURS),
+    (_IdleMonitor, "on_train_batch_end", MONITOR),
+    (DDPStrategy, "optimizer_step", HOST),
+)
 
 
 class _Model(pl.LightningModule):
@@ -106,24 +130,20 @@ class _Clock(pl.Callback):
         self.times.append(time.perf_counter())
 
 
-def measure(num_workers: int, local_steps: int, num_rounds: int) -> dict[str, Any]:
-    """Train, and return what this worker (rank 0 for who asks) measured.
-
-    Args:
-        num_workers: K processes.
-        local_steps: H.
-        num_rounds: timed rounds.
-    """
+def _train(
+    strategy: LocalSGD, monitor: pl.Callback, timed: Any, num_workers: int, local_steps: int, num_rounds: int
+) -> tuple[pl.Trainer, dict[str, float], list[float]]:
+    """The trainer, CPU microseconds per step by label, and the wall times at which the timed steps ended."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(128 * 64, 784, generator=generator)
     labels = torch.randint(10, (len(images),), generator=generator)
     loader = DataLoader(TensorDataset(images, labels), batch_size=128)
-    watch, monitor = Stopwatch(), RoundMonitor()
+    watch = Stopwatch()
     clock = _Clock(watch, WARM_UP_ROUNDS * local_steps)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=num_workers,
-        strategy=LearnedLocalSGD(local_steps=local_steps),
+        strategy=strategy,
         callbacks=[clock, monitor],
         max_steps=(WARM_UP_ROUNDS + num_rounds) * local_steps,
         max_epochs=-1,
@@ -132,16 +152,31 @@ def measure(num_workers: int, local_steps: int, num_rounds: int) -> dict[str, An
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    with watch.around(TIMED):
+    with watch.around(timed):
         trainer.fit(_Model(), loader)
     steps = num_rounds * local_steps
+    return trainer, {label: watch.seconds[label] / steps * 1e6 for label in (OURS, MONITOR)}, clock.times
+
+
+def measure(num_workers: int, local_steps: int, num_rounds: int) -> dict[str, Any]:
+    """Train, and return what this worker (rank 0 for who asks) measured.
+
+    Args:
+        num_workers: K processes.
+        local_steps: H.
+        num_rounds: timed rounds.
+    """
+    sizes = (num_workers, local_steps, num_rounds)
+    monitor = RoundMonitor()
+    trainer, per_step, times = _train(LearnedLocalSGD(local_steps), monitor, TIMED, *sizes)
+    _, idle, _ = _train(_IdleStrategy(local_steps), _IdleMonitor(), TIMED_IDLE, *sizes)
     rounds = monitor.history[-num_rounds:]
-    ends = clock.times[::local_steps]
-    durations = [end - start for start, end in pairwise(ends)]
+    durations = [end - start for start, end in pairwise(times[::local_steps])]
     parts = {name: [r[f"rounds/{name}_seconds"] for r in rounds] for name in ("sync", "transfer", "outer")}
     parts["local"] = [total - sync for total, sync in zip(durations, parts["sync"], strict=True)]
     return {
-        "microseconds_per_step": {label: watch.seconds[label] / steps * 1e6 for label in (OURS, MONITOR)},
+        "microseconds_per_step": per_step,
+        "idle_microseconds_per_step": idle,
         "milliseconds_per_round": {name: [1e3 * x for x in values] for name, values in parts.items()},
         "is_rank_zero": trainer.is_global_zero,
     }
@@ -149,14 +184,19 @@ def measure(num_workers: int, local_steps: int, num_rounds: int) -> dict[str, An
 
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The table of a result: median, lowest and highest over the rounds."""
-    per_step, per_round = result["microseconds_per_step"], result["milliseconds_per_round"]
+    per_step, idle = result["microseconds_per_step"], result["idle_microseconds_per_step"]
+    costs = {
+        **per_step,
+        "together": sum(per_step.values()),
+        "the same, timing methods that do nothing": sum(idle.values()),
+    }
     lines = [
         {"what": f"{name}, CPU us per step", "median": value, "lowest": None, "highest": None}
-        for name, value in {**per_step, "together": sum(per_step.values())}.items()
+        for name, value in costs.items()
     ]
     names = {"local": "local steps", "sync": "whole sync", "transfer": "waiting and transfer", "outer": "outer step"}
     for key, name in names.items():
-        values = per_round[key]
+        values = result["milliseconds_per_round"][key]
         lines.append(
             {
                 "what": f"{name}, ms per round",

@@ -44,6 +44,8 @@ def test_a_short_training():
     assert (first["is_rank_zero"], second["is_rank_zero"]) == (True, False)
     assert all(len(values) == 4 and min(values) > 0 for values in first["milliseconds_per_round"].values())
     assert 0 < first["microseconds_per_step"][overhead.OURS] < 5_000
-    together = overhead.rows(first)[2]
+    assert all(0 < value < 5_000 for value in first["idle_microseconds_per_step"].values())
+    together, idle = overhead.rows(first)[2:4]
     assert together["what"].startswith("together")
     assert together["median"] == pytest.approx(sum(first["microseconds_per_step"].values()))
+    assert idle["median"] == pytest.approx(sum(first["idle_microseconds_per_step"].values()))
