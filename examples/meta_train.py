@@ -41,8 +41,7 @@ def load_images(folder: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
         from torchvision.transforms.functional import pil_to_tensor
 
         data = load_dataset("parquet", data_files={"train": files})["train"]
-        images = [pil_to_tensor(image.convert("L")) for image in data["img"]]
-        return torch.cat(images), torch.tensor(data["label"])
+        return torch.cat([pil_to_tensor(image.convert("L")) for image in data["img"]]), torch.tensor(data["label"])
     from torchvision.datasets import FashionMNIST
 
     data = FashionMNIST(str(folder), train=True, download=True)
@@ -89,8 +88,7 @@ def training_curve(task: ImageMLP, network: AdaMLP | None, rounds: int = 200, ru
     """Loss of each round, mean over three runs: 8 workers, 4 local steps at rate 0.2; averaging without a network."""
     generator = torch.Generator().manual_seed(0)
     anchor = task.init(runs, generator)
-    states = zero_states(anchor)
-    meta = None
+    states, meta = zero_states(anchor), None
     if network is not None:
         meta = network.functional({name: torch.stack([p.detach()] * runs) for name, p in network.named_parameters()})
     losses, local_lr = [], torch.full((runs,), 0.2)
