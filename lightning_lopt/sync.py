@@ -243,9 +243,14 @@ class Sync:
 
     def swap_out(self) -> None:
         """Give the model this worker's own weights back."""
-        for target, own in self._swapped:
-            target.data = own
+        self.exchange()
         self._swapped.clear()
+
+    def exchange(self) -> None:
+        """Put this worker's own weights into the model and those swapped in aside, or the reverse."""
+        for i, (target, aside) in enumerate(self._swapped):
+            self._swapped[i] = target, target.data
+            target.data = aside
 
     @torch.no_grad()
     def restore_anchor(self) -> None:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import DeepSpeedPrecision, FSDPPrecision, Precision
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -25,10 +21,9 @@ from typing_extensions import override
 from lightning_lopt.comm import Communicator
 from lightning_lopt.rounds import Rounds
 from lightning_lopt.schedules import RoundInfo, as_schedule
+from lightning_lopt.strategies.checkpoint import CheckpointingStrategy
+from lightning_lopt.strategies.loaders import ResumableLoaders
 from lightning_lopt.sync import EvalWeights
-
-CHECKPOINT_KEY = "lightning_lopt"
-CHECKPOINT_VERSION = 1
 
 
 class _RoundCallback(Callback):
@@ -47,7 +42,7 @@ class _RoundCallback(Callback):
             self._strategy.rounds.finish_round()
 
 
-class LocalSGD(DDPStrategy):
+class LocalSGD(CheckpointingStrategy):
     r"""Local SGD: every worker takes H local steps, then all continue from the average of their parameters.
 
     .. math:: a \leftarrow \mathrm{Outer}\big(a,\; a - \tfrac1K \sum_i y_i\big), \qquad y_i \leftarrow a
@@ -124,9 +119,7 @@ class LocalSGD(DDPStrategy):
         self._schedule = as_schedule(local_steps)
         self._outer_optimizer = outer_optimizer
         self._eval_weights: EvalWeights = eval_weights or ("mean" if outer_optimizer is None else "anchor")
-        self._resumed = False
-        self._rng_states: dict[str, Any] | None = None
-        self.rounds: Rounds | None = None
+        self.rounds = None
 
     # -- setup ----------------------------------------------------------------------------------------------------
 
@@ -155,6 +148,7 @@ class LocalSGD(DDPStrategy):
             module, self.optimizers[0], self._schedule, self._outer_optimizer, comm=Communicator(self._timeout)
         )
         self._resumed = False
+        self._loaders = ResumableLoaders()
         callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         callbacks[:] = [_RoundCallback(self), *(c for c in callbacks if not isinstance(c, _RoundCallback))]
 
@@ -170,20 +164,9 @@ class LocalSGD(DDPStrategy):
         if not self._resumed:
             self.rounds.step_idx = trainer.global_step
         self.rounds.total_steps = _total_steps(trainer)
-        if self._rng_states is not None:  # not earlier: making an iterator of the loader draws a seed
-            _set_rng_states(self._rng_states)
-            self._rng_states = None
-            fetcher = trainer.fit_loop._data_fetcher
-            if fetcher is not None and getattr(trainer.fit_loop, "resumed_on_epoch_end", False):
-                fetcher.__iter__()  # Lightning would skip the new epoch's draw of seeds
         epoch_loop = trainer.fit_loop.epoch_loop
         if hasattr(epoch_loop, "_broadcast_sigterm_tensor"):  # one broadcast per batch, in Lightning >= 2.6
             epoch_loop._broadcast_sigterm_tensor = lambda: None  # schedulers and launchers signal every worker
-
-    @property
-    def _trainer(self) -> pl.Trainer:
-        assert self.lightning_module is not None
-        return self.lightning_module.trainer
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
@@ -229,60 +212,7 @@ class LocalSGD(DDPStrategy):
         if self.rounds is not None:
             self.rounds.abandon_round()
 
-    # -- checkpoints ----------------------------------------------------------------------------------------------
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        if self.rounds is not None and "optimizer_states" in checkpoint:
-            alone = self._trainer.interrupted  # the other workers may be gone: nothing of theirs can be saved
-            workers = None if alone else self.rounds.comm.gather_objects(self._worker_state(checkpoint))
-            checkpoint[CHECKPOINT_KEY] = {
-                "version": CHECKPOINT_VERSION,
-                "rounds": self.rounds.state_dict(),
-                "workers": workers,
-            }
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-
-    def _worker_state(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        assert self.rounds is not None
-        rng_states = _collect_rng_states()
-        if "numpy" in rng_states:  # as plain lists, which torch.load(weights_only=True) accepts
-            rng_states["numpy"] = [x.tolist() if isinstance(x, np.ndarray) else x for x in rng_states["numpy"]]
-        return {
-            "optimizer_states": checkpoint["optimizer_states"],
-            "local": self.rounds.sync.local_state(),
-            "rng": rng_states,
-        }
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        assert self.rounds is not None
-        state = checkpoint.get(CHECKPOINT_KEY)
-        if state is None:
-            rank_zero_warn("This checkpoint was not written by a lightning_lopt strategy: a fresh round begins.")
-            super().load_optimizer_state_dict(checkpoint)
-            return
-        if state["version"] != CHECKPOINT_VERSION:
-            raise ValueError(
-                f"This checkpoint has version {state['version']}, this release reads {CHECKPOINT_VERSION}."
-            )
-        self._resumed = True
-        self.rounds.load_state_dict(state["rounds"])
-        workers = state["workers"]
-        if workers is None or len(workers) != self.world_size:
-            super().load_optimizer_state_dict(checkpoint)
-            self.rounds.abandon_round()
-            rank_zero_warn(
-                "The checkpoint was written after an exception: "
-                if workers is None
-                else f"The checkpoint holds {len(workers)} workers, there are {self.world_size} now: "
-                "all workers continue from its last synced weights with the first worker's optimizer state."
-            )
-            return
-        mine = workers[self.global_rank]
-        super().load_optimizer_state_dict({"optimizer_states": mine["optimizer_states"]})
-        self.rounds.sync.load_local_state(mine["local"])
-        self._rng_states = mine["rng"]
+    # -- processes ------------------------------------------------------------------------------------------------
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:

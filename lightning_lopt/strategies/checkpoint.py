@@ -1,0 +1,272 @@
+"""Checkpoints that hold every worker's state, so that a run goes on as if it had never stopped.
+
+A checkpoint is Lightning's own, with the global weights as `state_dict`, and one more key. It holds the counters, the
+float32 anchors and the outer optimizer's state, which all workers share, and a list of what each worker has for
+itself. That list lies in the same file while it is small; a large one is not sent through rank 0: each worker writes
+a file of its own beside the checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import uuid
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, get_filesystem
+from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from typing_extensions import override
+
+from lightning_lopt.rounds import Rounds
+from lightning_lopt.strategies.loaders import ResumableLoaders, random_state, set_random_state
+
+CHECKPOINT_KEY = "lightning_lopt"
+CHECKPOINT_VERSION = 2
+GATHER_BYTES = 2**30  # larger sets of workers' parameters are not gathered
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target and renames: a kill at any moment leaves the old file or the new one.
+
+    Lightning's own writes into the system's temporary folder, and from another disk it is copied to its place, which a
+    kill can leave half done. Remote paths go Lightning's way.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(accelerator="cpu", plugins=[AtomicCheckpointIO()], logger=False)
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if storage_options is not None or not _is_local_file_protocol(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(str(path).removeprefix("file://"))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            Path(name).chmod(0o666 & ~umask)  # mkstemp lets only the owner read
+            Path(name).replace(target)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+class CheckpointingStrategy(DDPStrategy):
+    """DDP's launching and process groups, and checkpoints that hold what belongs to each worker.
+
+    Attributes:
+        rounds: the `Rounds` of the present fit, None before.
+    """
+
+    rounds: Rounds | None = None
+    _own: dict[str, Any] | None = None  # this worker's part of the checkpoint that is being restored
+    _resumed = False
+    _loaders = ResumableLoaders()
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        if self._checkpoint_io is None:
+            self._checkpoint_io = AtomicCheckpointIO()
+        elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
+            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()  # taken only where none was given
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    # -- saving ---------------------------------------------------------------------------------------------------
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if self.rounds is None or "optimizer_states" not in checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        rounds = self.rounds
+        state = {"version": CHECKPOINT_VERSION, "rounds": rounds.state_dict(), "workers": None, "files": None}
+        checkpoint[CHECKPOINT_KEY] = state
+        if self._trainer.interrupted:  # the other workers may be gone: nothing of theirs can be saved
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        rounds.sync.exchange()  # validation may have swapped the global weights in
+        mine = self._worker_state(checkpoint)
+        rounds.sync.exchange()
+        if not self._too_large_to_gather():
+            state["workers"] = rounds.comm.gather_objects(mine)
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        state["files"] = {"token": self.broadcast(uuid.uuid4().hex[:12]), "num_workers": self.world_size}
+        AtomicCheckpointIO().save_checkpoint(mine, _worker_file(filepath, state["files"]["token"], self.global_rank))
+        self.barrier()  # the checkpoint appears when all of its files are there
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+        self.barrier()
+        self._remove_worker_files(filepath, keep=2)  # an asynchronous writer may yet be at the last one
+
+    def _too_large_to_gather(self) -> bool:
+        assert self.lightning_module is not None
+        size = sum(p.numel() * p.element_size() for p in self.lightning_module.parameters())
+        return self.world_size > 1 and size * self.world_size > GATHER_BYTES
+
+    def _worker_state(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """What this worker cannot take over from rank 0."""
+        assert self.rounds is not None
+        own = ["optimizer_states", "lr_schedulers", "loops", "callbacks", type(self.precision_plugin).__qualname__]
+        trainer = self._trainer
+        accumulating = trainer.fit_loop._should_accumulate()
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        combined = trainer.fit_loop._combined_loader
+        return {
+            "checkpoint": {name: checkpoint[name] for name in own if name in checkpoint},
+            "local": self.rounds.sync.local_state(),
+            "random": random_state(),
+            "gradients": self._gradients() if accumulating else {},
+            "loaders": self._loaders.state_dicts(
+                batches if batches < trainer.num_training_batches else 0,
+                cycle=combined is not None and combined._mode == "max_size_cycle",
+            ),
+        }
+
+    def _gradients(self) -> dict[str, torch.Tensor]:
+        assert self.lightning_module is not None
+        named = self.lightning_module.named_parameters()
+        return {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+    @override
+    def remove_checkpoint(self, filepath: Any) -> None:
+        super().remove_checkpoint(filepath)
+        self._remove_worker_files(filepath, keep=0)
+
+    def _remove_worker_files(self, filepath: Any, keep: int) -> None:
+        """Delete this worker's files of a checkpoint, but for the last `keep`."""
+        fs = get_filesystem(filepath)
+        files = [str(f) for f in fs.glob(_worker_file(filepath, "*", self.global_rank))]
+        files.sort(key=fs.modified)
+        for file in files[: len(files) - keep]:
+            fs.rm(file)
+
+    # -- restoring ------------------------------------------------------------------------------------------------
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        state = checkpoint.get(CHECKPOINT_KEY)
+        self._own = None
+        if state is None or self._trainer.state.fn != TrainerFn.FITTING:
+            return checkpoint
+        if state["version"] != CHECKPOINT_VERSION:
+            raise ValueError(
+                f"This checkpoint has version {state['version']}, this release reads {CHECKPOINT_VERSION}. Resume with "
+                "the release that wrote it, or begin anew from its weights: load_from_checkpoint."
+            )
+        self._own = self._choose_own(state, checkpoint_path, weights_only)
+        if self._own is not None:
+            checkpoint.update(self._own.pop("checkpoint"))
+        return checkpoint
+
+    def _choose_own(self, state: dict[str, Any], path: Any, weights_only: bool | None) -> dict[str, Any] | None:
+        """This worker's part, None if there is none for it."""
+        workers, files = state.pop("workers"), state.pop("files")
+        if workers is None and files is None:
+            rank_zero_warn(
+                "The checkpoint was written after an exception: all workers continue from its last synced weights with "
+                "the first worker's optimizer state."
+            )
+            return None
+        num_workers = files["num_workers"] if workers is None else len(workers)
+        if num_workers != self.world_size:
+            rank_zero_warn(
+                f"The checkpoint holds {num_workers} workers, there are {self.world_size} now: all workers continue "
+                "from its last synced weights with the first worker's optimizer state."
+            )
+            return None
+        if workers is not None:
+            return workers[self.global_rank]
+        file = _worker_file(path, files["token"], self.global_rank)
+        if not get_filesystem(file).exists(file):
+            raise FileNotFoundError(
+                f"{path} belongs with one file per worker beside it, and {file} is missing: they are moved and copied "
+                "together. To begin anew from its weights alone use load_from_checkpoint."
+            )
+        return self.checkpoint_io.load_checkpoint(file, weights_only=weights_only)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        assert self.rounds is not None
+        super().load_optimizer_state_dict(checkpoint)
+        state = checkpoint.get(CHECKPOINT_KEY)
+        if state is None:
+            rank_zero_warn("This checkpoint was not written by a lightning_lopt strategy: a fresh round begins.")
+            return
+        self._resumed = True
+        self.rounds.load_state_dict(state["rounds"])
+        if self._own is None:
+            self.rounds.abandon_round()
+            return
+        self.rounds.sync.load_local_state(self._own["local"])
+        self._loaders = ResumableLoaders(self._own["loaders"])
+        if None not in self._own["loaders"]:
+            warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        dataloader = super().process_dataloader(dataloader)
+        if self._trainer.training and self._trainer.state.fn == TrainerFn.FITTING:
+            self._loaders.wrap(dataloader, self._trainer.fit_loop.epoch_progress.current.processed)
+        return dataloader
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        own, self._own = self._own, None
+        if own is None:
+            return
+        assert self.lightning_module is not None
+        self._loaders.start()
+        for name, p in self.lightning_module.named_parameters():
+            if name in own["gradients"]:
+                p.grad = own["gradients"][name].to(p.device)
+        set_random_state(own["random"])  # not earlier: making an iterator of the loader draws a seed
+        self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
+        """Make the iterators of an epoch of which nothing is done yet, where Lightning takes those made before."""
+        loop = self._trainer.fit_loop
+        done = loop.epoch_loop.batch_progress.current.processed
+        if 0 < done < loop.max_batches or self._trainer.current_epoch == 0:
+            return
+        if loop.is_resuming or loop.restarting:
+            for loader in loop._combined_loader.flattened:
+                _set_sampler_epoch(loader, loop.epoch_progress.current.processed)
+            iter(loop._data_fetcher)
+
+    @override
+    def teardown(self) -> None:
+        self._own = None
+        self._loaders.unwrap()
+        super().teardown()
+
+    @property
+    def _trainer(self) -> Any:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+
+def _worker_file(checkpoint_path: Any, token: str, rank: int) -> str:
+    return f"{os.path.realpath(checkpoint_path)}.{token}.worker{rank:05d}"
