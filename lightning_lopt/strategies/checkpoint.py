@@ -193,16 +193,17 @@ class CheckpointingStrategy(DDPStrategy):
         if num_workers != self.world_size:
             rank_zero_warn(
                 f"The checkpoint holds {num_workers} workers, there are {self.world_size} now: all workers continue "
-                "from its last synced weights with the first worker's optimizer state."
+                "from its last synced weights with the first worker's optimizer state. The steps since, the other "
+                "optimizer states and the position in the epoch's data are dropped."
             )
             return None
         if workers is not None:
             return workers[self.global_rank]
         file = _worker_file(path, files["token"], self.global_rank)
-        if not get_filesystem(file).exists(file):
+        if not self.reduce_boolean_decision(get_filesystem(file).exists(file)):
             raise FileNotFoundError(
-                f"{path} belongs with one file per worker beside it, and {file} is missing: they are moved and copied "
-                "together. To begin anew from its weights alone use load_from_checkpoint."
+                f"{path} belongs with one file per worker beside it ({Path(file).name} and others), and some are "
+                "missing: move and copy them together. To begin anew from its weights alone use load_from_checkpoint."
             )
         return self.checkpoint_io.load_checkpoint(file, weights_only=weights_only)
 
@@ -214,11 +215,11 @@ class CheckpointingStrategy(DDPStrategy):
         if state is None:
             rank_zero_warn("This checkpoint was not written by a lightning_lopt strategy: a fresh round begins.")
             return
-        self._resumed = True
         self.rounds.load_state_dict(state["rounds"])
         if self._own is None:
             self.rounds.abandon_round()
             return
+        self._resumed = True
         self.rounds.sync.load_local_state(self._own["local"])
         self._loaders = ResumableLoaders(self._own["loaders"])
         if None not in self._own["loaders"]:

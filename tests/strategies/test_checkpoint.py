@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
+import lightning_lopt.strategies.checkpoint as checkpoint_module
 from lightning_lopt import QSR, AdaMLP, DiLoCo, LearnedLocalSGD, LocalSGD, SlowMo
+from lightning_lopt.strategies.checkpoint import AtomicCheckpointIO
 from tests.processes import run_workers
 from tests.strategies_support import Classifier, flat, loader, trainer
 
@@ -159,3 +162,130 @@ def test_resume_is_bitwise_from_every_step(name, tmp_path):
         assert not failed
         assert checkpoints > 5
         assert batches > 8
+
+
+def _in_files(rank, folder, ckpt_path):
+    """A small model whose workers' parts are taken for too large to gather."""
+    checkpoint_module.GATHER_BYTES = 0
+    saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=2, monitor="step", mode="max")
+    latest = ModelCheckpoint(folder, "latest", every_n_train_steps=3, enable_version_counter=False)
+    run = trainer(SlowMo(4), max_epochs=2, enable_checkpointing=True, callbacks=[saving, latest])
+    pl.seed_everything(3, verbose=False)
+    module = Classifier(seed=0, dropout=0.3)
+    run.fit(module, short(), ckpt_path=ckpt_path)
+    return flat(module)
+
+
+def test_large_parts_lie_in_files_beside_the_checkpoint(tmp_path):
+    whole, *_ = run_workers(_in_files, 2, str(tmp_path / "a"), None, connect=False)
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    kept = [name for name in names if name.endswith(".ckpt")]
+    assert kept == ["latest.ckpt", "step=10.ckpt", "step=12.ckpt"]
+    parts = [name for name in names if name not in kept]
+    assert all(name.split(".ckpt.")[0] + ".ckpt" in kept for name in parts)  # those of deleted checkpoints are gone
+    assert sum(name.startswith("step=10.ckpt.") for name in parts) == 2
+    assert sum(name.startswith("latest.ckpt.") for name in parts) == 4  # overwritten: the last two sets
+    saved = torch.load(tmp_path / "a" / "step=10.ckpt", weights_only=True)
+    assert saved["lightning_lopt"]["workers"] is None
+    assert saved["optimizer_states"]  # one worker's, for those who load it without this package
+    path = tmp_path / "a" / "step=10.ckpt"
+    again, *_ = run_workers(_in_files, 2, str(tmp_path / "b"), str(path), connect=False)
+    assert torch.equal(whole, again)
+    next(path.parent.glob("step=10.ckpt.*.worker00001")).unlink()
+    with pytest.raises(RuntimeError, match="one file per worker beside it"):
+        run_workers(_in_files, 2, str(tmp_path / "c"), str(path), connect=False)
+
+
+class _Killed(BaseException):
+    pass
+
+
+class _DiesWhenPickled:
+    def __reduce__(self):
+        raise _Killed
+
+
+def test_a_broken_save_leaves_the_old_file(tmp_path):
+    path = tmp_path / "last.ckpt"
+    io = AtomicCheckpointIO()
+    io.save_checkpoint({"step": 1}, path)
+    with pytest.raises(_Killed):
+        io.save_checkpoint({"step": 2, "x": torch.zeros(1000), "y": _DiesWhenPickled()}, path)
+    assert io.load_checkpoint(path) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+    io.save_checkpoint({"step": 3}, path)
+    assert io.load_checkpoint(path) == {"step": 3}
+
+
+def test_checkpoints_have_the_permissions_of_other_files(tmp_path):
+    AtomicCheckpointIO().save_checkpoint({}, tmp_path / "a.ckpt")
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a.ckpt").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def _continued(rank, folder):
+    """One epoch, saved after its final sync, and a second from there; again with two epochs at once."""
+
+    def fit(epochs, ckpt_path):
+        pl.seed_everything(3, verbose=False)
+        run = trainer(LearnedLocalSGD(4, network=AdaMLP(seed=0)), max_epochs=epochs)
+        module = Classifier(seed=0, dropout=0.3)
+        run.fit(module, short(), ckpt_path=ckpt_path)
+        return run, flat(module)
+
+    first, one_epoch = fit(1, None)
+    first.save_checkpoint(f"{folder}/end.ckpt")
+    loaded = Classifier.load_from_checkpoint(f"{folder}/end.ckpt")
+    again, _ = fit(1, f"{folder}/end.ckpt")  # nothing left to do
+    more, weights = fit(3, f"{folder}/end.ckpt")
+    rounds = more.strategy.rounds
+    return torch.equal(flat(loaded), one_epoch), again.global_step, more.global_step, rounds.round_idx, weights
+
+
+def test_a_checkpoint_after_the_end_goes_on(tmp_path):
+    (*first, weights), (*second, others) = run_workers(_continued, 2, str(tmp_path), connect=False)
+    assert first == second == [True, 6, 18, 2 + 3]  # rounds end at 4, 6 | 10, 14, 18
+    assert torch.equal(weights, others)
+
+
+def _other_number(rank, num_workers, make, folder, ckpt_path):
+    saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    run = trainer(make(), num_workers, max_epochs=2, callbacks=[saving], enable_checkpointing=True)
+    module = Classifier(seed=0)
+    seen = []
+
+    class Start(pl.Callback):
+        def on_train_batch_start(self, trainer, module, *_):
+            if not seen:
+                seen.append((flat(module), trainer.strategy.rounds.step_idx))
+
+    run.callbacks.insert(0, Start())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.fit(module, loader(96), ckpt_path=ckpt_path)
+    said = [str(w.message) for w in caught if "workers, there are" in str(w.message)]
+    return flat(module), said, seen[0], run.strategy.rounds.step_idx
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 8])
+def test_another_number_of_workers(num_workers, tmp_path):
+    """A run of 4 workers goes on with others from its last synced weights and outer state."""
+    make = partial(SlowMo, 4)
+    run_workers(_other_number, 4, 4, make, str(tmp_path / "a"), None, connect=False)
+    path = tmp_path / "a" / "step=6.ckpt"  # the round has 4 steps
+    state = torch.load(path, weights_only=True)["state_dict"]
+    synced = torch.cat([t.double().flatten() for t in state.values()])
+    results = run_workers(_other_number, num_workers, num_workers, make, str(tmp_path), str(path), connect=False)
+    for weights, _, (start, step), steps in results:
+        assert torch.equal(weights, results[0][0])
+        assert torch.equal(start, synced)
+        assert step == 6  # the learning rate's clock goes on
+        assert steps > 8
+        assert "holds 4 workers, there are" in results[0][1][0]
+
+
+def test_lagg_with_another_number_of_workers_says_the_way_out(tmp_path):
+    make = partial(LearnedLocalSGD, 4, network=AdaMLP(inputs=2, seed=0))
+    run_workers(_other_number, 2, 2, make, str(tmp_path), None, connect=False)
+    with pytest.raises(RuntimeError, match="weights with inputs='mean', which take any number"):
+        run_workers(_other_number, 1, 1, make, str(tmp_path), str(tmp_path / "step=6.ckpt"), connect=False)
