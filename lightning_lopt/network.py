@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -158,6 +159,7 @@ class AdaMLP(nn.Module):
             "version": VERSION,
             "config": json.dumps(self.config, sort_keys=True),
             "card": json.dumps(self.card, sort_keys=True),
+            "sha256": _sha256(tensors, self.config, self.card),
         }
         save_file(tensors, str(path), metadata=metadata)
 
@@ -179,33 +181,47 @@ class AdaMLP(nn.Module):
             raise FileNotFoundError(f"There is no weights file {path}. Bundled names are {AdaMLP.bundled_names()}.")
         try:
             with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
+                network, sha256 = cls._from_header(path, file)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except WeightsError:
+            raise
         except (SafetensorError, OSError, ValueError) as error:
             raise WeightsError(
                 f"{path} is not a readable safetensors file ({error}). It may be truncated: copy it again."
             ) from error
+        _check_finite(tensors, f"{path} cannot be used")
+        if sha256 not in (None, _sha256(tensors, network.config, network.card)):
+            raise WeightsError(f"{path} is damaged: its content does not fit its checksum. Copy it again.")
+        network.load_state_dict(tensors, assign=True)
+        return network
+
+    @classmethod
+    def _from_header(cls, path: Path, file: Any) -> tuple[AdaMLP, str | None]:
+        """The network that a file describes, still without memory for its weights, and the file's checksum."""
+        metadata = file.metadata() or {}
         found = metadata.get("format"), metadata.get("version")
         if found != (FORMAT, VERSION):
             raise WeightsError(
                 f"{path} is not a weights file that this version reads: it says format {found[0]!r} version "
                 f"{found[1]!r}, expected {FORMAT!r} version {VERSION!r}."
             )
+        if unknown := sorted(metadata.keys() - {"format", "version", "config", "card", "sha256"}):
+            raise WeightsError(f"{path} has metadata that this version does not know: {unknown}.")
         try:
-            network = cls(**json.loads(metadata["config"]), card=json.loads(metadata.get("card", "{}")))
-        except (KeyError, TypeError, ValueError) as error:
+            with torch.device("meta"):  # the configuration may ask for any amount of memory
+                network = cls(**json.loads(metadata["config"]), card=json.loads(metadata.get("card", "{}")))
+        except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
             raise WeightsError(f"{path} has a configuration that cannot be used: {error}") from error
-        expected = {name: tuple(p.shape) for name, p in network.named_parameters()}
-        shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+        expected = {name: ("F32", *p.shape) for name, p in network.named_parameters()}
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        shapes = {name: (s.get_dtype(), *s.get_shape()) for name, s in slices.items()}
         if shapes != expected:
             wrong = sorted(k for k in {*shapes, *expected} if shapes.get(k) != expected.get(k))
             raise WeightsError(
                 f"{path} does not hold the tensors of its configuration. "
                 + "; ".join(f"{k}: {shapes.get(k, 'missing')}, expected {expected.get(k, 'none')}" for k in wrong)
             )
-        _check_finite(tensors, f"{path} cannot be used")
-        network.load_state_dict(tensors)
-        return network
+        return network, metadata.get("sha256")
 
     @classmethod
     def bundled(cls, name: str = DEFAULT_WEIGHTS) -> AdaMLP:
@@ -231,6 +247,14 @@ class AdaMLP(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.config.items())
+
+
+def _sha256(tensors: Mapping[str, Tensor], config: Mapping[str, Any], card: Mapping[str, Any]) -> str:
+    """A checksum of all that a weights file holds."""
+    digest = hashlib.sha256(json.dumps([config, card], sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _check_finite(tensors: Mapping[str, Tensor], what: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import struct
 
 import pytest
@@ -72,16 +73,51 @@ def _rewrite(path, tensors=None, **metadata):
         ({"config": json.dumps({"nonsense": 1})}, "unexpected keyword"),
         ({"config": json.dumps({"update": "magic"})}, "update must be one of"),
         ({"config": json.dumps({"step_mult": float("nan")})}, "step_mult must be"),
-        ({"config": json.dumps({"inputs": 4})}, r"layers.0.weight: \(16, 41\), expected \(32, 42\)"),
+        ({"config": json.dumps({"inputs": 4})}, r"layers.0.weight: \('F32', 16, 41\), expected \('F32', 32, 42\)"),
         ({"tensors": {"layers.1.bias": torch.full((8,), float("nan"))}}, "layers.1.bias holds values"),
         ({"tensors": {"decays.rms": torch.tensor([float("inf")])}}, "decays.rms holds values"),
-        ({"tensors": {"more": torch.zeros(1)}}, r"more: \(1,\), expected none"),
+        ({"tensors": {"decays.rms": torch.zeros(1, dtype=torch.float64)}}, r"decays.rms: \('F64', 1\)"),
+        ({"config": json.dumps({"hidden": [10**6, 10**6]})}, "layers.0.weight"),
+        ({"config": json.dumps({"hidden": [-1, 4]})}, "configuration that cannot be used"),
+        ({"config": json.dumps({"hidden": 10**400})}, "configuration that cannot be used"),
+        ({"config": json.dumps([1])}, "configuration that cannot be used"),
+        ({"card": "[" * 100_000}, "configuration that cannot be used"),
+        ({"card": "[1]"}, "configuration that cannot be used"),
+        ({"sha256": "0"}, "does not fit its checksum"),
+        ({"sha265": "0"}, "metadata that this version does not know"),
+        ({"tensors": {"more": torch.zeros(1)}}, r"more: \('F32', 1\), expected none"),
     ],
 )
 def test_wrong_content(saved, change, match):
     _rewrite(saved, **change)
     with pytest.raises(WeightsError, match=match):
         AdaMLP.load(saved)
+
+
+def test_no_damaged_file_is_ever_loaded(saved, tmp_path):
+    """Flipped bits, cuts, additions and exchanged parts: always our error, and never other weights."""
+    content = saved.read_bytes()
+    generator = random.Random(0)
+    broken = tmp_path / "broken.safetensors"
+    header = 8 + struct.unpack("<Q", content[:8])[0]
+    for trial in range(600):
+        damaged = bytearray(content)
+        at = generator.randrange(header if trial % 2 else len(content))
+        length = generator.randrange(1, 64)
+        other = generator.randrange(len(content) - length)
+        kind = trial % 6
+        if kind < 3:
+            damaged[at] ^= 1 << generator.randrange(8)
+        elif kind == 3:
+            del damaged[at:]
+        elif kind == 4:
+            damaged[at:at] = generator.randbytes(length)
+        else:
+            damaged[other : other + length] = content[at : at + length]
+        broken.write_bytes(damaged)
+        if damaged != content:
+            with pytest.raises(WeightsError):
+                AdaMLP.load(broken)
 
 
 def test_missing_file_and_name():
