@@ -1,4 +1,4 @@
-"""Persistent evolution strategies (PES): meta-gradients of long unrolls from short windows of them.
+"""Evolution strategies, persistent (PES) and plain: meta-gradients of long unrolls from short windows of them.
 
 A particle is an antithetic pair: the same unroll under θ + ε and θ − ε, with ε drawn anew for each window. Its
 accumulator ξ is the sum of all ε since the unroll began, which is what the losses of the current window depend on.
@@ -118,6 +118,33 @@ def published_pes_gradient(
     """
     weights = mask.to(loss_pos.dtype) / mask.sum(0)
     return _estimate((loss_pos - loss_neg) * weights, done.cumsum(0) > 0, done, noise, accumulator, sigma)
+
+
+def truncated_es_gradient(loss_pos: Tensor, loss_neg: Tensor, noise: Tensors, sigma: float) -> Estimate:
+    r"""The gradient of plain truncated evolution strategies, which is blind to what happened before the window.
+
+    .. math:: \frac{1}{2 \sigma^2 W P} \sum_{p, j} (\ell^+_{jp} - \ell^-_{jp})\, \varepsilon_p
+
+    The baseline to PES. Both signs must start the window from the same state.
+
+    Args:
+        loss_pos: as for `pes_gradient`, like all the others.
+        loss_neg: [W, P].
+        noise: {[P, *S]}.
+        sigma: σ.
+
+    Returns:
+        The gradient, and accumulators that stay 0.
+
+    Example:
+        >>> noise, loss = {"w": torch.tensor([0.5])}, torch.tensor([[1.0], [1.0]])
+        >>> truncated_es_gradient(loss, torch.zeros(2, 1), noise, sigma=0.5).gradient["w"].item()
+        1.0
+    """
+    delta = (loss_pos - loss_neg) / len(loss_pos)
+    zeros = {name: torch.zeros_like(eps) for name, eps in noise.items()}
+    never = torch.zeros_like(delta, dtype=torch.bool)
+    return Estimate(_estimate(delta, ~never, never, noise, zeros, sigma).gradient, zeros)
 
 
 def _estimate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from lightning_lopt.meta.particles import Particles, seeded
 from lightning_lopt.meta.tasks import Tensors
 from lightning_lopt.network import AdaMLP
 
+EstimatorKind = Literal["pes", "published_pes", "truncated_es"]
 LOG_FLOOR = 1e-3  # nats, added to the loss before its logarithm
 
 
@@ -24,11 +25,13 @@ class Window(NamedTuple):
     rounds: int
 
 
-class PESEstimator:
-    """PES windows over the particles of one task.
+class Estimator:
+    """Windows over the particles of one task.
 
     Args:
         particles: the unrolls.
+        kind: ``"pes"`` (unbiased), ``"published_pes"`` (the reference code's window formula) or ``"truncated_es"``
+            (without memory of earlier windows; the baseline).
         truncation: W >= 1, rounds per window.
         sigma: σ > 0, standard deviation of the perturbations.
         log_loss: minimise the mean of log(loss + 0.001) over rounds instead of that of the loss, so that progress
@@ -39,12 +42,17 @@ class PESEstimator:
         ValueError: an argument out of its range.
     """
 
-    def __init__(self, particles: Particles, truncation: int, sigma: float, log_loss: bool, seed: int) -> None:
+    def __init__(
+        self, particles: Particles, kind: EstimatorKind, truncation: int, sigma: float, log_loss: bool, seed: int
+    ) -> None:
+        if kind not in get_args(EstimatorKind):
+            raise ValueError(f"The estimator must be one of {get_args(EstimatorKind)}, not {kind!r}.")
         if truncation < 1:
             raise ValueError(f"truncation must be at least 1, not {truncation}.")
         if not 0 < sigma < math.inf:
             raise ValueError(f"sigma must be positive, not {sigma}.")
         self.particles = particles
+        self.kind: EstimatorKind = kind
         self.truncation = truncation
         self.sigma = sigma
         self.log_loss = log_loss
@@ -75,13 +83,21 @@ class PESEstimator:
             done.append(particles.restart_finished(generators))
         loss = self._clip(torch.stack(losses))
         objective = (loss + LOG_FLOOR).log() if self.log_loss else loss
-        accumulator = self._accumulator or {name: torch.zeros_like(eps) for name, eps in noise.items()}
-        loss_pos, loss_neg = objective.chunk(2, dim=1)
-        flags = torch.stack(done).to(loss.device)
-        estimate = pes.pes_gradient(loss_pos, loss_neg, flags, noise, accumulator, self.sigma)
+        estimate = self._estimate(objective, torch.stack(done).to(loss.device), noise)
         self._accumulator = estimate.accumulator
         gradient = {name: g.nan_to_num(0, 0, 0) for name, g in estimate.gradient.items()}
         return Window(gradient, loss.mean().item(), loss.numel())
+
+    def _estimate(self, objective: Tensor, done: Tensor, noise: Tensors) -> pes.Estimate:
+        loss_pos, loss_neg = objective.chunk(2, dim=1)
+        if self.kind == "truncated_es":
+            self.particles.join_signs()
+            return pes.truncated_es_gradient(loss_pos, loss_neg, noise, self.sigma)
+        accumulator = self._accumulator or {name: torch.zeros_like(eps) for name, eps in noise.items()}
+        if self.kind == "pes":
+            return pes.pes_gradient(loss_pos, loss_neg, done, noise, accumulator, self.sigma)
+        mask = torch.ones_like(done)  # a reset takes no round of its own
+        return pes.published_pes_gradient(loss_pos, loss_neg, mask, done, noise, accumulator, self.sigma)
 
     def _clip(self, losses: Tensor) -> Tensor:
         limit = self.particles.task.max_loss

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_lopt.meta.tasks import AbstractTask, Batch, Tensors, column
 
-Kind = Literal["sgd", "momentum", "adamw"]
+OptimizerKind = Literal["sgd", "momentum", "adamw"]
 MOMENTUM = 0.9
 BETAS, EPS = (0.9, 0.999), 1e-8
 
@@ -56,13 +56,13 @@ class LocalOptimizer:
         tensor([1, 1, 1])
     """
 
-    kind: Kind = "sgd"
+    kind: OptimizerKind = "sgd"
     weight_decay: float = 0.0
     max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"The local optimizer must be one of {get_args(Kind)}, not {self.kind!r}.")
+        if self.kind not in get_args(OptimizerKind):
+            raise ValueError(f"The local optimizer must be one of {get_args(OptimizerKind)}, not {self.kind!r}.")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be >= 0, not {self.weight_decay}.")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:

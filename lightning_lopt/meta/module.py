@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lopt.meta.estimator import PESEstimator
-from lightning_lopt.meta.local import Kind, LocalOptimizer, LocalTraining
+from lightning_lopt.meta.estimator import Estimator, EstimatorKind
+from lightning_lopt.meta.local import LocalOptimizer, LocalTraining, OptimizerKind
 from lightning_lopt.meta.particles import MetaLoss, Particles
 from lightning_lopt.meta.tasks import AbstractTask
 from lightning_lopt.meta.truncation import LogUniform
 from lightning_lopt.network import AdaMLP
 
 WARMUP_STEPS = 100
+LENGTHS = LogUniform(100, 1_000)
 FINAL_LR = 1 / 3  # of the peak
 STATE_KEY = "lightning_lopt.MetaTraining"
 
@@ -69,9 +70,10 @@ class MetaTraining(L.LightningModule):
             fresh batches (``"updated"``) or on validation batches (``"validation"``).
         log_loss: minimise the mean of log(loss + 0.001), so that late progress counts.
         network: what to train; default ``AdaMLP(seed=seed)``.
+        estimator: of the meta-gradient: ``"pes"``, the biased ``"published_pes"``, or ``"truncated_es"`` as a baseline.
         num_particles: P >= 1 antithetic pairs per task.
         truncation: W >= 1 rounds per window.
-        unroll_length: T in rounds.
+        unroll_length: T in rounds, fixed or drawn for each unroll.
         sigma: σ > 0, standard deviation of the perturbations of the meta-parameters.
         lr: peak learning rate of the meta-optimizer, >= 0.
         decays_lr: that of the decays, whose offsets act tenfold in the exponent; default `lr`, as published.
@@ -100,13 +102,14 @@ class MetaTraining(L.LightningModule):
         local_steps: int | Sequence[int] = 4,
         local_lr: float | tuple[float, float] = 0.5,
         *,
-        local_optimizer: Kind = "sgd",
+        local_optimizer: OptimizerKind = "sgd",
         meta_loss: MetaLoss = "local",
         log_loss: bool = False,
         network: AdaMLP | None = None,
+        estimator: EstimatorKind = "pes",
         num_particles: int = 8,
         truncation: int = 50,
-        unroll_length: LogUniform | None = None,
+        unroll_length: int | LogUniform = LENGTHS,
         sigma: float = 0.01,
         lr: float = 3e-3,
         decays_lr: float | None = None,
@@ -129,12 +132,12 @@ class MetaTraining(L.LightningModule):
         self.lr = lr
         self.decays_lr = lr if decays_lr is None else decays_lr
         # Not buffers: those would be overwritten by the broadcasts of distributed strategies.
+        lengths = LogUniform(unroll_length, unroll_length) if isinstance(unroll_length, int) else unroll_length
         self._estimators = []
         for index, (each, training) in enumerate(pairs):
             own_seed = seed + 1_000_003 * index
-            lengths = unroll_length or LogUniform(100, 1_000)
             particles = Particles(each, training, num_particles, lengths, meta_loss, own_seed)
-            self._estimators.append(PESEstimator(particles, truncation, sigma, log_loss, own_seed))
+            self._estimators.append(Estimator(particles, estimator, truncation, sigma, log_loss, own_seed))
 
     @override
     def setup(self, stage: str) -> None:

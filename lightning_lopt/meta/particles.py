@@ -155,6 +155,12 @@ class Particles:
                 tensor.unflatten(0, (2 * len(self), -1))[replicas] = 0
         return done
 
+    def join_signs(self) -> None:
+        """Let both unrolls of each particle go on from the state of the first."""
+        for tensor in _leaves({"anchor": self.anchor, **self._memory()}):
+            pos, neg = tensor.chunk(2)
+            neg.copy_(pos)
+
     def _memory(self) -> dict[str, Any]:
         """What the optimizers remember of each unroll, the outer and the local ones; zero at its start."""
         return {"states": {name: vars(state) for name, state in self.states.items()}, "local": vars(self.local)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -101,6 +103,30 @@ def test_mean_is_the_exact_gradient_with_resets_inside_windows(length, truncatio
     blocks = samples[: len(samples) // 5 * 5].view(-1, 5).mean(0)
     error = blocks.std() / len(blocks) ** 0.5
     assert abs(samples.mean() - exact_gradient(length)) < 4 * error
+
+
+@pytest.mark.parametrize(("length", "truncation"), [(6, 3), (3, 5)])
+def test_truncated_es_is_the_exact_gradient_of_windows_alone(length, truncation):
+    """Windows from a detached state, in phase, until the pattern of ends repeats."""
+    windows = math.lcm(length, truncation) // truncation
+    theta, x, exact = torch.zeros((), dtype=torch.float64, requires_grad=True), torch.tensor(START).double(), 0.0
+    generator, num_particles, sampled = torch.Generator().manual_seed(0), 20_000, []
+    for window in range(windows):
+        x, total, pair = x.detach(), torch.zeros(()), x.detach().expand(2, num_particles)
+        noise = pes.perturbations({"rate": theta.detach()}, num_particles, SIGMA, generator)
+        both, losses = pes.antithetic({"rate": theta.detach()}, noise)["rate"].view(2, num_particles), []
+        for j in range(truncation):
+            loss, x = descend(x, theta)
+            pair_loss, pair = descend(pair, both)
+            total = total + loss / truncation
+            losses.append(pair_loss)
+            if (window * truncation + j + 1) % length == 0:
+                x, pair = torch.tensor(START).double(), torch.full_like(pair, START)
+        exact += torch.autograd.grad(total, theta)[0].item()
+        estimate = pes.truncated_es_gradient(*torch.stack(losses).unbind(1), noise, SIGMA)
+        assert not estimate.accumulator["rate"].any()
+        sampled.append(estimate.gradient["rate"].item())
+    assert sum(sampled) == pytest.approx(exact, rel=0.02)
 
 
 def test_truncated_es_without_accumulator_is_biased():

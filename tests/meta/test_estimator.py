@@ -9,21 +9,23 @@ import pytest
 import torch
 
 from lightning_lopt import AdaMLP
-from lightning_lopt.meta.estimator import PESEstimator
+from lightning_lopt.meta.estimator import Estimator
 from lightning_lopt.meta.local import LocalTraining
 from lightning_lopt.meta.particles import Particles
-from lightning_lopt.meta.tasks import ImageMLP
+from lightning_lopt.meta.tasks import AbstractTask, ImageMLP
 from lightning_lopt.meta.truncation import LogUniform
 
 
-def make(dtype=torch.float32, training=None, **keywords) -> PESEstimator:
+def make(dtype=torch.float32, training=None, **keywords) -> Estimator:
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(60, 9, generator=generator, dtype=dtype)
     task = ImageMLP(images, (images.sum(1) * 100).long() % 3, hidden=(4,), batch_size=5)
     training = LocalTraining(num_workers=2, **{"local_steps": [1, 2], "local_lr": (0.1, 1.0), **(training or {})})
     settings = {"num_particles": 3, "unroll_length": LogUniform(4, 9), "meta_loss": "local", "seed": 0}
     particles = Particles(task, training, **{name: keywords.pop(name, value) for name, value in settings.items()})
-    return PESEstimator(particles, **{"truncation": 6, "sigma": 0.01, "log_loss": False, "seed": 0, **keywords})
+    return Estimator(
+        particles, **{"kind": "pes", "truncation": 6, "sigma": 0.01, "log_loss": False, "seed": 0, **keywords}
+    )
 
 
 def test_an_unperturbed_pair_has_no_gradient():
@@ -73,7 +75,7 @@ def test_gradient_points_along_the_finite_difference():
         "num_particles": 64,
     }
 
-    def fresh(sigma: float, seed: int) -> PESEstimator:
+    def fresh(sigma: float, seed: int) -> Estimator:
         training = {"local_steps": 1, "local_lr": 0.3}
         estimator = make(torch.float64, training=training, sigma=sigma, seed=seed, **settings)
         estimator.particles.length[:] = 3  # not out of phase: every window is a whole unroll
@@ -97,11 +99,78 @@ def test_gradient_points_along_the_finite_difference():
     assert abs(slopes.mean().item() - wanted) < 4 * error
 
 
+class Bowl(AbstractTask):
+    """½ |x|² from x = 1: without data or chance, so that unrolls have an exact gradient."""
+
+    device, dtype, max_loss = torch.device("cpu"), torch.float64, 10.0
+
+    def to(self, device):
+        return self
+
+    def init(self, num_replicas, generator):
+        return {"x": torch.ones(num_replicas, 3, dtype=self.dtype)}
+
+    def batch(self, num_replicas, generator):
+        return (torch.zeros(num_replicas, 1),)
+
+    def loss(self, params, batch):
+        return 0.5 * params["x"].square().sum(1)
+
+
+def bowl_estimator(kind: str, num_particles: int, sigma: float, log_loss: bool) -> Estimator:
+    training = LocalTraining(num_workers=1, local_steps=1, local_lr=0.05)
+    particles = Particles(Bowl(), training, num_particles, LogUniform(7, 7), "local", seed=0)
+    return Estimator(particles, kind, truncation=3, sigma=sigma, log_loss=log_loss, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "log_loss"), [("pes", False), ("pes", True), ("published_pes", False), ("truncated_es", False)]
+)
+def test_slope_of_whole_unrolls_with_resets_inside_windows(kind, log_loss):
+    """Unrolls of 7 rounds in windows of 3, out of phase: only the PES mean is the slope, within 4 standard errors."""
+    network = AdaMLP(seed=2, step_mult=0.03).double()
+    start = torch.nn.utils.parameters_to_vector(network.parameters()).detach()
+
+    def objective(theta) -> float:
+        moved = copy.deepcopy(network)
+        torch.nn.utils.vector_to_parameters(theta, moved.parameters())
+        estimator = bowl_estimator("pes", 1, 1e-12, log_loss)
+        estimator.particles.length[:] = 7
+        losses = [estimator.particles.round(repeated(moved), 1, [torch.Generator()])[0].item() for _ in range(7)]
+        return sum(math.log(x + 1e-3) if log_loss else x for x in losses) / 7
+
+    estimator = bowl_estimator(kind, 256, 1e-4, log_loss)
+    windows = [estimator.window(network, i).gradient for i in range(84)][14:]
+    flat = torch.stack([torch.cat([g.flatten() for g in gradient.values()]) for gradient in windows])
+    direction = torch.zeros_like(start)
+    direction[-9] = 1.0  # the bias of the direction output: all coordinates step further
+    slopes = (flat @ direction).view(-1, 7).mean(1)
+    wanted = (objective(start + 1e-5 * direction) - objective(start - 1e-5 * direction)) / 2e-5
+    assert wanted != 0
+    error = slopes.std().item() / len(slopes) ** 0.5
+    assert (abs(slopes.mean().item() - wanted) < 4 * error) == (kind == "pes")
+    assert error < 0.1 * abs(wanted)
+
+
+def repeated(network: AdaMLP):
+    return network.functional({name: torch.stack([p.detach()] * 2) for name, p in network.named_parameters()})
+
+
+def test_truncated_es_starts_both_signs_from_one_state():
+    estimator, network = make(kind="truncated_es"), AdaMLP(seed=0)
+    for iteration in range(3):
+        estimator.window(network, iteration)
+        for anchor in estimator.particles.anchor.values():
+            pos, neg = anchor.chunk(2)
+            assert torch.equal(pos, neg)
+
+
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
         ({"truncation": 0}, "truncation must be at least 1"),
         ({"sigma": 0.0}, "sigma must be positive"),
+        ({"kind": "es"}, "estimator must be one of"),
     ],
 )
 def test_bad_arguments_are_named(keywords, message):
