@@ -108,7 +108,8 @@ class Estimator:
         return {**self.particles.state_dict(), "accumulator": self._accumulator}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
-        self.particles.load_state_dict(state)
-        device = self.particles.task.device
-        self._accumulator = {name: t.to(device, copy=True) for name, t in state["accumulator"].items()}
+        """Go on from the `state_dict` of all particles."""
+        particles = self.particles
+        particles.load_state_dict(state)
+        device = particles.task.device
+        self._accumulator = {n: particles.own(t).to(device, copy=True) for n, t in state["accumulator"].items()}

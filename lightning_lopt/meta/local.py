@@ -109,18 +109,19 @@ class LocalOptimizer:
             grad = grads[name].add_(p, alpha=self.weight_decay) if self.weight_decay else grads[name]
             if self.kind == "momentum":
                 grad = state.first[name].mul_(MOMENTUM).add_(grad)
-            p.sub_(column(local_lr, p) * grad)
+            p.addcmul_(grad, column(local_lr, p), value=-1)
 
     def _adamw(self, params: Tensors, grads: Tensors, local_lr: Tensor, state: LocalState) -> None:
         first_share, second_share = ((1 - beta ** state.steps.double()).to(local_lr) for beta in BETAS)
-        rate, root = local_lr / first_share, second_share.sqrt()
+        rate, eps = local_lr / first_share * second_share.sqrt(), EPS * second_share.sqrt()
         for name, p in params.items():
             grad, first, second = grads[name], state.first[name], state.second[name]
             first.lerp_(grad, 1 - BETAS[0])
             second.mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
             if self.weight_decay:
                 p.mul_(1 - column(local_lr, p) * self.weight_decay)
-            p.sub_(first / second.sqrt().div_(column(root, p)).add_(EPS) * column(rate, p))
+            step = second.sqrt().add_(column(eps, p))
+            p.addcmul_(torch.div(first, step, out=step), column(rate, p), value=-1)
 
 
 def _clip(grads: Tensors, max_norm: float) -> None:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_lopt.comm import Communicator
 from lightning_lopt.meta.estimator import Estimator, EstimatorKind
 from lightning_lopt.meta.local import LocalOptimizer, LocalTraining, OptimizerKind
-from lightning_lopt.meta.particles import MetaLoss, Particles
+from lightning_lopt.meta.particles import MetaLoss, Particles, joined
 from lightning_lopt.meta.tasks import AbstractTask
 from lightning_lopt.meta.truncation import LogUniform
 from lightning_lopt.network import AdaMLP
@@ -56,7 +57,8 @@ class MetaTraining(L.LightningModule):
 
     where :math:`\ell_t` is the workers' mean training loss in round t of an unroll of T rounds. One optimizer step
     (a meta-iteration) is one window of `truncation` rounds of every particle. Hyperparameters are those of
-    arXiv 2312.02204 by default: AdamW, warm-up over 100 meta-iterations, cosine to a third.
+    arXiv 2312.02204 by default: AdamW, warm-up over 100 meta-iterations, cosine to a third. Several processes
+    (``Trainer(strategy="ddp")``) share the particles; a checkpoint holds all of them, for any number of processes.
 
     Args:
         task: what to train on; several are taken in turn, one per meta-iteration, each with particles of its own.
@@ -141,10 +143,13 @@ class MetaTraining(L.LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        if self.trainer.world_size > 1:
-            raise ValueError(
-                f"MetaTraining runs in one process, not {self.trainer.world_size}. Use Trainer(devices=1)."
-            )
+        self._comm = Communicator()
+        device = self.trainer.strategy.root_device
+        for estimator in self._estimators:
+            particles, count = estimator.particles, self._comm.num_workers
+            if particles.task.device != device or len(particles) * count != particles.num_particles:
+                particles.task.to(device)
+                estimator.particles = particles.share(self._comm.rank, count)
 
     @override
     def train_dataloader(self) -> Iterations:
@@ -177,16 +182,19 @@ class MetaTraining(L.LightningModule):
         index = iteration % len(self._estimators)
         window = self._estimators[index].window(self.network, iteration)
         self.log("task", float(index), batch_size=1)
-        self.log("meta_loss", window.loss, prog_bar=True, batch_size=1)
-        self.log("rounds_per_second", window.rounds / (time.perf_counter() - start), prog_bar=True, batch_size=1)
+        rounds = window.rounds * self._comm.num_workers
+        self.log("meta_loss", window.loss, prog_bar=True, batch_size=1, sync_dist=True)
+        self.log("rounds_per_second", rounds / (time.perf_counter() - start), prog_bar=True, batch_size=1)
         # A surrogate whose gradient is the estimate and whose value is the meta-loss, so that everything of
-        # Lightning's automatic optimization applies: clipping, schedules, accumulation, checkpoints.
+        # Lightning's automatic optimization applies: averaging over processes, clipping, schedules, checkpoints.
         linear = torch.stack([(p * window.gradient[name]).sum() for name, p in self.network.named_parameters()]).sum()
         return linear - linear.detach() + window.loss
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[STATE_KEY] = [estimator.state_dict() for estimator in self._estimators]
+        parts = self._comm.gather_objects([estimator.state_dict() for estimator in self._estimators])
+        if parts is not None:
+            checkpoint[STATE_KEY] = [joined(states) for states in zip(*parts, strict=True)]
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -39,6 +39,8 @@ class Particles:
         meta_loss: what a round gives: the mean local training loss (``"local"``), or the loss of the updated anchor on
             K fresh batches (``"updated"``), or on K validation batches (``"validation"``).
         seed: of everything drawn.
+        rank: of this process, which holds its share of the particles.
+        num_processes: that divides P.
 
     Raises:
         ValueError: an argument out of its range, a loss that is not finite at the start, or a state of another task.
@@ -52,14 +54,22 @@ class Particles:
         unroll_length: LogUniform,
         meta_loss: MetaLoss,
         seed: int,
+        rank: int = 0,
+        num_processes: int = 1,
     ) -> None:
         if num_particles < 1:
             raise ValueError(f"num_particles must be at least 1, not {num_particles}.")
+        if num_particles % num_processes:
+            raise ValueError(
+                f"{num_processes} processes cannot share num_particles={num_particles} evenly. Choose a multiple."
+            )
         if meta_loss not in get_args(MetaLoss):
             raise ValueError(f"meta_loss must be one of {get_args(MetaLoss)}, not {meta_loss!r}.")
         self.task = task
         self.training = training
-        self.indices = list(range(num_particles))
+        own = num_particles // num_processes
+        self.indices = range(rank * own, (rank + 1) * own)
+        self.num_particles = num_particles
         self.unroll_length = unroll_length
         self.meta_loss = meta_loss
         self._seed = seed
@@ -68,12 +78,25 @@ class Particles:
         self.anchor = _both_signs(starts)
         self.states = zero_states(self.anchor)
         self.local = training.optimizer.init(self._per_worker(self.anchor))
-        self.round_idx = torch.zeros(num_particles, dtype=torch.long)
+        self.round_idx = torch.zeros(own, dtype=torch.long)
         self.length = torch.cat([unroll_length.draw_first(1, generator) for generator in generators])
         rates = [training.draw_lr(generator) for generator in generators]
         self.base_lr = torch.tensor([lr for lr, _ in rates], dtype=torch.float64)
         self.decays = torch.tensor([decays for _, decays in rates])
         self._check_start(generators)
+
+    def share(self, rank: int, num_processes: int) -> Particles:
+        """The particles of one of several processes, at their start."""
+        return Particles(
+            self.task,
+            self.training,
+            self.num_particles,
+            self.unroll_length,
+            self.meta_loss,
+            self._seed,
+            rank,
+            num_processes,
+        )
 
     def _check_start(self, generators: Sequence[torch.Generator]) -> None:
         loss = self._anchor_loss(self.task.batch, generators)
@@ -166,7 +189,7 @@ class Particles:
         return {"states": {name: vars(state) for name, state in self.states.items()}, "local": vars(self.local)}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next round depends on; the first dimension of every tensor is that of the particles."""
+        """All that the next round of this process's particles depends on; their dimension is the first of each."""
         replicas = {"anchor": self.anchor, **self._memory()}
         return {
             "version": VERSION,
@@ -176,14 +199,15 @@ class Particles:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Go on from the `state_dict` of all particles, joined by `joined` if several processes shared them."""
         if state.get("version") != VERSION:
             raise ValueError(
                 f"The checkpoint's particles are of version {state.get('version')}, but this code reads {VERSION}. "
                 "Go on with the network alone: MetaTraining(network=...)."
             )
         own = self.state_dict()
-        found, expected = (f"{s['task']} with {len(s['unrolls']['length'])} particles" for s in (state, own))
+        found = f"{state['task']} with {len(state['unrolls']['length'])} particles"
+        expected = f"{own['task']} with {self.num_particles} particles"
         if found != expected:
             raise ValueError(
                 f"The checkpoint is of {found}, but this run is of {expected}. Resume with the arguments of that run, "
@@ -191,7 +215,23 @@ class Particles:
             )
         for name in ("replicas", "unrolls"):
             for ours, theirs in zip(_leaves(own[name]), _leaves(state[name]), strict=True):
-                ours.copy_(theirs)
+                ours.copy_(self.own(theirs))
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """The part of this process: [P, *] -> [own, *]."""
+        return tensor[self.indices.start : self.indices.stop]
+
+
+def joined(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The state of all particles from those of the processes, in the order of their ranks."""
+
+    def join(parts: Sequence[Any]) -> Any:
+        first = parts[0]
+        if isinstance(first, dict):
+            return {name: join([part[name] for part in parts]) for name in first}
+        return torch.cat(list(parts)) if isinstance(first, Tensor) else first
+
+    return join(states)
 
 
 def _both_signs(starts: Sequence[Tensors]) -> Tensors:

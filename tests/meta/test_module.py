@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
 import lightning as L
@@ -11,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lopt import AdaMLP
 from lightning_lopt.meta import ImageMLP, LogUniform, MetaTraining
+from tests.processes import run_workers
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -110,6 +112,46 @@ def test_a_checkpoint_with_other_tasks_is_refused(tmp_path):
     trainer(1, saving).fit(make())
     with pytest.raises(ValueError, match="particles of 2 tasks, but this run has 1"):
         trainer(2).fit(make(tasks=1), ckpt_path=tmp_path / "saved.ckpt")
+
+
+def run_shared(rank: int, folder: str, resume: str | None = None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The gradients of each step, and the parameters at the end, of one of the processes."""
+    gradients = []
+
+    class Look(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            gradients.append(torch.cat([p.grad.flatten() for p in pl_module.network.parameters()]))
+
+    saving = ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    keywords = {"strategy": "ddp", "devices": num_processes} if num_processes > 1 else {"devices": 1}
+    meta = make(num_particles=4, local_optimizer="momentum")
+    trainer(4, saving, Look(), gradient_clip_val=1.0, **keywords).fit(meta, ckpt_path=resume)
+    return gradients, [p.detach().clone() for p in meta.parameters()]
+
+
+def test_two_processes_share_the_particles(tmp_path):
+    """The same gradients as one process with all of them, and checkpoints that any number of processes resumes."""
+    gradients, _ = run_shared(0, str(tmp_path / "one"))
+    both = run_workers(run_shared, 2, str(tmp_path / "two"), connect=False)
+    for gradients_of_rank, parameters_of_rank in both:
+        for ours, wanted in zip(gradients_of_rank, gradients, strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-5 * wanted.abs().max())
+        for ours, wanted in zip(parameters_of_rank, both[0][1], strict=True):
+            assert torch.equal(ours, wanted)
+    checkpoint = str(tmp_path / "two" / "step=2.ckpt")
+    resumed = run_workers(run_shared, 2, str(tmp_path / "resumed"), checkpoint, connect=False)
+    for ours, wanted in zip(resumed[1][1], both[1][1], strict=True):
+        assert torch.equal(ours, wanted)
+    alone, _ = run_shared(0, str(tmp_path / "alone"), checkpoint)
+    for ours, wanted in zip(alone, gradients[2:], strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-5 * wanted.abs().max())
+
+
+def test_uneven_shares_are_refused():
+    particles = make(num_particles=3)._estimators[0].particles
+    with pytest.raises(ValueError, match="2 processes cannot share num_particles=3 evenly"):
+        particles.share(0, 2)
 
 
 def test_meta_training_improves_on_an_untrained_twin():
