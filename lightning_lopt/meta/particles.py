@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_lopt.functional.learned import Network
 from lightning_lopt.meta.local import LocalTraining
-from lightning_lopt.meta.tasks import AbstractTask, Batch, Tensors
+from lightning_lopt.meta.tasks import AbstractTask, Tensors
 from lightning_lopt.meta.truncation import LogUniform
 from lightning_lopt.meta.unroll import local_round, outer_step, zero_states
 
@@ -99,14 +99,12 @@ class Particles:
         )
 
     def _check_start(self, generators: Sequence[torch.Generator]) -> None:
-        loss = self._anchor_loss(self.task.batch, generators)
+        loss = self._anchor_loss(generators)
         if not loss.isfinite().all():
             raise ValueError(
                 f"The loss of {self.task} is {loss.tolist()} before the first step. Check its data, its initial "
                 f"parameters and {self.training}."
             )
-        if self.meta_loss == "validation":
-            self.task.validation_batch(1, generators[0])
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -136,28 +134,28 @@ class Particles:
         """
         training, device = self.training, self.task.device
         local_lr = self.local_lr().to(device, self.task.dtype).repeat(2)
-        batches = (self._batch(self.task.batch, generators) for _ in range(local_steps))
+        drawn = self._draw(self.task, local_steps, generators).unbind(1)
+        batches = (self.task.read(places.flatten(0, 1).to(device)) for places in drawn)
         workers, loss = local_round(
             self.task, self.anchor, batches, local_lr, training.num_workers, training.optimizer, self.local
         )
         outer_step(self.anchor, workers, self.states, network, self.round_idx.to(device).repeat(2))
         self.round_idx += 1
-        if self.meta_loss == "local":
-            return loss
-        draw = self.task.batch if self.meta_loss == "updated" else self.task.validation_batch
-        return self._anchor_loss(draw, generators)
+        return loss if self.meta_loss == "local" else self._anchor_loss(generators)
 
-    def _batch(self, draw: Callable[..., Batch], generators: Sequence[torch.Generator]) -> Batch:
-        """A batch for every worker of every unroll, [2PK, B, *]."""
-        own = [draw(self.training.num_workers, generator) for generator in generators]
-        return tuple(torch.cat([*parts, *parts]) for parts in zip(*own, strict=True))
+    def _draw(self, task: AbstractTask, count: int, generators: Sequence[torch.Generator]) -> Tensor:
+        """Several batches for every worker of every unroll, [2P, count, K, *]; both signs of a particle share them."""
+        num_workers = self.training.num_workers
+        drawn = torch.stack([task.draw(count * num_workers, generator) for generator in generators])
+        return drawn.unflatten(1, (count, num_workers)).repeat(2, *[1] * drawn.dim())
 
-    def _anchor_loss(self, draw: Callable[..., Batch], generators: Sequence[torch.Generator]) -> Tensor:
+    def _anchor_loss(self, generators: Sequence[torch.Generator]) -> Tensor:
         """The loss of the anchors, [2P], on K batches each."""
-        batch = self._batch(draw, generators)
-        return self.task.loss(
-            self.anchor, tuple(part.unflatten(0, (2 * len(self), -1)).flatten(1, 2) for part in batch)
-        )
+        task = self.task.validation if self.meta_loss == "validation" else self.task
+        if task is None:
+            raise ValueError(f"{self.task} has no validation data, which meta_loss='validation' needs. Hold some out.")
+        batch = task.read(self._draw(task, 1, generators).flatten(0, 2))
+        return task.loss(self.anchor, tuple(part.unflatten(0, (2 * len(self), -1)).flatten(1, 2) for part in batch))
 
     def restart_finished(self, generators: Sequence[torch.Generator]) -> Tensor:
         """Start a new unroll where one is complete; returns where, [P] bool."""

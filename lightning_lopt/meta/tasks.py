@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -21,9 +22,14 @@ CLIP = 1.5  # losses are clipped to this multiple of that of a uniform guess
 class AbstractTask(ABC):
     """What is trained: the replicas of a small model, as pure functions of their parameters {[R, *S]} and data.
 
-    A task on data of its own defines `init`, `batch`, `loss`, `to`, `device`, `dtype` and `max_loss`. The gradient
-    comes from `loss` through torch.func unless it is written out; a step of plain SGD may be fused with it.
+    A task of one's own defines all that is abstract here. The gradient comes from `loss` through torch.func unless it
+    is written out; a step of plain SGD may be fused with it.
+
+    Attributes:
+        validation: the same model on data that the task itself never draws; None if there is none.
     """
+
+    validation: AbstractTask | None = None
 
     @property
     @abstractmethod
@@ -49,12 +55,16 @@ class AbstractTask(ABC):
         """New parameters, {[R, *S]}, from a CPU generator."""
 
     @abstractmethod
-    def batch(self, num_replicas: int, generator: torch.Generator) -> Batch:
-        """A batch of its own for each replica, each tensor [R, B, *], from a CPU generator."""
+    def draw(self, num_replicas: int, generator: torch.Generator) -> Tensor:
+        """Which data a batch of each replica holds, [R, *], on the CPU, from a CPU generator."""
 
-    def validation_batch(self, num_replicas: int, generator: torch.Generator) -> Batch:
-        """As `batch`, from data that `batch` never gives."""
-        raise ValueError(f"{self} has no validation data, which meta_loss='validation' needs. Hold some out.")
+    @abstractmethod
+    def read(self, drawn: Tensor) -> Batch:
+        """The batches that were drawn, each tensor [R, B, *]."""
+
+    def batch(self, num_replicas: int, generator: torch.Generator) -> Batch:
+        """A batch of its own for each replica, each tensor [R, B, *]."""
+        return self.read(self.draw(num_replicas, generator))
 
     @abstractmethod
     def loss(self, params: Tensors, batch: Batch) -> Tensor:
@@ -150,10 +160,12 @@ class ImageMLP(AbstractTask):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(images.device)
         pixels, labels = pixels.flatten(1)[order], labels.to(images.device)[order]
         self.images, self.labels = pixels[:num_training], labels[:num_training]
-        self._validation = pixels[num_training:], labels[num_training:]
         self.batch_size = batch_size
         self.num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
         self.sizes = (self.images.shape[1], *hidden, self.num_classes)
+        if num_validation:
+            self.validation = copy.copy(self)
+            self.validation.images, self.validation.labels = pixels[num_training:], labels[num_training:]
 
     def __repr__(self) -> str:
         return f"ImageMLP({len(self.images)} images, {'-'.join(map(str, self.sizes))}, batch_size={self.batch_size})"
@@ -176,7 +188,8 @@ class ImageMLP(AbstractTask):
     @override
     def to(self, device: torch.device) -> ImageMLP:
         self.images, self.labels = self.images.to(device), self.labels.to(device)
-        self._validation = self._validation[0].to(device), self._validation[1].to(device)
+        if self.validation:
+            self.validation.to(device)
         return self
 
     @override
@@ -190,15 +203,14 @@ class ImageMLP(AbstractTask):
         return params
 
     @override
-    def batch(self, num_replicas: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A batch of its own for each replica: images [R, batch_size, pixels], labels [R, batch_size]."""
-        return windows((self.images, self.labels), self.batch_size, num_replicas, generator)
+    def draw(self, num_replicas: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(len(self.images) - self.batch_size + 1, (num_replicas,), generator=generator)
 
     @override
-    def validation_batch(self, num_replicas: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        if not len(self._validation[1]):
-            raise ValueError(f"{self} holds no images out for validation: set num_validation.")
-        return windows(self._validation, self.batch_size, num_replicas, generator)
+    def read(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        """Windows of neighbours: images [R, batch_size, pixels], labels [R, batch_size]."""
+        starts = drawn.to(self.device)
+        return windows(self.images, starts, self.batch_size), windows(self.labels, starts, self.batch_size)
 
     def _forward(self, params: Tensors, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """The input of every layer, [R, B, in], and the logits, [R, classes, B] (a softmax over rows is far faster)."""
@@ -260,20 +272,10 @@ class ImageMLP(AbstractTask):
         return loss, layers(error)
 
 
-def windows(
-    arrays: tuple[Tensor, Tensor], batch_size: int, num_replicas: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Runs of neighbours, at random places common to both arrays: [N, *S] -> [R, batch_size, *S]."""
-    starts = torch.randint(len(arrays[0]) - batch_size + 1, (num_replicas,), generator=generator)
-    starts = starts.to(arrays[0].device)
-
-    def runs(array: Tensor) -> Tensor:
-        size = (len(array) - batch_size + 1, batch_size, *array.shape[1:])
-        return array.as_strided(size, (array.stride(0), *array.stride()), array.storage_offset()).index_select(
-            0, starts
-        )
-
-    return runs(arrays[0]), runs(arrays[1])
+def windows(array: Tensor, starts: Tensor, length: int) -> Tensor:
+    """Runs of neighbours: [N, *S], [R] -> [R, length, *S]."""
+    size = (len(array) - length + 1, length, *array.shape[1:])
+    return array.as_strided(size, (array.stride(0), *array.stride()), array.storage_offset()).index_select(0, starts)
 
 
 def _check_data(images: Tensor, labels: Tensor, num_classes: int | None) -> None:

@@ -110,8 +110,11 @@ class Bowl(AbstractTask):
     def init(self, num_replicas, generator):
         return {"x": torch.ones(num_replicas, 3, dtype=self.dtype)}
 
-    def batch(self, num_replicas, generator):
-        return (torch.zeros(num_replicas, 1),)
+    def draw(self, num_replicas, generator):
+        return torch.zeros(num_replicas, 1)
+
+    def read(self, drawn):
+        return (drawn,)
 
     def loss(self, params, batch):
         return 0.5 * params["x"].square().sum(1)

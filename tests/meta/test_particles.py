@@ -80,12 +80,15 @@ def test_the_updated_loss_is_that_of_the_anchor_on_fresh_data():
 
 def test_the_validation_loss_sees_no_training_data():
     task = make_task(num_validation=10)
+    particles, twin = (make(task, meta_loss=name) for name in ("validation", "local"))
+    loss, generators = particles.round(network(), 1, particles.generators(0)), twin.generators(0)
+    twin.round(network(), 1, generators)
     task.images.fill_(torch.nan)
-    assert task.validation_batch(3, torch.Generator())[0].isfinite().all()
-    loss = make(make_task(num_validation=10), meta_loss="validation").round(network(), 1, make().generators(0))
-    assert loss.shape == (6,)
-    assert loss.isfinite().all()
-    with pytest.raises(ValueError, match="holds no images out"):
+    for i in range(3):
+        batch = tuple(part.flatten(0, 1)[None] for part in task.validation.batch(2, generators[i]))
+        anchor = {name: p[i : i + 1] for name, p in twin.anchor.items()}
+        torch.testing.assert_close(loss[i], task.loss(anchor, batch)[0])
+    with pytest.raises(ValueError, match="has no validation data"):
         make(meta_loss="validation")
 
 

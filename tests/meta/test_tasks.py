@@ -116,7 +116,7 @@ def test_validation_images_are_held_out():
     images = torch.arange(20, dtype=torch.float64).view(20, 1, 1)
     task, generator = ImageMLP(images, torch.arange(20), batch_size=3, num_validation=6), torch.Generator()
     training, validation = (
-        {int(x) for x in draw(200, generator)[1].flatten()} for draw in (task.batch, task.validation_batch)
+        {int(x) for x in each.batch(200, generator)[1].flatten()} for each in (task, task.validation)
     )
     assert len(training) == 14
     assert len(validation) == 6
