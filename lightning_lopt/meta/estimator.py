@@ -14,7 +14,6 @@ from lightning_lopt.meta.tasks import Tensors
 from lightning_lopt.network import AdaMLP
 
 EstimatorKind = Literal["pes", "published_pes", "truncated_es"]
-LOG_FLOOR = 1e-3  # nats, added to the loss before its logarithm
 
 
 class Window(NamedTuple):
@@ -34,8 +33,8 @@ class Estimator:
             (without memory of earlier windows; the baseline).
         truncation: W >= 1, rounds per window.
         sigma: σ > 0, standard deviation of the perturbations.
-        log_loss: minimise the mean of log(loss + 0.001) over rounds instead of that of the loss, so that progress
-            counts in proportion.
+        log_floor: minimise the mean of log(loss + log_floor) over rounds instead of that of the loss, so that late
+            progress counts too; > 0, or None for the loss.
         seed: of the choice of H.
 
     Raises:
@@ -43,7 +42,13 @@ class Estimator:
     """
 
     def __init__(
-        self, particles: Particles, kind: EstimatorKind, truncation: int, sigma: float, log_loss: bool, seed: int
+        self,
+        particles: Particles,
+        kind: EstimatorKind,
+        truncation: int,
+        sigma: float,
+        log_floor: float | None,
+        seed: int,
     ) -> None:
         if kind not in get_args(EstimatorKind):
             raise ValueError(f"The estimator must be one of {get_args(EstimatorKind)}, not {kind!r}.")
@@ -51,11 +56,13 @@ class Estimator:
             raise ValueError(f"truncation must be at least 1, not {truncation}.")
         if not 0 < sigma < math.inf:
             raise ValueError(f"sigma must be positive, not {sigma}.")
+        if log_floor is not None and not log_floor > 0:
+            raise ValueError(f"log_floor must be positive or None, not {log_floor}.")
         self.particles = particles
         self.kind: EstimatorKind = kind
         self.truncation = truncation
         self.sigma = sigma
-        self.log_loss = log_loss
+        self.log_floor = log_floor
         self._seed = seed
         self._accumulator: Tensors = {}
 
@@ -82,7 +89,7 @@ class Estimator:
             losses.append(particles.round(perturbed, choices[int(chosen)], generators))
             done.append(particles.restart_finished(generators))
         loss = self._clip(torch.stack(losses))
-        objective = (loss + LOG_FLOOR).log() if self.log_loss else loss
+        objective = loss if self.log_floor is None else (loss + self.log_floor).log()
         estimate = self._estimate(objective, torch.stack(done).to(loss.device), noise)
         self._accumulator = estimate.accumulator
         gradient = {name: g.nan_to_num(0, 0, 0) for name, g in estimate.gradient.items()}

@@ -16,13 +16,11 @@ from lightning_lopt.comm import Communicator
 from lightning_lopt.meta.estimator import Estimator, EstimatorKind
 from lightning_lopt.meta.local import LocalOptimizer, LocalTraining, OptimizerKind
 from lightning_lopt.meta.particles import MetaLoss, Particles, joined
-from lightning_lopt.meta.tasks import AbstractTask
+from lightning_lopt.meta.tasks import AbstractTask, Tensors
 from lightning_lopt.meta.truncation import LogUniform
 from lightning_lopt.network import AdaMLP
 
-WARMUP_STEPS = 100
 LENGTHS = LogUniform(100, 1_000)
-FINAL_LR = 1 / 3  # of the peak
 STATE_KEY = "lightning_lopt.MetaTraining"
 
 
@@ -70,14 +68,18 @@ class MetaTraining(L.LightningModule):
         local_optimizer: ``"sgd"``, ``"momentum"`` or ``"adamw"``.
         meta_loss: what is minimised: the workers' training loss (``"local"``), or the loss of the updated anchor on
             fresh batches (``"updated"``) or on validation batches (``"validation"``).
-        log_loss: minimise the mean of log(loss + 0.001), so that late progress counts.
+        log_floor: minimise the mean of log(loss + log_floor), so that late progress counts; None: of the loss.
         network: what to train; default ``AdaMLP(seed=seed)``.
         estimator: of the meta-gradient: ``"pes"``, the biased ``"published_pes"``, or ``"truncated_es"`` as a baseline.
         num_particles: P >= 1 antithetic pairs per task.
         truncation: W >= 1 rounds per window.
         unroll_length: T in rounds, fixed or drawn for each unroll.
         sigma: σ > 0, standard deviation of the perturbations of the meta-parameters.
+        max_window_norm: > 0, to which the gradient of every window is clipped before it is accumulated with those of
+            other tasks, so that none drowns the others; None leaves it.
         lr: peak learning rate of the meta-optimizer, >= 0.
+        final_lr: where the cosine ends; default a third of `lr`, as published.
+        warmup_steps: of the meta-optimizer, >= 0.
         decays_lr: that of the decays, whose offsets act tenfold in the exponent; default `lr`, as published.
         seed: of everything drawn.
 
@@ -106,14 +108,17 @@ class MetaTraining(L.LightningModule):
         *,
         local_optimizer: OptimizerKind = "sgd",
         meta_loss: MetaLoss = "local",
-        log_loss: bool = False,
+        log_floor: float | None = None,
         network: AdaMLP | None = None,
         estimator: EstimatorKind = "pes",
         num_particles: int = 8,
         truncation: int = 50,
         unroll_length: int | LogUniform = LENGTHS,
         sigma: float = 0.01,
+        max_window_norm: float | None = None,
         lr: float = 3e-3,
+        final_lr: float | None = None,
+        warmup_steps: int = 100,
         decays_lr: float | None = None,
         seed: int = 0,
     ) -> None:
@@ -131,7 +136,10 @@ class MetaTraining(L.LightningModule):
                     f"The network sees {self.network.num_inputs} workers but there are "
                     f"num_workers={training.num_workers}. Use AdaMLP(inputs='mean'), or as many inputs as workers."
                 )
+        self.max_window_norm = max_window_norm
         self.lr = lr
+        self.final_lr = lr / 3 if final_lr is None else final_lr
+        self.warmup_steps = warmup_steps
         self.decays_lr = lr if decays_lr is None else decays_lr
         # Not buffers: those would be overwritten by the broadcasts of distributed strategies.
         lengths = LogUniform(unroll_length, unroll_length) if isinstance(unroll_length, int) else unroll_length
@@ -139,7 +147,7 @@ class MetaTraining(L.LightningModule):
         for index, (each, training) in enumerate(pairs):
             own_seed = seed + 1_000_003 * index
             particles = Particles(each, training, num_particles, lengths, meta_loss, own_seed)
-            self._estimators.append(Estimator(particles, estimator, truncation, sigma, log_loss, own_seed))
+            self._estimators.append(Estimator(particles, estimator, truncation, sigma, log_floor, own_seed))
 
     @override
     def setup(self, stage: str) -> None:
@@ -166,11 +174,13 @@ class MetaTraining(L.LightningModule):
         if total < 1:
             raise ValueError("The cosine needs to know its length: use Trainer(max_steps=...).")
 
+        final = self.final_lr / self.lr if self.lr else 0.0
+
         def factor(step: int) -> float:
-            if step < WARMUP_STEPS:
-                return (step + 1) / WARMUP_STEPS
-            progress = min(1.0, (step - WARMUP_STEPS) / max(1, total - WARMUP_STEPS))
-            return FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * progress))
+            if step < self.warmup_steps:
+                return (step + 1) / self.warmup_steps
+            progress = min(1.0, (step - self.warmup_steps) / max(1, total - self.warmup_steps))
+            return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -187,8 +197,18 @@ class MetaTraining(L.LightningModule):
         self.log("rounds_per_second", rounds / (time.perf_counter() - start), prog_bar=True, batch_size=1)
         # A surrogate whose gradient is the estimate and whose value is the meta-loss, so that everything of
         # Lightning's automatic optimization applies: averaging over processes, clipping, schedules, checkpoints.
-        linear = torch.stack([(p * window.gradient[name]).sum() for name, p in self.network.named_parameters()]).sum()
+        gradient = window.gradient if self.max_window_norm is None else self._clipped(window.gradient)
+        linear = torch.stack([(p * gradient[name]).sum() for name, p in self.network.named_parameters()]).sum()
         return linear - linear.detach() + window.loss
+
+    def _clipped(self, gradient: Tensors) -> Tensors:
+        """The mean over the processes, clipped to `max_window_norm`."""
+        flat = torch.cat([g.flatten() for g in gradient.values()])
+        self._comm.start_mean(flat)()
+        assert self.max_window_norm is not None
+        flat *= min(1.0, self.max_window_norm / max(float(flat.norm()), 1e-12))
+        parts = flat.split([g.numel() for g in gradient.values()])
+        return {name: part.view_as(g) for (name, g), part in zip(gradient.items(), parts, strict=True)}
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ def make(dtype=torch.float32, training=None, **keywords) -> Estimator:
     settings = {"num_particles": 3, "unroll_length": LogUniform(4, 9), "meta_loss": "local", "seed": 0}
     particles = Particles(task, training, **{name: keywords.pop(name, value) for name, value in settings.items()})
     return Estimator(
-        particles, **{"kind": "pes", "truncation": 6, "sigma": 0.01, "log_loss": False, "seed": 0, **keywords}
+        particles, **{"kind": "pes", "truncation": 6, "sigma": 0.01, "log_floor": None, "seed": 0, **keywords}
     )
 
 
@@ -120,16 +120,16 @@ class Bowl(AbstractTask):
         return 0.5 * params["x"].square().sum(1)
 
 
-def bowl_estimator(kind: str, num_particles: int, sigma: float, log_loss: bool) -> Estimator:
+def bowl_estimator(kind: str, num_particles: int, sigma: float, log_floor: float | None) -> Estimator:
     training = LocalTraining(num_workers=1, local_steps=1, local_lr=0.05)
     particles = Particles(Bowl(), training, num_particles, LogUniform(7, 7), "local", seed=0)
-    return Estimator(particles, kind, truncation=3, sigma=sigma, log_loss=log_loss, seed=0)
+    return Estimator(particles, kind, truncation=3, sigma=sigma, log_floor=log_floor, seed=0)
 
 
 @pytest.mark.parametrize(
-    ("kind", "log_loss"), [("pes", False), ("pes", True), ("published_pes", False), ("truncated_es", False)]
+    ("kind", "log_floor"), [("pes", None), ("pes", 1e-3), ("published_pes", None), ("truncated_es", None)]
 )
-def test_slope_of_whole_unrolls_with_resets_inside_windows(kind, log_loss):
+def test_slope_of_whole_unrolls_with_resets_inside_windows(kind, log_floor):
     """Unrolls of 7 rounds in windows of 3, out of phase: only the PES mean is the slope, within 4 standard errors."""
     network = AdaMLP(seed=2, step_mult=0.03).double()
     start = torch.nn.utils.parameters_to_vector(network.parameters()).detach()
@@ -137,12 +137,12 @@ def test_slope_of_whole_unrolls_with_resets_inside_windows(kind, log_loss):
     def objective(theta) -> float:
         moved = copy.deepcopy(network)
         torch.nn.utils.vector_to_parameters(theta, moved.parameters())
-        estimator = bowl_estimator("pes", 1, 1e-12, log_loss)
+        estimator = bowl_estimator("pes", 1, 1e-12, log_floor)
         estimator.particles.length[:] = 7
         losses = [estimator.particles.round(repeated(moved), 1, [torch.Generator()])[0].item() for _ in range(7)]
-        return sum(math.log(x + 1e-3) if log_loss else x for x in losses) / 7
+        return sum(x if log_floor is None else math.log(x + log_floor) for x in losses) / 7
 
-    estimator = bowl_estimator(kind, 256, 1e-4, log_loss)
+    estimator = bowl_estimator(kind, 256, 1e-4, log_floor)
     windows = [estimator.window(network, i).gradient for i in range(84)][14:]
     flat = torch.stack([torch.cat([g.flatten() for g in gradient.values()]) for gradient in windows])
     direction = torch.zeros_like(start)

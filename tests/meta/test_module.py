@@ -64,6 +64,22 @@ def test_the_gradient_is_the_estimate_and_the_loss_is_the_meta_loss():
     assert all(torch.equal(grad, expected.gradient[name]) for name, grad in seen.items())
 
 
+def test_each_window_is_clipped_before_it_is_accumulated():
+    meta, grads = make(max_window_norm=0.01), {}
+    windows = [estimator.window(meta.network, i).gradient for i, estimator in enumerate(make()._estimators)]
+    norms = [torch.stack([g.norm() for g in gradient.values()]).norm() for gradient in windows]
+    assert min(norms) > 0.01
+
+    class Look(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            grads.update({name: p.grad.clone() for name, p in pl_module.network.named_parameters()})
+
+    trainer(1, Look(), accumulate_grad_batches=2).fit(meta)
+    for name, grad in grads.items():
+        wanted = sum(0.01 * gradient[name] / norm for gradient, norm in zip(windows, norms, strict=True)) / 2
+        torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_tasks_are_taken_in_turn_and_metrics_are_logged():
     meta = make()
     fit = trainer(3)
@@ -125,7 +141,7 @@ def run_shared(rank: int, folder: str, resume: str | None = None) -> tuple[list[
     saving = ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     keywords = {"strategy": "ddp", "devices": num_processes} if num_processes > 1 else {"devices": 1}
-    meta = make(num_particles=4, local_optimizer="momentum")
+    meta = make(num_particles=4, local_optimizer="momentum", max_window_norm=0.1)
     trainer(4, saving, Look(), gradient_clip_val=1.0, **keywords).fit(meta, ckpt_path=resume)
     return gradients, [p.detach().clone() for p in meta.parameters()]
 
