@@ -1,7 +1,8 @@
 """Meta-train a learned outer optimizer on small images, then compare it with averaging.
 
-python examples/meta_train.py                                       scikit-learn's digits, a few minutes on a laptop
-python examples/meta_train.py --data fashion cifar10 --steps 900    Fashion-MNIST and CIFAR-10, about an hour
+python examples/meta_train.py                                              scikit-learn's digits, minutes on a laptop
+python examples/meta_train.py --recipe default --data fashion cifar10      the bundled weights, hours
+python examples/meta_train.py --recipe paper --data fashion                LOpt-A as published, for a GPU
 
 Kill it whenever you like; --resume goes on with the same numbers.
 """
@@ -9,6 +10,7 @@ Kill it whenever you like; --resume goes on with the same numbers.
 from __future__ import annotations
 
 import argparse
+import copy
 import platform
 import shlex
 import subprocess
@@ -23,9 +25,10 @@ import matplotlib.pyplot as plt
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from recipes import RECIPES
 
 from lightning_lopt import AdaMLP
-from lightning_lopt.meta import ImageMLP, MetaTraining
+from lightning_lopt.meta import AbstractTask, MetaTraining
 from lightning_lopt.meta.unroll import local_round, outer_step, zero_states
 
 
@@ -52,23 +55,13 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, nargs="+", default=[None], help="folders of CIFAR-10 or Fashion-MNIST")
-    add("--update", default="gated_nesterov", help="kind of update, see AdaMLP (default: %(default)s)")
-    add("--lr", type=float, default=2e-3, help="peak learning rate of the meta-optimizer (default: %(default)s)")
-    add("--steps", type=int, default=100, help="meta-iterations (default: %(default)s)")
+    add("--recipe", choices=RECIPES, default="quick", help="see examples/recipes.py (default: %(default)s)")
+    add("--steps", type=int, help="meta-iterations (default: the recipe's)")
     add("--minutes", type=float, help="stop after this time, even if --steps are not done")
     add("--resume", type=Path, help="checkpoint to go on from, e.g. OUT/checkpoints/step=40.ckpt")
     add("--out", type=Path, default=Path("outputs/meta_train"), help="folder for results (default: %(default)s)")
     add("--seed", type=int, default=0, help="of everything drawn (default: %(default)s)")
     return parser.parse_args()
-
-
-def new_network(update: str, seed: int) -> AdaMLP:
-    """Gated updates start as their base step (averaging, or Nesterov momentum): the network's output is 0."""
-    if update == "published":
-        return AdaMLP(seed=seed)
-    network = AdaMLP(update=update, step_mult=1.0, exp_mult=1.0, seed=seed)
-    torch.nn.init.zeros_(network.get_parameter("layers.2.weight"))
-    return network
 
 
 def provenance(args: argparse.Namespace, trainer: L.Trainer, hours: float) -> dict[str, object]:
@@ -84,7 +77,7 @@ def provenance(args: argparse.Namespace, trainer: L.Trainer, hours: float) -> di
     }
 
 
-def training_curve(task: ImageMLP, network: AdaMLP | None, rounds: int = 200, runs: int = 3) -> torch.Tensor:
+def training_curve(task: AbstractTask, network: AdaMLP | None, rounds: int = 200, runs: int = 3) -> torch.Tensor:
     """Loss of each round, mean over three runs: 8 workers, 4 local steps at rate 0.2; averaging without a network."""
     generator = torch.Generator().manual_seed(0)
     anchor = task.init(runs, generator)
@@ -106,25 +99,14 @@ def training_curve(task: ImageMLP, network: AdaMLP | None, rounds: int = 200, ru
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(1)  # the tensors are small; and the numbers do not depend on the machine's cores
-    tasks = []
-    for images, labels in map(load_images, args.data):
-        tasks.append(ImageMLP(images, labels, hidden=(32,), batch_size=32, size=8))
-        # Few images, so that unrolls also visit the regime in which the training loss goes to 0.
-        tasks.append(ImageMLP(images[:1000], labels[:1000], hidden=(32, 32), batch_size=32, size=8))
-    meta = MetaTraining(
-        task=tasks,
-        num_workers=8,
-        local_steps=[1, 2, 4, 8, 16],
-        local_lr=(0.05, 1.0),
-        network=new_network(args.update, args.seed),
-        lr=args.lr,
-        decays_lr=args.lr / 10,
-        seed=args.seed,
-    )
+    recipe = RECIPES[args.recipe]([*map(load_images, args.data)], args.seed)
+    start_weights = copy.deepcopy(recipe.network)
+    meta = MetaTraining(task=recipe.tasks, network=recipe.network, seed=args.seed, **recipe.options)
     checkpoint = ModelCheckpoint(args.out / "checkpoints", "{step}", every_n_train_steps=20, save_top_k=-1)
     trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=args.steps,
+        accelerator="auto" if args.recipe == "paper" else "cpu",
+        max_steps=args.steps or recipe.steps,
+        accumulate_grad_batches=recipe.windows,
         max_time=timedelta(minutes=args.minutes) if args.minutes else None,
         gradient_clip_val=1.0,  # below the usual norm, so that a diverging unroll weighs no more than the others
         callbacks=[checkpoint],
@@ -136,9 +118,10 @@ def main() -> None:
     meta.network.card = provenance(args, trainer, (time.time() - start) / 3600)
     meta.network.save(args.out / "network.safetensors")
 
-    curves = {"averaging": None, "before meta-training": new_network(args.update, args.seed), "learned": meta.network}
+    curves = {"averaging": None, "before meta-training": start_weights, "learned": meta.network}
+    task = recipe.tasks[0][0]
     for name, network in curves.items():
-        plt.plot(losses := training_curve(tasks[0], network), label=name)
+        plt.plot(losses := training_curve(task, network), label=name)
         print(f"{name:20s} loss of the last 20 rounds {losses[-20:].mean():.4f}")
     plt.gca().set(yscale="log", xlabel="round (8 workers, 4 local steps)", ylabel="training loss")
     plt.legend()

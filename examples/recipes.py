@@ -1,0 +1,210 @@
+"""What to meta-train on: task distributions for examples/meta_train.py."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import inspect
+import random
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from typing_extensions import override
+
+from lightning_lopt import AdaMLP
+from lightning_lopt.meta import AbstractTask, ImageMLP, LocalOptimizer, LocalTraining, LogUniform
+from lightning_lopt.meta.local import OptimizerKind
+from lightning_lopt.meta.tasks import Batch, Tensors
+
+Images = tuple[Tensor, Tensor]
+Pairs = Sequence[tuple[AbstractTask, LocalTraining]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `MetaTraining` and the Trainer take.
+
+    Attributes:
+        tasks: each with its local training.
+        network: what is trained.
+        steps: of the meta-optimizer.
+        windows: accumulated in each step.
+        options: further arguments of `MetaTraining`.
+    """
+
+    tasks: Pairs
+    network: AdaMLP
+    steps: int
+    windows: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Regression(AbstractTask):
+    """A ReLU MLP fits a teacher with inputs of unequal scale and noise, by mean squared error; targets have variance 1.
+
+    Args:
+        sizes: widths of all layers; the last is 1.
+        batch_size: samples per local step.
+        noise: standard deviation added to the targets.
+        seed: of the data.
+    """
+
+    def __init__(self, sizes: Sequence[int], batch_size: int, noise: float, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        inputs = torch.randn(2000, sizes[0], generator=generator)
+        self.inputs = inputs * torch.exp(0.7 * torch.randn(sizes[0], generator=generator))
+        targets = torch.tanh(2 * self.inputs @ torch.randn(sizes[0], 6, generator=generator) * sizes[0] ** -0.5).sum(1)
+        targets += noise * torch.randn(len(targets), generator=generator)
+        self.targets, self.sizes, self.batch_size = targets / targets.std(), tuple(sizes), batch_size
+
+    def __repr__(self) -> str:
+        return f"Regression({'-'.join(map(str, self.sizes))}, batch_size={self.batch_size})"
+
+    @property
+    @override
+    def device(self) -> torch.device:
+        return self.inputs.device
+
+    @property
+    @override
+    def dtype(self) -> torch.dtype:
+        return self.inputs.dtype
+
+    @property
+    @override
+    def max_loss(self) -> float:
+        return 3.0
+
+    @override
+    def to(self, device: torch.device) -> Regression:
+        self.inputs, self.targets = self.inputs.to(device), self.targets.to(device)
+        return self
+
+    @override
+    def init(self, num_replicas: int, generator: torch.Generator) -> Tensors:
+        params = {}
+        for i, (fan_in, fan_out) in enumerate(pairwise(self.sizes)):
+            uniform = torch.rand(num_replicas, fan_out, fan_in + 1, generator=generator)
+            uniform = (2 * uniform - 1) * fan_in**-0.5
+            params[f"{i}.weight"], params[f"{i}.bias"] = uniform[:, :, 1:].contiguous(), uniform[:, :, 0].contiguous()
+        return params
+
+    @override
+    def draw(self, num_replicas: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(len(self.inputs), (num_replicas, self.batch_size), generator=generator)
+
+    @override
+    def read(self, drawn: Tensor) -> Batch:
+        return self.inputs[drawn], self.targets[drawn]
+
+    @override
+    def loss(self, params: Tensors, batch: Batch) -> Tensor:
+        hidden, targets = batch
+        for i in range(len(self.sizes) - 1):
+            hidden = torch.baddbmm(
+                params[f"{i}.bias"].unsqueeze(1), hidden.relu() if i else hidden, params[f"{i}.weight"].mT
+            )
+        return (hidden.squeeze(-1) - targets).square().mean(1)
+
+
+def source_code(hidden: Sequence[int]) -> ImageMLP:
+    """The next character of Python's own source code from the five before it."""
+    text = "".join(map(inspect.getsource, (argparse, random, typing, datetime))).lower()
+    alphabet = "abcdefghijklmnopqrstuvwxyz ._=\n"
+    codes = torch.tensor([alphabet.find(character) % (len(alphabet) + 1) for character in text])
+    places = torch.linspace(0, len(codes) - 6, 20_000).long()
+    contexts = F.one_hot(codes[places[:, None] + torch.arange(5)], len(alphabet) + 1).float()
+    return ImageMLP(contexts, codes[places + 5], hidden=hidden, batch_size=32)
+
+
+def new_network(update: str, hidden: tuple[int, int] = (32, 32), momentum_gate: float = 0.0, seed: int = 0) -> AdaMLP:
+    """A network whose output is 0, so that a gated update starts as its base step; the published one stays random.
+
+    Args:
+        update: see `AdaMLP`.
+        hidden: widths of the layers.
+        momentum_gate: start of the gate on momentum, in the exponent.
+        seed: of the weights.
+    """
+    if update == "published":
+        return AdaMLP(hidden=hidden, seed=seed)
+    network = AdaMLP(update=update, hidden=hidden, step_mult=1.0, exp_mult=1.0, seed=seed)
+    torch.nn.init.zeros_(network.get_parameter("layers.2.weight"))
+    if momentum_gate:
+        network.get_parameter("layers.2.bias").data[-1] = momentum_gate
+    return network
+
+
+def quick(data: Sequence[Images], seed: int) -> Recipe:
+    """A few minutes on a laptop."""
+    tasks = []
+    for images, labels in data:
+        tasks.append(ImageMLP(images, labels, hidden=(32,), batch_size=32, size=8))
+        # Few images, so that unrolls also visit the regime in which the training loss goes to 0.
+        tasks.append(ImageMLP(images[:1000], labels[:1000], hidden=(32, 32), batch_size=32, size=8))
+    training = LocalTraining(8, [1, 2, 4, 8, 16], (0.05, 1.0), decay_share=0.5)
+    network = new_network("gated_nesterov", seed=seed)
+    return Recipe([(task, training) for task in tasks], network, 100, options={"lr": 2e-3, "decays_lr": 2e-4})
+
+
+def paper(data: Sequence[Images], seed: int) -> Recipe:
+    """LOpt-A of arXiv 2312.02204 on Fashion-MNIST: for a GPU."""
+    task = ImageMLP(*data[0], hidden=(128, 128), batch_size=128)
+    options = {"estimator": "published_pes"}
+    return Recipe([(task, LocalTraining(8, 4, 0.5))], new_network("published", seed=seed), 5_000, options=options)
+
+
+def default(data: Sequence[Images], seed: int) -> Recipe:
+    """The bundled default: small tasks that differ in all that users' tasks differ in. Needs two sets of images."""
+    fashion, cifar = data
+
+    def images(data: Images, hidden: Sequence[int], batch_size: int, count: int | None = None) -> ImageMLP:
+        return ImageMLP(data[0][:count], data[1][:count], hidden=hidden, batch_size=batch_size, size=8)
+
+    def local(
+        num_workers: int, local_steps: int, low: float, high: float, kind: OptimizerKind = "sgd"
+    ) -> LocalTraining:
+        optimizer = LocalOptimizer(kind, weight_decay=0.01 if kind == "adamw" else 0.0)
+        return LocalTraining(num_workers, local_steps, (low, high), 0.5, optimizer, initial_scale=(0.5, 2.0))
+
+    tasks = [
+        (images(fashion, (16,), 16), local(4, 4, 0.05, 1.0)),
+        (images(cifar, (32,), 16), local(8, 2, 0.05, 1.0)),
+        (images(fashion, (16, 16), 16, 1000), local(4, 8, 0.05, 1.0)),
+        (images(cifar, (16, 16), 8, 1000), local(4, 4, 0.03, 0.6)),
+        (images(fashion, (), 8), local(4, 1, 0.03, 0.5)),
+        (source_code((16, 16)), local(4, 4, 0.1, 1.0)),
+        (images(cifar, (16,), 16), local(4, 4, 3e-4, 1e-2, "adamw")),
+        (images(fashion, (16, 16), 8), local(4, 8, 3e-4, 1e-2, "adamw")),
+        (images(cifar, (32,), 8, 1000), local(2, 16, 3e-4, 3e-3, "adamw")),
+        (source_code((24,)), local(4, 4, 1e-3, 1e-2, "adamw")),
+        (images(fashion, (16,), 8), local(4, 4, 0.005, 0.1, "momentum")),
+        (images(cifar, (16, 16), 16), local(2, 8, 0.005, 0.1, "momentum")),
+        (Regression((8, 16, 1), 16, noise=0.3, seed=5), local(4, 4, 0.01, 0.2)),
+        (Regression((16, 16, 16, 1), 8, noise=0.3, seed=6), local(2, 8, 0.01, 0.2)),
+        (Regression((8, 16, 1), 8, noise=0.0, seed=7), local(4, 2, 1e-3, 1e-2, "adamw")),
+        (Regression((8, 16, 1), 16, noise=0.5, seed=8), local(2, 4, 0.001, 0.02, "momentum")),
+    ]
+    options = {
+        "log_floor": 0.1,
+        "num_particles": 12,
+        "truncation": 25,
+        "unroll_length": LogUniform(10, 400),
+        "sigma": 0.02,
+        "max_window_norm": 1.0,
+        "lr": 5e-3,
+        "decays_lr": 5e-4,
+        "warmup_steps": 10,
+        "final_lr": 2.5e-4,
+    }
+    network = new_network("adaptive_nesterov", (8, 8), momentum_gate=-0.7, seed=seed)
+    return Recipe(tasks, network, steps=400, windows=len(tasks), options=options)
+
+
+RECIPES: dict[str, Callable[[Sequence[Images], int], Recipe]] = {"quick": quick, "paper": paper, "default": default}
