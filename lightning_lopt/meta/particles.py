@@ -71,7 +71,7 @@ class Particles:
         self.indices = range(rank * own, (rank + 1) * own)
         self.num_particles = num_particles
         self.unroll_length = unroll_length
-        self.meta_loss = meta_loss
+        self.meta_loss: MetaLoss = meta_loss
         self._seed = seed
         generators = self.generators("start")
         starts = [training.init(task, generator) for generator in generators]
