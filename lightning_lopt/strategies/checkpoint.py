@@ -27,6 +27,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_lopt.rounds import Rounds
+from lightning_lopt.strategies.faults import explained
 from lightning_lopt.strategies.loaders import ResumableLoaders, random_state, set_random_state
 
 CHECKPOINT_KEY = "lightning_lopt"
@@ -62,8 +63,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.umask(umask)
             Path(name).chmod(0o666 & ~umask)  # mkstemp lets only the owner read
             Path(name).replace(target)
-        except BaseException:
+        except BaseException as error:
             Path(name).unlink(missing_ok=True)
+            if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+                raise error.__context__ from None  # torch.save's own says nothing of a full disk
             raise
 
 
@@ -77,6 +80,7 @@ class CheckpointingStrategy(DDPStrategy):
     rounds: Rounds | None = None
     _own: dict[str, Any] | None = None  # this worker's part of the checkpoint that is being restored
     _resumed = False
+    _at_epoch_start = False
     _loaders = ResumableLoaders()
 
     @property
@@ -109,15 +113,28 @@ class CheckpointingStrategy(DDPStrategy):
         mine = self._worker_state(checkpoint)
         rounds.sync.exchange()
         if not self._too_large_to_gather():
-            state["workers"] = rounds.comm.gather_objects(mine)
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+            with explained(self._timeout):
+                state["workers"] = rounds.comm.gather_objects(mine)
+            self._write(checkpoint, filepath, storage_options)
             return
         state["files"] = {"token": self.broadcast(uuid.uuid4().hex[:12]), "num_workers": self.world_size}
         AtomicCheckpointIO().save_checkpoint(mine, _worker_file(filepath, state["files"]["token"], self.global_rank))
         self.barrier()  # the checkpoint appears when all of its files are there
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-        self.barrier()
+        self._write(checkpoint, filepath, storage_options)
         self._remove_worker_files(filepath, keep=2)  # an asynchronous writer may yet be at the last one
+
+    def _write(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any) -> None:
+        """Let rank 0 write; if it cannot, no worker goes on, or waits for it."""
+        problem = None
+        try:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+        except Exception as error:
+            problem = error
+        with explained(self._timeout):
+            reason = self.broadcast(None if problem is None else f"{type(problem).__name__}: {problem}")
+        if reason is not None:
+            rank_zero_warn(f"{filepath} could not be written; the checkpoints before it are intact. {reason}")
+            raise problem or RuntimeError(f"Worker 0 could not write {filepath}: {reason}")
 
     def _too_large_to_gather(self) -> bool:
         assert self.lightning_module is not None
@@ -256,6 +273,16 @@ class CheckpointingStrategy(DDPStrategy):
             for loader in loop._combined_loader.flattened:
                 _set_sampler_epoch(loader, loop.epoch_progress.current.processed)
             iter(loop._data_fetcher)
+            if loop.restarted_mid_epoch or loop.restarted_on_epoch_end:
+                loop.reset_restart_stage()  # else Lightning does not count the new epoch, nor calls its first hooks
+                self._at_epoch_start = True
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        if self._at_epoch_start:  # Lightning does so before it runs the last epoch's validation
+            self._trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset()
+            self._at_epoch_start = False
 
     @override
     def teardown(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from lightning_lopt.comm import Communicator
 from lightning_lopt.rounds import Rounds
 from lightning_lopt.schedules import RoundInfo, as_schedule
 from lightning_lopt.strategies.checkpoint import CheckpointingStrategy
+from lightning_lopt.strategies.faults import Signals, explained
 from lightning_lopt.strategies.loaders import ResumableLoaders
 from lightning_lopt.sync import EvalWeights
 
@@ -39,7 +41,20 @@ class _RoundCallback(Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._strategy.rounds is not None:  # an end that nobody foresaw: early stopping, max_time
-            self._strategy.rounds.finish_round()
+            with explained(self._strategy._timeout):
+                self._strategy.rounds.finish_round()
+
+
+class _SignalCallback(Callback):
+    """The last callback: what must happen when everybody else's hooks have run."""
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(trainer.strategy, LocalSGD)
+        assert trainer.strategy.signals is not None
+        trainer.strategy.signals.act()
 
 
 class LocalSGD(CheckpointingStrategy):
@@ -120,6 +135,7 @@ class LocalSGD(CheckpointingStrategy):
         self._outer_optimizer = outer_optimizer
         self._eval_weights: EvalWeights = eval_weights or ("mean" if outer_optimizer is None else "anchor")
         self.rounds = None
+        self.signals: Signals | None = None
 
     # -- setup ----------------------------------------------------------------------------------------------------
 
@@ -150,7 +166,8 @@ class LocalSGD(CheckpointingStrategy):
         self._resumed = False
         self._loaders = ResumableLoaders()
         callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-        callbacks[:] = [_RoundCallback(self), *(c for c in callbacks if not isinstance(c, _RoundCallback))]
+        others = [c for c in callbacks if not isinstance(c, _RoundCallback | _SignalCallback)]
+        callbacks[:] = [_RoundCallback(self), *others, _SignalCallback()]
 
     @override
     def configure_ddp(self) -> None:
@@ -164,9 +181,7 @@ class LocalSGD(CheckpointingStrategy):
         if not self._resumed:
             self.rounds.step_idx = trainer.global_step
         self.rounds.total_steps = _total_steps(trainer)
-        epoch_loop = trainer.fit_loop.epoch_loop
-        if hasattr(epoch_loop, "_broadcast_sigterm_tensor"):  # one broadcast per batch, in Lightning >= 2.6
-            epoch_loop._broadcast_sigterm_tensor = lambda: None  # schedulers and launchers signal every worker
+        self.signals = Signals(trainer, self.broadcast(uuid.uuid4().hex))
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
@@ -180,7 +195,8 @@ class LocalSGD(CheckpointingStrategy):
     ) -> Any:
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         assert self.rounds is not None
-        self.rounds.step()  # attempts count: all ranks make as many
+        with explained(self._timeout):
+            self.rounds.step()  # attempts count: all ranks make as many
         return output
 
     # -- global weights -------------------------------------------------------------------------------------------
@@ -188,7 +204,8 @@ class LocalSGD(CheckpointingStrategy):
     def swap_in_global_weights(self) -> None:
         """Show the global weights to whoever evaluates or saves, until `on_validation_end`."""
         if self.rounds is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            self.rounds.swap_in("anchor" if self._trainer.interrupted else self._eval_weights)
+            with explained(self._timeout):
+                self.rounds.swap_in("anchor" if self._trainer.interrupted else self._eval_weights)
 
     @override
     def on_validation_end(self) -> None:

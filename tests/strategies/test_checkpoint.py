@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import warnings
 from functools import partial
@@ -162,6 +163,39 @@ def test_resume_is_bitwise_from_every_step(name, tmp_path):
         assert not failed
         assert checkpoints > 5
         assert batches > 8
+
+
+class Interrupt(pl.Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == self.step:
+            raise InterruptedError
+
+
+def _chain(rank, stride, folder):
+    """Three epochs at once, and the same in pieces, each resumed from the piece before."""
+    traces = []
+    for halts, name in ([-1], "whole"), ([*range(stride, 18, stride), -1], "pieces"):
+        trace = Trace()
+        traces.append(trace.steps)
+        for halt in halts:
+            pl.seed_everything(11, verbose=False)
+            saving = ModelCheckpoint(f"{folder}/{name}", "{step}", every_n_train_steps=1, save_last=True)
+            options = {"max_epochs": 3, "val_check_interval": 0.5, "enable_checkpointing": True}
+            run = trainer(SlowMo(4), callbacks=[trace, Interrupt(halt), saving], **options)
+            module = Classifier(seed=0, dropout=0.3)
+            with contextlib.suppress(InterruptedError):
+                run.fit(module, short(), loader(16, shuffle=False), ckpt_path="last")
+    return traces
+
+
+@pytest.mark.parametrize("stride", [1, 4, 6])
+def test_checkpoints_of_resumed_runs_are_as_good(stride, tmp_path):
+    for whole, pieces in run_workers(_chain, 2, stride, str(tmp_path), connect=False):
+        assert len(whole) == 18
+        assert pieces == whole
 
 
 def _in_files(rank, folder, ckpt_path):

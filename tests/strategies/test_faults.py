@@ -1,0 +1,175 @@
+"""Lost workers, full disks and signals, on real processes."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_lopt import SlowMo
+from tests.processes import free_port, run_workers
+from tests.strategies_support import Classifier, flat, loader, trainer
+
+
+class At(pl.Callback):
+    """Call something on one worker after a step."""
+
+    def __init__(self, step: int, rank: int | None, action) -> None:
+        self.step, self.rank, self.action = step, rank, action
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step and self.rank in (None, trainer.global_rank):
+            self.action()
+
+
+def _lost(rank, number, folder, pids):
+    Path(pids, str(rank)).write_text(str(os.getpid()))
+    saving = ModelCheckpoint(folder, "last", every_n_train_steps=2, enable_version_counter=False)
+    fault = At(6, 1, lambda: os.kill(os.getpid(), number))
+    strategy = SlowMo(4, timeout=timedelta(seconds=5))
+    run = trainer(strategy, max_epochs=1, callbacks=[fault, saving], enable_checkpointing=True)
+    start = time.monotonic()
+    try:
+        run.fit(Classifier(seed=0), loader())
+    except RuntimeError as error:
+        Path(folder, "error").write_text(f"{type(error).__name__} {time.monotonic() - start:.1f} {error}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_worker_stops_the_others_with_the_reason(number, tmp_path):
+    """One worker is killed, or hangs: the other ends within the timeout, and the last checkpoint is usable."""
+    with pytest.raises((EOFError, TimeoutError)):
+        run_workers(_lost, 2, number, str(tmp_path), str(tmp_path), connect=False, limit=25)
+    name, seconds, text = (tmp_path / "error").read_text().split(" ", 2)
+    assert name == "WorkerLostError"
+    assert float(seconds) < 15
+    assert "The last checkpoint is intact" in text
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] in (4, 6)
+    for rank in (0, 1):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / str(rank)).read_text()), 0)
+
+
+def _disk_full(rank, folder):
+    if rank == 0:
+        at_4 = At(4, 0, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)))
+    else:
+        at_4 = At(4, 1, lambda: None)
+    saving = ModelCheckpoint(folder, "last", every_n_train_steps=2, enable_version_counter=False)
+    run = trainer(SlowMo(4), max_epochs=1, callbacks=[at_4, saving], enable_checkpointing=True)
+    with pytest.raises(Exception, match=r"File too large") as raised:
+        run.fit(Classifier(seed=0), loader())
+    return run.global_step, str(raised.value)
+
+
+def test_a_full_disk_stops_all_and_leaves_the_last_checkpoint(tmp_path):
+    (step, _), (other_step, reason) = run_workers(_disk_full, 2, str(tmp_path), connect=False)
+    assert step == other_step == 4
+    assert "Worker 0 could not write" in reason
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def _unwritable(rank, folder):
+    run = trainer(SlowMo(4), max_epochs=1)
+    run.fit(Classifier(seed=0), loader(48))
+    with pytest.raises((NotADirectoryError, FileExistsError, RuntimeError)) as raised:
+        run.save_checkpoint(f"{folder}/file/x.ckpt")
+    run.save_checkpoint(f"{folder}/fine.ckpt")
+    return str(raised.value)
+
+
+def test_an_unwritable_folder_is_said_on_all_workers(tmp_path):
+    (tmp_path / "file").touch()
+    assert all("file" in reason for reason in run_workers(_unwritable, 2, str(tmp_path), connect=False))
+    assert (tmp_path / "fine.ckpt").exists()
+
+
+def _terminated_in_a_sync(rank):
+    """SIGTERM reaches all workers while the first waits in a sync for the second, which is slow."""
+
+    def slow():
+        time.sleep(2)
+
+    strategy = SlowMo(4, timeout=timedelta(seconds=20))
+    at = At(3, 1, slow)
+    run = trainer(strategy, max_epochs=1, callbacks=[at])
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+
+    class Alarm(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 3:
+                signal.setitimer(signal.ITIMER_REAL, 1.0)
+
+    run.callbacks.insert(0, Alarm())
+    start = time.monotonic()
+    with pytest.raises(SIGTERMException) as raised:
+        run.fit(Classifier(seed=0), loader())
+    return type(raised.value).__name__, time.monotonic() - start
+
+
+def test_sigterm_while_another_waits_in_a_sync():
+    for name, seconds in run_workers(_terminated_in_a_sync, 2, connect=False):
+        assert name == "SIGTERMException"
+        assert seconds < 15
+
+
+SCRIPT = """
+    import os, signal, sys
+    import lightning.pytorch as pl
+    import torch
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning_lopt import SlowMo
+    from tests.strategies_support import Classifier, flat, loader, trainer
+
+    class Die(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+            if first and trainer.global_step == 7 and trainer.global_rank == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if __name__ == "__main__":
+        folder = sys.argv[1]
+        torch.set_num_threads(1)
+        pl.seed_everything(3, verbose=False)
+        saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_last=True)
+        run = trainer(SlowMo(4), 4, max_epochs=2, callbacks=[Die(), saving], enable_checkpointing=True)
+        module = Classifier(seed=0, dropout=0.3)
+        run.fit(module, loader(), ckpt_path="last")
+        torch.save(flat(module), f"{folder}/weights{run.global_rank}.pt")
+"""
+
+
+def _undisturbed(rank):
+    pl.seed_everything(3, verbose=False)
+    run = trainer(SlowMo(4), 4, max_epochs=2)
+    module = Classifier(seed=0, dropout=0.3)
+    run.fit(module, loader())
+    return flat(module)
+
+
+def test_torchrun_restarts_a_job_that_lost_one_of_four_workers(tmp_path):
+    (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT))
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else gloo finds the dead workers' addresses
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--local-addr=127.0.0.1"]
+    options = ["--nproc-per-node=4", "--max-restarts=1", *meeting]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, str(tmp_path / "script.py"), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "exitcode: -9" in done.stderr
+    for rank, weights in enumerate(run_workers(_undisturbed, 4, connect=False)):
+        assert torch.equal(torch.load(tmp_path / f"weights{rank}.pt", weights_only=True), weights)
