@@ -276,15 +276,9 @@ def test_an_exception_in_one_worker_ends_all_in_time(tmp_path):
     assert saved["lightning_lopt"]["workers"] is None
 
 
-class _TwoOptimizers(Classifier):
-    automatic_optimization = False
-
+class _NoOptimizer(Classifier):
     def configure_optimizers(self):
-        return [torch.optim.SGD(self.body.parameters(), 0.1), torch.optim.SGD(self.head.parameters(), 0.1)]
-
-
-class _Manual(Classifier):
-    automatic_optimization = False
+        return None
 
 
 class _Frozen(Classifier):
@@ -296,8 +290,7 @@ class _Frozen(Classifier):
 @pytest.mark.parametrize(
     ("module", "error", "match"),
     [
-        (_TwoOptimizers, MisconfigurationException, "exactly one optimizer"),
-        (_Manual, MisconfigurationException, "automatic optimization"),
+        (_NoOptimizer, MisconfigurationException, "returns none"),
         (_Frozen, ValueError, "nothing to train"),
     ],
 )

@@ -80,6 +80,7 @@ class CheckpointingStrategy(DDPStrategy):
     rounds: Rounds | None = None
     _own: dict[str, Any] | None = None  # this worker's part of the checkpoint that is being restored
     _resumed = False
+    _stepped = False  # whether an optimizer stepped in this batch
     _at_epoch_start = False
     _loaders = ResumableLoaders()
 
@@ -146,7 +147,8 @@ class CheckpointingStrategy(DDPStrategy):
         assert self.rounds is not None
         own = ["optimizer_states", "lr_schedulers", "loops", "callbacks", type(self.precision_plugin).__qualname__]
         trainer = self._trainer
-        accumulating = trainer.fit_loop._should_accumulate()
+        automatic = trainer.lightning_module.automatic_optimization
+        accumulating = trainer.fit_loop._should_accumulate() if automatic else not self._stepped
         batches = trainer.fit_loop.epoch_loop.batch_progress.current.processed
         combined = trainer.fit_loop._combined_loader
         return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterable
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import DeepSpeedPrecision, FSDPPrecision, Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.constants import default_pg_timeout
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -24,6 +25,7 @@ from lightning_lopt.rounds import Rounds
 from lightning_lopt.schedules import RoundInfo, as_schedule
 from lightning_lopt.strategies.checkpoint import CheckpointingStrategy
 from lightning_lopt.strategies.faults import Signals, explained
+from lightning_lopt.strategies.joint import JointOptimizer
 from lightning_lopt.strategies.loaders import ResumableLoaders
 from lightning_lopt.sync import EvalWeights
 
@@ -63,7 +65,8 @@ class LocalSGD(CheckpointingStrategy):
     .. math:: a \leftarrow \mathrm{Outer}\big(a,\; a - \tfrac1K \sum_i y_i\big), \qquad y_i \leftarrow a
 
     a is the anchor (the global parameters), y_i worker i's parameters; without an outer optimizer a becomes the
-    mean itself. Between syncs nothing at all is communicated. Works with one optimizer and automatic optimization.
+    mean itself. Between syncs nothing at all is communicated. With manual optimization a local step is a batch in
+    which any optimizer stepped, so that a GAN's two optimizers share their rounds.
 
     Args:
         local_steps: H >= 1 in optimizer steps, or a schedule (`QSR`, or a callable from `RoundInfo` to an integer).
@@ -82,9 +85,9 @@ class LocalSGD(CheckpointingStrategy):
         rounds: the `Rounds` of the present fit, None before.
 
     Raises:
-        ValueError: `local_steps` < 1, or nothing to train.
+        ValueError: `local_steps` < 1, nothing to train, or lazy parameters without a shape.
         TypeError: `outer_optimizer` cannot be called with parameters.
-        MisconfigurationException: several optimizers, manual optimization, or a plugin of FSDP or DeepSpeed.
+        MisconfigurationException: no optimizer, or a plugin of FSDP or DeepSpeed.
 
     Memory: 4 bytes per parameter for the anchor, 4 more during a sync. Sends 2(K-1)/K × 4 bytes per parameter and
     round. Fails when H is so large that workers drift into different basins: watch `RoundMonitor`'s drift.
@@ -154,15 +157,21 @@ class LocalSGD(CheckpointingStrategy):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         module = trainer.lightning_module
-        if not module.automatic_optimization or len(self.optimizers) != 1:
+        optimizers = self.optimizers
+        if not optimizers:
             raise MisconfigurationException(
-                f"{type(self).__name__} needs automatic optimization with exactly one optimizer; "
-                f"{type(module).__name__} has {len(self.optimizers)} optimizer(s) and automatic_optimization="
-                f"{module.automatic_optimization}. Give all parameters to one optimizer, as groups if need be."
+                f"{type(self).__name__} needs an optimizer; {type(module).__name__}.configure_optimizers returns none."
             )
-        self.rounds = Rounds(
-            module, self.optimizers[0], self._schedule, self._outer_optimizer, comm=Communicator(self._timeout)
-        )
+        if lazy := [name for name, p in module.named_parameters() if is_lazy(p)]:
+            raise ValueError(
+                f"Lazy parameters have no shape yet: {', '.join(lazy)}. Run a batch through the module in "
+                "configure_model, so that all workers begin with the same weights."
+            )
+        local = optimizers[0] if len(optimizers) == 1 else cast(Optimizer, JointOptimizer(optimizers))
+        self.rounds = Rounds(module, local, self._schedule, self._outer_optimizer, comm=Communicator(self._timeout))
+        if not module.automatic_optimization:
+            for optimizer in optimizers:  # sees those who step torch's own optimizer, too
+                optimizer.register_step_post_hook(self._note_step)
         self._resumed = False
         self._loaders = ResumableLoaders()
         callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
@@ -179,7 +188,7 @@ class LocalSGD(CheckpointingStrategy):
         trainer = self._trainer
         assert self.rounds is not None
         if not self._resumed:
-            self.rounds.step_idx = trainer.global_step
+            self.rounds.step_idx = self._steps_so_far(trainer)
         self.rounds.total_steps = _total_steps(trainer)
         self.signals = Signals(trainer, self.broadcast(uuid.uuid4().hex))
 
@@ -194,10 +203,33 @@ class LocalSGD(CheckpointingStrategy):
         **kwargs: Any,
     ) -> Any:
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        self._note_step()
+        if self._trainer.lightning_module.automatic_optimization:
+            self._tick()
+        return output
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._stepped = False
+        output = super().training_step(*args, **kwargs)
+        if self._stepped and not self._trainer.lightning_module.automatic_optimization:
+            self._tick()  # once per batch, however many optimizers stepped
+        return output
+
+    def _note_step(self, *_: Any) -> None:
+        self._stepped = True
+
+    def _tick(self) -> None:
         assert self.rounds is not None
         with explained(self._timeout):
             self.rounds.step()  # attempts count: all ranks make as many
-        return output
+
+    @staticmethod
+    def _steps_so_far(trainer: pl.Trainer) -> int:
+        """Local steps before this fit: with manual optimization `global_step` counts every optimizer."""
+        if trainer.lightning_module.automatic_optimization:
+            return trainer.global_step
+        return trainer.fit_loop.total_batch_idx + 1
 
     # -- global weights -------------------------------------------------------------------------------------------
 
@@ -250,7 +282,9 @@ class LocalSGD(CheckpointingStrategy):
 
 
 def _total_steps(trainer: pl.Trainer) -> int | None:
-    """Optimizer steps of the whole run, None if unknown."""
+    """Local steps of the whole run, None if unknown."""
+    if not trainer.lightning_module.automatic_optimization and trainer.max_steps != -1:
+        return None  # which counts every optimizer
     try:
         total = trainer.estimated_stepping_batches
     except MisconfigurationException:  # accumulate_grad_batches varies over epochs

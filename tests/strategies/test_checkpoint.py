@@ -18,6 +18,7 @@ import lightning_lopt.strategies.checkpoint as checkpoint_module
 from lightning_lopt import QSR, AdaMLP, DiLoCo, LearnedLocalSGD, LocalSGD, SlowMo
 from lightning_lopt.strategies.checkpoint import AtomicCheckpointIO
 from tests.processes import run_workers
+from tests.strategies.test_models import Accumulates, Gan
 from tests.strategies_support import Classifier, flat, loader, trainer
 
 
@@ -145,6 +146,8 @@ EVERY_STEP = {
     "mid-accumulation": (partial(SlowMo, 2), {"accumulate_grad_batches": 3, "everywhere": True}, partial(loader, 56)),
     "two loaders": (partial(SlowMo, 4), {"module": TwoLoaders}, _two_loaders),
     "stateful loader": (partial(SlowMo, 4), {}, CountingLoader),
+    "two optimizers by hand": (partial(SlowMo, 4), {"module": Gan}, short),
+    "accumulation by hand": (partial(SlowMo, 2), {"module": Accumulates, "everywhere": True}, short),
     "limited": (partial(SlowMo, 4), {"limit_train_batches": 5}, short),
     "loader processes": (partial(SlowMo, 4), {}, _loader_processes),
     "own sampler": (partial(SlowMo, 4), {"use_distributed_sampler": False, "limit_train_batches": 6}, _weighted),

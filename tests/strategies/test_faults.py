@@ -16,6 +16,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.trainer.connectors import signal_connector
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_lopt import SlowMo
@@ -38,7 +40,7 @@ def _lost(rank, number, folder, pids):
     Path(pids, str(rank)).write_text(str(os.getpid()))
     saving = ModelCheckpoint(folder, "last", every_n_train_steps=2, enable_version_counter=False)
     fault = At(6, 1, lambda: os.kill(os.getpid(), number))
-    strategy = SlowMo(4, timeout=timedelta(seconds=5))
+    strategy = SlowMo(4, timeout=timedelta(seconds=3))
     run = trainer(strategy, max_epochs=1, callbacks=[fault, saving], enable_checkpointing=True)
     start = time.monotonic()
     try:
@@ -51,10 +53,10 @@ def _lost(rank, number, folder, pids):
 def test_a_lost_worker_stops_the_others_with_the_reason(number, tmp_path):
     """One worker is killed, or hangs: the other ends within the timeout, and the last checkpoint is usable."""
     with pytest.raises((EOFError, TimeoutError)):
-        run_workers(_lost, 2, number, str(tmp_path), str(tmp_path), connect=False, limit=25)
+        run_workers(_lost, 2, number, str(tmp_path), str(tmp_path), connect=False, limit=12)
     name, seconds, text = (tmp_path / "error").read_text().split(" ", 2)
     assert name == "WorkerLostError"
-    assert float(seconds) < 15
+    assert float(seconds) < 12
     assert "The last checkpoint is intact" in text
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] in (4, 6)
     for rank in (0, 1):
@@ -124,6 +126,50 @@ def test_sigterm_while_another_waits_in_a_sync():
     for name, seconds in run_workers(_terminated_in_a_sync, 2, connect=False):
         assert name == "SIGTERMException"
         assert seconds < 15
+
+
+class _Requeue(pl.Callback):
+    """SLURM's signal reaches the workers at different steps of a very long round."""
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == (5 if trainer.global_rank == 0 else 8):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def _requeued(rank, folder, again):
+    slurm = {
+        "SLURM_NTASKS": 2,
+        "SLURM_NTASKS_PER_NODE": 2,
+        "SLURM_PROCID": rank,
+        "SLURM_LOCALID": rank,
+        "SLURM_JOB_ID": 7,
+        "SLURM_JOB_NAME": "job",
+    }
+    slurm["SLURM_NODEID"] = 0
+    os.environ.update({name: str(value) for name, value in slurm.items()})
+    commands = []
+    pl.seed_everything(3, verbose=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signal_connector, "call", lambda command: commands.append(command) or 0)
+        callbacks = [_Requeue()] if again is False else []
+        plugins = [SLURMEnvironment(auto_requeue=True)]
+        run = trainer(SlowMo(1000), max_epochs=2, plugins=plugins, callbacks=callbacks, default_root_dir=folder)
+        module = Classifier(seed=0, dropout=0.3)
+        run.fit(module, loader())  # finds the checkpoint of a requeued job by itself
+    return flat(module), run.global_step, commands
+
+
+def test_slurm_requeue_saves_all_workers_at_one_step_of_a_long_round(tmp_path):
+    first = run_workers(_requeued, 2, str(tmp_path), False, connect=False)
+    saved = torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)
+    assert saved["global_step"] >= 8
+    assert len(saved["lightning_lopt"]["workers"]) == 2
+    assert first[0][2] == [["scontrol", "requeue", "7"]]
+    for (weights, *_), (again, step, _) in zip(
+        first, run_workers(_requeued, 2, str(tmp_path), True, connect=False), strict=True
+    ):
+        assert step == 24
+        assert torch.equal(weights, again)
 
 
 SCRIPT = """
