@@ -143,7 +143,7 @@ class ImageMLP(AbstractTask):
         num_validation: int = 0,
     ) -> None:
         images, labels = torch.as_tensor(images), torch.as_tensor(labels).long()
-        _check_data(images, labels, num_classes)
+        check_images(images, labels, num_classes)
         num_training = len(images) - num_validation
         if not 1 <= batch_size <= num_training:
             raise ValueError(
@@ -155,7 +155,7 @@ class ImageMLP(AbstractTask):
             raise ValueError(f"hidden widths must be at least 1, not {tuple(hidden)}.")
         pixels = images.float() / 255 if images.dtype == torch.uint8 else images
         if size is not None:
-            pixels = _resize(pixels, size)
+            pixels = resize(pixels, size)
         # Shuffled once: a batch is then a window of neighbours, which is far faster to read than scattered rows.
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(images.device)
         pixels, labels = pixels.flatten(1)[order], labels.to(images.device)[order]
@@ -278,7 +278,8 @@ def windows(array: Tensor, starts: Tensor, length: int) -> Tensor:
     return array.as_strided(size, (array.stride(0), *array.stride()), array.storage_offset()).index_select(0, starts)
 
 
-def _check_data(images: Tensor, labels: Tensor, num_classes: int | None) -> None:
+def check_images(images: Tensor, labels: Tensor, num_classes: int | None) -> None:
+    """Raise a ValueError that names what is wrong with the data."""
     if images.dim() < 2 or len(images) == 0:
         raise ValueError(f"images must be [N, *pixels] with N >= 1; these have shape {tuple(images.shape)}.")
     if labels.shape != images.shape[:1]:
@@ -292,7 +293,8 @@ def _check_data(images: Tensor, labels: Tensor, num_classes: int | None) -> None
         raise ValueError(f"labels must lie in [0, num_classes); they run from {low} to {high} ({num_classes=}).")
 
 
-def _resize(images: Tensor, size: int) -> Tensor:
+def resize(images: Tensor, size: int) -> Tensor:
+    """Images [N, (channels,) height, width] resized by area to [N, channels, size, size]."""
     if images.dim() not in (3, 4):
         raise ValueError(f"Only [N, (channels,) height, width] can be resized, not shape {tuple(images.shape)}.")
     planes = images if images.dim() == 4 else images.unsqueeze(1)

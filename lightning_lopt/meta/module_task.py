@@ -1,0 +1,161 @@
+"""Tasks made of any module, data and loss function, through torch.func."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+from typing_extensions import override
+
+from lightning_lopt.meta.tasks import CLIP, AbstractTask, Batch, Tensors, windows
+
+START_REPLICAS = 8  # over which the loss at the start is averaged
+
+
+class ModuleTask(AbstractTask):
+    r"""A task made of a module, tensors and a loss function: to meta-train on a model of one's own.
+
+    .. math:: \ell(x) = \mathrm{loss}(\mathrm{module}_x(\text{inputs}), \text{targets})
+
+    The module runs in evaluation mode (dropout does nothing); its buffers are constants.
+
+    Args:
+        make: builds the module with new parameters, from torch's global generator.
+        data: tensors [N, *]: the inputs, then what else the loss takes. uint8 is read as float, divided by 255.
+        loss: of (output, *targets), the mean over a batch: a scalar.
+        batch_size: in [1, N - num_validation].
+        max_loss: where losses are clipped; default: 1.5 times the loss of new parameters.
+        num_validation: examples held out; 0 or at least batch_size.
+        name: in messages and checkpoints; default: that of the module's class.
+
+    Shape:
+        Parameters of R replicas: those of the module by name, [R, *S].
+
+    Raises:
+        ValueError: the data is empty or uneven, an argument out of its range, or the module keeps running statistics.
+
+    Example:
+        >>> x = torch.rand(64, 3)
+        >>> task = ModuleTask(lambda: nn.Linear(3, 1), (x, x.sum(1, True)), nn.functional.mse_loss, batch_size=8)
+        >>> task
+        ModuleTask(Linear, 64 examples, 4 parameters, batch_size=8)
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> params = task.init(5, generator)
+        >>> params["weight"].shape, task.loss(params, task.batch(5, generator)).shape
+        (torch.Size([5, 1, 3]), torch.Size([5]))
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], nn.Module],
+        data: Sequence[Tensor],
+        loss: Callable[..., Tensor],
+        batch_size: int,
+        max_loss: float | None = None,
+        num_validation: int = 0,
+        name: str | None = None,
+    ) -> None:
+        lengths = {len(tensor) for tensor in data}
+        if len(lengths) != 1 or 0 in lengths:
+            raise ValueError(f"data must be tensors of one length N >= 1, not of {[tuple(t.shape) for t in data]}.")
+        num_training = lengths.pop() - num_validation
+        if not 1 <= batch_size <= num_training:
+            raise ValueError(
+                f"batch_size must lie between 1 and the number of examples {num_training}, not {batch_size}."
+            )
+        if num_validation and num_validation < batch_size:
+            raise ValueError(f"num_validation must be 0 or at least batch_size={batch_size}, not {num_validation}.")
+        device = data[0].device
+        order = torch.randperm(len(data[0]), generator=torch.Generator().manual_seed(0)).to(device)
+        shuffled = [tensor.to(device)[order] for tensor in data]
+        self.data = [tensor[:num_training] for tensor in shuffled]
+        self.batch_size = batch_size
+        self._make = make
+        self._loss = loss
+        self._module = self._new_module(0)
+        self._buffers = dict(self._module.named_buffers())
+        self._name = name or type(self._module).__name__
+        self._max_loss = self._start_loss() * CLIP if max_loss is None else max_loss
+        if num_validation:
+            self.validation = copy.copy(self)
+            self.validation.data = [tensor[num_training:] for tensor in shuffled]
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self._module.parameters())
+        return (
+            f"ModuleTask({self._name}, {len(self.data[0])} examples, {count} parameters, batch_size={self.batch_size})"
+        )
+
+    def _new_module(self, seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = self._make().eval()
+        for name, part in module.named_modules():
+            if getattr(part, "track_running_stats", False):
+                raise ValueError(
+                    f"{name} ({type(part).__name__}) keeps running statistics, which replicas cannot share. Use "
+                    "track_running_stats=False, or GroupNorm."
+                )
+        return module.to(self.device)
+
+    def _start_loss(self) -> float:
+        generator = torch.Generator().manual_seed(0)
+        params = self.init(START_REPLICAS, generator)
+        return self.loss(params, self.batch(START_REPLICAS, generator)).mean().item()
+
+    @property
+    @override
+    def device(self) -> torch.device:
+        return self.data[0].device
+
+    @property
+    @override
+    def dtype(self) -> torch.dtype:
+        return next(self._module.parameters()).dtype
+
+    @property
+    @override
+    def max_loss(self) -> float:
+        return self._max_loss
+
+    @override
+    def to(self, device: torch.device) -> ModuleTask:
+        self.data = [tensor.to(device) for tensor in self.data]
+        self._module.to(device)
+        self._buffers = dict(self._module.named_buffers())
+        if self.validation:
+            self.validation.to(device)
+        return self
+
+    @override
+    def init(self, num_replicas: int, generator: torch.Generator) -> Tensors:
+        seeds = torch.randint(2**62, (num_replicas,), generator=generator).tolist()
+        replicas = [dict(self._new_module(seed).named_parameters()) for seed in seeds]
+        return {name: torch.stack([params[name].detach() for params in replicas]) for name in replicas[0]}
+
+    @override
+    def draw(self, num_replicas: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(len(self.data[0]) - self.batch_size + 1, (num_replicas,), generator=generator)
+
+    @override
+    def read(self, drawn: Tensor) -> Batch:
+        """Windows of neighbours in the shuffled data."""
+        batch = (windows(tensor, drawn.to(self.device), self.batch_size) for tensor in self.data)
+        return tuple(part.to(self.dtype) / 255 if part.dtype == torch.uint8 else part for part in batch)
+
+    def _single(self, params: Tensors, batch: Batch) -> Tensor:
+        inputs, *targets = batch
+        return self._loss(functional_call(self._module, (params, self._buffers), (inputs,)), *targets)
+
+    @override
+    def loss(self, params: Tensors, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            return vmap(self._single)(params, batch)
+
+    @override
+    def loss_and_grad(self, params: Tensors, batch: Batch) -> tuple[Tensor, Tensors]:
+        grads, loss = vmap(grad_and_value(self._single))(params, batch)
+        return loss, grads
