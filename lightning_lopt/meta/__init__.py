@@ -1,14 +1,16 @@
 """Meta-training of the learned optimizer."""
 
+from lightning_lopt.meta.base import AbstractTask, DataTask
 from lightning_lopt.meta.local import LocalOptimizer, LocalTraining
 from lightning_lopt.meta.models import image_conv, image_vit, language_model
 from lightning_lopt.meta.module import MetaTraining
 from lightning_lopt.meta.module_task import ModuleTask
-from lightning_lopt.meta.tasks import AbstractTask, ImageMLP
+from lightning_lopt.meta.tasks import ImageMLP
 from lightning_lopt.meta.truncation import LogUniform
 
 __all__ = [
     "AbstractTask",
+    "DataTask",
     "ImageMLP",
     "LocalOptimizer",
     "LocalTraining",

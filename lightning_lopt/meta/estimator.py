@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_lopt.functional import pes
+from lightning_lopt.meta.base import Tensors
 from lightning_lopt.meta.particles import Particles, seeded
-from lightning_lopt.meta.tasks import Tensors
 from lightning_lopt.network import AdaMLP
 
 EstimatorKind = Literal["pes", "published_pes", "truncated_es"]

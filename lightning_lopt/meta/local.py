@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_lopt.meta.tasks import AbstractTask, Batch, Tensors, column
+from lightning_lopt.meta.base import AbstractTask, Batch, Tensors, column
 
 OptimizerKind = Literal["sgd", "momentum", "adamw"]
 MOMENTUM = 0.9

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_lopt.meta.base import CLIP
 from lightning_lopt.meta.module_task import ModuleTask
-from lightning_lopt.meta.tasks import CLIP, check_images, resize
+from lightning_lopt.meta.tasks import check_images, resize
 
 
 class Conv(nn.Module):

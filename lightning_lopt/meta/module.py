@@ -13,10 +13,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_lopt.comm import Communicator
+from lightning_lopt.meta.base import AbstractTask, Tensors
 from lightning_lopt.meta.estimator import Estimator, EstimatorKind
 from lightning_lopt.meta.local import LocalOptimizer, LocalTraining, OptimizerKind
 from lightning_lopt.meta.particles import MetaLoss, Particles, joined
-from lightning_lopt.meta.tasks import AbstractTask, Tensors
 from lightning_lopt.meta.truncation import LogUniform
 from lightning_lopt.network import AdaMLP
 

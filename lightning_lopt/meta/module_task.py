@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
-from typing_extensions import override
+from typing_extensions import Self, override
 
-from lightning_lopt.meta.tasks import CLIP, AbstractTask, Batch, Tensors, windows
+from lightning_lopt.meta.base import CLIP, Batch, DataTask, Tensors
 
 START_REPLICAS = 8  # over which the loss at the start is averaged
 
 
-class ModuleTask(AbstractTask):
+class ModuleTask(DataTask):
     r"""A task made of a module, tensors and a loss function: to meta-train on a model of one's own.
 
     .. math:: \ell(x) = \mathrm{loss}(\mathrm{module}_x(\text{inputs}), \text{targets})
@@ -58,30 +57,13 @@ class ModuleTask(AbstractTask):
         num_validation: int = 0,
         name: str | None = None,
     ) -> None:
-        lengths = {len(tensor) for tensor in data}
-        if len(lengths) != 1 or 0 in lengths:
-            raise ValueError(f"data must be tensors of one length N >= 1, not of {[tuple(t.shape) for t in data]}.")
-        num_training = lengths.pop() - num_validation
-        if not 1 <= batch_size <= num_training:
-            raise ValueError(
-                f"batch_size must lie between 1 and the number of examples {num_training}, not {batch_size}."
-            )
-        if num_validation and num_validation < batch_size:
-            raise ValueError(f"num_validation must be 0 or at least batch_size={batch_size}, not {num_validation}.")
-        device = data[0].device
-        order = torch.randperm(len(data[0]), generator=torch.Generator().manual_seed(0)).to(device)
-        shuffled = [tensor.to(device)[order] for tensor in data]
-        self.data = [tensor[:num_training] for tensor in shuffled]
-        self.batch_size = batch_size
+        super().__init__(data, batch_size, num_validation)
         self._make = make
         self._loss = loss
         self._module = self._new_module(0)
         self._buffers = dict(self._module.named_buffers())
         self._name = name or type(self._module).__name__
         self._max_loss = self._start_loss() * CLIP if max_loss is None else max_loss
-        if num_validation:
-            self.validation = copy.copy(self)
-            self.validation.data = [tensor[num_training:] for tensor in shuffled]
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self._module.parameters())
@@ -108,11 +90,6 @@ class ModuleTask(AbstractTask):
 
     @property
     @override
-    def device(self) -> torch.device:
-        return self.data[0].device
-
-    @property
-    @override
     def dtype(self) -> torch.dtype:
         return next(self._module.parameters()).dtype
 
@@ -122,29 +99,16 @@ class ModuleTask(AbstractTask):
         return self._max_loss
 
     @override
-    def to(self, device: torch.device) -> ModuleTask:
-        self.data = [tensor.to(device) for tensor in self.data]
+    def to(self, device: torch.device) -> Self:
         self._module.to(device)
         self._buffers = dict(self._module.named_buffers())
-        if self.validation:
-            self.validation.to(device)
-        return self
+        return super().to(device)
 
     @override
     def init(self, num_replicas: int, generator: torch.Generator) -> Tensors:
         seeds = torch.randint(2**62, (num_replicas,), generator=generator).tolist()
         replicas = [dict(self._new_module(seed).named_parameters()) for seed in seeds]
         return {name: torch.stack([params[name].detach() for params in replicas]) for name in replicas[0]}
-
-    @override
-    def draw(self, num_replicas: int, generator: torch.Generator) -> Tensor:
-        return torch.randint(len(self.data[0]) - self.batch_size + 1, (num_replicas,), generator=generator)
-
-    @override
-    def read(self, drawn: Tensor) -> Batch:
-        """Windows of neighbours in the shuffled data."""
-        batch = (windows(tensor, drawn.to(self.device), self.batch_size) for tensor in self.data)
-        return tuple(part.to(self.dtype) / 255 if part.dtype == torch.uint8 else part for part in batch)
 
     def _single(self, params: Tensors, batch: Batch) -> Tensor:
         inputs, *targets = batch

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_lopt.functional.learned import Network
+from lightning_lopt.meta.base import AbstractTask, Tensors
 from lightning_lopt.meta.local import LocalTraining
-from lightning_lopt.meta.tasks import AbstractTask, Tensors
 from lightning_lopt.meta.truncation import LogUniform
 from lightning_lopt.meta.unroll import local_round, outer_step, zero_states
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -13,99 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-Tensors = dict[str, Tensor]
-Batch = tuple[Tensor, ...]
-
-CLIP = 1.5  # losses are clipped to this multiple of that of a uniform guess
+from lightning_lopt.meta.base import CLIP, Batch, DataTask, Tensors
 
 
-class AbstractTask(ABC):
-    """What is trained: the replicas of a small model, as pure functions of their parameters {[R, *S]} and data.
-
-    A task of one's own defines all that is abstract here. The gradient comes from `loss` through torch.func unless it
-    is written out; a step of plain SGD may be fused with it.
-
-    Attributes:
-        validation: the same model on data that the task itself never draws; None if there is none.
-    """
-
-    validation: AbstractTask | None = None
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Where the data lies, and the parameters will."""
-
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """Of the parameters."""
-
-    @property
-    @abstractmethod
-    def max_loss(self) -> float:
-        """Where losses are clipped in meta-training; also what a diverged replica counts."""
-
-    @abstractmethod
-    def to(self, device: torch.device) -> AbstractTask:
-        """Move the data, in place."""
-
-    @abstractmethod
-    def init(self, num_replicas: int, generator: torch.Generator) -> Tensors:
-        """New parameters, {[R, *S]}, from a CPU generator."""
-
-    @abstractmethod
-    def draw(self, num_replicas: int, generator: torch.Generator) -> Tensor:
-        """Which data a batch of each replica holds, [R, *], on the CPU, from a CPU generator."""
-
-    @abstractmethod
-    def read(self, drawn: Tensor) -> Batch:
-        """The batches that were drawn, each tensor [R, B, *]."""
-
-    def batch(self, num_replicas: int, generator: torch.Generator) -> Batch:
-        """A batch of its own for each replica, each tensor [R, B, *]."""
-        return self.read(self.draw(num_replicas, generator))
-
-    @abstractmethod
-    def loss(self, params: Tensors, batch: Batch) -> Tensor:
-        """Mean loss of each replica over its batch: {[R, *S]}, tensors [R, B, *] -> [R]."""
-
-    def loss_and_grad(self, params: Tensors, batch: Batch) -> tuple[Tensor, Tensors]:
-        """The loss of each replica, [R], and its gradient, {[R, *S]}."""
-
-        def total(params: Tensors) -> tuple[Tensor, Tensor]:
-            loss = self.loss(params, batch)
-            return loss.sum(), loss  # replicas do not see each other: the sum's gradient holds everyone's own
-
-        grads, (_, loss) = torch.func.grad_and_value(total, has_aux=True)(params)
-        return loss, grads
-
-    @torch.no_grad()
-    def sgd_step(self, params: Tensors, batch: Batch, local_lr: Tensor) -> Tensor:
-        r"""One SGD step of every replica, in place.
-
-        .. math:: x \leftarrow x - \gamma \nabla \ell(x)
-
-        Args:
-            params: {[R, *S]}, changed in place.
-            batch: tensors [R, B, *].
-            local_lr: γ >= 0 of each replica, [R].
-
-        Returns:
-            The loss before the step, [R].
-        """
-        loss, grads = self.loss_and_grad(params, batch)
-        for name, p in params.items():
-            p.sub_(column(local_lr, p) * grads[name])
-        return loss
-
-
-def column(vector: Tensor, like: Tensor) -> Tensor:
-    """One number per replica, [R], as [R, 1, ...] beside [R, *S]."""
-    return vector.view(-1, *[1] * (like.dim() - 1))
-
-
-class ImageMLP(AbstractTask):
+class ImageMLP(DataTask):
     r"""Classification of images held in memory, by a ReLU MLP with softmax cross-entropy.
 
     Args:
@@ -144,36 +53,27 @@ class ImageMLP(AbstractTask):
     ) -> None:
         images, labels = torch.as_tensor(images), torch.as_tensor(labels).long()
         check_images(images, labels, num_classes)
-        num_training = len(images) - num_validation
-        if not 1 <= batch_size <= num_training:
-            raise ValueError(
-                f"batch_size must lie between 1 and the number of images {num_training}, not {batch_size}."
-            )
-        if num_validation and num_validation < batch_size:
-            raise ValueError(f"num_validation must be 0 or at least batch_size={batch_size}, not {num_validation}.")
         if any(width < 1 for width in hidden):
             raise ValueError(f"hidden widths must be at least 1, not {tuple(hidden)}.")
         pixels = images.float() / 255 if images.dtype == torch.uint8 else images
         if size is not None:
             pixels = resize(pixels, size)
-        # Shuffled once: a batch is then a window of neighbours, which is far faster to read than scattered rows.
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(images.device)
-        pixels, labels = pixels.flatten(1)[order], labels.to(images.device)[order]
-        self.images, self.labels = pixels[:num_training], labels[:num_training]
-        self.batch_size = batch_size
+        super().__init__((pixels.flatten(1), labels), batch_size, num_validation)
         self.num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
         self.sizes = (self.images.shape[1], *hidden, self.num_classes)
-        if num_validation:
-            self.validation = copy.copy(self)
-            self.validation.images, self.validation.labels = pixels[num_training:], labels[num_training:]
 
     def __repr__(self) -> str:
         return f"ImageMLP({len(self.images)} images, {'-'.join(map(str, self.sizes))}, batch_size={self.batch_size})"
 
     @property
-    @override
-    def device(self) -> torch.device:
-        return self.images.device
+    def images(self) -> Tensor:
+        """[N, pixels], shuffled."""
+        return self.data[0]
+
+    @property
+    def labels(self) -> Tensor:
+        """[N]."""
+        return self.data[1]
 
     @property
     @override
@@ -186,13 +86,6 @@ class ImageMLP(AbstractTask):
         return CLIP * math.log(self.num_classes)
 
     @override
-    def to(self, device: torch.device) -> ImageMLP:
-        self.images, self.labels = self.images.to(device), self.labels.to(device)
-        if self.validation:
-            self.validation.to(device)
-        return self
-
-    @override
     def init(self, num_replicas: int, generator: torch.Generator) -> Tensors:
         """New parameters: weights normal with std 1/sqrt(fan in), biases 0; {[R, *S]}."""
         params = {}
@@ -201,16 +94,6 @@ class ImageMLP(AbstractTask):
             params[f"layers.{i}.weight"] = weight.to(self.images)
             params[f"layers.{i}.bias"] = self.images.new_zeros(num_replicas, fan_out)
         return params
-
-    @override
-    def draw(self, num_replicas: int, generator: torch.Generator) -> Tensor:
-        return torch.randint(len(self.images) - self.batch_size + 1, (num_replicas,), generator=generator)
-
-    @override
-    def read(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
-        """Windows of neighbours: images [R, batch_size, pixels], labels [R, batch_size]."""
-        starts = drawn.to(self.device)
-        return windows(self.images, starts, self.batch_size), windows(self.labels, starts, self.batch_size)
 
     def _forward(self, params: Tensors, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """The input of every layer, [R, B, in], and the logits, [R, classes, B] (a softmax over rows is far faster)."""
@@ -270,12 +153,6 @@ class ImageMLP(AbstractTask):
                 error = below
 
         return loss, layers(error)
-
-
-def windows(array: Tensor, starts: Tensor, length: int) -> Tensor:
-    """Runs of neighbours: [N, *S], [R] -> [R, length, *S]."""
-    size = (len(array) - length + 1, length, *array.shape[1:])
-    return array.as_strided(size, (array.stride(0), *array.stride()), array.storage_offset()).index_select(0, starts)
 
 
 def check_images(images: Tensor, labels: Tensor, num_classes: int | None) -> None:

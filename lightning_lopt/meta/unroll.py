@@ -10,8 +10,8 @@ from torch import Tensor
 from lightning_lopt.functional import learned
 from lightning_lopt.functional.ada import AdaState
 from lightning_lopt.functional.learned import Network
+from lightning_lopt.meta.base import AbstractTask, Batch, Tensors
 from lightning_lopt.meta.local import LocalOptimizer, LocalState
-from lightning_lopt.meta.tasks import AbstractTask, Batch, Tensors
 
 SGD = LocalOptimizer("sgd")
 

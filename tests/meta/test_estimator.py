@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from lightning_lopt import AdaMLP
+from lightning_lopt.meta.base import AbstractTask
 from lightning_lopt.meta.estimator import Estimator
 from lightning_lopt.meta.local import LocalTraining
 from lightning_lopt.meta.particles import Particles
-from lightning_lopt.meta.tasks import AbstractTask, ImageMLP
+from lightning_lopt.meta.tasks import ImageMLP
 from lightning_lopt.meta.truncation import LogUniform
 
 

@@ -90,11 +90,6 @@ def test_a_window_of_meta_training_on_a_module():
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"data": ()}, "of one length N >= 1"),
-        ({"data": (torch.zeros(3, 2), torch.zeros(4))}, r"not of \[\(3, 2\), \(4,\)\]"),
-        ({"data": (torch.zeros(0, 2),)}, "of one length N >= 1"),
-        ({"batch_size": 9}, "number of examples 8"),
-        ({"num_validation": 1}, "num_validation must be 0 or at least batch_size=2"),
         ({"make": lambda: nn.Sequential(nn.BatchNorm1d(2))}, r"0 \(BatchNorm1d\) keeps running statistics"),
     ],
 )

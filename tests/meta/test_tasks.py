@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_lopt.meta.tasks import AbstractTask, ImageMLP
+from lightning_lopt.meta.base import AbstractTask
+from lightning_lopt.meta.tasks import ImageMLP
 
 
 def make(hidden=(7, 5), dtype=torch.float64, **keywords) -> ImageMLP:
@@ -76,11 +77,11 @@ def test_uint8_is_scaled_and_images_are_resized_by_area():
         ({"images": torch.full((4, 8, 8), torch.nan)}, "not finite"),
         ({"labels": torch.tensor([0, 1, 2, -1])}, "run from -1 to 2"),
         ({"num_classes": 2}, "run from 0 to 3"),
-        ({"batch_size": 5}, "between 1 and the number of images 4"),
-        ({"batch_size": 0}, "between 1 and the number of images 4"),
+        ({"batch_size": 5}, "between 1 and the number of examples 4"),
+        ({"batch_size": 0}, "between 1 and the number of examples 4"),
         ({"hidden": (4, 0)}, "hidden widths"),
         ({"num_validation": 1}, "num_validation must be 0 or at least batch_size=2"),
-        ({"num_validation": 3}, "between 1 and the number of images 1"),
+        ({"num_validation": 3}, "between 1 and the number of examples 1"),
         ({"images": torch.zeros(4, 64), "size": 4}, "can be resized"),
     ],
 )
