@@ -8,8 +8,11 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from lightning_lopt.bench.report import table, write_json
 
@@ -52,8 +55,9 @@ def rounds_to(curve: Sequence[float], target: float) -> int | None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The runs in a file that `run` wrote."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The runs in a file that `run` or `tune` wrote; of the latter, the last stage."""
+    rows = (json.loads(line) for line in path.read_text().splitlines())
+    return [row for row in rows if row.get("stage", "final") == "final"]
 
 
 def reached(method: Tuned, baseline: Tuned) -> list[int | None]:
@@ -70,12 +74,7 @@ def tune(rows: Sequence[Mapping[str, Any]]) -> list[Tuned]:
     Args:
         rows: lines that `run` wrote, of one task, K and H, Local SGD among them.
     """
-    curves: dict[tuple[str, float, str], dict[int, list[float]]] = defaultdict(dict)
-    for row in rows:
-        curves[row["method"], row["local_lr"], json.dumps(row["options"])][row["seed"]] = row["losses"]
-    candidates: dict[str, list[Tuned]] = defaultdict(list)
-    for (method, lr, options), runs in curves.items():
-        candidates[method].append(Tuned(method, lr, json.loads(options), runs))
+    candidates = _candidates(rows)
     baseline = min(_complete(candidates.pop("local_sgd")), key=lambda c: c.final_loss)
 
     def rounds_then_loss(candidate: Tuned) -> tuple[float, float]:
@@ -89,20 +88,45 @@ def tune(rows: Sequence[Mapping[str, Any]]) -> list[Tuned]:
     return best
 
 
+def best_baseline(rows: Sequence[Mapping[str, Any]]) -> Tuned:
+    """The setting of all methods but the learned one with the lowest final loss."""
+    candidates = _candidates(rows)
+    candidates.pop("learned", None)
+    return min((c for choices in candidates.values() for c in _complete(choices)), key=lambda c: c.final_loss)
+
+
+def _candidates(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Tuned]]:
+    """All settings with their curves, by method."""
+    curves: dict[tuple[str, float, str], dict[int, list[float]]] = defaultdict(dict)
+    for row in rows:
+        curves[row["method"], row["local_lr"], json.dumps(row["options"])][row["seed"]] = row["losses"]
+    candidates: dict[str, list[Tuned]] = defaultdict(list)
+    for (method, lr, options), runs in curves.items():
+        candidates[method].append(Tuned(method, lr, json.loads(options), runs))
+    return candidates
+
+
 def _complete(candidates: Sequence[Tuned]) -> list[Tuned]:
     most = max(len(c.curves) for c in candidates)
     return [c for c in candidates if len(c.curves) == most]
 
 
-def summary(tuned: Sequence[Tuned]) -> list[dict[str, Any]]:
-    """One row per method: its setting, its loss, and the rounds to the final loss of Local SGD, seed by seed."""
+def summary(tuned: Sequence[Tuned], best: Tuned) -> list[dict[str, Any]]:
+    """One row per method: its setting, its loss, the rounds to the final losses of Local SGD and of `best`."""
     baseline = next(t for t in tuned if t.method == "local_sgd")
+
+    def show(rounds: Sequence[int | None]) -> str:
+        return " ".join("never" if r is None else str(r) for r in rounds)
+
+    def share(rounds: Sequence[int | None]) -> float | None:
+        known = [r for r in rounds if r is not None]
+        return statistics.fmean(known) / total if len(known) == len(rounds) else None
+
     total = len(next(iter(baseline.curves.values()))) - 1
     rows = []
     for method in tuned:
         finals = [smooth(curve)[-1] for curve in method.curves.values()]
-        rounds = reached(method, baseline)
-        known = [r for r in rounds if r is not None]
+        to_local, to_best = reached(method, baseline), reached(method, best)
         rows.append(
             {
                 "method": method.method,
@@ -111,15 +135,17 @@ def summary(tuned: Sequence[Tuned]) -> list[dict[str, Any]]:
                 "final loss": method.final_loss,
                 "lowest": min(finals),
                 "highest": max(finals),
-                "rounds to Local SGD's": " ".join("never" if r is None else str(r) for r in rounds),
-                "share of its rounds": statistics.fmean(known) / total if len(known) == len(rounds) else None,
+                "rounds to Local SGD's": show(to_local),
+                "share of its rounds": share(to_local),
+                "to the best baseline's": show(to_best),
+                "share of all rounds": share(to_best),
             }
         )
     return rows
 
 
-def draw(tuned: Sequence[Tuned], title: str, path: Path) -> None:
-    """Loss over rounds, log scale: the mean over seeds and their range."""
+def draw(tuned: Sequence[Tuned], title: str, path: Path, bytes_per_round: float | None = None) -> None:
+    """Loss over rounds and bytes, log scale: the mean over seeds and their range."""
     from matplotlib.figure import Figure  # an extra
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -134,32 +160,77 @@ def draw(tuned: Sequence[Tuned], title: str, path: Path) -> None:
             range(len(curves)), [*map(min, curves)], [*map(max, curves)], alpha=0.2, color=line.get_color()
         )
     axes.set(xlabel="round", ylabel="training loss of the global weights", yscale="log", title=title)
+    if bytes_per_round:
+        megabytes = bytes_per_round / 1e6
+        top = axes.secondary_xaxis(
+            "top", functions=(partial(np.multiply, megabytes), partial(np.multiply, 1 / megabytes))
+        )
+        top.set_xlabel("MB sent by each worker")
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
+class Key(NamedTuple):
+    """What runs that are compared have in common."""
+
+    task: str
+    num_workers: int
+    local_steps: int
+    local_optimizer: str
+    decay: bool
+    clients: int | None
+    alpha: float | None
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Key:
+        defaults = {"local_optimizer": "sgd", "decay": False, "clients": None, "alpha": None}
+        return cls(**{name: row.get(name, defaults.get(name)) for name in cls._fields})
+
+    def __str__(self) -> str:
+        parts = [self.task, f"K = {self.num_workers}", f"H = {self.local_steps}"]
+        parts += [] if self.local_optimizer == "sgd" else [self.local_optimizer]
+        parts += ["decay"] if self.decay else []
+        parts += [f"{self.clients} clients", f"alpha = {self.alpha}"] if self.clients else []
+        return ", ".join(parts)
+
+    @property
+    def file_name(self) -> str:
+        name = str(self).replace("K = ", "k").replace("H = ", "h").replace("alpha = ", "alpha")
+        return name.replace(", ", "_").replace(" ", "_")
+
+
+def bytes_per_round(row: Mapping[str, Any]) -> float | None:
+    """What each worker sends in a round, by the count of a ring all-reduce of float32; None if the file does not say.
+
+    Example:
+        >>> bytes_per_round({"parameters": 1000, "num_workers": 4})
+        6000.0
+    """
+    workers = row["num_workers"]
+    return 8 * (workers - 1) / workers * row["parameters"] if "parameters" in row else None
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command line."""
-    parser.add_argument("files", nargs="+", type=Path, help="files that `run` wrote")
-    parser.add_argument("--png", type=Path, help="figure to draw, one per task: its name is put before the suffix")
+    parser.add_argument("files", nargs="+", type=Path, help="files that `run` or `tune` wrote")
+    parser.add_argument("--png", type=Path, help="figure, .png or .svg; the experiment is put before the suffix")
     parser.add_argument("--json", type=Path, help="file to write the tables to")
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print one table, and draw one figure, for each task, K and H."""
-    experiments: dict[tuple[str, int, int], list[dict[str, Any]]] = defaultdict(list)
+    """Print one table, and draw one figure, for each experiment."""
+    experiments: dict[Key, list[dict[str, Any]]] = defaultdict(list)
     for path in args.files:
         for row in read(path):
-            experiments[row["task"], row["num_workers"], row["local_steps"]].append(row)
+            experiments[Key.of(row)].append(row)
     tables = {}
-    for (task, num_workers, local_steps), rows in experiments.items():
-        title = f"{task}, K = {num_workers}, H = {local_steps}"
+    for key, rows in experiments.items():
         tuned = tune(rows)
-        tables[title] = summary(tuned)
-        print(f"{title}\n{table(tables[title])}\n")
+        tables[str(key)] = summary(tuned, best_baseline(rows))
+        print(f"{key}\n{table(tables[str(key)])}\n")
         if args.png:
-            name = f"{args.png.stem}_{task}_k{num_workers}_h{local_steps}{args.png.suffix}"
-            draw(tuned, title, args.png.with_name(name))
+            path = args.png.with_name(f"{args.png.stem}_{key.file_name}{args.png.suffix}")
+            draw(tuned, str(key), path, bytes_per_round(rows[0]))
     if args.json:
         write_json(args.json, tables)

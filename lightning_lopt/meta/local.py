@@ -92,17 +92,23 @@ class LocalOptimizer:
         Returns:
             The loss before the step, [R].
         """
-        state.steps += 1
         if self.kind == "sgd" and not self.weight_decay and self.max_grad_norm is None:
+            state.steps += 1
             return task.sgd_step(params, batch, local_lr)
         loss, grads = task.loss_and_grad(params, batch)
+        self.apply(params, grads, local_lr, state)
+        return loss
+
+    @torch.no_grad()
+    def apply(self, params: Tensors, grads: Tensors, local_lr: Tensor, state: LocalState) -> None:
+        """One step of every replica from its gradient {[R, *S]}, which is overwritten; the rest as for `step`."""
+        state.steps += 1
         if self.max_grad_norm is not None:
             _clip(grads, self.max_grad_norm)
         if self.kind == "adamw":
             self._adamw(params, grads, local_lr, state)
         else:
             self._sgd(params, grads, local_lr, state)
-        return loss
 
     def _sgd(self, params: Tensors, grads: Tensors, local_lr: Tensor, state: LocalState) -> None:
         for name, p in params.items():

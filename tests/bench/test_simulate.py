@@ -10,8 +10,11 @@ import torch
 
 from lightning_lopt import AdaMLP
 from lightning_lopt.bench import __main__ as bench
-from lightning_lopt.bench import plot, simulate
-from lightning_lopt.bench.simulate import Setting
+from lightning_lopt.bench import methods, plot, simulate
+from lightning_lopt.bench.clients import Shared
+from lightning_lopt.bench.methods import Setting
+from lightning_lopt.bench.simulate import Experiment
+from lightning_lopt.meta.local import LocalOptimizer
 from lightning_lopt.meta.tasks import ImageMLP
 
 
@@ -24,8 +27,9 @@ def task():
 
 
 def losses(task, settings, seeds=(0, 1), **kwargs):
-    sizes = {"num_workers": 2, "local_steps": 3, "num_rounds": 4, **kwargs}
-    return simulate.simulate(task, settings, seeds, network=AdaMLP(seed=0, update="gated_average"), **sizes)
+    experiment = Experiment(**{"num_workers": 2, "local_steps": 3, "num_rounds": 4, **kwargs})
+    network = AdaMLP(seed=0, update="gated_average")
+    return simulate.simulate(Shared(task), settings, seeds, experiment, network)
 
 
 def test_settings_and_seeds_do_not_mix(task):
@@ -45,16 +49,68 @@ def test_methods_that_are_local_sgd_by_algebra(task):
     assert all(later < sooner for sooner, later in pairwise(expected.mean((0, 1)).tolist()))
 
 
+def test_data_parallel_methods_are_torch_on_the_whole_batch(task):
+    """With the local optimizer's one step and one round per communication, K·H batches are one large batch."""
+    experiment = {"num_workers": 2, "local_steps": 3, "num_rounds": 4}
+    for method, make in (("parallel_sgd", torch.optim.SGD), ("parallel_adam", torch.optim.Adam)):
+        found = losses(task, [Setting(method, 0.1)], seeds=(0,), decay=True, **experiment)[0, 0]
+        generator = torch.Generator().manual_seed(0)
+        params = {name: p.requires_grad_() for name, p in task.init(1, generator).items()}
+        optimizer = make(params.values(), lr=0.1)
+        wanted = [task.loss(params, (task.images[None], task.labels[None])).item()]
+        for t in range(4):
+            images, labels = (part.flatten(0, 1)[None] for part in task.batch(6, generator))
+            optimizer.param_groups[0]["lr"] = 0.1 * Experiment(num_rounds=4, decay=True).factor(t)
+            task.loss(params, (images, labels)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            wanted.append(task.loss(params, (task.images[None], task.labels[None])).item())
+        torch.testing.assert_close(found, torch.tensor(wanted), rtol=1e-5, atol=1e-6)
+
+
+def test_one_worker_with_one_step_is_the_local_optimizer_alone(task):
+    """K = H = 1: averaging over rounds keeps the optimizer's state, so Local AdamW is data-parallel Adam."""
+    alone = losses(task, [Setting("parallel_adam", 0.05)], num_workers=1, local_steps=1)
+    local = losses(task, [Setting("local_sgd", 0.05)], num_workers=1, local_steps=1, optimizer=LocalOptimizer("adamw"))
+    torch.testing.assert_close(local, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_fedadam_moves_every_coordinate_by_its_rate(task):
+    """Adam's first step is the sign of the pseudo-gradient times the rate."""
+    start = task.init(1, torch.Generator().manual_seed(0))
+    anchor = {name: p.clone() for name, p in start.items()}
+    outer = methods.outer([Setting("fedadam", 0.1, {"lr": 0.01})], anchor, AdaMLP())
+    outer({name: p.unsqueeze(1) - 0.5 for name, p in start.items()}, torch.tensor([0.1]), 0)
+    for name, p in anchor.items():
+        torch.testing.assert_close(p, start[name] - 0.01, rtol=0, atol=1e-6)
+
+
+def test_a_diverging_setting_is_a_row(task):
+    found = losses(task, [Setting("local_sgd", 1e30), Setting("local_sgd", 0.1)])
+    assert not found[0, :, -1].isfinite().any()
+    assert found[1].isfinite().all()
+    assert plot.smooth(found[0, 0].tolist())[-1] == float("inf")
+
+
 def test_grids():
-    sizes = {method: len(simulate.settings(method, [1.0, 0.5])) for method in simulate.GRIDS}
-    assert sizes == {"local_sgd": 2, "learned": 2, "slowmo": 220, "diloco": 60}
-    first = simulate.settings("slowmo", [0.5])[0]
+    sizes = {method: len(methods.settings(method, [1.0, 0.5])) for method in methods.GRIDS}
+    assert sizes == {
+        "local_sgd": 2,
+        "learned": 2,
+        "slowmo": 220,
+        "diloco": 60,
+        "fedadam": 12,
+        "parallel_sgd": 11,
+        "parallel_adam": 11,
+    }
+    first = methods.settings("slowmo", [0.5])[0]
     assert first.options == {"lr": 2.0, "momentum": 0.99}
 
 
 def test_groups_hold_every_setting_once(task, monkeypatch):
-    settings = simulate.settings("diloco", [1.0])
-    monkeypatch.setattr(simulate, "BATCH_BYTES", 7 * 6 * task.batch_size * task.images[0].nbytes)
+    settings = methods.settings("diloco", [1.0])
+    size = sum(p.nbytes for p in task.init(1, torch.Generator()).values())  # more than a batch
+    monkeypatch.setattr(simulate, "GROUP_BYTES", 7 * 6 * size)
     parts = list(simulate.groups(task, settings, 6))
     assert [len(part) for part in parts] == [7, 7, 7, 7, 2]
     assert [setting for part in parts for setting in part] == settings
@@ -73,13 +129,14 @@ def test_tuning_and_the_rounds_to_the_baseline():
         *(row("slowmo", seed, [8.0] + [5.0] * 13, 1.0, momentum=0.5) for seed in (0, 1)),
         row("slowmo", 0, [8.0] + [1.0] * 13, 1.0, momentum=0.9),  # one seed only
     ]
-    table = {line["method"]: line for line in plot.summary(plot.tune(rows))}
+    table = {line["method"]: line for line in plot.summary(plot.tune(rows), plot.best_baseline(rows))}
     assert [line["gamma"] for line in table.values()] == [0.5, 0.5, 1.0]
     assert table["local_sgd"]["rounds to Local SGD's"] == "13 13"
     assert table["learned"]["rounds to Local SGD's"] == "5 5"  # the first window without the 8
     assert table["learned"]["share of its rounds"] == pytest.approx(5 / 13)
     assert table["slowmo"]["rounds to Local SGD's"] == "never never"
     assert table["slowmo"]["share of its rounds"] is None
+    assert table["learned"]["to the best baseline's"] == "5 5"
 
 
 def test_run_then_plot(tmp_path, capsys):

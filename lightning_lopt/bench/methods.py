@@ -1,0 +1,161 @@
+"""The methods that are compared, their grids, and what each does in a round."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, Optimizer
+
+from lightning_lopt.meta.base import AbstractTask, Batch, Tensors
+from lightning_lopt.meta.local import LocalOptimizer
+from lightning_lopt.meta.unroll import local_round, outer_step, zero_states
+from lightning_lopt.network import AdaMLP
+from lightning_lopt.optim import SlowMomentum
+
+RATES = (1, 0.5, 0.1, 0.05, 0.01, 0.005, 0.001, 5e-4, 1e-4, 5e-5, 1e-5)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method with its hyperparameters.
+
+    Attributes:
+        method: a key of `GRIDS`.
+        local_lr: γ; of the data-parallel methods, their learning rate.
+        options: what the outer optimizer takes.
+    """
+
+    method: str
+    local_lr: float
+    options: Mapping[str, float] = field(default_factory=dict)
+
+
+def _slowmo(local_lr: float) -> Iterator[dict[str, float]]:
+    """The grid of arXiv 2312.02204: η = α·γ."""
+    for rate, momentum in product(RATES, (0.99, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)):
+        yield {"lr": rate / local_lr, "momentum": momentum}
+
+
+def _diloco(local_lr: float) -> Iterator[dict[str, float]]:
+    for lr, momentum in product((0.1, 0.3, 0.5, 0.7, 1.0), (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)):
+        yield {"lr": lr, "momentum": momentum}
+
+
+def _fedadam(local_lr: float) -> Iterator[dict[str, float]]:
+    return ({"lr": lr} for lr in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2))
+
+
+GRIDS: dict[str, Callable[[float], Iterator[dict[str, float]]]] = {
+    "local_sgd": lambda local_lr: iter([{}]),
+    "learned": lambda local_lr: iter([{}]),
+    "slowmo": _slowmo,
+    "diloco": _diloco,
+    "fedadam": _fedadam,
+    "parallel_sgd": lambda local_lr: iter([{}]),
+    "parallel_adam": lambda local_lr: iter([{}]),
+}
+PARALLEL = {"parallel_sgd": LocalOptimizer("sgd"), "parallel_adam": LocalOptimizer("adamw")}
+
+
+def settings(method: str, local_lrs: Sequence[float]) -> list[Setting]:
+    """All settings of a method's grid; the data-parallel ones have learning rates of their own.
+
+    Example:
+        >>> len(settings("slowmo", [1.0, 0.5, 0.3, 0.1])), len(settings("parallel_adam", [1.0, 0.5]))
+        (440, 11)
+    """
+    rates = RATES if method in PARALLEL else local_lrs
+    return [Setting(method, lr, options) for lr in rates for options in GRIDS[method](lr)]
+
+
+class Method(ABC):
+    """Moves the anchors {[P, *S]} of all settings of one method, a round at a time."""
+
+    @abstractmethod
+    def round(self, batches: Iterator[Batch], rates: Tensor, round_idx: int) -> None:
+        """One round.
+
+        Args:
+            batches: H of them, each tensor [P * K, B, *].
+            rates: γ of each particle in this round, [P].
+            round_idx: from 0.
+        """
+
+
+class Parallel(Method):
+    """Data-parallel training: one step per round on the K·H batches together, at the communication of the others."""
+
+    def __init__(self, task: AbstractTask, anchor: Tensors, optimizer: LocalOptimizer) -> None:
+        self._task, self._anchor, self._optimizer = task, anchor, optimizer
+        self._state = optimizer.init(anchor)
+
+    def round(self, batches: Iterator[Batch], rates: Tensor, round_idx: int) -> None:
+        gradients = []
+        for batch in batches:
+            whole = tuple(part.unflatten(0, (len(rates), -1)).flatten(1, 2) for part in batch)
+            gradients.append(self._task.loss_and_grad(self._anchor, whole)[1])
+        mean = {name: torch.stack([grads[name] for grads in gradients]).mean(0) for name in self._anchor}
+        self._optimizer.apply(self._anchor, mean, rates, self._state)
+
+
+Outer = Callable[[Tensors, Tensor, int], None]  # of the workers {[P, K, *S]}, the rates and the round
+
+
+class Local(Method):
+    """Local training, then an outer step."""
+
+    def __init__(
+        self, task: AbstractTask, anchor: Tensors, num_workers: int, optimizer: LocalOptimizer, outer: Outer
+    ) -> None:
+        self._task, self._anchor, self._num_workers = task, anchor, num_workers
+        self._optimizer, self._outer = optimizer, outer
+        self._state = optimizer.init({name: a.repeat_interleave(num_workers, 0) for name, a in anchor.items()})
+
+    def round(self, batches: Iterator[Batch], rates: Tensor, round_idx: int) -> None:
+        workers, _ = local_round(
+            self._task, self._anchor, batches, rates, self._num_workers, self._optimizer, self._state
+        )
+        self._outer(workers, rates, round_idx)
+
+
+def outer(particles: Sequence[Setting], anchor: Tensors, network: AdaMLP) -> Outer:
+    """What moves the anchor after local training."""
+    method = particles[0].method
+    if method == "local_sgd":
+        return lambda workers, rates, round_idx: _average(anchor, workers)
+    if method == "learned":
+        named = {name: p.detach().expand(len(particles), *p.shape) for name, p in network.named_parameters()}
+        theta, states = network.functional(named), zero_states(anchor)
+        rounds = next(iter(anchor.values())).new_zeros(len(particles), dtype=torch.long)
+        return lambda workers, rates, t: outer_step(anchor, workers, states, theta, rounds + t)
+    groups = [
+        {"params": [a[i] for a in anchor.values()], "local_lr": setting.local_lr, **setting.options}
+        for i, setting in enumerate(particles)
+    ]
+    if method == "slowmo":
+        optimizer: Optimizer = SlowMomentum(groups)
+    elif method == "diloco":
+        optimizer = SGD(groups, nesterov=True, momentum=0.9)
+    else:
+        optimizer = Adam(groups, betas=(0.9, 0.99))
+    return lambda workers, rates, round_idx: _optimizer_step(optimizer, anchor, workers, rates)
+
+
+def _average(anchor: Tensors, workers: Tensors) -> None:
+    for name, a in anchor.items():
+        a.copy_(workers[name].mean(1))
+
+
+def _optimizer_step(optimizer: Optimizer, anchor: Tensors, workers: Tensors, rates: Tensor) -> None:
+    """One step of an optimizer with a parameter group per particle."""
+    grads = [a - workers[name].mean(1) for name, a in anchor.items()]
+    for i, (group, rate) in enumerate(zip(optimizer.param_groups, rates.tolist(), strict=True)):
+        group["local_lr"] = rate
+        for p, grad in zip(group["params"], grads, strict=True):
+            p.grad = grad[i]
+    optimizer.step()
