@@ -2,28 +2,36 @@
 
 from lightning_lopt.callbacks import RoundMonitor
 from lightning_lopt.comm import DisagreementError
+from lightning_lopt.functional.compression import TopK
 from lightning_lopt.network import AdaMLP, WeightsError
 from lightning_lopt.optim import LearnedOptimizer, SlowMomentum
 from lightning_lopt.report import RoundReport
 from lightning_lopt.rounds import Rounds
 from lightning_lopt.schedules import QSR, Constant, RoundInfo
-from lightning_lopt.strategies import DiLoCo, LearnedLocalSGD, LocalSGD, SlowMo
+from lightning_lopt.selection import Fragments, RandomCoordinates
+from lightning_lopt.strategies import LOSCAR, DiLoCo, LearnedLocalSGD, LocalSGD, SlowMo
+from lightning_lopt.travel import Travel
 
 __version__ = "0.1.0"
 __all__ = [
+    "LOSCAR",
     "QSR",
     "AdaMLP",
     "Constant",
     "DiLoCo",
     "DisagreementError",
+    "Fragments",
     "LearnedLocalSGD",
     "LearnedOptimizer",
     "LocalSGD",
+    "RandomCoordinates",
     "RoundInfo",
     "RoundMonitor",
     "RoundReport",
     "Rounds",
     "SlowMo",
     "SlowMomentum",
+    "TopK",
+    "Travel",
     "WeightsError",
 ]

@@ -27,14 +27,25 @@ class Buffers:
         """Which buffers this worker changed since the last sync."""
         return [not torch.equal(b, self._synced[name]) for name, b in self._own.items()]
 
-    def select(self, flags: Sequence[bool]) -> list[Tensor]:
-        """The buffers whose flag is set."""
-        return [b for b, flag in zip(self._own.values(), flags, strict=True) if flag]
+    def snapshot(self, changed: Sequence[bool]) -> list[Tensor]:
+        """This worker's values, which stay as they are when it goes on; those that did not change are not copied."""
+        pairs = zip(self._own.items(), changed, strict=True)
+        return [b.detach().clone() if flag else self._synced[name] for (name, b), flag in pairs]
 
-    def remember(self) -> None:
-        """Take the present values as those of the last sync."""
-        for name, b in self._own.items():
-            self._synced[name].copy_(b)
+    def land(self, snapshot: Sequence[Tensor], arrived: dict[int, Tensor]) -> None:
+        """Take up what arrived, by position, and keep what changed since the snapshot; remember it as synced."""
+        before = [snapshot[i].clone() for i in arrived]  # some of them are the synced values themselves
+        for (i, value), old in zip(arrived.items(), before, strict=True):
+            name = list(self._own)[i]
+            own = self._own[name]
+            self._synced[name].copy_(value)
+            wide = value.to(torch.int64) if value.dtype == torch.bool else value
+            own.copy_(torch.where(own == old, wide, wide + (own.to(wide.dtype) - old.to(wide.dtype))))
+
+    def named(self, values: dict[int, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Each of these buffers, by position, with the given value."""
+        own = list(self._own.values())
+        return [(own[i], value) for i, value in values.items()]
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Each buffer with its value at the last sync."""
@@ -60,12 +71,11 @@ class Buffers:
             self._synced[name].copy_(value)
 
 
-def maxima(buffers: Sequence[Tensor], comm: Communicator) -> list[tuple[Tensor, Tensor]]:
-    """The buffers of integers or booleans among these, each with its maximum over the workers; one collective."""
-    integers = [b for b in buffers if not b.is_floating_point()]
-    if not integers:
+def maxima(buffers: Sequence[Tensor], comm: Communicator) -> list[Tensor]:
+    """The maximum over the workers of each of these integer or boolean tensors; one collective."""
+    if not buffers:
         return []
-    flat = torch.cat([b.flatten().to(torch.int64) for b in integers])
+    flat = torch.cat([b.flatten().to(torch.int64) for b in buffers])
     comm.max_(flat)
-    values = flat.split([b.numel() for b in integers])
-    return [(b, v.view_as(b).to(b.dtype)) for b, v in zip(integers, values, strict=True)]
+    values = flat.split([b.numel() for b in buffers])
+    return [v.view_as(b).to(b.dtype) for b, v in zip(buffers, values, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -27,13 +27,14 @@ class Communicator:
 
     Attributes:
         bytes_sent: bytes that this worker has put on the wire, by the ring algorithms' count: 2(K-1)/K of the
-            payload for an all-reduce, K-1 payloads for an all-gather; one payload on rank 0 for a broadcast.
+            payload for an all-reduce, (K-1)/K for an all-to-all, K-1 payloads for an all-gather; one payload on rank 0
+            for a broadcast.
         num_collectives: collectives so far.
 
     Example:
         >>> comm = Communicator()  # no process group: one worker, nothing to send
         >>> flat = torch.ones(3)
-        >>> comm.start_mean(flat)()
+        >>> comm.mean_(flat)
         >>> comm.num_workers, comm.bytes_sent, flat.tolist()
         (1, 0, [1.0, 1.0, 1.0])
     """
@@ -54,23 +55,13 @@ class Communicator:
         self.num_collectives += 1
         self.bytes_sent += round(tensor.numel() * tensor.element_size() * factor)
 
-    def start_mean(self, flat: Tensor) -> Callable[[], None]:
-        """Begin to replace a contiguous tensor by its mean over the workers, bitwise the same on all of them.
-
-        Returns:
-            A function that waits until it is done; leave the tensor alone before.
-        """
+    def mean_(self, flat: Tensor) -> None:
+        """Replace a contiguous tensor by its mean over the workers, bitwise the same on all of them."""
         if self._group is None:
-            return lambda: None
+            return
         self._count(flat, 2 * (self.num_workers - 1) / self.num_workers)
-        work = dist.all_reduce(flat, group=self._group, async_op=True)
-        assert work is not None
-
-        def wait() -> None:
-            work.wait()
-            flat.div_(self.num_workers)
-
-        return wait
+        dist.all_reduce(flat, group=self._group)
+        flat.div_(self.num_workers)
 
     def max_(self, values: Tensor) -> None:
         """Replace a contiguous tensor by its maximum over the workers."""
@@ -87,6 +78,15 @@ class Communicator:
         stacked = flat.new_empty(self.num_workers, *flat.shape)
         dist.all_gather(list(stacked.unbind(0)), flat, group=self._group)
         return stacked
+
+    def all_to_all(self, rows: Tensor) -> Tensor:
+        """Send row k to worker k: [K, n] -> [K, n], what each worker has for this one, in the order of their ranks."""
+        if self._group is None:
+            return rows
+        self._count(rows, (self.num_workers - 1) / self.num_workers)
+        received = torch.empty_like(rows)
+        dist.all_to_all_single(received, rows, group=self._group)
+        return received
 
     def gather_objects(self, item: Any) -> list[Any] | None:
         """All workers' picklable objects in the order of their ranks, on rank 0; None on the others."""

@@ -1,99 +1,139 @@
-"""Parameters with their anchors, and the flat buffers in which they travel."""
+"""What is sent of the parameters, and the flat buffers in which it travels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_lopt.parameters import Tracked, wire_dtype
 
-class Tracked:
-    """A parameter and its anchor, which is empty until the parameter is first trained.
+
+@dataclass(frozen=True)
+class Part:
+    """What a sync sends of one parameter.
 
     Attributes:
-        param: the worker's own tensor.
-        anchor: its value after the last sync, the same on all workers: float32, or float64 for float64 parameters.
-        known: whether there is an anchor yet.
-
-    Raises:
-        ValueError: the parameter is complex or sparse.
+        tracked: the parameter.
+        index: ascending flat indices of the coordinates, None for all of them.
     """
 
-    def __init__(self, param: Tensor) -> None:
-        if param.is_complex() or param.is_sparse:
-            raise ValueError(f"Parameters must be dense and real, not {param.dtype} ({param.layout}).")
-        self.param = param
-        self.dtype = _wire_dtype(param)
-        self.anchor = torch.empty(0, dtype=self.dtype, device=param.device)
-        self.known = False
+    tracked: Tracked
+    index: Tensor | None = None
 
-    def adopt(self, value: Tensor) -> None:
-        """Give the parameter its first anchor."""
-        self.anchor.data = value.detach().to(self.dtype, copy=True)
-        self.known = True
+    @property
+    def shape(self) -> torch.Size:
+        return self.tracked.param.shape if self.index is None else self.index.shape
+
+    @property
+    def checksum(self) -> int:
+        """Differs, almost surely, for other coordinates."""
+        return 0 if self.index is None else int(self.index.sum())
+
+    def of(self, full: Tensor) -> Tensor:
+        """These coordinates of a tensor of the parameter's shape: itself, or a copy [n]."""
+        return full if self.index is None else full.take(self.index)
+
+    def put(self, full: Tensor, values: Tensor) -> None:
+        """Overwrite these coordinates of a tensor of the parameter's shape."""
+        if self.index is None:
+            full.copy_(values)
+        else:
+            full.put_(self.index, values.to(full.dtype))
 
 
 class Wire:
-    """One flat buffer of one type: every element of its parameters and buffers once, and one scalar.
-
-    Attributes:
-        flat: what travels, [n].
-        views: the part of each parameter.
-        buffer_views: the part of each buffer.
-        square: the scalar, for the squared distance between a worker and the anchor.
-    """
-
-    def __init__(self, tracked: Sequence[Tracked], buffers: Sequence[Tensor], like: Tensor) -> None:
-        tensors = [*(t.param for t in tracked), *buffers]
-        self.flat = like.new_empty(sum(t.numel() for t in tensors) + 1)
-        self.tracked, self.buffers = tracked, buffers
-        self._shapes = [t.shape for t in tensors]
-        *views, self.square = self.split(self.flat)
-        self.views, self.buffer_views = views[: len(tracked)], views[len(tracked) :]
-
-    def split(self, flat: Tensor) -> list[Tensor]:
-        """The tensors that lie in the last dimension of `flat`, [..., n] -> [..., *S] each, and the scalar."""
-        *pieces, scalar = flat.split([*(s.numel() for s in self._shapes), 1], dim=-1)
-        lead = flat.shape[:-1]
-        return [*(p.view((*lead, *s)) for p, s in zip(pieces, self._shapes, strict=True)), scalar]
-
-    def fill(self, *, differences: bool) -> None:
-        """Write anchor - y, or y itself, and the buffers."""
-        self.square.zero_()
-        for view, t in zip(self.views, self.tracked, strict=True):
-            torch.sub(t.anchor, t.param, out=view)
-            self.square += view.square().sum()
-            if not differences:
-                view.copy_(t.param)
-        for view, buffer in zip(self.buffer_views, self.buffers, strict=True):
-            view.copy_(buffer)
-
-
-def pack(tracked: Sequence[Tracked], buffers: Sequence[Tensor], *, differences: bool) -> list[Wire]:
-    """Filled wires, one per type, for these parameters and the floating-point ones among these buffers.
+    """One flat buffer of one type: every element of its parts once, a scalar, and room for passengers.
 
     Args:
-        tracked: parameters with an anchor.
-        buffers: of any type; integers do not travel here.
-        differences: send anchor - y instead of y.
+        parts: pieces of parameters whose anchors have the wire's type.
+        room: number of further elements.
+        like: has the type and device.
+
+    Attributes:
+        parts: as given.
+        body: the elements of the parts, [n].
+        views: the piece of each part in it.
+        square: the scalar, for the squared distance between a worker and the anchor.
+        flat: what travels: body, scalar and passengers.
+        differences: whether the parts hold anchor - y instead of y.
+        workers: every worker's body [K, n], if the exchange gathered them.
+        residual: what compression lost of this worker's body, [n], if it was compressed.
     """
-    wires = []
-    floating = [b for b in buffers if b.is_floating_point()]
+
+    def __init__(self, parts: Sequence[Part], room: int, like: Tensor) -> None:
+        self.parts = parts
+        self.sizes = [part.shape.numel() for part in parts]
+        num = sum(self.sizes)
+        self._buffer = like.new_empty(num + 1 + room)
+        self.body = self._buffer[:num]
+        self.views = self.split(self.body)
+        self.square = self._buffer[num]
+        self.flat = self._buffer[: num + 1]
+        self.differences = False
+        self.workers: Tensor | None = None
+        self.residual: Tensor | None = None
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """The pieces of the parts that lie in the last dimension of `flat`, [..., n] -> [..., *S] each."""
+        pieces = flat[..., : len(self.body)].split(self.sizes, dim=-1)
+        return [p.view((*flat.shape[:-1], *part.shape)) for p, part in zip(pieces, self.parts, strict=True)]
+
+    def fill(self, *, differences: bool) -> None:
+        """Write anchor - y plus what compression has left over, or y itself."""
+        self.differences = differences
+        self.square.zero_()
+        for view, part in zip(self.views, self.parts, strict=True):
+            t = part.tracked
+            param = part.of(t.param)
+            torch.sub(part.of(t.anchor), param, out=view)
+            if t.residual is not None:
+                view += part.of(t.residual)
+            self.square += view.square().sum()
+            if not differences:
+                view.copy_(param)
+
+    def board(self, passengers: Sequence[Tensor]) -> list[Tensor]:
+        """Append tensors of any floating-point type; their views."""
+        views = []
+        for tensor in passengers:
+            start = len(self.flat)
+            self.flat = self._buffer[: start + tensor.numel()]
+            views.append(self.flat[start:].view(tensor.shape))
+            views[-1].copy_(tensor)
+        return views
+
+    def state_dict(self) -> dict[str, Any]:
+        """What arrived."""
+        return {
+            "body": self.body.clone(),
+            "square": self.square.clone(),
+            "workers": self.workers,
+            "differences": self.differences,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned, in a wire of the same parts."""
+        self.body.copy_(state["body"])
+        self.square.copy_(state["square"])
+        self.differences, self.workers = state["differences"], state["workers"]
+
+
+def pack(parts: Sequence[Part], passengers: Sequence[Tensor]) -> dict[torch.dtype, Wire]:
+    """Empty wires, one per type.
+
+    Args:
+        parts: what to send of the parameters, which have an anchor.
+        passengers: there must be room for the floating-point ones among these.
+    """
+    wires = {}
     for dtype in (torch.float32, torch.float64):
-        params = [t for t in tracked if t.dtype == dtype]
-        of_type = [b for b in floating if _wire_dtype(b) == dtype]
-        if params or of_type:
-            like = params[0].anchor if params else of_type[0]
-            wires.append(Wire(params, of_type, like.new_empty(0, dtype=dtype)))
-            wires[-1].fill(differences=differences)
+        of_type = [part for part in parts if part.tracked.dtype == dtype]
+        extra = [p for p in passengers if p.is_floating_point() and wire_dtype(p) == dtype]
+        if of_type or extra:
+            like = of_type[0].tracked.anchor if of_type else extra[0]
+            wires[dtype] = Wire(of_type, sum(p.numel() for p in extra), like.new_empty(0, dtype=dtype))
     return wires
-
-
-def size(tracked: Sequence[Tracked]) -> int:
-    """Number of coordinates."""
-    return sum(t.param.numel() for t in tracked)
-
-
-def _wire_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

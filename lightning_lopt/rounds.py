@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lopt.comm import Communicator
+from lightning_lopt.outer import check_coordinatewise
 from lightning_lopt.report import RoundReport
-from lightning_lopt.schedules import RoundInfo, Schedule, as_schedule
+from lightning_lopt.schedules import Constant, RoundInfo, Schedule, as_schedule
 from lightning_lopt.sync import EvalWeights, OuterFactory, Sync
+from lightning_lopt.travel import Travel
+
+_COUNTERS = ("round_idx", "step_idx", "local_step", "local_steps", "due")
 
 
 class Rounds:
@@ -27,12 +32,14 @@ class Rounds:
             network=...)`; None averages.
         total_steps: local steps of the whole run, if known: the last round is cut so that it ends synced.
         comm: the collectives; by default a new process group.
+        travel: what a sync sends, how long it is in flight and how it lands; by default everything, at once.
 
     Attributes:
         round_idx: rounds finished.
         step_idx: local steps finished, the same on all workers.
         local_step: local steps finished in the present round.
         local_steps: H of the present round, None before its first step.
+        due: local step of the present round at which a sync is launched or finished.
         last_report: the `RoundReport` of the last sync.
 
     Raises:
@@ -67,41 +74,70 @@ class Rounds:
         outer_optimizer: OuterFactory | None = None,
         total_steps: int | None = None,
         comm: Communicator | None = None,
+        travel: Travel | None = None,
     ) -> None:
         self._schedule = as_schedule(local_steps)
         self._optimizer = optimizer
         self.total_steps = total_steps
         self.comm = comm or Communicator()
-        self.sync = Sync(model, optimizer, outer_optimizer, self.comm)
+        self._travel = travel or Travel()
+        check_combination(self._schedule, outer_optimizer, self._travel)
+        self.sync = Sync(model, optimizer, outer_optimizer, self.comm, self._travel)
         self.round_idx = 0
         self.step_idx = 0
         self.local_step = 0
         self.local_steps: int | None = None
+        self.due = 0
         self.last_report: RoundReport | None = None
 
     def step(self) -> bool:
-        """Count a local step, right after `optimizer.step()`; sync if it ends a round.
+        """Count a local step, right after `optimizer.step()`; launch a sync or end the round if it is time.
 
         Returns:
-            Whether the workers are now synced.
+            Whether this step ended a round.
         """
         if self.local_steps is None:  # the learning rate is now the one of the round's first step
-            self.local_steps = self._choose_local_steps()
+            self._begin_round()
         self.step_idx += 1
         self.local_step += 1
-        if self.local_step < self.local_steps:
+        if self.local_step < self.due:
             return False
-        self.finish_round()
+        return self._launch_or_end()
+
+    def _begin_round(self) -> None:
+        self.local_steps = self._choose_local_steps()
+        ends_run = self.step_idx + self.local_steps == self.total_steps
+        overlap = 0 if ends_run else min(self._travel.overlap_steps, self.local_steps - 1)
+        self.due = self.local_steps - overlap
+
+    def _launch_or_end(self) -> bool:
+        if self.local_step != self.local_steps:
+            assert self.local_steps is not None
+            self.sync.launch(self.round_idx, self.local_steps, in_flight=True)
+            self.due = self.local_steps
+            return False
+        if not self.sync.in_flight:
+            self.sync.launch(self.round_idx, self.local_step, everything=self.step_idx == self.total_steps)
+        self._end_round()
         return True
 
     def finish_round(self) -> None:
-        """Sync now, on all workers, even if the round is not over; nothing happens right after a sync."""
-        if self.local_step == 0:
+        """Sync everything now, on all workers, even if the round is not over; nothing happens when all are synced."""
+        if self.synced:
             return
-        self.last_report = self.sync.run(self.round_idx, self.local_step)
+        self.sync.launch(self.round_idx, self.local_step, everything=True)
+        self._end_round()
+
+    def _end_round(self) -> None:
+        self.last_report = self.sync.finish()
         self.round_idx += 1
         self.local_step = 0
         self.local_steps = None
+
+    @property
+    def synced(self) -> bool:
+        """Whether all workers hold the same weights."""
+        return self.local_step == 0 and self.sync.common
 
     def _choose_local_steps(self) -> int:
         lr = max(float(group.get("lr", 0.0)) for group in self._optimizer.param_groups)
@@ -112,6 +148,13 @@ class Rounds:
                 f"The schedule {self._schedule!r} returned {local_steps!r} local steps for {info}; "
                 "it must be an integer >= 1."
             )
+        turns = self._travel.picks.num_turns
+        turn = self.round_idx % turns
+        local_steps = local_steps * (turn + 1) // turns - local_steps * turn // turns
+        if local_steps < 1:
+            raise ValueError(
+                f"{turns} fragments take turns within local_steps: these must be at least as many for {info}."
+            )
         if self.total_steps is not None and self.step_idx < self.total_steps:
             local_steps = min(local_steps, self.total_steps - self.step_idx)
         return local_steps
@@ -119,9 +162,9 @@ class Rounds:
     def swap_in(self, weights: EvalWeights) -> None:
         """Put the global weights into the model until `swap_out`: see `Sync.swap_in`.
 
-        Right after a sync every worker has them already, and nothing happens.
+        Where every worker has them already, nothing happens.
         """
-        if self.local_step > 0:
+        if not self.synced:
             self.sync.swap_in(weights)
 
     def swap_out(self) -> None:
@@ -136,13 +179,35 @@ class Rounds:
         self.local_step = 0
         self.local_steps = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Counters, anchors and outer state, the same on all workers. Local weights and states are not in it."""
-        counters = {name: getattr(self, name) for name in ("round_idx", "step_idx", "local_step", "local_steps")}
-        return {**counters, "sync": self.sync.state_dict()}
+    def state_dict(self, *, in_flight: bool = True) -> dict[str, Any]:
+        """Counters, anchors and outer state, the same on all workers. Local weights and states are not in it.
+
+        Args:
+            in_flight: wait for a sync that is on the wire, and include it.
+        """
+        counters = {name: getattr(self, name) for name in _COUNTERS}
+        return {**counters, "sync": self.sync.state_dict(in_flight=in_flight)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        for name in ("round_idx", "step_idx", "local_step", "local_steps"):
+        for name in _COUNTERS:
             setattr(self, name, state[name])
         self.sync.load_state_dict(state["sync"])
+
+
+def check_combination(schedule: Schedule, outer_optimizer: OuterFactory | None, travel: Travel) -> None:
+    """Refuse what cannot be combined.
+
+    Raises:
+        ValueError: an outer optimizer that needs whole tensors with random coordinates, or a constant number of local
+            steps that has no room for the overlap or for all fragments.
+    """
+    if outer_optimizer is not None and not travel.picks.whole_tensors:
+        check_coordinatewise(outer_optimizer([torch.zeros(1)]))
+    turns = travel.picks.num_turns
+    if isinstance(schedule, Constant) and schedule.local_steps // turns <= travel.overlap_steps:
+        raise ValueError(
+            f"With local_steps={schedule.local_steps} a sync comes every {schedule.local_steps // turns} steps"
+            + (f" ({turns} fragments take turns)" if turns > 1 else "")
+            + f", which leaves no room for overlap_steps={travel.overlap_steps}: there must be at least one more."
+        )

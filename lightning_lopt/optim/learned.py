@@ -46,6 +46,7 @@ class LearnedOptimizer(Optimizer):
     Attributes:
         needs_worker_grads: whether `p.worker_grads` must be set.
         num_workers: the K that the network belongs to, or None for any.
+        needs_whole_tensors: its statistics of rows and columns are undefined on random coordinates.
         max_update_ratio: a sync falls back to averaging when a step is more than this many times the averaged one.
 
     Raises:
@@ -62,6 +63,7 @@ class LearnedOptimizer(Optimizer):
         (['col', 'momentum', 'row', 'second', 'step'], (1, 3, 1, 3))
     """
 
+    needs_whole_tensors = True
     max_update_ratio = 100.0
 
     def __init__(self, params: ParamsT, network: AdaMLP | str | Path | None = None) -> None:

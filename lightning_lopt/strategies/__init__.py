@@ -3,9 +3,9 @@
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_lopt.strategies.local_sgd import LocalSGD
-from lightning_lopt.strategies.presets import DiLoCo, LearnedLocalSGD, SlowMo
+from lightning_lopt.strategies.presets import LOSCAR, DiLoCo, LearnedLocalSGD, SlowMo
 
-__all__ = ["DiLoCo", "LearnedLocalSGD", "LocalSGD", "SlowMo"]
+__all__ = ["LOSCAR", "DiLoCo", "LearnedLocalSGD", "LocalSGD", "SlowMo"]
 
-for _strategy in (LocalSGD, SlowMo, DiLoCo, LearnedLocalSGD):
+for _strategy in (LocalSGD, SlowMo, DiLoCo, LOSCAR, LearnedLocalSGD):
     _strategy.register_strategies(StrategyRegistry)

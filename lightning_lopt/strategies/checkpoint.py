@@ -104,10 +104,11 @@ class CheckpointingStrategy(DDPStrategy):
         if self.rounds is None or "optimizer_states" not in checkpoint:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
-        rounds = self.rounds
-        state = {"version": CHECKPOINT_VERSION, "rounds": rounds.state_dict(), "workers": None, "files": None}
+        rounds, alone = self.rounds, self._trainer.interrupted
+        shared = rounds.state_dict(in_flight=not alone)
+        state = {"version": CHECKPOINT_VERSION, "rounds": shared, "workers": None, "files": None}
         checkpoint[CHECKPOINT_KEY] = state
-        if self._trainer.interrupted:  # the other workers may be gone: nothing of theirs can be saved
+        if alone:  # the other workers may be gone: nothing of theirs can be saved
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         rounds.sync.exchange()  # validation may have swapped the global weights in

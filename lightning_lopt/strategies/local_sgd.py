@@ -21,13 +21,17 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lopt.comm import Communicator
-from lightning_lopt.rounds import Rounds
+from lightning_lopt.functional.compression import Codec
+from lightning_lopt.functional.merge import MergeRule
+from lightning_lopt.rounds import Rounds, check_combination
 from lightning_lopt.schedules import RoundInfo, as_schedule
+from lightning_lopt.selection import Selection
 from lightning_lopt.strategies.checkpoint import CheckpointingStrategy
 from lightning_lopt.strategies.faults import Signals, explained
 from lightning_lopt.strategies.joint import JointOptimizer
 from lightning_lopt.strategies.loaders import ResumableLoaders
 from lightning_lopt.sync import EvalWeights
+from lightning_lopt.travel import LocalState, Travel
 
 
 class _RoundCallback(Callback):
@@ -72,9 +76,16 @@ class LocalSGD(CheckpointingStrategy):
         local_steps: H >= 1 in optimizer steps, or a schedule (`QSR`, or a callable from `RoundInfo` to an integer).
         outer_optimizer: makes a torch optimizer from parameter groups, whose `.grad` is the averaged
             pseudo-gradient, e.g. `partial(torch.optim.AdamW, lr=1e-3)`; None averages.
+        density: share of the coordinates that a sync sends, in (0, 1], drawn anew in every round.
+        selection: instead of a density: `Fragments(...)`, or any `Selection`.
+        compression: `"bf16"`, `"int8"`, `TopK(...)` or any `Codec`, with error feedback; None for float32.
+        overlap_steps: Q >= 0 of the H local steps are taken while the sync is in flight, at most H - 1.
+        merge: how a sync lands that was in flight: `"delay_corrected"`, `"overwrite"`, or a number α in [0, 1], the
+            weight of the worker's own parameters in a blend.
+        local_state: what becomes of the local optimizer's state at a sync: `"keep"`, `"reset"` or `"average"`.
         eval_weights: what validation and checkpoints see in mid-round: `"anchor"`, the last synced weights, without
-            communication, or `"mean"`, the workers' present average; None means the mean for plain averaging, else
-            the anchor. After an exception it is always the anchor.
+            communication, or `"mean"`, the workers' present average; None means the mean for plain averaging and
+            where a sync sends only a part, else the anchor. After an exception it is always the anchor.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin: usually left to the
             Trainer.
         process_group_backend: `"gloo"`, `"nccl"`, ...; by default what fits the device.
@@ -85,7 +96,8 @@ class LocalSGD(CheckpointingStrategy):
         rounds: the `Rounds` of the present fit, None before.
 
     Raises:
-        ValueError: `local_steps` < 1, nothing to train, or lazy parameters without a shape.
+        ValueError: an argument out of its range, arguments that exclude each other, nothing to train, or lazy
+            parameters without a shape.
         TypeError: `outer_optimizer` cannot be called with parameters.
         MisconfigurationException: no optimizer, or a plugin of FSDP or DeepSpeed.
 
@@ -107,6 +119,12 @@ class LocalSGD(CheckpointingStrategy):
         self,
         local_steps: int | Callable[[RoundInfo], int] = 16,
         outer_optimizer: Callable[[Iterable], Optimizer] | None = None,
+        density: float = 1.0,
+        selection: Selection | None = None,
+        compression: str | Codec | None = None,
+        overlap_steps: int = 0,
+        merge: MergeRule = "delay_corrected",
+        local_state: LocalState = "keep",
         eval_weights: EvalWeights | None = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -136,7 +154,10 @@ class LocalSGD(CheckpointingStrategy):
             raise ValueError(f"eval_weights must be 'anchor', 'mean' or None, not {eval_weights!r}.")
         self._schedule = as_schedule(local_steps)
         self._outer_optimizer = outer_optimizer
-        self._eval_weights: EvalWeights = eval_weights or ("mean" if outer_optimizer is None else "anchor")
+        self._travel = Travel(density, selection, compression, overlap_steps, merge, local_state)
+        check_combination(self._schedule, outer_optimizer, self._travel)
+        mean = outer_optimizer is None or self._travel.picks.partial
+        self._eval_weights: EvalWeights = eval_weights or ("mean" if mean else "anchor")
         self.rounds = None
         self.signals: Signals | None = None
 
@@ -168,7 +189,14 @@ class LocalSGD(CheckpointingStrategy):
                 "configure_model, so that all workers begin with the same weights."
             )
         local = optimizers[0] if len(optimizers) == 1 else cast(Optimizer, JointOptimizer(optimizers))
-        self.rounds = Rounds(module, local, self._schedule, self._outer_optimizer, comm=Communicator(self._timeout))
+        self.rounds = Rounds(
+            module,
+            local,
+            self._schedule,
+            self._outer_optimizer,
+            comm=Communicator(self._timeout),
+            travel=self._travel,
+        )
         if not module.automatic_optimization:
             for optimizer in optimizers:  # sees those who step torch's own optimizer, too
                 optimizer.register_step_post_hook(self._note_step)

@@ -86,6 +86,47 @@ class DiLoCo(LocalSGD):
         super().__init__(local_steps=local_steps, outer_optimizer=factory, **kwargs)
 
 
+class LOSCAR(LocalSGD):
+    r"""LOSCAR-SGD: each sync sends random coordinates S, while the workers go on.
+
+    .. math:: x_{ij} = a_j + (z_{ij} - y_{ij}) \quad (j \in S), \qquad x_{ij} = z_{ij} \quad (j \notin S)
+
+    y are worker i's parameters when the sync is launched, z when it is finished, and a is the mean of y, or any outer
+    step from it. There is no common model between syncs: the workers' mean, which the merge preserves, is evaluated.
+    With density 1 this is CoCoD-SGD, with overlap 0 and one local step SPARTA, with density 1 and overlap 0 Local SGD.
+
+    Args:
+        local_steps: H, all local steps of a round, or a schedule; a round of at most Q steps overlaps all but one.
+        overlap_steps: Q >= 0, less than H; best as many steps as the transfer takes.
+        density: share of the coordinates, in (0, 1]; 0.1 is a start.
+        **kwargs: those of `LocalSGD`.
+
+    Raises:
+        ValueError: an overlap without room, or an outer optimizer that needs whole tensors.
+
+    Memory: 4 bytes per parameter for the anchor, and during a sync 8 × density for y and what is in flight. Sends
+    density × 2(K-1)/K × 4 bytes per parameter and round. Fails when H / density steps, the time in which a coordinate
+    is sent about once, let the workers drift apart: watch `RoundMonitor`'s drift.
+
+    Source: arXiv 2605.20866.
+
+    Example:
+        >>> LOSCAR(local_steps=64, overlap_steps=16, density=0.1).strategy_name  # 48 steps, launch, 16 steps, finish
+        'loscar'
+    """
+
+    strategy_name = "loscar"
+
+    def __init__(
+        self,
+        local_steps: int | Callable[[RoundInfo], int] = 64,
+        overlap_steps: int = 16,
+        density: float = 0.1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(local_steps=local_steps, overlap_steps=overlap_steps, density=density, **kwargs)
+
+
 class LearnedLocalSGD(LocalSGD):
     r"""Local SGD whose global update is a meta-learned optimizer: LOpt-A, or LAgg-A with a network of K inputs.
 

@@ -1,0 +1,227 @@
+"""What a sync sends and what comes back, in the foreground or in flight."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lightning_lopt.buffers import maxima
+from lightning_lopt.comm import Communicator
+from lightning_lopt.functional.compression import Codec
+from lightning_lopt.packing import Part, Wire
+from lightning_lopt.parameters import wire_dtype
+
+
+class Background:
+    """A function that runs in a thread, on a stream of its own where there are streams.
+
+    Args:
+        work: called at once.
+        device: of the tensors that it works on.
+
+    Example:
+        >>> results = []
+        >>> Background(lambda: results.append(1), torch.device("cpu")).wait()
+        >>> results
+        [1]
+    """
+
+    def __init__(self, work: Callable[[], None], device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+        self._error: BaseException | None = None
+        self._work = work
+        self._thread = threading.Thread(target=self._run, daemon=True)  # a lost worker must not keep this one alive
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            with torch.no_grad(), torch.cuda.stream(self._stream):
+                self._work()
+        except BaseException as error:
+            self._error = error
+
+    def wait(self) -> None:
+        """Return when it is done; what it raised is raised here."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+
+class Exchange:
+    """One agreement and one exchange of wires and buffers among all workers.
+
+    Args:
+        comm: the collectives.
+        equal: integers that must be the same on all workers.
+        wires: to `fill`; afterwards they hold the means over the workers, and what else they are asked for.
+        buffers: this worker's values of all buffers.
+        changed: which of them it changed.
+        states: further floating-point tensors to average.
+
+    Attributes:
+        gather: whether every worker's bodies are wanted, not only their mean.
+        codec: compresses the bodies of the wires.
+        parts: of all wires.
+        arrived: the buffers that somebody changed, by position: their mean or maximum.
+        states: the means.
+        bytes_sent: by this worker.
+        seconds: from start to end, waiting for other workers included.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        equal: dict[str, int],
+        wires: dict[torch.dtype, Wire],
+        buffers: list[Tensor],
+        changed: Sequence[bool],
+        states: Sequence[Tensor] = (),
+    ) -> None:
+        self._comm, self._equal, self._changed = comm, equal, changed
+        self.wires, self.buffers, self.states = wires, buffers, list(states)
+        self.gather = False
+        self.codec: Codec | None = None
+        self.arrived: dict[int, Tensor] = {}
+        self.bytes_sent = 0
+        self.seconds = 0.0
+        self._background: Background | None = None
+
+    @property
+    def parts(self) -> list[Part]:
+        return [part for wire in self.wires.values() for part in wire.parts]
+
+    def pairs(self) -> list[tuple[Part, Tensor]]:
+        """Each part with its piece of a wire."""
+        return [pair for wire in self.wires.values() for pair in zip(wire.parts, wire.views, strict=True)]
+
+    def fill(self, *, differences: bool) -> None:
+        """Pack the parameters as they are now: anchor - y, or y itself."""
+        for wire in self.wires.values():
+            wire.fill(differences=differences)
+
+    def start(self, device: torch.device, *, background: bool) -> None:
+        """Run, or begin to run."""
+        if background:
+            self._background = Background(lambda: self._run(device), device)
+        else:
+            self._run(device)
+
+    def wait(self) -> None:
+        """Return when the results are here.
+
+        Raises:
+            DisagreementError: the workers do not agree on an integer.
+        """
+        if self._background is not None:
+            self._background.wait()
+            self._background = None
+
+    def _run(self, device: torch.device) -> None:
+        start, bytes_before = time.perf_counter(), self._comm.bytes_sent
+        flags = self._comm.agree(device, self._equal, self._changed)
+        sent = [i for i, flag in enumerate(flags) if flag]
+        floating = [i for i in sent if self.buffers[i].is_floating_point()]
+        for i in floating:
+            (self.arrived[i],) = self.wires[wire_dtype(self.buffers[i])].board([self.buffers[i]])
+        self.states = [self.wires[wire_dtype(state)].board([state])[0] for state in self.states]
+        for wire in self.wires.values():
+            if len(wire.flat) > 1:
+                self._send(wire)
+        integers = [i for i in sent if not self.buffers[i].is_floating_point()]
+        self.arrived |= zip(integers, maxima([self.buffers[i] for i in integers], self._comm), strict=True)
+        self.bytes_sent = self._comm.bytes_sent - bytes_before
+        self.seconds = time.perf_counter() - start
+
+    def _send(self, wire: Wire) -> None:
+        """Replace a wire by its mean over the workers."""
+        if self.codec is not None and len(wire.body):
+            mean, wire.residual, wire.workers = compressed_mean(
+                self._comm, wire.body, wire.sizes, self.codec, gather=self.gather
+            )
+            wire.body.copy_(mean)
+            self._comm.mean_(wire.flat[len(wire.body) :])
+        elif self.gather:
+            stacked = self._comm.gather(wire.flat)
+            torch.mean(stacked, 0, out=wire.flat)
+            wire.workers = stacked[:, : len(wire.body)]
+        else:
+            self._comm.mean_(wire.flat)
+
+
+def compressed_mean(
+    comm: Communicator, values: Tensor, sizes: Sequence[int], codec: Codec, *, gather: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    r"""The mean over the workers of what their codes say, and what they do not say.
+
+    Dense codes travel as an all-reduce does: slices are coded and sent to the worker that owns them, who averages and
+    codes the mean, which all gather. What that second code loses is K times added to the owner's residual, so that
+    nothing is lost for good: the mean of `values` is the mean that is returned plus the mean of the residuals.
+
+    Args:
+        values: [n].
+        sizes: the pieces that `values` are made of.
+        codec: makes the codes.
+        gather: whether every worker's values are wanted; all codes then go to all workers, as those of a sparse codec.
+
+    Returns:
+        The mean [n], this worker's residual [n], and all workers' decoded values [K, n] if `gather`.
+
+    Example:
+        >>> from lightning_lopt.functional.compression import TopK
+        >>> compressed_mean(Communicator(), torch.tensor([1.0, 3.0]), [2], TopK(0.5))[:2]
+        (tensor([0., 3.]), tensor([1., 0.]))
+    """
+    num_workers, width = comm.num_workers, values.dtype
+    if gather or codec.sparse:
+        received = comm.gather(_encode(codec, values, sizes))
+        residual = values - codec.decode(received[comm.rank], sizes).to(width)
+        if gather:
+            workers = torch.stack([codec.decode(code, sizes).to(width) for code in received])
+            return workers.mean(0), residual, workers
+        mean = torch.zeros_like(values)
+        for code in received:
+            mean += codec.decode(code, sizes)
+        return mean.div_(num_workers), residual, None
+    bounds = [len(values) * k // num_workers for k in range(num_workers + 1)]
+    pieces = _cut(sizes, bounds)
+    parts = values.split([high - low for low, high in pairwise(bounds)])
+    codes = _stack([_encode(codec, part, s) for part, s in zip(parts, pieces, strict=True)])
+    sent = torch.cat([codec.decode(code, s) for code, s in zip(codes, pieces, strict=True)])
+    own = pieces[comm.rank]
+    mean = torch.zeros(sum(own), device=values.device)
+    for code in comm.all_to_all(codes):
+        mean += codec.decode(code, own)
+    mean /= num_workers
+    coded = _encode(codec, mean, own)
+    gathered = comm.gather(pad(coded, (0, codes.shape[1] - len(coded))))
+    means = [codec.decode(code, s) for code, s in zip(gathered, pieces, strict=True)]
+    residual = values - sent.to(width)
+    residual[bounds[comm.rank] : bounds[comm.rank + 1]] += num_workers * (mean - means[comm.rank])
+    return torch.cat(means).to(width), residual, None
+
+
+def _encode(codec: Codec, values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The code, padded so that several of them in a row are aligned for any type."""
+    code = codec.encode(values.float(), sizes)
+    return pad(code, (0, -len(code) % 8))
+
+
+def _stack(codes: Sequence[Tensor]) -> Tensor:
+    longest = max(len(code) for code in codes)
+    return torch.stack([pad(code, (0, longest - len(code))) for code in codes])
+
+
+def _cut(sizes: Sequence[int], bounds: Sequence[int]) -> list[list[int]]:
+    """The sizes of the pieces between consecutive bounds, when consecutive pieces of `sizes` are cut there too."""
+    edges = sorted({0, *accumulate(sizes), *bounds})
+    return [[high - low for low, high in pairwise(edges) if start <= low < end] for start, end in pairwise(bounds)]

@@ -1,0 +1,75 @@
+"""A sync between its launch and its finish."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lopt.exchange import Exchange
+from lightning_lopt.packing import Part
+
+
+@dataclass
+class Flight:
+    """What must be known at the finish.
+
+    Attributes:
+        round_idx: index of the round that ends.
+        local_steps: H of that round.
+        everything: whether the weights shall be the same on all workers afterwards.
+        exchange: what travels.
+        states: the local optimizer's states that travel with it.
+        launched: y of each part, a copy; None if nothing moves meanwhile.
+        launch_seconds: that the launch took.
+    """
+
+    round_idx: int
+    local_steps: int
+    everything: bool
+    exchange: Exchange
+    states: list[Tensor]
+    launched: list[Tensor] | None
+    launch_seconds: float = 0.0
+
+    def lost(self) -> Iterator[tuple[Part, Tensor]]:
+        """What compression lost of each part; nothing where it was sent as it is."""
+        for wire in self.exchange.wires.values():
+            residual = torch.zeros_like(wire.body) if wire.residual is None else wire.residual
+            yield from zip(wire.parts, wire.split(residual), strict=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What arrived, the same on all workers; waits for it."""
+        self.exchange.wait()
+        return {
+            "round_idx": self.round_idx,
+            "local_steps": self.local_steps,
+            "wires": [wire.state_dict() for wire in self.exchange.wires.values()],
+            "arrived": {i: value.clone() for i, value in self.exchange.arrived.items()},
+        }
+
+    def own_state(self) -> dict[str, Any]:
+        """What differs between the workers; waits for it."""
+        self.exchange.wait()
+        return {
+            "launched": self.launched,
+            "buffers": self.exchange.buffers,
+            "residuals": [wire.residual for wire in self.exchange.wires.values()],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned, in a flight of the same parts."""
+        for wire, saved in zip(self.exchange.wires.values(), state["wires"], strict=True):
+            wire.load_state_dict(saved)
+        self.exchange.arrived = {i: v.to(self.exchange.buffers[i].device) for i, v in state["arrived"].items()}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Restore what `own_state` returned."""
+        parts, buffers = self.exchange.parts, self.exchange.buffers
+        self.launched = [y.to(part.tracked.param.device) for y, part in zip(state["launched"], parts, strict=True)]
+        self.exchange.buffers = [b.to(like.device) for b, like in zip(state["buffers"], buffers, strict=True)]
+        for wire, residual in zip(self.exchange.wires.values(), state["residuals"], strict=True):
+            wire.residual = None if residual is None else residual.to(wire.body.device)

@@ -1,0 +1,87 @@
+"""Which coordinates a round shares, and how a worker takes up what comes back."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+MergeRule = Literal["delay_corrected", "overwrite"] | float
+
+
+def merge(anchor: Tensor, launched: Tensor | None, present: Tensor, rule: MergeRule) -> Tensor:
+    r"""The worker's new parameters, from the anchor a that a sync gave, its own y at launch and z at the finish.
+
+    .. math:: x = a + (z - y) \quad|\quad x = a \quad|\quad x = \alpha z + (1 - \alpha) a
+
+    The delay-corrected merge keeps the workers' progress while the sync was in flight, and with it their mean:
+    with plain averaging mean x = mean z.
+
+    Args:
+        anchor: a, [*S].
+        launched: y, [*S]; None if nothing was in flight, so that y = z.
+        present: z, [*S].
+        rule: `"delay_corrected"`, `"overwrite"`, or α in [0, 1], the weight of z.
+
+    Source: arXiv 2605.20866 (delay-corrected), 2501.18512 (blend).
+
+    Example:
+        >>> a, y, z = torch.tensor([1.0]), torch.tensor([3.0]), torch.tensor([3.5])
+        >>> [merge(a, y, z, rule).item() for rule in ("delay_corrected", "overwrite", 0.5)]
+        [1.5, 1.0, 2.25]
+    """
+    if rule == "overwrite":
+        return anchor
+    if rule == "delay_corrected":
+        return anchor if launched is None else anchor + (present.to(anchor.dtype) - launched)
+    return torch.lerp(anchor, present.to(anchor.dtype), rule)
+
+
+def shared_indices(numel: int, count: int, seed: int, round_idx: int) -> Tensor:
+    """A uniformly random subset of `count` of `numel` coordinates, the same for everybody who asks; ascending.
+
+    Costs time and memory of the order of `count` up to half of the coordinates: nothing is sorted, and no mask made.
+
+    Args:
+        numel: number of coordinates.
+        count: in [0, numel].
+        seed: of the whole run.
+        round_idx: each round has another subset.
+
+    Example:
+        >>> shared_indices(10, 3, seed=0, round_idx=0).tolist() == shared_indices(10, 3, seed=0, round_idx=0).tolist()
+        True
+    """
+    key = hashlib.sha256(f"{seed},{round_idx}".encode()).digest()
+    return _subset(numel, count, torch.Generator().manual_seed(int.from_bytes(key[:4], "big")))
+
+
+def _subset(numel: int, count: int, generator: torch.Generator) -> Tensor:
+    if 2 * count > numel:
+        return _complement(numel, _subset(numel, numel - count, generator))
+    if numel <= 1 << 12:
+        return torch.randperm(numel, generator=generator)[:count].sort().values
+    # Coordinates chosen independently, by their geometric gaps, and a few too many; then a random few are dropped.
+    probability = (count + 4 * math.sqrt(count)) / numel
+    mean = numel * probability
+    chosen = torch.empty(0)
+    while len(chosen) < count:
+        uniform = torch.rand(math.ceil(mean + 8 * math.sqrt(mean)) + 1, generator=generator, dtype=torch.float64)
+        gaps = uniform.neg_().log1p_().div_(math.log1p(-probability)).long().add_(1)
+        positions = gaps.cumsum_(0).sub_(1)
+        chosen = positions[: int(torch.searchsorted(positions, numel))]
+        if len(chosen) == len(positions):  # the end was not reached: draw again
+            chosen = chosen[:0]
+    return chosen[_complement(len(chosen), _subset(len(chosen), len(chosen) - count, generator))]
+
+
+def _complement(numel: int, index: Tensor) -> Tensor:
+    """All coordinates but these ascending ones; several times faster than a mask."""
+    jumps = torch.ones(numel - len(index), dtype=torch.int64)
+    before = index - torch.arange(len(index))  # how many of the others come before each
+    inside = before[before < len(jumps)]
+    jumps.index_add_(0, inside, torch.ones_like(inside))
+    return jumps.cumsum_(0).sub_(1)

@@ -1,0 +1,212 @@
+"""The outer step: averaging, or a torch optimizer on the anchors, with averaging as its guard."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_lopt.comm import Communicator, digest
+from lightning_lopt.packing import Part, Tracked, Wire
+
+OuterFactory = Callable[[Any], Optimizer]
+Pairs = list[tuple[Part, Tensor]]
+
+
+def average(wires: Iterable[Wire]) -> float:
+    """The anchors become the means that arrived; the squared norm of the pseudo-gradient that this amounts to."""
+    square = 0.0
+    for wire in wires:
+        for part, arrived in zip(wire.parts, wire.views, strict=True):
+            anchor = part.of(part.tracked.anchor)
+            difference = arrived if wire.differences else anchor - arrived
+            square += float(difference.square().sum())
+            part.put(part.tracked.anchor, anchor - arrived if wire.differences else arrived)
+    return square
+
+
+class OuterStep:
+    """A torch optimizer whose parameters are the anchors and whose gradients the averaged pseudo-gradients.
+
+    Args:
+        factory: makes the optimizer from parameter groups.
+        groups: the parameters of each group of the local optimizer.
+        comm: knows the workers.
+        whole_tensors: whether tensors are always stepped as a whole.
+
+    Attributes:
+        optimizer: before each step its groups hold `round_idx`, `local_steps` and `local_lr`.
+        gathers: whether it needs each worker's pseudo-gradient.
+
+    Raises:
+        ValueError: it belongs to another number of workers, or needs whole tensors and will not get them.
+    """
+
+    def __init__(
+        self, factory: OuterFactory, groups: Sequence[Sequence[Tracked]], comm: Communicator, *, whole_tensors: bool
+    ) -> None:
+        self._rank = comm.rank
+        self.optimizer = factory([{"params": [t.anchor for t in group]} for group in groups])
+        self.gathers: bool = getattr(self.optimizer, "needs_worker_grads", False)
+        needed = getattr(self.optimizer, "num_workers", None)
+        if needed not in (None, comm.num_workers):
+            raise ValueError(
+                f"This outer optimizer's network belongs to {needed} workers, but there are {comm.num_workers}. Use as "
+                "many workers, weights meta-trained for this number, or weights with inputs='mean', which take any "
+                "number."
+            )
+        if not whole_tensors:
+            check_coordinatewise(self.optimizer)
+
+    def add_group(self, group: Sequence[Tracked]) -> None:
+        """Follow a new group of the local optimizer."""
+        self.optimizer.add_param_group({"params": [t.anchor for t in group]})
+
+    def step(self, wires: Iterable[Wire], keys: Sequence[dict[str, Any]], *, scratch: bool) -> tuple[float, bool]:
+        """Step the anchors.
+
+        Args:
+            wires: as they arrived.
+            keys: what to write into each parameter group.
+            scratch: whether the workers' own parameters may be overwritten.
+
+        Returns:
+            The squared norm of the pseudo-gradient, and whether averaging replaced the step.
+        """
+        pairs: Pairs = []
+        workers: list[Tensor] = []
+        for wire in wires:
+            per_worker = [] if wire.workers is None else wire.split(wire.workers)
+            for i, (part, grad) in enumerate(zip(wire.parts, wire.views, strict=True)):
+                if not part.tracked.known:  # from an anchor of 0, minus the pseudo-gradient is the mean
+                    part.tracked.anchor.copy_(-grad)
+                    continue
+                pairs.append((part, grad))
+                workers += per_worker[i : i + 1]
+        for group, values in zip(self.optimizer.param_groups, keys, strict=True):
+            group.update(values)
+        square = sum(float(grad.square().sum()) for _, grad in pairs)
+        limit: float | None = getattr(self.optimizer, "max_update_ratio", None)
+        with narrowed(self.optimizer, [part for part, _ in pairs]), _gradients(pairs, workers):
+            before = [] if limit is None else [_kept(part, scratch=scratch) for part, _ in pairs]
+            self.optimizer.step()
+            refused = limit is not None and self._refuse(pairs, before, limit, square, keys)
+        return square, refused
+
+    def _refuse(
+        self, pairs: Pairs, before: list[Tensor], limit: float, square: float, keys: Sequence[dict[str, Any]]
+    ) -> bool:
+        """Average instead if the step is not finite or over `limit` times the averaged one; say so."""
+        steps = ((part.tracked.anchor - old).square().sum() for (part, _), old in zip(pairs, before, strict=True))
+        update = sum(float(step) for step in steps)
+        if math.isfinite(update) and update <= limit**2 * square:
+            return False
+        for (part, grad), old in zip(pairs, before, strict=True):
+            torch.sub(old, grad, out=part.tracked.anchor)
+        if not math.isfinite(update):
+            self.optimizer.state.clear()
+        if self._rank == 0:
+            warnings.warn(
+                f"Round {keys[0]['round_idx']}: the outer step was refused and the workers were averaged instead. Its "
+                f"norm is {math.sqrt(update):.3g}, that of the averaged pseudo-gradient {math.sqrt(square):.3g}; "
+                + _advice(math.isfinite(update), math.isfinite(square), limit),
+                stacklevel=2,
+            )
+        return True
+
+
+@contextmanager
+def narrowed(optimizer: Optimizer, parts: Sequence[Part]) -> Iterator[None]:
+    """Show an optimizer only the chosen coordinates of its parameters and of their states, as 1-D tensors.
+
+    A state that the optimizer makes meanwhile is 0 at all other coordinates.
+
+    Raises:
+        ValueError: a state that is neither a number nor of its parameter's shape.
+    """
+    wide: list[tuple[Part, Tensor, dict[str, Tensor]]] = []
+    for part in parts:
+        if part.index is None:
+            continue
+        p, state = part.tracked.anchor, optimizer.state[part.tracked.anchor]
+        full = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == p.shape}
+        wide.append((part, p.data, full))
+        state.update({k: part.of(v) for k, v in full.items()})
+        p.data = part.of(p.data)
+    try:
+        yield
+    finally:
+        for part, values, full in wide:
+            p, state = part.tracked.anchor, optimizer.state[part.tracked.anchor]
+            narrow, p.data = p.data, values
+            part.put(values, narrow)
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == part.shape:
+                    state[key] = full.get(key, torch.zeros_like(values, dtype=value.dtype))
+                    part.put(state[key], value)
+                elif isinstance(value, Tensor) and value.numel() > 1:
+                    raise ValueError(_whole(optimizer, f"its state {key!r}"))
+
+
+def check_coordinatewise(optimizer: Optimizer) -> None:
+    """Refuse an outer optimizer that must see whole tensors.
+
+    Raises:
+        ValueError: it says so by an attribute `needs_whole_tensors`.
+    """
+    if getattr(optimizer, "needs_whole_tensors", False):
+        raise ValueError(_whole(optimizer, "its statistics of rows, columns and whole tensors"))
+
+
+def fingerprint(outer: Optimizer | None) -> int:
+    """An integer that differs for outer optimizers of another kind, with other settings or another network."""
+    settings = [] if outer is None else [{k: v for k, v in g.items() if k != "params"} for g in outer.param_groups]
+    return digest(repr((type(outer).__name__, settings, getattr(outer, "fingerprint", None))))
+
+
+@contextmanager
+def _gradients(pairs: Pairs, workers: list[Tensor]) -> Iterator[None]:
+    for i, (part, grad) in enumerate(pairs):
+        part.tracked.anchor.grad = grad
+        if workers:
+            part.tracked.anchor.worker_grads = workers[i]  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        for part, _ in pairs:
+            part.tracked.anchor.grad = None
+            if workers:
+                del part.tracked.anchor.worker_grads  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _kept(part: Part, *, scratch: bool) -> Tensor:
+    """A copy of the anchor, in the parameter itself where that may be and fits."""
+    t = part.tracked
+    if scratch and part.index is None and t.param.dtype == t.dtype:
+        return t.param.detach().copy_(t.anchor)
+    return t.anchor.clone()
+
+
+def _whole(optimizer: Optimizer, what: str) -> str:
+    return (
+        f"{type(optimizer).__name__} cannot step random coordinates of a tensor: {what} would be undefined. Send whole "
+        "tensors (density=1, or selection=Fragments(...)), or use an outer optimizer that treats each coordinate by "
+        "itself: averaging, SGD, SlowMomentum, Adam."
+    )
+
+
+def _advice(finite_update: bool, finite_average: bool, limit: float) -> str:
+    if finite_update:
+        return f"more than {limit:g} times as much is not trusted."
+    if finite_average:
+        return "the outer optimizer starts afresh."
+    return (
+        "a worker has diverged, and so the average is not finite either: the model is lost. Go back to a checkpoint "
+        "with a lower local learning rate or clipped gradients, or try LocalSGD."
+    )

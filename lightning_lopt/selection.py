@@ -1,0 +1,134 @@
+"""What is sent in a sync: everything, random coordinates, or tensors in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_lopt.functional.merge import shared_indices
+
+
+class Selection(Protocol):
+    """Which coordinates a sync sends; the same on all workers, without a word between them.
+
+    Attributes:
+        num_turns: syncs that `local_steps` are divided into; more than one if parts take turns.
+        whole_tensors: whether a tensor is sent as a whole or not at all.
+        partial: whether anything is left out.
+    """
+
+    @property
+    def num_turns(self) -> int: ...
+    @property
+    def whole_tensors(self) -> bool: ...
+    @property
+    def partial(self) -> bool: ...
+
+    def pick(self, sizes: Sequence[int], round_idx: int) -> list[bool | Tensor]:
+        """For each tensor whether it is sent, or the ascending indices of its coordinates that are."""
+        ...
+
+
+@dataclass(frozen=True)
+class Everything:
+    """All coordinates in every sync.
+
+    Example:
+        >>> Everything().pick([4, 2], round_idx=0)
+        [True, True]
+    """
+
+    num_turns = 1
+    whole_tensors = True
+    partial = False
+
+    def pick(self, sizes: Sequence[int], round_idx: int) -> list[bool | Tensor]:
+        return [True] * len(sizes)
+
+
+@dataclass(frozen=True)
+class RandomCoordinates:
+    """Uniformly random coordinates, others in every round; each worker draws the same ones from the shared seed.
+
+    Args:
+        density: share of all coordinates, in (0, 1].
+        seed: the same on all workers.
+
+    Raises:
+        ValueError: `density` outside (0, 1].
+
+    Source: arXiv 2605.20866 (LOSCAR-SGD); SPARTA.
+
+    Example:
+        >>> [len(index) for index in RandomCoordinates(0.5).pick([1, 7], round_idx=0)]
+        [0, 4]
+    """
+
+    density: float
+    seed: int = 0
+
+    num_turns = 1
+    whole_tensors = False
+    partial = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density must be in (0, 1], the share of the coordinates to send, not {self.density!r}.")
+
+    def pick(self, sizes: Sequence[int], round_idx: int) -> list[bool | Tensor]:
+        total = sum(sizes)
+        index = shared_indices(total, max(1, round(self.density * total)), self.seed, round_idx)
+        starts = [0, *accumulate(sizes)]
+        bounds = torch.searchsorted(index, torch.tensor(starts)).tolist()
+        return [index[low:high] - start for (low, high), start in zip(pairwise(bounds), starts, strict=False)]
+
+
+@dataclass(frozen=True)
+class Fragments:
+    """Groups of whole tensors in turn, of about equal size: the traffic is the same, its peaks are lower.
+
+    `local_steps` are a fragment's own period: with 4 fragments and H = 100 there is a sync every 25 steps.
+
+    Args:
+        num_fragments: P >= 1, at most the number of tensors.
+
+    Raises:
+        ValueError: `num_fragments` < 1, or more fragments than tensors.
+
+    Source: arXiv 2501.18512 (streaming DiLoCo).
+
+    Example:
+        >>> fragments = Fragments(2)
+        >>> fragments.pick([5, 4, 2], round_idx=0), fragments.pick([5, 4, 2], round_idx=1)
+        ([True, False, False], [False, True, True])
+    """
+
+    num_fragments: int
+
+    def __post_init__(self) -> None:
+        if self.num_fragments < 1:
+            raise ValueError(f"num_fragments must be >= 1, not {self.num_fragments!r}.")
+
+    whole_tensors = True
+
+    @property
+    def num_turns(self) -> int:
+        return self.num_fragments
+
+    @property
+    def partial(self) -> bool:
+        return self.num_fragments > 1
+
+    def pick(self, sizes: Sequence[int], round_idx: int) -> list[bool | Tensor]:
+        if len(sizes) < self.num_fragments:
+            raise ValueError(f"{len(sizes)} tensors cannot make {self.num_fragments} fragments; use fewer.")
+        loads, owners = [0] * self.num_fragments, [0] * len(sizes)
+        for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+            owners[i] = min(range(self.num_fragments), key=loads.__getitem__)
+            loads[owners[i]] += max(1, sizes[i])
+        return [owner == round_idx % self.num_fragments for owner in owners]

@@ -1,0 +1,89 @@
+"""What a sync sends, how long it is in flight, and how it lands: the answers that a method gives."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_lopt.comm import digest
+from lightning_lopt.functional.compression import Codec, as_codec
+from lightning_lopt.functional.merge import MergeRule
+from lightning_lopt.selection import Everything, RandomCoordinates, Selection
+
+LocalState = Literal["keep", "reset", "average"]
+
+
+@dataclass(frozen=True)
+class Travel:
+    """How parameters travel between the workers; by default everything at once, as it is.
+
+    The last sync of a run sends everything, uncompressed and with nothing in flight, whatever is said here.
+
+    Args:
+        density: share of the coordinates that a sync sends, in (0, 1]; they are drawn anew in every round.
+        selection: instead of a density, `Fragments(...)` or any `Selection`.
+        compression: `"bf16"`, `"int8"`, `TopK(...)` or any `Codec`, with error feedback; None for float32.
+        overlap_steps: Q >= 0 of the H local steps are taken while the sync is in flight, at most H - 1.
+        merge: what a worker makes of the anchor a, its y at the launch and z at the finish: `"delay_corrected"`
+            a + (z - y), `"overwrite"` a, or a number α in [0, 1] for α z + (1 - α) a.
+        local_state: what becomes of the local optimizer's state of the tensors that were sent: `"keep"`, `"reset"`,
+            or `"average"` over the workers, which costs traffic.
+
+    Raises:
+        ValueError: an argument out of its range, or two that exclude each other.
+
+    Example:
+        >>> Travel(density=0.1).picks
+        RandomCoordinates(density=0.1, seed=0)
+    """
+
+    density: float = 1.0
+    selection: Selection | None = None
+    compression: str | Codec | None = None
+    overlap_steps: int = 0
+    merge: MergeRule = "delay_corrected"
+    local_state: LocalState = "keep"
+
+    def __post_init__(self) -> None:
+        if self.selection is not None and self.density != 1:
+            raise ValueError("density is short for selection=RandomCoordinates(density): give one of the two.")
+        if isinstance(self.overlap_steps, bool) or not isinstance(self.overlap_steps, int) or self.overlap_steps < 0:
+            raise ValueError(f"overlap_steps must be an integer >= 0, not {self.overlap_steps!r}.")
+        if self.merge not in ("delay_corrected", "overwrite") and not (
+            isinstance(self.merge, int | float) and 0 <= self.merge <= 1
+        ):
+            raise ValueError(f"merge must be 'delay_corrected', 'overwrite' or a number in [0, 1], not {self.merge!r}.")
+        if self.local_state not in ("keep", "reset", "average"):
+            raise ValueError(f"local_state must be 'keep', 'reset' or 'average', not {self.local_state!r}.")
+        if self.local_state != "keep" and not self.picks.whole_tensors:
+            raise ValueError(
+                f"local_state={self.local_state!r} needs whole tensors: a state in which only some coordinates were "
+                "changed would not fit its step count. Use local_state='keep' with random coordinates."
+            )
+        if self.local_state == "average" and self.overlap_steps:
+            raise ValueError(
+                "local_state='average' excludes overlap_steps: a mean from before the overlap would undo the steps "
+                "in between, and correcting a second moment for the delay can make it negative."
+            )
+        _ = self.picks, self.codec  # their errors, here
+
+    @property
+    def fingerprint(self) -> int:
+        """Differs for other settings; for other custom classes, only if their `repr` does."""
+        return digest(re.sub(r" at 0x[0-9a-f]+", "", repr(self)))
+
+    @property
+    def picks(self) -> Selection:
+        """The selection."""
+        return self.selection or (Everything() if self.density == 1 else RandomCoordinates(self.density))
+
+    @property
+    def codec(self) -> Codec | None:
+        """The compression as a codec."""
+        return as_codec(self.compression)
+
+    @property
+    def leaves_common_weights(self) -> bool:
+        """Whether all workers hold the same weights after a sync of which nothing was in flight."""
+        return not self.picks.partial and isinstance(self.merge, str)
