@@ -38,19 +38,16 @@ class OuterStep:
         factory: makes the optimizer from parameter groups.
         groups: the parameters of each group of the local optimizer.
         comm: knows the workers.
-        whole_tensors: whether tensors are always stepped as a whole.
 
     Attributes:
         optimizer: before each step its groups hold `round_idx`, `local_steps` and `local_lr`.
         gathers: whether it needs each worker's pseudo-gradient.
 
     Raises:
-        ValueError: it belongs to another number of workers, or needs whole tensors and will not get them.
+        ValueError: it belongs to another number of workers.
     """
 
-    def __init__(
-        self, factory: OuterFactory, groups: Sequence[Sequence[Tracked]], comm: Communicator, *, whole_tensors: bool
-    ) -> None:
+    def __init__(self, factory: OuterFactory, groups: Sequence[Sequence[Tracked]], comm: Communicator) -> None:
         self._rank = comm.rank
         self.optimizer = factory([{"params": [t.anchor for t in group]} for group in groups])
         self.gathers: bool = getattr(self.optimizer, "needs_worker_grads", False)
@@ -61,8 +58,6 @@ class OuterStep:
                 "many workers, weights meta-trained for this number, or weights with inputs='mean', which take any "
                 "number."
             )
-        if not whole_tensors:
-            check_coordinatewise(self.optimizer)
 
     def add_group(self, group: Sequence[Tracked]) -> None:
         """Follow a new group of the local optimizer."""
@@ -126,9 +121,6 @@ def narrowed(optimizer: Optimizer, parts: Sequence[Part]) -> Iterator[None]:
     """Show an optimizer only the chosen coordinates of its parameters and of their states, as 1-D tensors.
 
     A state that the optimizer makes meanwhile is 0 at all other coordinates.
-
-    Raises:
-        ValueError: a state that is neither a number nor of its parameter's shape.
     """
     wide: list[tuple[Part, Tensor, dict[str, Tensor]]] = []
     for part in parts:
@@ -150,18 +142,23 @@ def narrowed(optimizer: Optimizer, parts: Sequence[Part]) -> Iterator[None]:
                 if isinstance(value, Tensor) and value.shape == part.shape:
                     state[key] = full.get(key, torch.zeros_like(values, dtype=value.dtype))
                     part.put(state[key], value)
-                elif isinstance(value, Tensor) and value.numel() > 1:
-                    raise ValueError(_whole(optimizer, f"its state {key!r}"))
 
 
-def check_coordinatewise(optimizer: Optimizer) -> None:
+def check_coordinatewise(factory: OuterFactory) -> None:
     """Refuse an outer optimizer that must see whole tensors.
 
     Raises:
-        ValueError: it says so by an attribute `needs_whole_tensors`.
+        ValueError: it says so by an attribute `needs_whole_tensors`, or has states of another shape than a parameter.
     """
+    probe = torch.zeros(2, 3)
+    probe.grad = torch.zeros(2, 3)
+    optimizer = factory([{"params": [probe]}])
     if getattr(optimizer, "needs_whole_tensors", False):
         raise ValueError(_whole(optimizer, "its statistics of rows, columns and whole tensors"))
+    optimizer.step()
+    for key, value in optimizer.state[probe].items():
+        if isinstance(value, Tensor) and value.numel() > 1 and value.shape != probe.shape:
+            raise ValueError(_whole(optimizer, f"its state {key!r}"))
 
 
 def fingerprint(outer: Optimizer | None) -> int:

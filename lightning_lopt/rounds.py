@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -203,7 +202,7 @@ def check_combination(schedule: Schedule, outer_optimizer: OuterFactory | None, 
             steps that has no room for the overlap or for all fragments.
     """
     if outer_optimizer is not None and not travel.picks.whole_tensors:
-        check_coordinatewise(outer_optimizer([torch.zeros(1)]))
+        check_coordinatewise(outer_optimizer)
     turns = travel.picks.num_turns
     if isinstance(schedule, Constant) and schedule.local_steps // turns <= travel.overlap_steps:
         raise ValueError(

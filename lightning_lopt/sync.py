@@ -51,7 +51,7 @@ class Sync:
 
     Raises:
         ValueError: nothing to train, parameters that are not dense and real, or an outer optimizer that belongs to
-            another number of workers or cannot step what is sent.
+            another number of workers.
         DisagreementError: the workers' models differ.
     """
 
@@ -80,9 +80,7 @@ class Sync:
         self._buffers = Buffers(model)
         self._step = None
         if outer_optimizer is not None:
-            self._step = OuterStep(
-                outer_optimizer, self._parameters.groups, comm, whole_tensors=self._picks.whole_tensors
-            )
+            self._step = OuterStep(outer_optimizer, self._parameters.groups, comm)
         comm.agree(
             self._device,
             {

@@ -67,7 +67,7 @@ def _subset(numel: int, count: int, generator: torch.Generator) -> Tensor:
     # Coordinates chosen independently, by their geometric gaps, and a few too many; then a random few are dropped.
     probability = (count + 4 * math.sqrt(count)) / numel
     mean = numel * probability
-    chosen = torch.empty(0)
+    chosen = torch.empty(0, dtype=torch.int64)
     while len(chosen) < count:
         uniform = torch.rand(math.ceil(mean + 8 * math.sqrt(mean)) + 1, generator=generator, dtype=torch.float64)
         gaps = uniform.neg_().log1p_().div_(math.log1p(-probability)).long().add_(1)
