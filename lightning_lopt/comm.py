@@ -79,14 +79,29 @@ class Communicator:
         dist.all_gather(list(stacked.unbind(0)), flat, group=self._group)
         return stacked
 
-    def all_to_all(self, rows: Tensor) -> Tensor:
-        """Send row k to worker k: [K, n] -> [K, n], what each worker has for this one, in the order of their ranks."""
+    def all_to_all(self, flat: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """Send consecutive slices to worker 0, 1, ...; what each worker has for this one, in the same order.
+
+        Args:
+            flat: contiguous, [n].
+            send: length of the slice for each worker.
+            receive: length of the slice from each worker.
+        """
         if self._group is None:
-            return rows
-        self._count(rows, (self.num_workers - 1) / self.num_workers)
-        received = torch.empty_like(rows)
-        dist.all_to_all_single(received, rows, group=self._group)
+            return flat
+        self._count(flat, 1 - send[self.rank] / max(1, len(flat)))
+        received = flat.new_empty(sum(receive))
+        dist.all_to_all_single(received, flat, list(receive), list(send), group=self._group)
         return received
+
+    def total(self, values: Sequence[float], device: torch.device) -> list[float]:
+        """The sum of each number over the workers."""
+        if self._group is None:
+            return list(values)
+        flat = torch.tensor(values, dtype=torch.float64, device=device)
+        self._count(flat, 2 * (self.num_workers - 1) / self.num_workers)
+        dist.all_reduce(flat, group=self._group)
+        return flat.tolist()
 
     def gather_objects(self, item: Any) -> list[Any] | None:
         """All workers' picklable objects in the order of their ranks, on rank 0; None on the others."""

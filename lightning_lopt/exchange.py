@@ -16,6 +16,7 @@ from lightning_lopt.comm import Communicator
 from lightning_lopt.functional.compression import Codec
 from lightning_lopt.packing import Part, Wire
 from lightning_lopt.parameters import wire_dtype
+from lightning_lopt.sharding import Shards
 
 
 class Background:
@@ -71,6 +72,7 @@ class Exchange:
     Attributes:
         gather: whether every worker's bodies are wanted, not only their mean.
         codec: compresses the bodies of the wires.
+        shards: sends each worker its share of the sorted wires only.
         parts: of all wires.
         arrived: the buffers that somebody changed, by position: their mean or maximum.
         states: the means.
@@ -91,6 +93,7 @@ class Exchange:
         self.wires, self.buffers, self.states = wires, buffers, list(states)
         self.gather = False
         self.codec: Codec | None = None
+        self.shards: Shards | None = None
         self.arrived: dict[int, Tensor] = {}
         self.bytes_sent = 0
         self.seconds = 0.0
@@ -150,6 +153,9 @@ class Exchange:
             )
             wire.body.copy_(mean)
             self._comm.mean_(wire.flat[len(wire.body) :])
+        elif self.shards is not None:
+            self.shards.collect(wire, gather=self.gather)
+            self._comm.mean_(wire.flat[len(wire.body) :])
         elif self.gather:
             stacked = self._comm.gather(wire.flat)
             torch.mean(stacked, 0, out=wire.flat)
@@ -199,7 +205,8 @@ def compressed_mean(
     sent = torch.cat([codec.decode(code, s) for code, s in zip(codes, pieces, strict=True)])
     own = pieces[comm.rank]
     mean = torch.zeros(sum(own), device=values.device)
-    for code in comm.all_to_all(codes):
+    length = [codes.shape[1]] * num_workers
+    for code in comm.all_to_all(codes.flatten(), length, length).view_as(codes):
         mean += codec.decode(code, own)
     mean /= num_workers
     coded = _encode(codec, mean, own)

@@ -47,7 +47,7 @@ class Flight:
         return {
             "round_idx": self.round_idx,
             "local_steps": self.local_steps,
-            "wires": [wire.state_dict() for wire in self.exchange.wires.values()],
+            "wires": None if self.exchange.shards else self._wires(),
             "arrived": {i: value.clone() for i, value in self.exchange.arrived.items()},
         }
 
@@ -55,19 +55,27 @@ class Flight:
         """What differs between the workers; waits for it."""
         self.exchange.wait()
         return {
+            "wires": self._wires() if self.exchange.shards else None,
             "launched": self.launched,
             "buffers": self.exchange.buffers,
             "residuals": [wire.residual for wire in self.exchange.wires.values()],
         }
 
+    def _wires(self) -> list[dict[str, Any]]:
+        return [wire.state_dict() for wire in self.exchange.wires.values()]
+
+    def _load_wires(self, states: list[dict[str, Any]] | None) -> None:
+        for wire, state in zip(self.exchange.wires.values(), states or (), strict=states is not None):
+            wire.load_state_dict(state)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, in a flight of the same parts."""
-        for wire, saved in zip(self.exchange.wires.values(), state["wires"], strict=True):
-            wire.load_state_dict(saved)
+        self._load_wires(state["wires"])
         self.exchange.arrived = {i: v.to(self.exchange.buffers[i].device) for i, v in state["arrived"].items()}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Restore what `own_state` returned."""
+        self._load_wires(state["wires"])
         parts, buffers = self.exchange.parts, self.exchange.buffers
         self.launched = [y.to(part.tracked.param.device) for y, part in zip(state["launched"], parts, strict=True)]
         self.exchange.buffers = [b.to(like.device) for b, like in zip(state["buffers"], buffers, strict=True)]

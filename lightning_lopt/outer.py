@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_lopt.comm import Communicator, digest
-from lightning_lopt.packing import Part, Tracked, Wire
+from lightning_lopt.packing import Part, Wire
+from lightning_lopt.parameters import Tracked
+from lightning_lopt.sharding import Shards
 
 OuterFactory = Callable[[Any], Optimizer]
 Pairs = list[tuple[Part, Tensor]]
@@ -23,7 +25,7 @@ def average(wires: Iterable[Wire]) -> float:
     """The anchors become the means that arrived; the squared norm of the pseudo-gradient that this amounts to."""
     square = 0.0
     for wire in wires:
-        for part, arrived in zip(wire.parts, wire.views, strict=True):
+        for part, arrived, _ in wire.arrived():
             anchor = part.of(part.tracked.anchor)
             difference = arrived if wire.differences else anchor - arrived
             square += float(difference.square().sum())
@@ -37,7 +39,8 @@ class OuterStep:
     Args:
         factory: makes the optimizer from parameter groups.
         groups: the parameters of each group of the local optimizer.
-        comm: knows the workers.
+        comm: the collectives.
+        shards: which tensors this worker steps; None for all.
 
     Attributes:
         optimizer: before each step its groups hold `round_idx`, `local_steps` and `local_lr`.
@@ -47,8 +50,10 @@ class OuterStep:
         ValueError: it belongs to another number of workers.
     """
 
-    def __init__(self, factory: OuterFactory, groups: Sequence[Sequence[Tracked]], comm: Communicator) -> None:
-        self._rank = comm.rank
+    def __init__(
+        self, factory: OuterFactory, groups: Sequence[Sequence[Tracked]], comm: Communicator, shards: Shards | None
+    ) -> None:
+        self._comm, self._groups, self._shards = comm, groups, shards
         self.optimizer = factory([{"params": [t.anchor for t in group]} for group in groups])
         self.gathers: bool = getattr(self.optimizer, "needs_worker_grads", False)
         needed = getattr(self.optimizer, "num_workers", None)
@@ -63,30 +68,53 @@ class OuterStep:
         """Follow a new group of the local optimizer."""
         self.optimizer.add_param_group({"params": [t.anchor for t in group]})
 
-    def step(self, wires: Iterable[Wire], keys: Sequence[dict[str, Any]], *, scratch: bool) -> tuple[float, bool]:
+    def _total(self, value: float) -> float:
+        """Its sum over the workers, each of whom has the value of its own tensors."""
+        if self._shards is None:
+            return value
+        return self._comm.total([value], self.optimizer.param_groups[0]["params"][0].device)[0]
+
+    def state_dict(self, *, alone: bool) -> dict[str, Any]:
+        """The optimizer's; of all tensors on rank 0, of all that it steps on another worker, or if `alone`."""
+        state = self.optimizer.state_dict()
+        if self._shards is not None and not alone:
+            for other in self._comm.gather_objects(state["state"]) or ():
+                state["state"].update(other)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned, as far as it is of tensors that this worker steps."""
+        self.optimizer.load_state_dict(state)
+        if self._shards is not None:
+            for t in (t for group in self._groups for t in group if not self._shards.owns(t)):
+                self.optimizer.state.pop(t.anchor, None)
+
+    def step(
+        self, wires: Iterable[Wire], keys: dict[str, int], local: Optimizer, *, scratch: bool
+    ) -> tuple[float, bool]:
         """Step the anchors.
 
         Args:
             wires: as they arrived.
-            keys: what to write into each parameter group.
+            keys: what to write into the parameter groups.
+            local: the local optimizer, whose learning rates go there, too.
             scratch: whether the workers' own parameters may be overwritten.
 
         Returns:
             The squared norm of the pseudo-gradient, and whether averaging replaced the step.
         """
         pairs: Pairs = []
-        workers: list[Tensor] = []
+        workers: list[Tensor | None] = []
         for wire in wires:
-            per_worker = [] if wire.workers is None else wire.split(wire.workers)
-            for i, (part, grad) in enumerate(zip(wire.parts, wire.views, strict=True)):
+            for part, grad, per_worker in wire.arrived():
                 if not part.tracked.known:  # from an anchor of 0, minus the pseudo-gradient is the mean
                     part.tracked.anchor.copy_(-grad)
                     continue
                 pairs.append((part, grad))
-                workers += per_worker[i : i + 1]
-        for group, values in zip(self.optimizer.param_groups, keys, strict=True):
-            group.update(values)
-        square = sum(float(grad.square().sum()) for _, grad in pairs)
+                workers.append(per_worker)
+        for group, own in zip(self.optimizer.param_groups, local.param_groups, strict=True):
+            group.update(keys, local_lr=float(own.get("lr", math.nan)))
+        square = self._total(sum(float(grad.square().sum()) for _, grad in pairs))
         limit: float | None = getattr(self.optimizer, "max_update_ratio", None)
         with narrowed(self.optimizer, [part for part, _ in pairs]), _gradients(pairs, workers):
             before = [] if limit is None else [_kept(part, scratch=scratch) for part, _ in pairs]
@@ -94,21 +122,19 @@ class OuterStep:
             refused = limit is not None and self._refuse(pairs, before, limit, square, keys)
         return square, refused
 
-    def _refuse(
-        self, pairs: Pairs, before: list[Tensor], limit: float, square: float, keys: Sequence[dict[str, Any]]
-    ) -> bool:
+    def _refuse(self, pairs: Pairs, before: list[Tensor], limit: float, square: float, keys: dict[str, int]) -> bool:
         """Average instead if the step is not finite or over `limit` times the averaged one; say so."""
         steps = ((part.tracked.anchor - old).square().sum() for (part, _), old in zip(pairs, before, strict=True))
-        update = sum(float(step) for step in steps)
+        update = self._total(sum(float(step) for step in steps))
         if math.isfinite(update) and update <= limit**2 * square:
             return False
         for (part, grad), old in zip(pairs, before, strict=True):
             torch.sub(old, grad, out=part.tracked.anchor)
         if not math.isfinite(update):
             self.optimizer.state.clear()
-        if self._rank == 0:
+        if self._comm.rank == 0:
             warnings.warn(
-                f"Round {keys[0]['round_idx']}: the outer step was refused and the workers were averaged instead. Its "
+                f"Round {keys['round_idx']}: the outer step was refused and the workers were averaged instead. Its "
                 f"norm is {math.sqrt(update):.3g}, that of the averaged pseudo-gradient {math.sqrt(square):.3g}; "
                 + _advice(math.isfinite(update), math.isfinite(square), limit),
                 stacklevel=2,
@@ -168,17 +194,17 @@ def fingerprint(outer: Optimizer | None) -> int:
 
 
 @contextmanager
-def _gradients(pairs: Pairs, workers: list[Tensor]) -> Iterator[None]:
-    for i, (part, grad) in enumerate(pairs):
+def _gradients(pairs: Pairs, workers: Sequence[Tensor | None]) -> Iterator[None]:
+    for (part, grad), per_worker in zip(pairs, workers, strict=True):
         part.tracked.anchor.grad = grad
-        if workers:
-            part.tracked.anchor.worker_grads = workers[i]  # pyright: ignore[reportAttributeAccessIssue]
+        if per_worker is not None:
+            part.tracked.anchor.worker_grads = per_worker  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
-        for part, _ in pairs:
+        for (part, _), per_worker in zip(pairs, workers, strict=True):
             part.tracked.anchor.grad = None
-            if workers:
+            if per_worker is not None:
                 del part.tracked.anchor.worker_grads  # pyright: ignore[reportAttributeAccessIssue]
 
 

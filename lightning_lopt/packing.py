@@ -60,7 +60,8 @@ class Wire:
         square: the scalar, for the squared distance between a worker and the anchor.
         flat: what travels: body, scalar and passengers.
         differences: whether the parts hold anchor - y instead of y.
-        workers: every worker's body [K, n], if the exchange gathered them.
+        own: which parts this worker steps; their pieces hold means after the exchange.
+        workers: every worker's body [K, n] of these parts, if the exchange gathered them.
         residual: what compression lost of this worker's body, [n], if it was compressed.
     """
 
@@ -74,13 +75,20 @@ class Wire:
         self.square = self._buffer[num]
         self.flat = self._buffer[: num + 1]
         self.differences = False
+        self.own = slice(None)
         self.workers: Tensor | None = None
         self.residual: Tensor | None = None
 
-    def split(self, flat: Tensor) -> list[Tensor]:
-        """The pieces of the parts that lie in the last dimension of `flat`, [..., n] -> [..., *S] each."""
-        pieces = flat[..., : len(self.body)].split(self.sizes, dim=-1)
-        return [p.view((*flat.shape[:-1], *part.shape)) for p, part in zip(pieces, self.parts, strict=True)]
+    def split(self, flat: Tensor, parts: slice = slice(None)) -> list[Tensor]:
+        """The pieces of some parts that lie in the last dimension of `flat`, [..., n] -> [..., *S] each."""
+        pieces = flat.split(self.sizes[parts], dim=-1)
+        return [p.view((*flat.shape[:-1], *part.shape)) for p, part in zip(pieces, self.parts[parts], strict=True)]
+
+    def arrived(self) -> list[tuple[Part, Tensor, Tensor | None]]:
+        """The parts that this worker steps: their means, and every worker's values [K, *S] if gathered."""
+        parts, means = self.parts[self.own], self.views[self.own]
+        workers = [None] * len(parts) if self.workers is None else self.split(self.workers, self.own)
+        return list(zip(parts, means, workers, strict=True))
 
     def fill(self, *, differences: bool) -> None:
         """Write anchor - y plus what compression has left over, or y itself."""
@@ -113,13 +121,14 @@ class Wire:
             "square": self.square.clone(),
             "workers": self.workers,
             "differences": self.differences,
+            "own": [self.own.start, self.own.stop],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, in a wire of the same parts."""
         self.body.copy_(state["body"])
         self.square.copy_(state["square"])
-        self.differences, self.workers = state["differences"], state["workers"]
+        self.differences, self.workers, self.own = state["differences"], state["workers"], slice(*state["own"])
 
 
 def pack(parts: Sequence[Part], passengers: Sequence[Tensor]) -> dict[torch.dtype, Wire]:

@@ -178,14 +178,14 @@ class Rounds:
         self.local_step = 0
         self.local_steps = None
 
-    def state_dict(self, *, in_flight: bool = True) -> dict[str, Any]:
+    def state_dict(self, *, alone: bool = False) -> dict[str, Any]:
         """Counters, anchors and outer state, the same on all workers. Local weights and states are not in it.
 
         Args:
-            in_flight: wait for a sync that is on the wire, and include it.
+            alone: do not talk to the other workers: see `Sync.state_dict`.
         """
         counters = {name: getattr(self, name) for name in _COUNTERS}
-        return {**counters, "sync": self.sync.state_dict(in_flight=in_flight)}
+        return {**counters, "sync": self.sync.state_dict(alone=alone)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""

@@ -28,6 +28,7 @@ from lightning_lopt.outer import OuterFactory, OuterStep
 from lightning_lopt.packing import Part, pack
 from lightning_lopt.parameters import Parameters, Tracked, size
 from lightning_lopt.report import RoundReport
+from lightning_lopt.sharding import Shards
 from lightning_lopt.travel import Travel
 
 EvalWeights = Literal["anchor", "mean"]
@@ -78,9 +79,10 @@ class Sync:
             if t.param.requires_grad:
                 t.adopt(t.param)
         self._buffers = Buffers(model)
+        self._shards = Shards(comm) if travel.sharded else None
         self._step = None
         if outer_optimizer is not None:
-            self._step = OuterStep(outer_optimizer, self._parameters.groups, comm)
+            self._step = OuterStep(outer_optimizer, self._parameters.groups, comm, self._shards)
         comm.agree(
             self._device,
             {
@@ -100,6 +102,8 @@ class Sync:
             if self._step is not None:
                 self._step.add_group(group)
         tracked = self._parameters.in_training()
+        if self._shards is not None:
+            self._shards.assign(tracked)
         if self._codec is not None:
             for t in tracked:
                 t.residual = torch.zeros_like(t.anchor) if t.residual is None else t.residual
@@ -107,7 +111,7 @@ class Sync:
 
     def _pick(self, tracked: list[Tracked], round_idx: int, *, everything: bool) -> list[Part]:
         if everything:
-            return [Part(t) for t in tracked]
+            return self._sort([Part(t) for t in tracked])
         picked = self._picks.pick([t.param.numel() for t in tracked], round_idx)
         parts = []
         for t, choice in zip(tracked, picked, strict=True):
@@ -115,7 +119,10 @@ class Sync:
                 parts.append(Part(t))
             elif isinstance(choice, Tensor) and len(choice):
                 parts.append(Part(t, choice.to(t.param.device)))
-        return parts
+        return self._sort(parts)
+
+    def _sort(self, parts: list[Part]) -> list[Part]:
+        return parts if self._shards is None else self._shards.sort(parts)
 
     @torch.no_grad()
     def launch(self, round_idx: int, local_steps: int, *, everything: bool = False, in_flight: bool = False) -> None:
@@ -144,6 +151,7 @@ class Sync:
         }
         exchange = self._exchange(parts, equal, states)
         exchange.fill(differences=self._step is not None or self._codec is not None)
+        exchange.shards = self._shards
         exchange.gather = self._step is not None and self._step.gathers
         if not everything and all(t.known for t in tracked):
             exchange.codec = self._codec
@@ -182,7 +190,7 @@ class Sync:
         """
         start = time.perf_counter()
         self.wait()
-        received = time.perf_counter()
+        received, bytes_before = time.perf_counter(), self._comm.bytes_sent
         flight, self._flight = self._flight, None
         assert flight is not None
         wires = flight.exchange.wires.values()
@@ -190,17 +198,15 @@ class Sync:
         rule = "overwrite" if flight.everything else self._travel.merge
         if self._step is None:
             square, fell_back = outer.average(wires), False
+            if self._shards is not None:
+                (square,) = self._comm.total([square], self._device)
         else:
-            keys = [
-                {
-                    "round_idx": flight.round_idx,
-                    "local_steps": flight.local_steps,
-                    "local_lr": float(group.get("lr", math.nan)),
-                }
-                for group in self._optimizer.param_groups
-            ]
+            keys = {"round_idx": flight.round_idx, "local_steps": flight.local_steps}
             scratch = flight.launched is None and isinstance(rule, str)
-            square, fell_back = self._step.step(wires, keys, scratch=scratch)
+            square, fell_back = self._step.step(wires, keys, self._optimizer, scratch=scratch)
+        if self._shards is not None:
+            for wire in wires:
+                self._shards.spread(wire)
         for i, part in enumerate(flight.exchange.parts):
             t = part.tracked
             y = None if flight.launched is None else flight.launched[i]
@@ -214,7 +220,7 @@ class Sync:
             local_steps=flight.local_steps,
             pseudo_grad_norm=math.sqrt(square),
             drift=math.sqrt(max(local_square - square, 0.0)),
-            bytes_sent=flight.exchange.bytes_sent,
+            bytes_sent=flight.exchange.bytes_sent + self._comm.bytes_sent - bytes_before,
             transfer_seconds=flight.exchange.seconds,
             outer_seconds=done - received,
             sync_seconds=flight.launch_seconds + done - start,
@@ -282,19 +288,22 @@ class Sync:
             buffer.copy_(synced)
         self.common = True
 
-    def state_dict(self, *, in_flight: bool = True) -> dict[str, Any]:
+    def state_dict(self, *, alone: bool = False) -> dict[str, Any]:
         """Anchors, the buffers of the last sync and the state of the outer optimizer; the same on all workers.
 
         Args:
-            in_flight: wait for what is on the wire and include it; otherwise, without waiting, leave it out.
+            alone: do not talk to the other workers, and leave out what is in flight and the outer state of tensors
+                that others step. Otherwise all must call it, and rank 0 gets everything.
         """
+        if not alone:
+            self.wait()
         return {
             "anchors": self._parameters.anchor_state(),
             "buffers": self._buffers.synced_state(),
-            "outer": None if self.outer is None else self.outer.state_dict(),
+            "outer": None if self._step is None else self._step.state_dict(alone=alone),
             "outer_kind": type(self.outer).__name__,
             "common": self.common,
-            "flight": self._flight.state_dict() if in_flight and self._flight is not None else None,
+            "flight": self._flight.state_dict() if not alone and self._flight is not None else None,
         }
 
     def local_state(self) -> dict[str, Any]:
@@ -329,11 +338,12 @@ class Sync:
             )
         self._parameters.load_anchor_state(state["anchors"])
         self._buffers.load_synced_state(state["buffers"])
-        if self.outer is not None:
-            self.outer.load_state_dict(state["outer"])
+        if self._step is not None:
+            self._step.load_state_dict(state["outer"])
         self.common, flight = state["common"], state["flight"]
         self._flight = None
         if flight is not None:
             exchange = self._exchange(self._pick(tracked, flight["round_idx"], everything=False), {})
+            exchange.shards = self._shards
             self._flight = Flight(flight["round_idx"], flight["local_steps"], False, exchange, [], None)
             self._flight.load_state_dict(flight)

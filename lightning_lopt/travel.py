@@ -29,6 +29,8 @@ class Travel:
             a + (z - y), `"overwrite"` a, or a number α in [0, 1] for α z + (1 - α) a.
         local_state: what becomes of the local optimizer's state of the tensors that were sent: `"keep"`, `"reset"`,
             or `"average"` over the workers, which costs traffic.
+        sharded: each worker does the outer step of some of the tensors, and holds the outer state of these alone; all
+            get the result. The traffic is that of an all-reduce, also where every worker's values are needed (LAgg-A).
 
     Raises:
         ValueError: an argument out of its range, or two that exclude each other.
@@ -44,6 +46,7 @@ class Travel:
     overlap_steps: int = 0
     merge: MergeRule = "delay_corrected"
     local_state: LocalState = "keep"
+    sharded: bool = False
 
     def __post_init__(self) -> None:
         if self.selection is not None and self.density != 1:
@@ -65,6 +68,11 @@ class Travel:
             raise ValueError(
                 "local_state='average' excludes overlap_steps: a mean from before the overlap would undo the steps "
                 "in between, and correcting a second moment for the delay can make it negative."
+            )
+        if self.sharded and self.compression is not None:
+            raise ValueError(
+                "sharded=True excludes compression: the owners of tensors send the results of their outer steps, and "
+                "an error in these would be in the anchor, where no error feedback reaches it."
             )
         _ = self.picks, self.codec  # their errors, here
 

@@ -105,7 +105,7 @@ class CheckpointingStrategy(DDPStrategy):
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         rounds, alone = self.rounds, self._trainer.interrupted
-        shared = rounds.state_dict(in_flight=not alone)
+        shared = rounds.state_dict(alone=alone)
         state = {"version": CHECKPOINT_VERSION, "rounds": shared, "workers": None, "files": None}
         checkpoint[CHECKPOINT_KEY] = state
         if alone:  # the other workers may be gone: nothing of theirs can be saved

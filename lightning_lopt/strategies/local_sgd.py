@@ -83,6 +83,8 @@ class LocalSGD(CheckpointingStrategy):
         merge: how a sync lands that was in flight: `"delay_corrected"`, `"overwrite"`, or a number α in [0, 1], the
             weight of the worker's own parameters in a blend.
         local_state: what becomes of the local optimizer's state at a sync: `"keep"`, `"reset"` or `"average"`.
+        sharded: each worker does the outer step of some tensors and holds their outer state alone; LAgg-A then costs
+            the bytes of an all-reduce.
         eval_weights: what validation and checkpoints see in mid-round: `"anchor"`, the last synced weights, without
             communication, or `"mean"`, the workers' present average; None means the mean for plain averaging and
             where a sync sends only a part, else the anchor. After an exception it is always the anchor.
@@ -125,6 +127,7 @@ class LocalSGD(CheckpointingStrategy):
         overlap_steps: int = 0,
         merge: MergeRule = "delay_corrected",
         local_state: LocalState = "keep",
+        sharded: bool = False,
         eval_weights: EvalWeights | None = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -154,7 +157,7 @@ class LocalSGD(CheckpointingStrategy):
             raise ValueError(f"eval_weights must be 'anchor', 'mean' or None, not {eval_weights!r}.")
         self._schedule = as_schedule(local_steps)
         self._outer_optimizer = outer_optimizer
-        self._travel = Travel(density, selection, compression, overlap_steps, merge, local_state)
+        self._travel = Travel(density, selection, compression, overlap_steps, merge, local_state, sharded)
         check_combination(self._schedule, outer_optimizer, self._travel)
         mean = outer_optimizer is None or self._travel.picks.partial
         self._eval_weights: EvalWeights = eval_weights or ("mean" if mean else "anchor")

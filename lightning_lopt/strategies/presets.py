@@ -145,7 +145,8 @@ class LearnedLocalSGD(LocalSGD):
         ValueError: a network that belongs to another number of workers.
 
     Memory: 16 bytes per parameter and a little per row and column on top of `LocalSGD`; the same bytes per round
-    (LAgg-A: K-1 all-gathered payloads instead of an all-reduce, and K times the memory during a sync).
+    (LAgg-A: K-1 all-gathered payloads instead of an all-reduce, and K times the memory during a sync; an all-reduce's
+    bytes and 1/K of the state with `sharded=True`).
 
     Source: arXiv 2312.02204.
 
