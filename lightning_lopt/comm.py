@@ -24,12 +24,19 @@ class Communicator:
 
     Args:
         timeout: after which a collective that some worker does not join fails; None for torch's default.
+        ranks_per_worker: consecutive ranks that are one worker, with the same parameters at all times. The first of
+            them talks to the other workers, and tells the rest.
 
     Attributes:
+        num_workers: K.
+        rank: of this worker among the workers.
         bytes_sent: bytes that this worker has put on the wire, by the ring algorithms' count: 2(K-1)/K of the
             payload for an all-reduce, (K-1)/K for an all-to-all, K-1 payloads for an all-gather; one payload on rank 0
             for a broadcast.
         num_collectives: collectives so far.
+
+    Raises:
+        ValueError: `ranks_per_worker` does not divide the number of processes.
 
     Example:
         >>> comm = Communicator()  # no process group: one worker, nothing to send
@@ -39,45 +46,75 @@ class Communicator:
         (1, 0, [1.0, 1.0, 1.0])
     """
 
-    def __init__(self, timeout: timedelta | None = None) -> None:
+    def __init__(self, timeout: timedelta | None = None, ranks_per_worker: int = 1) -> None:
         connected = dist.is_available() and dist.is_initialized()
-        self.num_workers = dist.get_world_size() if connected else 1
-        self.rank = dist.get_rank() if connected else 0
-        self._group: dist.ProcessGroup | None = None
-        if self.num_workers > 1:
-            group = dist.new_group(timeout=timeout)
-            assert isinstance(group, dist.ProcessGroup)  # every rank is a member
-            self._group = group
+        world, rank = (dist.get_world_size(), dist.get_rank()) if connected else (1, 0)
+        if ranks_per_worker < 1 or world % ranks_per_worker:
+            raise ValueError(
+                f"{world} processes cannot be workers of {ranks_per_worker} ranks each: ranks_per_worker must divide "
+                "their number."
+            )
+        self.num_workers = world // ranks_per_worker
+        self.rank = rank // ranks_per_worker
+        self._timeout, self._ranks_per_worker = timeout, ranks_per_worker
+        self._world: dist.ProcessGroup | None = None
+        if world > 1:
+            self._world = self._new_group([list(range(world))])
+        self._group, self._inside = self._world, None
+        if ranks_per_worker > 1:
+            self._group = self._new_group([list(range(0, world, ranks_per_worker))])
+            self._inside = self.new_group_inside()
         self.bytes_sent = 0
         self.num_collectives = 0
+
+    def _new_group(self, all_ranks: list[list[int]]) -> dist.ProcessGroup | None:
+        """The group that this rank is in, if any; all ranks make all groups."""
+        groups = [dist.new_group(ranks, timeout=self._timeout) for ranks in all_ranks]
+        return next((g for g in groups if isinstance(g, dist.ProcessGroup)), None)
+
+    def new_group_inside(self) -> dist.ProcessGroup | None:
+        """A process group of the ranks of this worker; a collective of all ranks."""
+        size = self._ranks_per_worker
+        return self._new_group([list(range(i * size, (i + 1) * size)) for i in range(self.num_workers)])
+
+    @property
+    def _connected(self) -> bool:
+        return self._world is not None
 
     def _count(self, tensor: Tensor, factor: float) -> None:
         self.num_collectives += 1
         self.bytes_sent += round(tensor.numel() * tensor.element_size() * factor)
 
+    def _share(self, result: Tensor) -> Tensor:
+        """Give what the first rank of this worker got to its other ranks."""
+        if self._inside is not None:
+            dist.broadcast(result, group=self._inside, group_src=0)
+        return result
+
     def mean_(self, flat: Tensor) -> None:
         """Replace a contiguous tensor by its mean over the workers, bitwise the same on all of them."""
-        if self._group is None:
-            return
-        self._count(flat, 2 * (self.num_workers - 1) / self.num_workers)
-        dist.all_reduce(flat, group=self._group)
-        flat.div_(self.num_workers)
+        if self._group is not None:
+            self._count(flat, 2 * (self.num_workers - 1) / self.num_workers)
+            dist.all_reduce(flat, group=self._group)
+            flat.div_(self.num_workers)
+        self._share(flat)
 
     def max_(self, values: Tensor) -> None:
         """Replace a contiguous tensor by its maximum over the workers."""
-        if self._group is None:
-            return
-        self._count(values, 2 * (self.num_workers - 1) / self.num_workers)
-        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group)
+        if self._group is not None:
+            self._count(values, 2 * (self.num_workers - 1) / self.num_workers)
+            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group)
+        self._share(values)
 
     def gather(self, flat: Tensor) -> Tensor:
         """All workers' tensors, stacked in the order of their ranks: [n] -> [K, n]."""
-        if self._group is None:
+        if not self._connected:
             return flat.unsqueeze(0)
-        self._count(flat, self.num_workers - 1)
         stacked = flat.new_empty(self.num_workers, *flat.shape)
-        dist.all_gather(list(stacked.unbind(0)), flat, group=self._group)
-        return stacked
+        if self._group is not None:
+            self._count(flat, self.num_workers - 1)
+            dist.all_gather(list(stacked.unbind(0)), flat, group=self._group)
+        return self._share(stacked)
 
     def all_to_all(self, flat: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """Send consecutive slices to worker 0, 1, ...; what each worker has for this one, in the same order.
@@ -87,39 +124,38 @@ class Communicator:
             send: length of the slice for each worker.
             receive: length of the slice from each worker.
         """
-        if self._group is None:
+        if not self._connected:
             return flat
-        self._count(flat, 1 - send[self.rank] / max(1, len(flat)))
         received = flat.new_empty(sum(receive))
-        dist.all_to_all_single(received, flat, list(receive), list(send), group=self._group)
-        return received
+        if self._group is not None:
+            self._count(flat, 1 - send[self.rank] / max(1, len(flat)))
+            dist.all_to_all_single(received, flat, list(receive), list(send), group=self._group)
+        return self._share(received)
 
     def total(self, values: Sequence[float], device: torch.device) -> list[float]:
         """The sum of each number over the workers."""
-        if self._group is None:
-            return list(values)
         flat = torch.tensor(values, dtype=torch.float64, device=device)
-        self._count(flat, 2 * (self.num_workers - 1) / self.num_workers)
-        dist.all_reduce(flat, group=self._group)
-        return flat.tolist()
+        self.mean_(flat)
+        return flat.mul_(self.num_workers).tolist()
 
     def gather_objects(self, item: Any) -> list[Any] | None:
-        """All workers' picklable objects in the order of their ranks, on rank 0; None on the others."""
-        if self._group is None:
+        """All processes' picklable objects in the order of their ranks, on rank 0; None on the others."""
+        if self._world is None:
             return [item]
         self.num_collectives += 1
-        items = [None] * self.num_workers if self.rank == 0 else None
-        dist.gather_object(item, items, group=self._group, group_dst=0)
+        first = dist.get_rank(self._world) == 0
+        items = [None] * dist.get_world_size(self._world) if first else None
+        dist.gather_object(item, items, group=self._world, group_dst=0)
         return items
 
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite the tensors by those of rank 0."""
-        if self._group is None:
+        """Overwrite the tensors by those of rank 0, on all processes."""
+        if self._world is None:
             return
         for tensor in tensors:
-            self._count(tensor, 1 if self.rank == 0 else 0)
+            self._count(tensor, 1 if dist.get_rank(self._world) == 0 else 0)
             buffer = tensor.detach().contiguous()
-            dist.broadcast(buffer, group=self._group, group_src=0)
+            dist.broadcast(buffer, group=self._world, group_src=0)
             tensor.detach().copy_(buffer)
 
     def agree(self, device: torch.device, equal: Mapping[str, int], flags: Sequence[bool] = ()) -> list[bool]:
@@ -135,11 +171,12 @@ class Communicator:
         Raises:
             DisagreementError: on every worker, if one of the integers differs.
         """
-        if self._group is None:
+        if self._world is None:
             return list(flags)
         own = [*equal.values()]
         vector = torch.tensor([*own, *(-v for v in own), *map(int, flags)], dtype=torch.int64, device=device)
-        self.max_(vector)
+        self._count(vector, 2)
+        dist.all_reduce(vector, op=dist.ReduceOp.MAX, group=self._world)
         values = vector.tolist()
         high, low, raised = values[: len(own)], [-v for v in values[len(own) : 2 * len(own)]], values[2 * len(own) :]
         if high != low:
@@ -157,14 +194,14 @@ class Communicator:
         Raises:
             DisagreementError: on every worker, with the first tensor that differs.
         """
-        if self._group is None:
+        if self._world is None:
             return
         described = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in named]
         try:
             self.agree(device, {"parameters": digest("\n".join(described))})
         except DisagreementError:
-            all_described: list[list[str]] = [[] for _ in range(self.num_workers)]
-            dist.all_gather_object(all_described, described, group=self._group)
+            all_described: list[list[str]] = [[] for _ in range(dist.get_world_size(self._world))]
+            dist.all_gather_object(all_described, described, group=self._world)
             rank, theirs = next((r, d) for r, d in enumerate(all_described) if d != all_described[0])
             first = all_described[0]
             at = next((i for i, pair in enumerate(zip(first, theirs, strict=False)) if pair[0] != pair[1]), -1)

@@ -85,6 +85,8 @@ class LocalSGD(CheckpointingStrategy):
         local_state: what becomes of the local optimizer's state at a sync: `"keep"`, `"reset"` or `"average"`.
         sharded: each worker does the outer step of some tensors and holds their outer state alone; LAgg-A then costs
             the bytes of an all-reduce.
+        ranks_per_worker: consecutive processes that are one worker, or `"node"` for all on a node: their gradients are
+            averaged in every step, on the fast link between them; rounds are between workers.
         eval_weights: what validation and checkpoints see in mid-round: `"anchor"`, the last synced weights, without
             communication, or `"mean"`, the workers' present average; None means the mean for plain averaging and
             where a sync sends only a part, else the anchor. After an exception it is always the anchor.
@@ -128,6 +130,7 @@ class LocalSGD(CheckpointingStrategy):
         merge: MergeRule = "delay_corrected",
         local_state: LocalState = "keep",
         sharded: bool = False,
+        ranks_per_worker: int | Literal["node"] = 1,
         eval_weights: EvalWeights | None = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -161,6 +164,9 @@ class LocalSGD(CheckpointingStrategy):
         check_combination(self._schedule, outer_optimizer, self._travel)
         mean = outer_optimizer is None or self._travel.picks.partial
         self._eval_weights: EvalWeights = eval_weights or ("mean" if mean else "anchor")
+        if ranks_per_worker != "node" and (not isinstance(ranks_per_worker, int) or ranks_per_worker < 1):
+            raise ValueError(f"ranks_per_worker must be an integer >= 1 or 'node', not {ranks_per_worker!r}.")
+        self._ranks_per_worker: int | Literal["node"] = ranks_per_worker
         self.rounds = None
         self.signals: Signals | None = None
 
@@ -197,7 +203,7 @@ class LocalSGD(CheckpointingStrategy):
             local,
             self._schedule,
             self._outer_optimizer,
-            comm=Communicator(self._timeout),
+            comm=self._comm,
             travel=self._travel,
         )
         if not module.automatic_optimization:
@@ -211,7 +217,12 @@ class LocalSGD(CheckpointingStrategy):
 
     @override
     def configure_ddp(self) -> None:
-        """No wrapper, and so no gradient all-reduce; `Rounds` gives all workers the weights of rank 0."""
+        """Workers of one rank need no wrapper, and no gradient all-reduce; `Rounds` gives all the weights of rank 0."""
+        ranks = self.num_processes if self._ranks_per_worker == "node" else self._ranks_per_worker
+        self._comm = Communicator(self._timeout, ranks)
+        if ranks > 1:
+            self._ddp_kwargs["process_group"] = self._comm.new_group_inside()
+            super().configure_ddp()
 
     @override
     def on_train_start(self) -> None:

@@ -1,0 +1,68 @@
+"""Collectives between workers of one and of several ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_lopt.comm import Communicator, DisagreementError
+from tests.processes import run_workers
+
+
+def _collectives(rank, ranks_per_worker):
+    comm = Communicator(ranks_per_worker=ranks_per_worker)
+    worker = torch.full((4,), float(comm.rank))
+    mean, largest = worker.clone(), worker.clone()
+    comm.mean_(mean)
+    comm.max_(largest)
+    slices = torch.arange(comm.num_workers).repeat_interleave(2) + 10 * comm.rank  # slice k holds k
+    twos = [2] * comm.num_workers
+    start = torch.full((2,), float(rank))
+    comm.broadcast_([start])
+    return (
+        comm.rank,
+        mean[0].item(),
+        largest[0].item(),
+        comm.gather(worker)[:, 0].tolist(),
+        comm.all_to_all(slices, twos, twos).tolist(),
+        comm.total([1.0, float(comm.rank)], torch.device("cpu")),
+        comm.agree(torch.device("cpu"), {"x": 3}, [False, rank == 3]),
+        start[0].item(),
+        comm.gather_objects(rank),
+        comm.bytes_sent > 0,
+    )
+
+
+@pytest.mark.parametrize(("ranks_per_worker", "workers"), [(1, [0, 1, 2, 3]), (2, [0, 0, 1, 1]), (4, [0, 0, 0, 0])])
+def test_collectives_are_between_workers(ranks_per_worker, workers):
+    num_workers = 4 // ranks_per_worker
+    ranks = list(range(num_workers))
+    results = run_workers(_collectives, 4, ranks_per_worker)
+    for rank, worker in enumerate(workers):
+        assert results[rank][:9] == (
+            worker,
+            sum(ranks) / num_workers,
+            num_workers - 1,
+            ranks,
+            [worker + 10 * k for k in ranks for _ in range(2)],
+            [num_workers, sum(ranks)],
+            [False, True],
+            0.0,
+            [0, 1, 2, 3] if rank == 0 else None,
+        )
+
+
+def _disagree(rank):
+    comm = Communicator(ranks_per_worker=2)
+    with pytest.raises(DisagreementError, match="disagree on x"):
+        comm.agree(torch.device("cpu"), {"x": int(rank == 3)})
+    return True
+
+
+def test_ranks_of_one_worker_that_disagree_are_an_error():
+    assert run_workers(_disagree, 4) == [True] * 4
+
+
+def test_ranks_that_do_not_divide():
+    with pytest.raises(ValueError, match="1 processes cannot be workers of 2 ranks"):
+        Communicator(ranks_per_worker=2)

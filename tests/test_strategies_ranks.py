@@ -1,0 +1,86 @@
+"""Workers of several ranks: 4 processes as 2 x 2."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_lopt import AdaMLP, LearnedLocalSGD, LocalSGD, RoundMonitor, SlowMo
+from tests.processes import run_workers
+from tests.strategies_support import Classifier, flat, loader, trainer
+
+STRATEGIES = {
+    "local_sgd": partial(LocalSGD),
+    "loscar": partial(LocalSGD, density=0.5, overlap_steps=2),
+    "lagg": partial(LearnedLocalSGD, network=AdaMLP(2, seed=0), sharded=True),
+    "int8": partial(SlowMo, compression="int8"),
+}
+
+
+class _Regression(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+
+    def training_step(self, batch, batch_idx):
+        return (self.net(batch[0]) - batch[1]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def _regression(rank, name, ranks_per_worker):
+    """Each worker sees the same rows, split among its ranks."""
+    x = torch.randn(10, 4, 3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mine = x[:, rank] if ranks_per_worker == 2 else x[:, 2 * rank : 2 * rank + 2].flatten(1, 2)
+    strategy = STRATEGIES[name](local_steps=4, ranks_per_worker=ranks_per_worker)
+    run = trainer(
+        strategy, devices=2 * ranks_per_worker, max_epochs=1, precision="64-true", use_distributed_sampler=False
+    )
+    module = _Regression()
+    run.fit(module, DataLoader(TensorDataset(mine, mine[..., :2]), batch_size=None))
+    return flat(module), strategy.rounds.round_idx, strategy.rounds.comm.num_workers
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_two_ranks_with_half_the_rows_each_are_one_with_all(name):
+    pairs = run_workers(_regression, 4, name, 2, connect=False)
+    singles = run_workers(_regression, 2, name, 1, connect=False)
+    for rank, (weights, rounds, num_workers) in enumerate(pairs):
+        torch.testing.assert_close(weights, singles[rank // 2][0], rtol=0, atol=1e-5 if name == "int8" else 1e-12)
+        assert (rounds, num_workers) == (3, 2)
+
+
+def _resumed(rank, folder, ckpt):
+    strategy = SlowMo(local_steps=4, ranks_per_worker="node" if ckpt == "node" else 2)
+    checkpoint = ModelCheckpoint(dirpath=folder, save_top_k=-1, filename="{step}", every_n_train_steps=3)
+    callbacks = [RoundMonitor(), checkpoint]
+    run = trainer(strategy, devices=4, max_epochs=2, callbacks=callbacks, enable_checkpointing=True)
+    module = Classifier(seed=0)
+    run.fit(module, loader(), loader(24, shuffle=False), ckpt_path=None if ckpt == "node" else ckpt)
+    return flat(module), strategy.rounds.comm.num_workers
+
+
+def test_resume_in_mid_round(tmp_path):
+    whole = run_workers(_resumed, 4, str(tmp_path), None, connect=False)
+    resumed = run_workers(_resumed, 4, str(tmp_path / "again"), str(tmp_path / "step=6.ckpt"), connect=False)
+    for a, b in zip(whole, resumed, strict=True):
+        assert torch.equal(a[0], b[0])
+        assert torch.equal(a[0], whole[0][0])
+
+
+def test_a_node_is_a_worker(tmp_path):
+    assert [workers for _, workers in run_workers(_resumed, 4, str(tmp_path), "node", connect=False)] == [1] * 4
+
+
+@pytest.mark.parametrize("ranks", [0, 2.5, "rack"])
+def test_wrong_arguments(ranks):
+    with pytest.raises(ValueError, match="ranks_per_worker must be"):
+        LocalSGD(ranks_per_worker=ranks)
