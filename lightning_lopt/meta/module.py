@@ -204,7 +204,7 @@ class MetaTraining(L.LightningModule):
     def _clipped(self, gradient: Tensors) -> Tensors:
         """The mean over the processes, clipped to `max_window_norm`."""
         flat = torch.cat([g.flatten() for g in gradient.values()])
-        self._comm.start_mean(flat)()
+        self._comm.mean_(flat)
         assert self.max_window_norm is not None
         flat *= min(1.0, self.max_window_norm / max(float(flat.norm()), 1e-12))
         parts = flat.split([g.numel() for g in gradient.values()])
