@@ -93,7 +93,7 @@ class Parameters:
     def reset_local_states(self, tracked: Sequence[Tracked]) -> None:
         """Forget the local optimizer's states of these."""
         for t in tracked:
-            self._optimizer.state.pop(t.param, None)
+            self._optimizer.state.get(t.param, {}).clear()
 
     def restore_anchors(self) -> None:
         """Every parameter that has an anchor becomes it."""

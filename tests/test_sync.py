@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_lopt import AdaMLP, Fragments, LearnedOptimizer, RandomCoordinates, Rounds, SlowMomentum, TopK, Travel
 from lightning_lopt.comm import Communicator
+from lightning_lopt.strategies.joint import JointOptimizer
 from lightning_lopt.sync import Sync
 from tests.conftest import SHARED
 from tests.processes import run_workers
@@ -184,10 +185,11 @@ def test_every_argument_changes_something(changed):
     assert not torch.allclose(a, b, rtol=0, atol=1e-6)
 
 
-def _average_states(rank):
+def _average_states(rank, joint):
     model = Point(torch.zeros(3))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
-    rounds = Rounds(model, optimizer, 2, travel=Travel(local_state="average"))
+    local = JointOptimizer([optimizer]) if joint else optimizer
+    rounds = Rounds(model, local, 2, travel=Travel(local_state="average"))
     for _ in range(2):
         model.x.grad = torch.tensor([1.0, 2.0, 3.0]) * (rank + 1)
         optimizer.step()
@@ -195,9 +197,10 @@ def _average_states(rank):
     return optimizer.state[model.x]["exp_avg"].clone(), optimizer.state[model.x]["step"].item()
 
 
-def test_local_states_are_averaged():
+@pytest.mark.parametrize("joint", [False, True])
+def test_local_states_are_averaged(joint):
     # after two steps with gradient c: exp_avg = c·(1 - .9²) = .19 c; the mean of c and 2c is 1.5 c
-    for average, step in run_workers(_average_states, 2):
+    for average, step in run_workers(_average_states, 2, joint):
         torch.testing.assert_close(average, 0.19 * 1.5 * torch.tensor([1.0, 2.0, 3.0]))
         assert step == 2
 

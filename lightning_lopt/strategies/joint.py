@@ -36,3 +36,8 @@ class JointOptimizer:
         present = [(i, j) for i, o in enumerate(self._optimizers) for j in range(len(o.param_groups))]
         self._order += [place for place in present if place not in self._order]
         return [self._optimizers[i].param_groups[j] for i, j in self._order]
+
+    @property
+    def state(self) -> dict[Any, dict[str, Any]]:
+        """Every parameter's state, the optimizers' own dictionaries."""
+        return {p: state for optimizer in self._optimizers for p, state in optimizer.state.items()}
