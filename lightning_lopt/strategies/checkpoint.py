@@ -32,7 +32,7 @@ from lightning_lopt.strategies.loaders import ResumableLoaders, random_state, se
 
 CHECKPOINT_KEY = "lightning_lopt"
 CHECKPOINT_VERSION = 2
-GATHER_BYTES = 2**30  # larger sets of workers' parameters are not gathered
+GATHER_BYTES = 2**27  # parameters of all workers together; more are not gathered
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
