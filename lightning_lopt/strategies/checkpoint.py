@@ -77,12 +77,14 @@ class CheckpointingStrategy(DDPStrategy):
         rounds: the `Rounds` of the present fit, None before.
     """
 
-    rounds: Rounds | None = None
-    _own: dict[str, Any] | None = None  # this worker's part of the checkpoint that is being restored
-    _resumed = False
-    _stepped = False  # whether an optimizer stepped in this batch
-    _at_epoch_start = False
-    _loaders = ResumableLoaders()
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.rounds: Rounds | None = None
+        self._own: dict[str, Any] | None = None  # this worker's part of the checkpoint that is being restored
+        self._resumed = False  # in the middle of a run
+        self._at_epoch_start = False
+        self._stepped = False  # an optimizer did, in this batch
+        self._loaders = ResumableLoaders()
 
     @property
     @override

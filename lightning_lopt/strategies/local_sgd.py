@@ -167,7 +167,6 @@ class LocalSGD(CheckpointingStrategy):
         if ranks_per_worker != "node" and (not isinstance(ranks_per_worker, int) or ranks_per_worker < 1):
             raise ValueError(f"ranks_per_worker must be an integer >= 1 or 'node', not {ranks_per_worker!r}.")
         self._ranks_per_worker: int | Literal["node"] = ranks_per_worker
-        self.rounds = None
         self.signals: Signals | None = None
 
     # -- setup ----------------------------------------------------------------------------------------------------
