@@ -8,11 +8,13 @@ a file of its own beside the checkpoint.
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,29 +118,33 @@ class CheckpointingStrategy(DDPStrategy):
         rounds.sync.exchange()  # validation may have swapped the global weights in
         mine = self._worker_state(checkpoint)
         rounds.sync.exchange()
+        write = partial(super().save_checkpoint, checkpoint, filepath, storage_options)
         if not self._too_large_to_gather():
             with explained(self._timeout):
                 state["workers"] = rounds.comm.gather_objects(mine)
-            self._write(checkpoint, filepath, storage_options)
+            self._write(filepath, write)
             return
-        state["files"] = {"token": self.broadcast(uuid.uuid4().hex[:12]), "num_workers": self.world_size}
-        AtomicCheckpointIO().save_checkpoint(mine, _worker_file(filepath, state["files"]["token"], self.global_rank))
-        self.barrier()  # the checkpoint appears when all of its files are there
-        self._write(checkpoint, filepath, storage_options)
+        token = self.broadcast(uuid.uuid4().hex[:12])
+        state["files"] = {"token": token, "num_workers": self.world_size}
+        own = _worker_file(filepath, token, self.global_rank)
+        self._write(filepath, partial(AtomicCheckpointIO().save_checkpoint, mine, own))
+        self._write(filepath, write)  # the checkpoint appears when all of its files are there
         self._remove_worker_files(filepath, keep=2)  # an asynchronous writer may yet be at the last one
 
-    def _write(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any) -> None:
-        """Let rank 0 write; if it cannot, no worker goes on, or waits for it."""
+    def _write(self, filepath: Any, write: Callable[[], None]) -> None:
+        """Write on this worker; if any worker cannot, none goes on, or waits for it."""
         problem = None
         try:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+            write()
         except Exception as error:
             problem = error
         with explained(self._timeout):
-            reason = self.broadcast(None if problem is None else f"{type(problem).__name__}: {problem}")
-        if reason is not None:
-            rank_zero_warn(f"{filepath} could not be written; the checkpoints before it are intact. {reason}")
-            raise problem or RuntimeError(f"Worker 0 could not write {filepath}: {reason}")
+            fine = self.reduce_boolean_decision(problem is None)
+        if not fine:
+            raise problem or RuntimeError(
+                f"Another worker could not write its part of {filepath}: see its error. The checkpoints before it are "
+                "intact."
+            )
 
     def _too_large_to_gather(self) -> bool:
         assert self.lightning_module is not None
@@ -178,7 +184,7 @@ class CheckpointingStrategy(DDPStrategy):
     def _remove_worker_files(self, filepath: Any, keep: int) -> None:
         """Delete this worker's files of a checkpoint, but for the last `keep`."""
         fs = get_filesystem(filepath)
-        files = [str(f) for f in fs.glob(_worker_file(filepath, "*", self.global_rank))]
+        files = [str(f) for f in fs.glob(_worker_file(glob.escape(str(filepath)), "*", self.global_rank))]
         files.sort(key=fs.modified)
         for file in files[: len(files) - keep]:
             fs.rm(file)
@@ -221,7 +227,8 @@ class CheckpointingStrategy(DDPStrategy):
             return None
         if workers is not None:
             return workers[self.global_rank]
-        file = _worker_file(path, files["token"], self.global_rank)
+        real = os.path.realpath(path) if _is_local_file_protocol(path) else path  # "last" may be a link
+        file = _worker_file(real, files["token"], self.global_rank)
         if not self.reduce_boolean_decision(get_filesystem(file).exists(file)):
             raise FileNotFoundError(
                 f"{path} belongs with one file per worker beside it ({Path(file).name} and others), and some are "
@@ -302,4 +309,4 @@ class CheckpointingStrategy(DDPStrategy):
 
 
 def _worker_file(checkpoint_path: Any, token: str, rank: int) -> str:
-    return f"{os.path.realpath(checkpoint_path)}.{token}.worker{rank:05d}"
+    return f"{checkpoint_path}.{token}.worker{rank:05d}"

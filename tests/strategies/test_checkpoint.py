@@ -204,8 +204,10 @@ def test_checkpoints_of_resumed_runs_are_as_good(stride, tmp_path):
 def _in_files(rank, folder, ckpt_path):
     """A small model whose workers' parts are taken for too large to gather."""
     checkpoint_module.GATHER_BYTES = 0
-    saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=2, monitor="step", mode="max")
-    latest = ModelCheckpoint(folder, "latest", every_n_train_steps=3, enable_version_counter=False)
+    saving = ModelCheckpoint(
+        folder, "{step}", every_n_train_steps=2, save_top_k=2, monitor="step", mode="max", save_last="link"
+    )
+    latest = ModelCheckpoint(folder, "latest[0]", every_n_train_steps=3, enable_version_counter=False)
     run = trainer(SlowMo(4), max_epochs=2, enable_checkpointing=True, callbacks=[saving, latest])
     pl.seed_everything(3, verbose=False)
     module = Classifier(seed=0, dropout=0.3)
@@ -217,16 +219,17 @@ def test_large_parts_lie_in_files_beside_the_checkpoint(tmp_path):
     whole, *_ = run_workers(_in_files, 2, str(tmp_path / "a"), None, connect=False)
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     kept = [name for name in names if name.endswith(".ckpt")]
-    assert kept == ["latest.ckpt", "step=10.ckpt", "step=12.ckpt"]
+    assert kept == ["last.ckpt", "latest[0].ckpt", "step=10.ckpt", "step=12.ckpt"]
     parts = [name for name in names if name not in kept]
     assert all(name.split(".ckpt.")[0] + ".ckpt" in kept for name in parts)  # those of deleted checkpoints are gone
     assert sum(name.startswith("step=10.ckpt.") for name in parts) == 2
-    assert sum(name.startswith("latest.ckpt.") for name in parts) == 4  # overwritten: the last two sets
+    assert sum(name.startswith("latest[0].ckpt.") for name in parts) == 4  # overwritten: the last two sets
     saved = torch.load(tmp_path / "a" / "step=10.ckpt", weights_only=True)
     assert saved["lightning_lopt"]["workers"] is None
     assert saved["optimizer_states"]  # one worker's, for those who load it without this package
     path = tmp_path / "a" / "step=10.ckpt"
-    again, *_ = run_workers(_in_files, 2, str(tmp_path / "b"), str(path), connect=False)
+    (tmp_path / "a" / "link.ckpt").symlink_to("step=10.ckpt")
+    again, *_ = run_workers(_in_files, 2, str(tmp_path / "b"), str(tmp_path / "a" / "link.ckpt"), connect=False)
     assert torch.equal(whole, again)
     next(path.parent.glob("step=10.ckpt.*.worker00001")).unlink()
     with pytest.raises(RuntimeError, match="one file per worker beside it"):

@@ -71,7 +71,7 @@ def _disk_full(rank, folder):
         at_4 = At(4, 1, lambda: None)
     saving = ModelCheckpoint(folder, "last", every_n_train_steps=2, enable_version_counter=False)
     run = trainer(SlowMo(4), max_epochs=1, callbacks=[at_4, saving], enable_checkpointing=True)
-    with pytest.raises(Exception, match=r"File too large") as raised:
+    with pytest.raises(Exception, match="File too large" if rank == 0 else "could not write") as raised:
         run.fit(Classifier(seed=0), loader())
     return run.global_step, str(raised.value)
 
@@ -79,7 +79,7 @@ def _disk_full(rank, folder):
 def test_a_full_disk_stops_all_and_leaves_the_last_checkpoint(tmp_path):
     (step, _), (other_step, reason) = run_workers(_disk_full, 2, str(tmp_path), connect=False)
     assert step == other_step == 4
-    assert "Worker 0 could not write" in reason
+    assert "Another worker could not write" in reason
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
 
