@@ -5,9 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from lightning_lopt.bench import outer_step, overhead, plot, run, tune
+from lightning_lopt.bench import meta_speed, outer_step, overhead, plot, run, tune
 
-COMMANDS = {"outer-step": outer_step, "overhead": overhead, "run": run, "tune": tune, "plot": plot}
+COMMANDS = {
+    "meta-speed": meta_speed,
+    "outer-step": outer_step,
+    "overhead": overhead,
+    "run": run,
+    "tune": tune,
+    "plot": plot,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
