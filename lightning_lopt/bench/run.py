@@ -108,7 +108,7 @@ class Runner:
                     **vars(setting),
                     **marks,
                     "seed": seed,
-                    "group_seconds": round(seconds, 2),
+                    "group_seconds": round(seconds, 4),
                     "losses": [float(f"{x:.5g}") for x in curve],
                 }
                 for setting, curves in zip(group, losses.tolist(), strict=True)
