@@ -14,6 +14,7 @@ class RoundReport:
         drift: root mean square distance of the workers from their mean when the sync was launched.
         bytes_sent: bytes that this worker sent in this sync.
         transfer_seconds: time from the launch until the mean is here, waiting for other workers included.
+        waited_seconds: the part of it in which training stood still; the rest ran beside local steps.
         outer_seconds: time in the outer step.
         sync_seconds: time in the whole sync.
         fell_back: whether the outer step was refused and the workers were averaged instead.
@@ -25,6 +26,7 @@ class RoundReport:
     drift: float
     bytes_sent: int
     transfer_seconds: float
+    waited_seconds: float
     outer_seconds: float
     sync_seconds: float
     fell_back: bool

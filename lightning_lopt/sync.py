@@ -222,6 +222,7 @@ class Sync:
             drift=math.sqrt(max(local_square - square, 0.0)),
             bytes_sent=flight.exchange.bytes_sent + self._comm.bytes_sent - bytes_before,
             transfer_seconds=flight.exchange.seconds,
+            waited_seconds=flight.exchange.seconds if flight.launched is None else received - start,
             outer_seconds=done - received,
             sync_seconds=flight.launch_seconds + done - start,
             fell_back=fell_back,

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_lopt import LOSCAR, AdaMLP, DiLoCo, Fragments, LearnedLocalSGD, LocalSGD, RoundMonitor, TopK
+from lightning_lopt import LOSCAR, AdaMLP, DiLoCo, Fragments, LearnedLocalSGD, LocalSGD, RoundMonitor, TopK, Travel
 from tests.processes import run_workers
 from tests.strategies_support import Classifier, flat, loader, trainer
 
@@ -148,3 +148,20 @@ def test_lightning_cli(tmp_path):
     travel = cli.trainer.strategy._travel
     assert (travel.picks, travel.codec) == (Fragments(4), TopK(0.05))
     assert (travel.overlap_steps, travel.merge) == (4, 0.5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"density": 0.3},
+        {"selection": Fragments(2)},
+        {"compression": "bf16"},
+        {"overlap_steps": 3},
+        {"merge": 0.5},
+        {"local_state": "reset"},
+        {"sharded": True},
+    ],
+    ids=str,
+)
+def test_keywords_arrive(options):
+    assert LocalSGD(**options)._travel == Travel(**options) != Travel()
