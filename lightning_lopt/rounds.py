@@ -168,11 +168,11 @@ class Rounds:
 
     def swap_out(self) -> None:
         """Give the model this worker's own weights back."""
-        self.sync.swap_out()
+        self.sync.swap.undo()
 
     def abandon_round(self) -> None:
         """Go back to the anchor, without communication: the local steps since the last sync are lost."""
-        self.sync.swap_out()
+        self.sync.swap.undo()
         self.sync.restore_anchor()
         self.step_idx -= self.local_step
         self.local_step = 0

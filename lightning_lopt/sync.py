@@ -29,6 +29,7 @@ from lightning_lopt.packing import Part, pack
 from lightning_lopt.parameters import Parameters, Tracked, size
 from lightning_lopt.report import RoundReport
 from lightning_lopt.sharding import Shards
+from lightning_lopt.swap import Swap
 from lightning_lopt.travel import Travel
 
 EvalWeights = Literal["anchor", "mean"]
@@ -48,6 +49,7 @@ class Sync:
         travel: what is sent, and how it lands.
 
     Attributes:
+        swap: what evaluation sees instead of this worker's weights.
         common: whether all workers held the same weights after the last sync.
 
     Raises:
@@ -69,7 +71,7 @@ class Sync:
         self._comm = comm
         self._travel, self._picks, self._codec = travel, travel.picks, travel.codec
         self._device = next(t.param.device for t in self._parameters)
-        self._swapped: list[tuple[Tensor, Tensor]] = []
+        self.swap = Swap()
         self._flight: Flight | None = None
         self.common = True
         named = [*model.named_parameters(), *model.named_buffers()]
@@ -242,18 +244,18 @@ class Sync:
 
     @torch.no_grad()
     def swap_in(self, weights: EvalWeights) -> None:
-        """Put the global weights and their buffers into the model, until `swap_out`.
+        """Put the global weights and their buffers into the model, until `swap.undo`.
 
         Args:
             weights: `"anchor"`, the last synced ones, needs no communication; `"mean"` averages the workers as they
                 are now, and all of them must call it.
         """
-        if self._swapped:
+        if self.swap.active:
             return
         tracked = [t for t in self._parameters if t.known]
         if weights == "anchor":
-            new = [(t.param, t.anchor) for t in tracked]
-            new += self._buffers.pairs()
+            new = [(t.param, t.anchor.clone()) for t in tracked]
+            new += [(buffer, synced.clone()) for buffer, synced in self._buffers.pairs()]
         else:
             self.wait()
             exchange = self._exchange([Part(t) for t in tracked], {"parameters in training": size(tracked)})
@@ -261,24 +263,7 @@ class Sync:
             exchange.start(self._device, background=False)
             new = [(part.tracked.param, mean) for part, mean in exchange.pairs()]
             new += self._buffers.named(exchange.arrived)
-        for target, value in new:
-            self._swapped.append((target, target.data))
-            target.data = value.to(target.dtype, copy=weights == "anchor")
-
-    def swap_out(self) -> None:
-        """Give the model this worker's own weights back."""
-        self.exchange()
-        self._swapped.clear()
-
-    def exchange(self) -> None:
-        """Put this worker's own weights into the model and those swapped in aside, or the reverse."""
-        for i, (target, aside) in enumerate(self._swapped):
-            self._swapped[i] = target, target.data
-            target.data = aside
-
-    @property
-    def swapped(self) -> bool:
-        return bool(self._swapped)
+        self.swap.put(new)
 
     @torch.no_grad()
     def restore_anchor(self) -> None:

@@ -115,9 +115,9 @@ class CheckpointingStrategy(DDPStrategy):
         if alone:  # the other workers may be gone: nothing of theirs can be saved
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
-        rounds.sync.exchange()  # validation may have swapped the global weights in
+        rounds.sync.swap.exchange()  # validation may have swapped the global weights in
         mine = self._worker_state(checkpoint)
-        rounds.sync.exchange()
+        rounds.sync.swap.exchange()
         write = partial(super().save_checkpoint, checkpoint, filepath, storage_options)
         if not self._too_large_to_gather():
             with explained(self._timeout):

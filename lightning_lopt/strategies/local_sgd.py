@@ -288,7 +288,7 @@ class LocalSGD(CheckpointingStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        if self.rounds is None or self.rounds.sync.swapped:
+        if self.rounds is None or self.rounds.sync.swap.active:
             return super().lightning_module_state_dict()
         self.swap_in_global_weights()
         try:

@@ -1,0 +1,47 @@
+"""Other values in the model for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+
+class Swap:
+    """Tensors of a model that show other values, and their own values set aside.
+
+    Example:
+        >>> import torch
+        >>> p, swap = torch.zeros(1), Swap()
+        >>> swap.put([(p, torch.ones(1))])
+        >>> p.item(), swap.active
+        (1.0, True)
+        >>> swap.undo()
+        >>> p.item(), swap.active
+        (0.0, False)
+    """
+
+    def __init__(self) -> None:
+        self._aside: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def active(self) -> bool:
+        """Whether other values are, or were, put in and not undone."""
+        return bool(self._aside)
+
+    def put(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Let each tensor show a value of its shape, without a copy where the types are the same."""
+        for target, value in pairs:
+            self._aside.append((target, target.data))
+            target.data = value.to(target.dtype)
+
+    def exchange(self) -> None:
+        """Show the tensors' own values and set the others aside, or the reverse."""
+        for i, (target, aside) in enumerate(self._aside):
+            self._aside[i] = target, target.data
+            target.data = aside
+
+    def undo(self) -> None:
+        """Give the tensors their own values back."""
+        self.exchange()
+        self._aside.clear()
