@@ -99,7 +99,13 @@ def _from_every_step(rank, make, options, data, folder):
     def run(ckpt_path, callbacks):
         pl.seed_everything(3, verbose=False)
         trace = Trace()
-        run = trainer(make(), devices, callbacks=[trace, *callbacks], enable_checkpointing=bool(callbacks), **options)
+        run = trainer(
+            make(),
+            devices,
+            callbacks=[trace, *callbacks],
+            enable_checkpointing=bool(callbacks and not everywhere),
+            **options,
+        )
         module = make_module(seed=0, dropout=0.3)
         run.fit(module, data(), loader(24, shuffle=False), ckpt_path=ckpt_path)
         return flat(module), trace.steps, run.strategy.rounds.round_idx, run.global_step
