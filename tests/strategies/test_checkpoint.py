@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
 import lightning_lopt.strategies.checkpoint as checkpoint_module
-from lightning_lopt import QSR, AdaMLP, DiLoCo, LearnedLocalSGD, LocalSGD, SlowMo
+from lightning_lopt import LOSCAR, QSR, AdaMLP, DiLoCo, Fragments, LearnedLocalSGD, LocalSGD, SlowMo, TopK
 from lightning_lopt.strategies.checkpoint import AtomicCheckpointIO
 from tests.processes import run_workers
 from tests.strategies.test_models import Accumulates, Gan
@@ -154,6 +154,17 @@ EVERY_STEP = {
     "stateful loader": (partial(SlowMo, 4), {}, CountingLoader),
     "two optimizers by hand": (partial(SlowMo, 4), {"module": Gan}, short),
     "accumulation by hand": (partial(SlowMo, 2), {"module": Accumulates, "everywhere": True}, short),
+    "coordinates in flight": (partial(LOSCAR, 4, overlap_steps=2, density=0.3), {"everywhere": True}, short),
+    "learned in flight": (partial(LearnedLocalSGD, 4, network=AdaMLP(seed=0), overlap_steps=2), {}, short),
+    "residuals": (partial(SlowMo, 3, compression=TopK(0.2), local_state="average"), {}, short),
+    "residuals in flight": (
+        partial(LocalSGD, 4, compression="int8", overlap_steps=1),
+        {"val_check_interval": 3},
+        short,
+    ),
+    "fragments": (partial(DiLoCo, 4, selection=Fragments(2)), {}, short),
+    "sharded": (partial(LearnedLocalSGD, 4, network=AdaMLP(seed=0), sharded=True), {}, short),
+    "sharded LAgg-A": (partial(LearnedLocalSGD, 4, network=AdaMLP(inputs=2, seed=0), sharded=True), {}, short),
     "limited": (partial(SlowMo, 4), {"limit_train_batches": 5}, short),
     "loader processes": (partial(SlowMo, 4), {}, _loader_processes),
     "own sampler": (partial(SlowMo, 4), {"use_distributed_sampler": False, "limit_train_batches": 6}, _weighted),
