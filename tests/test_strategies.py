@@ -290,7 +290,7 @@ class _Frozen(Classifier):
 @pytest.mark.parametrize(
     ("module", "error", "match"),
     [
-        (_NoOptimizer, MisconfigurationException, "returns none"),
+        (_NoOptimizer, ValueError, "nothing to train"),
         (_Frozen, ValueError, "nothing to train"),
     ],
 )
@@ -377,7 +377,10 @@ def _terminated(rank):
 
 def test_sigterm_goes_back_to_the_last_synced_weights():
     (*first, weights), (*second, others) = run_workers(_terminated, 2, connect=False)
-    assert first == second == [6, 4]
+    assert first == second  # both stop at one step: the sixth, or where the first to hear of it waited for the other
+    step, synced = first
+    assert 6 <= step <= 12
+    assert synced == step // 4 * 4
     assert torch.equal(weights, others)
 
 

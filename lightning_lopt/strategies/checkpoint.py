@@ -22,6 +22,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, get_filesystem
 from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -51,7 +52,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         if storage_options is not None or not _is_local_file_protocol(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
+            super().save_checkpoint(checkpoint, path, storage_options=storage_options)
             return
         target = Path(str(path).removeprefix("file://"))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +119,7 @@ class CheckpointingStrategy(DDPStrategy):
         rounds.sync.swap.exchange()  # validation may have swapped the global weights in
         mine = self._worker_state(checkpoint)
         rounds.sync.swap.exchange()
-        write = partial(super().save_checkpoint, checkpoint, filepath, storage_options)
+        write = partial(super().save_checkpoint, checkpoint, filepath, storage_options=storage_options)
         if not self._too_large_to_gather():
             with explained(self._timeout):
                 state["workers"] = rounds.comm.gather_objects(mine)
@@ -278,16 +279,22 @@ class CheckpointingStrategy(DDPStrategy):
     def _begin_epoch(self) -> None:
         """Make the iterators of an epoch of which nothing is done yet, where Lightning takes those made before."""
         loop = self._trainer.fit_loop
-        done = loop.epoch_loop.batch_progress.current.processed
-        if 0 < done < loop.max_batches or self._trainer.current_epoch == 0:
+        epoch_loop = loop.epoch_loop
+        in_epoch = 0 < epoch_loop.batch_progress.current.processed < loop.max_batches
+        ends_epoch_first = loop.restarted_mid_epoch and epoch_loop.restarted_on_last  # saved by its last validation
+        if in_epoch or ends_epoch_first or loop.epoch_progress.current.processed == 0:
             return
-        if loop.is_resuming or loop.restarting:
-            for loader in loop._combined_loader.flattened:
-                _set_sampler_epoch(loader, loop.epoch_progress.current.processed)
-            iter(loop._data_fetcher)
-            if loop.restarted_mid_epoch or loop.restarted_on_epoch_end:
-                loop.reset_restart_stage()  # else Lightning does not count the new epoch, nor calls its first hooks
-                self._at_epoch_start = True
+        if not (loop.is_resuming or loop.restarting):
+            return
+        if loop.restarted_on_epoch_end:  # with max_steps; Lightning would train on in the epoch that is over
+            loop.epoch_progress.increment_completed()
+            _Loop.restarting.__set__(loop, False)  # its own setter says True with max_steps
+        for loader in loop._combined_loader.flattened:
+            _set_sampler_epoch(loader, loop.epoch_progress.current.processed)
+        iter(loop._data_fetcher)
+        if loop.restarted_mid_epoch or loop.restarted_on_epoch_end:
+            loop.reset_restart_stage()  # else Lightning does not count the new epoch, nor calls its first hooks
+            self._at_epoch_start = True
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

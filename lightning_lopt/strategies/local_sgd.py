@@ -103,7 +103,7 @@ class LocalSGD(CheckpointingStrategy):
         ValueError: an argument out of its range, arguments that exclude each other, nothing to train, or lazy
             parameters without a shape.
         TypeError: `outer_optimizer` cannot be called with parameters.
-        MisconfigurationException: no optimizer, or a plugin of FSDP or DeepSpeed.
+        MisconfigurationException: a plugin of FSDP or DeepSpeed.
 
     Memory: 4 bytes per parameter for the anchor, 4 more during a sync. Sends 2(K-1)/K × 4 bytes per parameter and
     round. Fails when H is so large that workers drift into different basins: watch `RoundMonitor`'s drift.
@@ -187,10 +187,6 @@ class LocalSGD(CheckpointingStrategy):
             return
         module = trainer.lightning_module
         optimizers = self.optimizers
-        if not optimizers:
-            raise MisconfigurationException(
-                f"{type(self).__name__} needs an optimizer; {type(module).__name__}.configure_optimizers returns none."
-            )
         if lazy := [name for name, p in module.named_parameters() if is_lazy(p)]:
             raise ValueError(
                 f"Lazy parameters have no shape yet: {', '.join(lazy)}. Run a batch through the module in "
