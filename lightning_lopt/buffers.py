@@ -52,6 +52,11 @@ class Buffers:
         for name, b in self._own.items():
             yield b, self._synced[name]
 
+    def restore(self) -> None:
+        """Every buffer becomes what it was at the last sync."""
+        for b, synced in self.pairs():
+            b.copy_(synced)
+
     def own_state(self) -> dict[str, Tensor]:
         """Copies of this worker's values."""
         return {name: b.detach().clone() for name, b in self._own.items()}

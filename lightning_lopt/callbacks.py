@@ -22,7 +22,8 @@ class RoundMonitor(Callback):
     worker; rank 0's holds the broadcast of the first weights too),
     ``rounds/sync_seconds``, ``rounds/transfer_seconds``, ``rounds/outer_seconds`` (of this round),
     ``rounds/sync_share`` (of the time since training began), ``rounds/pseudo_grad_norm``, ``rounds/drift`` (root mean
-    square distance of the workers from their mean), ``rounds/fell_back`` (refused outer steps so far).
+    square distance of the workers from their mean), ``rounds/fell_back`` (refused outer steps so far),
+    ``rounds/left_out`` (workers that rounds left out, so far).
 
     Attributes:
         history: one dictionary of these metrics per round, with ``step``.
@@ -43,6 +44,7 @@ class RoundMonitor(Callback):
         self._start = 0.0
         self._sync_seconds = 0.0
         self._fell_back = 0
+        self._left_out = 0
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -73,6 +75,7 @@ class RoundMonitor(Callback):
         assert report is not None
         self._sync_seconds += report.sync_seconds
         self._fell_back += report.fell_back
+        self._left_out += report.left_out
         elapsed = time.perf_counter() - self._start
         metrics = {
             "rounds/round": float(rounds.round_idx),
@@ -85,6 +88,7 @@ class RoundMonitor(Callback):
             "rounds/pseudo_grad_norm": report.pseudo_grad_norm,
             "rounds/drift": report.drift,
             "rounds/fell_back": float(self._fell_back),
+            "rounds/left_out": float(self._left_out),
         }
         self.history.append({"step": float(trainer.global_step), **metrics})
         for logger in trainer.loggers:

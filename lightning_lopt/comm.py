@@ -158,27 +158,27 @@ class Communicator:
             dist.broadcast(buffer, group=self._world, group_src=0)
             tensor.detach().copy_(buffer)
 
-    def agree(self, device: torch.device, equal: Mapping[str, int], flags: Sequence[bool] = ()) -> list[bool]:
-        """Check that all workers pass the same integers; return which flags any of them raised.
+    def agree(self, device: torch.device, equal: Mapping[str, int], largest: Sequence[int] = ()) -> list[int]:
+        """Check that all workers pass the same integers; return the largest of others, of each over the workers.
 
         One small integer all-reduce, before the payload: a mean cannot notice a disagreement.
 
         Args:
             device: where the process group communicates.
             equal: named integers that must be the same on all workers.
-            flags: as many on all workers; combined by "or".
+            largest: as many on all workers; flags among them are combined by "or".
 
         Raises:
             DisagreementError: on every worker, if one of the integers differs.
         """
         if self._world is None:
-            return list(flags)
+            return [*largest]
         own = [*equal.values()]
-        vector = torch.tensor([*own, *(-v for v in own), *map(int, flags)], dtype=torch.int64, device=device)
+        vector = torch.tensor([*own, *(-v for v in own), *largest], dtype=torch.int64, device=device)
         self._count(vector, 2)
         dist.all_reduce(vector, op=dist.ReduceOp.MAX, group=self._world)
         values = vector.tolist()
-        high, low, raised = values[: len(own)], [-v for v in values[len(own) : 2 * len(own)]], values[2 * len(own) :]
+        high, low = values[: len(own)], [-v for v in values[len(own) : 2 * len(own)]]
         if high != low:
             wrong = [f"{k} (between {b} and {a})" for k, a, b in zip(equal, high, low, strict=True) if a != b]
             raise DisagreementError(
@@ -186,7 +186,7 @@ class Communicator:
                 "All workers must take the same number of steps per round on the same parameters: check for unequal "
                 "data per worker, a learning rate that depends on the worker, or branches on the rank."
             )
-        return [bool(v) for v in raised]
+        return values[2 * len(own) :]
 
     def check_same_shapes(self, named: Sequence[tuple[str, Tensor]], device: torch.device) -> None:
         """Check that all workers have the same tensors by name, shape and type.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from torch.nn.functional import pad
 from lightning_lopt.buffers import maxima
 from lightning_lopt.comm import Communicator
 from lightning_lopt.functional.compression import Codec
+from lightning_lopt.functional.outliers import from_integer, outliers, to_integer
 from lightning_lopt.packing import Part, Wire
 from lightning_lopt.parameters import wire_dtype
 from lightning_lopt.sharding import Shards
@@ -61,6 +63,9 @@ class Background:
 class Exchange:
     """One agreement and one exchange of wires and buffers among all workers.
 
+    The agreement tells all workers the norms of each other's pseudo-gradients, before anything else is sent. Those that
+    it shows to be `outliers` send zeros, and a mean is that of the others; if all are, nothing is sent.
+
     Args:
         comm: the collectives.
         equal: integers that must be the same on all workers.
@@ -73,9 +78,12 @@ class Exchange:
         gather: whether every worker's bodies are wanted, not only their mean.
         codec: compresses the bodies of the wires.
         shards: sends each worker its share of the sorted wires only.
+        norms_before: of the pseudo-gradients that the round before took the mean of.
         parts: of all wires.
         arrived: the buffers that somebody changed, by position: their mean or maximum.
         states: the means.
+        norms: of all workers' pseudo-gradients.
+        left_out: the workers that are in no mean.
         bytes_sent: by this worker.
         seconds: from start to end, waiting for other workers included.
     """
@@ -94,6 +102,9 @@ class Exchange:
         self.gather = False
         self.codec: Codec | None = None
         self.shards: Shards | None = None
+        self.norms_before: Sequence[float] = ()
+        self.norms: list[float] = []
+        self.left_out: list[int] = []
         self.arrived: dict[int, Tensor] = {}
         self.bytes_sent = 0
         self.seconds = 0.0
@@ -106,6 +117,16 @@ class Exchange:
     def pairs(self) -> list[tuple[Part, Tensor]]:
         """Each part with its piece of a wire."""
         return [pair for wire in self.wires.values() for pair in zip(wire.parts, wire.views, strict=True)]
+
+    @property
+    def skipped(self) -> bool:
+        """Whether all workers were left out, so that nothing arrived."""
+        return len(self.left_out) == self._comm.num_workers
+
+    @property
+    def kept_norms(self) -> list[float]:
+        """The norms of those that were not left out."""
+        return [norm for worker, norm in enumerate(self.norms) if worker not in self.left_out]
 
     def fill(self, *, differences: bool) -> None:
         """Pack the parameters as they are now: anchor - y, or y itself."""
@@ -131,19 +152,36 @@ class Exchange:
 
     def _run(self, device: torch.device) -> None:
         start, bytes_before = time.perf_counter(), self._comm.bytes_sent
-        flags = self._comm.agree(device, self._equal, self._changed)
-        sent = [i for i, flag in enumerate(flags) if flag]
+        sent = self._agree(device)
+        if not self.skipped:
+            self._send_all(sent)
+        self.bytes_sent = self._comm.bytes_sent - bytes_before
+        self.seconds = time.perf_counter() - start
+
+    def _agree(self, device: torch.device) -> list[int]:
+        """Find out whom to leave out, and which buffers to send."""
+        own = [0] * self._comm.num_workers
+        own[self._comm.rank] = to_integer(math.sqrt(sum(float(wire.square) for wire in self.wires.values())))
+        largest = self._comm.agree(device, self._equal, [*map(int, self._changed), *own])
+        self.norms = [from_integer(n) for n in largest[len(self._changed) :]]
+        self.left_out = outliers(self.norms, self.norms_before)
+        return [i for i in range(len(self._changed)) if largest[i]]
+
+    def _send_all(self, sent: Sequence[int]) -> None:
+        """Replace the wires, these buffers and the states by their means over the workers."""
         floating = [i for i in sent if self.buffers[i].is_floating_point()]
         for i in floating:
             (self.arrived[i],) = self.wires[wire_dtype(self.buffers[i])].board([self.buffers[i]])
         self.states = [self.wires[wire_dtype(state)].board([state])[0] for state in self.states]
         for wire in self.wires.values():
             if len(wire.flat) > 1:
+                if self._comm.rank in self.left_out:
+                    wire.flat.zero_()
                 self._send(wire)
+                if self.left_out:
+                    self._leave_out(wire)
         integers = [i for i in sent if not self.buffers[i].is_floating_point()]
         self.arrived |= zip(integers, maxima([self.buffers[i] for i in integers], self._comm), strict=True)
-        self.bytes_sent = self._comm.bytes_sent - bytes_before
-        self.seconds = time.perf_counter() - start
 
     def _send(self, wire: Wire) -> None:
         """Replace a wire by its mean over the workers."""
@@ -162,6 +200,13 @@ class Exchange:
             wire.workers = stacked[:, : len(wire.body)]
         else:
             self._comm.mean_(wire.flat)
+
+    def _leave_out(self, wire: Wire) -> None:
+        """Make a mean over all workers one over those that sent something, and give the others its value."""
+        kept = [k for k in range(self._comm.num_workers) if k not in self.left_out]
+        wire.flat.mul_(self._comm.num_workers / len(kept))
+        if wire.workers is not None:
+            wire.workers[self.left_out] = wire.workers[kept].mean(0)
 
 
 def compressed_mean(

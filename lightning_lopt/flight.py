@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lightning_lopt.exchange import Exchange
-from lightning_lopt.packing import Part
 
 
 @dataclass
@@ -35,11 +33,13 @@ class Flight:
     launched: list[Tensor] | None
     launch_seconds: float = 0.0
 
-    def lost(self) -> Iterator[tuple[Part, Tensor]]:
-        """What compression lost of each part; nothing where it was sent as it is."""
+    def keep_lost(self) -> None:
+        """Keep what compression lost of each part; nothing where it was sent as it is."""
         for wire in self.exchange.wires.values():
-            residual = torch.zeros_like(wire.body) if wire.residual is None else wire.residual
-            yield from zip(wire.parts, wire.split(residual), strict=True)
+            lost = torch.zeros_like(wire.body) if wire.residual is None else wire.residual
+            for part, piece in zip(wire.parts, wire.split(lost), strict=True):
+                assert part.tracked.residual is not None
+                part.put(part.tracked.residual, piece)
 
     def state_dict(self) -> dict[str, Any]:
         """What arrived, the same on all workers; waits for it."""
@@ -49,6 +49,8 @@ class Flight:
             "local_steps": self.local_steps,
             "wires": None if self.exchange.shards else self._wires(),
             "arrived": {i: value.clone() for i, value in self.exchange.arrived.items()},
+            "norms": self.exchange.norms,
+            "left_out": self.exchange.left_out,
         }
 
     def own_state(self) -> dict[str, Any]:
@@ -71,6 +73,7 @@ class Flight:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, in a flight of the same parts."""
         self._load_wires(state["wires"])
+        self.exchange.norms, self.exchange.left_out = state["norms"], state["left_out"]
         self.exchange.arrived = {i: v.to(self.exchange.buffers[i].device) for i, v in state["arrived"].items()}
 
     def load_own_state(self, state: dict[str, Any]) -> None:

@@ -136,7 +136,11 @@ class OuterStep:
             warnings.warn(
                 f"Round {keys['round_idx']}: the outer step was refused and the workers were averaged instead. Its "
                 f"norm is {math.sqrt(update):.3g}, that of the averaged pseudo-gradient {math.sqrt(square):.3g}; "
-                + _advice(math.isfinite(update), math.isfinite(square), limit),
+                + (
+                    f"more than {limit:g} times as much is not trusted."
+                    if math.isfinite(update)
+                    else "the outer optimizer starts afresh."
+                ),
                 stacklevel=2,
             )
         return True
@@ -221,15 +225,4 @@ def _whole(optimizer: Optimizer, what: str) -> str:
         f"{type(optimizer).__name__} cannot step random coordinates of a tensor: {what} would be undefined. Send whole "
         "tensors (density=1, or selection=Fragments(...)), or use an outer optimizer that treats each coordinate by "
         "itself: averaging, SGD, SlowMomentum, Adam."
-    )
-
-
-def _advice(finite_update: bool, finite_average: bool, limit: float) -> str:
-    if finite_update:
-        return f"more than {limit:g} times as much is not trusted."
-    if finite_average:
-        return "the outer optimizer starts afresh."
-    return (
-        "a worker has diverged, and so the average is not finite either: the model is lost. Go back to a checkpoint "
-        "with a lower local learning rate or clipped gradients, or try LocalSGD."
     )

@@ -131,6 +131,17 @@ class Wire:
         self.differences, self.workers, self.own = state["differences"], state["workers"], slice(*state["own"])
 
 
+def cut(tracked: Sequence[Tracked], choices: Sequence[bool | Tensor]) -> list[Part]:
+    """What a `Selection` chose; all of those that have no anchor yet."""
+    parts = []
+    for t, choice in zip(tracked, choices, strict=True):
+        if choice is True or not t.known:
+            parts.append(Part(t))
+        elif isinstance(choice, Tensor) and len(choice):
+            parts.append(Part(t, choice.to(t.param.device)))
+    return parts
+
+
 def pack(parts: Sequence[Part], passengers: Sequence[Tensor]) -> dict[torch.dtype, Wire]:
     """Empty wires, one per type.
 

@@ -17,6 +17,8 @@ class RoundReport:
         waited_seconds: the part of it in which training stood still; the rest ran beside local steps.
         outer_seconds: time in the outer step.
         sync_seconds: time in the whole sync.
+        left_out: number of workers that were left out, since their pseudo-gradients were not finite or far larger than
+            the others'; if all were, the round was skipped and the anchor kept.
         fell_back: whether the outer step was refused and the workers were averaged instead.
     """
 
@@ -29,4 +31,5 @@ class RoundReport:
     waited_seconds: float
     outer_seconds: float
     sync_seconds: float
+    left_out: int
     fell_back: bool

@@ -24,10 +24,12 @@ from lightning_lopt.comm import Communicator
 from lightning_lopt.exchange import Exchange
 from lightning_lopt.flight import Flight
 from lightning_lopt.functional.merge import merge
+from lightning_lopt.guard import Guard
 from lightning_lopt.outer import OuterFactory, OuterStep
-from lightning_lopt.packing import Part, pack
+from lightning_lopt.packing import Part, cut, pack
 from lightning_lopt.parameters import Parameters, Tracked, size
 from lightning_lopt.report import RoundReport
+from lightning_lopt.selection import Everything
 from lightning_lopt.sharding import Shards
 from lightning_lopt.swap import Swap
 from lightning_lopt.travel import Travel
@@ -67,6 +69,7 @@ class Sync:
         travel: Travel,
     ) -> None:
         self._parameters = Parameters(optimizer)
+        self._guard = Guard(comm, self._parameters)
         self._optimizer = optimizer
         self._comm = comm
         self._travel, self._picks, self._codec = travel, travel.picks, travel.codec
@@ -112,18 +115,8 @@ class Sync:
         return tracked
 
     def _pick(self, tracked: list[Tracked], round_idx: int, *, everything: bool) -> list[Part]:
-        if everything:
-            return self._sort([Part(t) for t in tracked])
-        picked = self._picks.pick([t.param.numel() for t in tracked], round_idx)
-        parts = []
-        for t, choice in zip(tracked, picked, strict=True):
-            if choice is True or not t.known:
-                parts.append(Part(t))
-            elif isinstance(choice, Tensor) and len(choice):
-                parts.append(Part(t, choice.to(t.param.device)))
-        return self._sort(parts)
-
-    def _sort(self, parts: list[Part]) -> list[Part]:
+        selection = Everything() if everything else self._picks
+        parts = cut(tracked, selection.pick([t.param.numel() for t in tracked], round_idx))
         return parts if self._shards is None else self._shards.sort(parts)
 
     @torch.no_grad()
@@ -150,6 +143,7 @@ class Sync:
             "parameters in training": size(tracked),
             "coordinates to send (as a checksum)": sum(part.checksum for part in parts),
             "elements of the local optimizer's state": sum(state.numel() for state in states),
+            **self._guard.checksum(),
         }
         exchange = self._exchange(parts, equal, states)
         exchange.fill(differences=self._step is not None or self._codec is not None)
@@ -167,7 +161,9 @@ class Sync:
         changed = self._buffers.changed()
         buffers = self._buffers.snapshot(changed)
         wires = pack(parts, [*buffers, *states])
-        return Exchange(self._comm, equal, wires, buffers, changed, states)
+        exchange = Exchange(self._comm, equal, wires, buffers, changed, states)
+        exchange.norms_before = self._guard.norms
+        return exchange
 
     def wait(self) -> None:
         """Return when nothing is on the wire; what was launched can still be finished.
@@ -195,6 +191,30 @@ class Sync:
         received, bytes_before = time.perf_counter(), self._comm.bytes_sent
         flight, self._flight = self._flight, None
         assert flight is not None
+        exchange = flight.exchange
+        local_square, square, fell_back = (0.0, 0.0, False) if exchange.skipped else self._land(flight)
+        self._guard.see(exchange, flight.round_idx)
+        if self._comm.rank in exchange.left_out:
+            self._come_back(flight)
+        leaves_common = self._travel.leaves_common_weights and flight.launched is None
+        self.common = flight.everything or exchange.skipped or leaves_common
+        done = time.perf_counter()
+        return RoundReport(
+            round_idx=flight.round_idx,
+            local_steps=flight.local_steps,
+            pseudo_grad_norm=math.sqrt(square),
+            drift=math.sqrt(max(local_square - square, 0.0)),
+            bytes_sent=exchange.bytes_sent + self._comm.bytes_sent - bytes_before,
+            transfer_seconds=exchange.seconds,
+            waited_seconds=exchange.seconds if flight.launched is None else received - start,
+            outer_seconds=done - received,
+            sync_seconds=flight.launch_seconds + done - start,
+            left_out=len(exchange.left_out),
+            fell_back=fell_back,
+        )
+
+    def _land(self, flight: Flight) -> tuple[float, float, bool]:
+        """Take up what arrived; return the workers' mean squared norm, that of their mean, and `fell_back`."""
         wires = flight.exchange.wires.values()
         local_square = sum(float(wire.square) for wire in wires)
         rule = "overwrite" if flight.everything else self._travel.merge
@@ -215,27 +235,19 @@ class Sync:
             part.put(t.param, merge(part.of(t.anchor), y, part.of(t.param), rule))
             t.known = True
         self._settle(flight)
-        self.common = flight.everything or (self._travel.leaves_common_weights and flight.launched is None)
-        done = time.perf_counter()
-        return RoundReport(
-            round_idx=flight.round_idx,
-            local_steps=flight.local_steps,
-            pseudo_grad_norm=math.sqrt(square),
-            drift=math.sqrt(max(local_square - square, 0.0)),
-            bytes_sent=flight.exchange.bytes_sent + self._comm.bytes_sent - bytes_before,
-            transfer_seconds=flight.exchange.seconds,
-            waited_seconds=flight.exchange.seconds if flight.launched is None else received - start,
-            outer_seconds=done - received,
-            sync_seconds=flight.launch_seconds + done - start,
-            fell_back=fell_back,
-        )
+        return local_square, square, fell_back
+
+    def _come_back(self, flight: Flight) -> None:
+        """Forget what made this worker diverge, except where its optimizer now has the others' state."""
+        self.restore_anchor()
+        averaged = bool(flight.states) and not flight.exchange.skipped
+        kept = {part.tracked for part in flight.exchange.parts if averaged}
+        self._parameters.reset_local_states([t for t in self._parameters if t not in kept])
 
     def _settle(self, flight: Flight) -> None:
         """Take up what compression lost, the local optimizer's states, and the buffers."""
         if self._codec is not None:
-            for part, lost in flight.lost():
-                assert part.tracked.residual is not None
-                part.put(part.tracked.residual, lost)
+            flight.keep_lost()
         for state, mean in zip(flight.states, flight.exchange.states, strict=True):
             state.copy_(mean)
         if self._travel.local_state == "reset":
@@ -252,15 +264,16 @@ class Sync:
         """
         if self.swap.active:
             return
-        tracked = [t for t in self._parameters if t.known]
-        if weights == "anchor":
-            new = [(t.param, t.anchor.clone()) for t in tracked]
-            new += [(buffer, synced.clone()) for buffer, synced in self._buffers.pairs()]
-        else:
+        tracked, exchange = [t for t in self._parameters if t.known], None
+        if weights == "mean":
             self.wait()
             exchange = self._exchange([Part(t) for t in tracked], {"parameters in training": size(tracked)})
             exchange.fill(differences=False)
             exchange.start(self._device, background=False)
+        if exchange is None or exchange.skipped:
+            new = [(t.param, t.anchor.clone()) for t in tracked]
+            new += [(buffer, synced.clone()) for buffer, synced in self._buffers.pairs()]
+        else:
             new = [(part.tracked.param, mean) for part, mean in exchange.pairs()]
             new += self._buffers.named(exchange.arrived)
         self.swap.put(new)
@@ -270,8 +283,7 @@ class Sync:
         """Go back to the last synced weights and buffers, without communication; forget what is in flight."""
         self._flight = None
         self._parameters.restore_anchors()
-        for buffer, synced in self._buffers.pairs():
-            buffer.copy_(synced)
+        self._buffers.restore()
         self.common = True
 
     def state_dict(self, *, alone: bool = False) -> dict[str, Any]:
@@ -288,6 +300,7 @@ class Sync:
             "buffers": self._buffers.synced_state(),
             "outer": None if self._step is None else self._step.state_dict(alone=alone),
             "outer_kind": type(self.outer).__name__,
+            "norms": self._guard.norms,
             "common": self.common,
             "flight": self._flight.state_dict() if not alone and self._flight is not None else None,
         }
@@ -326,7 +339,7 @@ class Sync:
         self._buffers.load_synced_state(state["buffers"])
         if self._step is not None:
             self._step.load_state_dict(state["outer"])
-        self.common, flight = state["common"], state["flight"]
+        self._guard.norms, self.common, flight = state["norms"], state["common"], state["flight"]
         self._flight = None
         if flight is not None:
             exchange = self._exchange(self._pick(tracked, flight["round_idx"], everything=False), {})

@@ -34,7 +34,7 @@ from lightning_lopt.strategies.faults import explained
 from lightning_lopt.strategies.loaders import ResumableLoaders, random_state, set_random_state
 
 CHECKPOINT_KEY = "lightning_lopt"
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 GATHER_BYTES = 2**27  # parameters of all workers together; more are not gathered
 
 
