@@ -133,14 +133,11 @@ class OuterStep:
         if not math.isfinite(update):
             self.optimizer.state.clear()
         if self._comm.rank == 0:
+            limited = f"more than {limit:g} times as much is not trusted."
             warnings.warn(
                 f"Round {keys['round_idx']}: the outer step was refused and the workers were averaged instead. Its "
                 f"norm is {math.sqrt(update):.3g}, that of the averaged pseudo-gradient {math.sqrt(square):.3g}; "
-                + (
-                    f"more than {limit:g} times as much is not trusted."
-                    if math.isfinite(update)
-                    else "the outer optimizer starts afresh."
-                ),
+                + (limited if math.isfinite(update) else "the outer optimizer starts afresh."),
                 stacklevel=2,
             )
         return True

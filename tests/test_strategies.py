@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -450,3 +452,44 @@ def _members(group: int) -> list[int]:
             if int(pgrp) == group and state != "Z":
                 found.append(int(entry.name))
     return found
+
+
+class _Spoiled(Classifier):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * math.nan if self.global_rank == 1 and batch_idx == 5 else loss
+
+
+def _spoiled(rank):
+    monitor = RoundMonitor()
+    module = _Spoiled(seed=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(LearnedLocalSGD(4), max_epochs=1, callbacks=[monitor]).fit(module, loader())
+    said = [str(w.message) for w in caught if "leaves out" in str(w.message)]
+    return flat(module), [row["rounds/left_out"] for row in monitor.history], said
+
+
+def test_a_worker_that_diverges_is_left_out_of_its_round():
+    results = run_workers(_spoiled, 2, connect=False)
+    for rank, (weights, left_out, said) in enumerate(results):
+        assert weights.isfinite().all()
+        assert torch.equal(weights, results[0][0])
+        assert left_out == [0, 1, 1]
+        assert len(said) == (rank == 0)
+
+
+class _Idle(Classifier):
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        return None
+
+
+@pytest.mark.parametrize(("module", "last"), [(Classifier, "There is one worker"), (_Idle, "Nothing was synced")])
+def test_what_does_not_happen_is_said(module, last, monkeypatch):
+    said = []
+    monkeypatch.setattr("lightning_lopt.strategies.local_sgd.rank_zero_info", said.append)
+    trainer(LocalSGD(4), 1, max_epochs=1).fit(module(), loader())
+    assert [text for text in said if "There is one worker" in text] == said[:1]
+    assert last in said[-1]

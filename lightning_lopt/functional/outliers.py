@@ -6,7 +6,7 @@ import math
 import struct
 from collections.abc import Sequence
 
-FACTOR = 10.0  # healthy workers of one model are within a factor of 2 or so of each other
+FACTOR = 10.0
 
 
 def outliers(norms: Sequence[float], before: Sequence[float]) -> list[int]:

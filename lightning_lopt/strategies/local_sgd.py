@@ -15,6 +15,7 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import DeepSpeedPrecision, FSDPPrecision, Precision
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.constants import default_pg_timeout
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -49,6 +50,8 @@ class _RoundCallback(Callback):
         if self._strategy.rounds is not None:  # an end that nobody foresaw: early stopping, max_time
             with explained(self._strategy._timeout):
                 self._strategy.rounds.finish_round()
+            if self._strategy.rounds.last_report is None:
+                rank_zero_info("Nothing was synced in this fit: no optimizer took a step.")
 
 
 class _SignalCallback(Callback):
@@ -227,6 +230,10 @@ class LocalSGD(CheckpointingStrategy):
         if not self._resumed:
             self.rounds.step_idx = self._steps_so_far(trainer)
         self.rounds.total_steps = _total_steps(trainer)
+        if self.rounds.comm.num_workers == 1:
+            rank_zero_info(
+                "There is one worker (K = 1): nothing is communicated, and a round ends with the outer step alone."
+            )
         self.signals = Signals(trainer, self.broadcast(uuid.uuid4().hex))
 
     # -- steps ----------------------------------------------------------------------------------------------------
