@@ -43,8 +43,8 @@ def test_a_short_training():
     first, second = run_workers(_measure, 2, connect=False)
     assert (first["is_rank_zero"], second["is_rank_zero"]) == (True, False)
     assert all(len(values) == 4 and min(values) > 0 for values in first["milliseconds_per_round"].values())
-    assert 0 < first["microseconds_per_step"][overhead.OURS] < 5_000
-    assert all(0 < value < 5_000 for value in first["idle_microseconds_per_step"].values())
+    assert 0 < first["microseconds_per_step"][overhead.OURS] < 50_000
+    assert all(0 < value < 50_000 for value in first["idle_microseconds_per_step"].values())
     together, idle = overhead.rows(first)[2:4]
     assert together["what"].startswith("together")
     assert together["median"] == pytest.approx(sum(first["microseconds_per_step"].values()))
