@@ -50,6 +50,7 @@ EXPECTED = {
     "loops/test_evaluation_loop.py::test_evaluation_loop_sampler_set_epoch_called": "as above",
     "models/test_hooks.py::test_trainer_model_hook_system_fit": "checkpoints have one key more than the test lists",
     "checkpointing/test_model_checkpoint.py::test_model_checkpoint_no_extraneous_invocations": "all workers save",
+    "checkpointing/test_trainer_checkpoint.py::test_trainer_save_checkpoint_storage_options": "our own writer",
     "trainer/optimization/test_optimizers.py::test_none_optimizer": "nothing to train is an error here",
     "callbacks/test_finetuning_callback.py::test_finetuning_callback_warning": "all is frozen at the start",
     "callbacks/test_finetuning_callback.py::test_base_finetuning_internal_optimizer_metadata": "as above",
@@ -88,7 +89,17 @@ def main(checkout: str, *arguments: str) -> int:
     root = Path(__file__).resolve().parents[1]
     files = [str(tests / "tests_pytorch" / name) for name in FILES]
     left_out = [f"--deselect=tests_pytorch/{name}" for name in EXPECTED]
-    options = [*left_out, "-p", "tests.acceptance", "-o", "addopts=", "--timeout=90", "-q", *arguments]
+    options = [
+        *left_out,
+        "-p",
+        "tests.acceptance",
+        "-o",
+        "addopts=",
+        f"--rootdir={tests}",
+        "--timeout=90",
+        "-q",
+        *arguments,
+    ]
     path = os.pathsep.join([str(root), str(tests)])
     environment = {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
     return subprocess.call([sys.executable, "-m", "pytest", *files, *options], cwd=tests, env=environment)
