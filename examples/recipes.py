@@ -13,14 +13,12 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from typing_extensions import override
 
 from lightning_lopt import AdaMLP
-from lightning_lopt.meta import AbstractTask, ImageMLP, LocalOptimizer, LocalTraining, LogUniform
+from lightning_lopt.meta import AbstractTask, ImageMLP, LocalOptimizer, LocalTraining, LogUniform, ModuleTask
 from lightning_lopt.meta.local import OptimizerKind
-from lightning_lopt.meta.tasks import Batch, Tensors
 
 Images = tuple[Tensor, Tensor]
 Pairs = Sequence[tuple[AbstractTask, LocalTraining]]
@@ -45,7 +43,7 @@ class Recipe:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-class Regression(AbstractTask):
+def regression(sizes: Sequence[int], batch_size: int, noise: float, seed: int) -> ModuleTask:
     """A ReLU MLP fits a teacher with inputs of unequal scale and noise, by mean squared error; targets have variance 1.
 
     Args:
@@ -54,63 +52,19 @@ class Regression(AbstractTask):
         noise: standard deviation added to the targets.
         seed: of the data.
     """
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(2000, sizes[0], generator=generator)
+    inputs *= torch.exp(0.7 * torch.randn(sizes[0], generator=generator))
+    teacher = torch.randn(sizes[0], 6, generator=generator) * sizes[0] ** -0.5
+    targets = torch.tanh(2 * inputs @ teacher).sum(1, keepdim=True)
+    targets += noise * torch.randn(targets.shape, generator=generator)
 
-    def __init__(self, sizes: Sequence[int], batch_size: int, noise: float, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        inputs = torch.randn(2000, sizes[0], generator=generator)
-        self.inputs = inputs * torch.exp(0.7 * torch.randn(sizes[0], generator=generator))
-        targets = torch.tanh(2 * self.inputs @ torch.randn(sizes[0], 6, generator=generator) * sizes[0] ** -0.5).sum(1)
-        targets += noise * torch.randn(len(targets), generator=generator)
-        self.targets, self.sizes, self.batch_size = targets / targets.std(), tuple(sizes), batch_size
+    def make() -> nn.Module:
+        layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
+        return nn.Sequential(*layers[:-1])
 
-    def __repr__(self) -> str:
-        return f"Regression({'-'.join(map(str, self.sizes))}, batch_size={self.batch_size})"
-
-    @property
-    @override
-    def device(self) -> torch.device:
-        return self.inputs.device
-
-    @property
-    @override
-    def dtype(self) -> torch.dtype:
-        return self.inputs.dtype
-
-    @property
-    @override
-    def max_loss(self) -> float:
-        return 3.0
-
-    @override
-    def to(self, device: torch.device) -> Regression:
-        self.inputs, self.targets = self.inputs.to(device), self.targets.to(device)
-        return self
-
-    @override
-    def init(self, num_replicas: int, generator: torch.Generator) -> Tensors:
-        params = {}
-        for i, (fan_in, fan_out) in enumerate(pairwise(self.sizes)):
-            uniform = torch.rand(num_replicas, fan_out, fan_in + 1, generator=generator)
-            uniform = (2 * uniform - 1) * fan_in**-0.5
-            params[f"{i}.weight"], params[f"{i}.bias"] = uniform[:, :, 1:].contiguous(), uniform[:, :, 0].contiguous()
-        return params
-
-    @override
-    def draw(self, num_replicas: int, generator: torch.Generator) -> Tensor:
-        return torch.randint(len(self.inputs), (num_replicas, self.batch_size), generator=generator)
-
-    @override
-    def read(self, drawn: Tensor) -> Batch:
-        return self.inputs[drawn], self.targets[drawn]
-
-    @override
-    def loss(self, params: Tensors, batch: Batch) -> Tensor:
-        hidden, targets = batch
-        for i in range(len(self.sizes) - 1):
-            hidden = torch.baddbmm(
-                params[f"{i}.bias"].unsqueeze(1), hidden.relu() if i else hidden, params[f"{i}.weight"].mT
-            )
-        return (hidden.squeeze(-1) - targets).square().mean(1)
+    name = f"regression {'-'.join(map(str, sizes))}"
+    return ModuleTask(make, (inputs, targets / targets.std()), F.mse_loss, batch_size, max_loss=3.0, name=name)
 
 
 def source_code(hidden: Sequence[int]) -> ImageMLP:
@@ -186,10 +140,10 @@ def default(data: Sequence[Images], seed: int) -> Recipe:
         (source_code((24,)), local(4, 4, 1e-3, 1e-2, "adamw")),
         (images(fashion, (16,), 8), local(4, 4, 0.005, 0.1, "momentum")),
         (images(cifar, (16, 16), 16), local(2, 8, 0.005, 0.1, "momentum")),
-        (Regression((8, 16, 1), 16, noise=0.3, seed=5), local(4, 4, 0.01, 0.2)),
-        (Regression((16, 16, 16, 1), 8, noise=0.3, seed=6), local(2, 8, 0.01, 0.2)),
-        (Regression((8, 16, 1), 8, noise=0.0, seed=7), local(4, 2, 1e-3, 1e-2, "adamw")),
-        (Regression((8, 16, 1), 16, noise=0.5, seed=8), local(2, 4, 0.001, 0.02, "momentum")),
+        (regression((8, 16, 1), 16, noise=0.3, seed=5), local(4, 4, 0.01, 0.2)),
+        (regression((16, 16, 16, 1), 8, noise=0.3, seed=6), local(2, 8, 0.01, 0.2)),
+        (regression((8, 16, 1), 8, noise=0.0, seed=7), local(4, 2, 1e-3, 1e-2, "adamw")),
+        (regression((8, 16, 1), 16, noise=0.5, seed=8), local(2, 4, 0.001, 0.02, "momentum")),
     ]
     options = {
         "log_floor": 0.1,
