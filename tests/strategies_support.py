@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -93,3 +95,10 @@ def check_script(printed: str, num_workers: int) -> None:
     assert [line for line, _ in lines] == [f"rank {i} of {num_workers} rounds {rounds}" for i in range(num_workers)]
     assert len({weights for _, weights in lines}) == 1
     assert math.isfinite(float(lines[0][1]))
+
+
+def cli_trainer(folder: Path, config: str, data: type[pl.LightningDataModule] | None = None) -> pl.Trainer:
+    """The Trainer that LightningCLI makes of a YAML text."""
+    path = folder / "config.yaml"
+    path.write_text(textwrap.dedent(config))
+    return LightningCLI(Classifier, data, run=False, args=["--config", str(path)], save_config_callback=None).trainer

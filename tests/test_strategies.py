@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 import warnings
 from functools import partial
@@ -18,13 +17,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins import FSDPPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lightning_lopt import QSR, AdaMLP, DiLoCo, LearnedLocalSGD, LocalSGD, RoundMonitor, SlowMo
 from tests.processes import free_port, run_workers
-from tests.strategies_support import Classifier, check_script, flat, loader, trainer, write_script
+from tests.strategies_support import Classifier, check_script, cli_trainer, flat, loader, trainer, write_script
 
 STRATEGIES = {
     "local_sgd": partial(LocalSGD),
@@ -341,10 +339,7 @@ def test_names_are_registered():
 
 
 def test_lightning_cli(tmp_path):
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        textwrap.dedent(
-            """
+    config = """
             trainer:
               accelerator: cpu
               logger: false
@@ -356,11 +351,9 @@ def test_lightning_cli(tmp_path):
                   process_group_backend: gloo
               callbacks: [{class_path: lightning_lopt.RoundMonitor}]
             """
-        )
-    )
-    cli = LightningCLI(Classifier, _Data, run=False, args=["--config", str(config)], save_config_callback=None)
-    assert cli.trainer.strategy._schedule == QSR(alpha=0.3, base_steps=4)
-    assert cli.trainer.strategy._eval_weights == "anchor"
+    strategy = cli_trainer(tmp_path, config, _Data).strategy
+    assert strategy._schedule == QSR(alpha=0.3, base_steps=4)
+    assert strategy._eval_weights == "anchor"
 
 
 def _terminated(rank):

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import textwrap
 from datetime import timedelta
 from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
-from lightning.pytorch.cli import LightningCLI
 
 from lightning_lopt import LOSCAR, AdaMLP, DiLoCo, Fragments, LearnedLocalSGD, LocalSGD, RoundMonitor, TopK, Travel
 from tests.processes import run_workers
-from tests.strategies_support import Classifier, flat, loader, trainer
+from tests.strategies_support import Classifier, cli_trainer, flat, loader, trainer
 
 STRATEGIES = {
     "loscar": partial(LOSCAR, overlap_steps=2, density=0.3),
@@ -126,10 +124,7 @@ def test_wrong_arguments(make, match):
 
 
 def test_lightning_cli(tmp_path):
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        textwrap.dedent(
-            """
+    config = """
             trainer:
               accelerator: cpu
               logger: false
@@ -142,10 +137,8 @@ def test_lightning_cli(tmp_path):
                   overlap_steps: 4
                   merge: 0.5
             """
-        )
-    )
-    cli = LightningCLI(Classifier, run=False, args=["--config", str(config)], save_config_callback=None)
-    travel = cli.trainer.strategy._travel
+    strategy = cli_trainer(tmp_path, config).strategy
+    travel = strategy._travel
     assert (travel.picks, travel.codec) == (Fragments(4), TopK(0.05))
     assert (travel.overlap_steps, travel.merge) == (4, 0.5)
 
