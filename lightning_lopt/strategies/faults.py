@@ -63,7 +63,8 @@ class Signals:
     def __init__(self, trainer: Any, name: str, interval: float = 5.0, patience: float = 600.0) -> None:
         self._trainer, self._interval, self._patience = trainer, interval, patience
         self._noted: list[Callable[[], None]] = []
-        self._store = None
+        self._informed = False  # that some worker has noted a signal
+        self._store: Store | None = None
         if trainer.world_size > 1:
             self._store = PrefixStore(f"lightning_lopt/signals/{name}", _get_default_store())
         self._last_look = time.monotonic()
@@ -99,19 +100,19 @@ class Signals:
         else:
             ready = self._is_someone_signalled(self._store) and self._have_all_come(self._store)
         if ready:
-            noted, self._noted = self._noted or [self._stop], []
+            noted, self._noted, self._informed = self._noted or [self._stop], [], False
             for action in noted:
                 action()
 
     def _is_someone_signalled(self, store: Store) -> bool:
+        now = time.monotonic()
         if self._noted:
             store.set("any", "1")
-            return True
-        now = time.monotonic()
-        if now - self._last_look < self._interval:
-            return False
-        self._last_look = now
-        return store.check(["any"])
+            self._informed = True
+        elif not self._informed and now - self._last_look >= self._interval:
+            self._last_look = now
+            self._informed = store.check(["any"])
+        return self._informed
 
     def _have_all_come(self, store: Store) -> bool:
         """Whether all workers wait at this step; False means: train on, the others are ahead or not yet informed."""
@@ -119,6 +120,7 @@ class Signals:
         keys = [str(r) for r in range(self._trainer.world_size)]
         store.set(str(rank), f"{step} going")
         if not store.check(keys):
+            store.set(str(rank), f"{step + 1} going")  # who comes to this step must not wait here
             return False
         end = time.monotonic() + self._patience
         while time.monotonic() < end:

@@ -11,6 +11,7 @@ import textwrap
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -21,6 +22,7 @@ from lightning.pytorch.trainer.connectors import signal_connector
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_lopt import SlowMo
+from lightning_lopt.strategies.faults import Signals
 from tests.processes import free_port, run_workers
 from tests.strategies_support import Classifier, flat, loader, trainer
 
@@ -128,6 +130,45 @@ def test_sigterm_while_another_waits_in_a_sync():
         assert seconds < 15
 
 
+def _signals(rank, store, **kwargs):
+    """Of one of two workers, and a function that puts it at a step."""
+    connector = SimpleNamespace(_sigterm_notifier_fn=None, _slurm_sigusr_handler_fn=None)
+    fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=0))
+    launch = SimpleNamespace(launcher=None)
+    worker = SimpleNamespace(
+        world_size=1, global_rank=rank, fit_loop=fit_loop, strategy=launch, _signal_connector=connector
+    )
+    signals = Signals(worker, "test", **kwargs)
+    worker.world_size, signals._store = 2, store
+
+    def act(step):
+        fit_loop.epoch_loop.total_batch_idx = step
+        signals.act()
+        return getattr(connector, "received_sigterm", False)
+
+    return signals, act
+
+
+def test_nobody_waits_for_a_worker_that_has_gone_on():
+    store = torch.distributed.HashStore()
+    first, first_act = _signals(0, store, patience=1.0)
+    _, second_act = _signals(1, store, interval=0.0, patience=1.0)
+    assert not second_act(6)
+    first._note_sigterm(signal.SIGTERM, None)
+    assert not first_act(7)  # alone: it trains on, perhaps into a sync
+    assert not second_act(7)  # does not wait for it here
+
+
+def test_who_has_heard_of_a_signal_says_at_every_step_where_it_is():
+    store = torch.distributed.HashStore()
+    store.set("any", "1")
+    signals, act = _signals(1, store, interval=0.0)
+    assert not act(5)
+    signals._interval = 1000.0
+    assert not act(6)
+    assert store.get("1") == b"7 going"
+
+
 class _Requeue(pl.Callback):
     """SLURM's signal reaches the workers at different steps of a very long round."""
 
@@ -178,6 +219,7 @@ SCRIPT = """
     import torch
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning_lopt import SlowMo
+from lightning_lopt.strategies.faults import Signals
     from tests.strategies_support import Classifier, flat, loader, trainer
 
     class Die(pl.Callback):
