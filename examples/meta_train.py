@@ -3,6 +3,7 @@
 python examples/meta_train.py                                              scikit-learn's digits, minutes on a laptop
 python examples/meta_train.py --recipe default --data fashion cifar10      the bundled weights, hours
 python examples/meta_train.py --recipe paper --data fashion                LOpt-A as published, for a GPU
+python examples/meta_train.py --recipe lopt_a_short --data fashion         a sixteenth of its work, 500 steps
 
 Kill it whenever you like; --resume goes on with the same numbers.
 """
@@ -104,7 +105,7 @@ def main() -> None:
     meta = MetaTraining(task=recipe.tasks, network=recipe.network, seed=args.seed, **recipe.options)
     checkpoint = ModelCheckpoint(args.out / "checkpoints", "{step}", every_n_train_steps=20, save_top_k=-1)
     trainer = L.Trainer(
-        accelerator="auto" if args.recipe == "paper" else "cpu",
+        accelerator="auto" if args.recipe.startswith("paper") else "cpu",
         max_steps=args.steps or recipe.steps,
         accumulate_grad_batches=recipe.windows,
         max_time=timedelta(minutes=args.minutes) if args.minutes else None,
