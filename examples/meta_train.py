@@ -5,7 +5,8 @@ python examples/meta_train.py --recipe default --data fashion cifar10      the b
 python examples/meta_train.py --recipe paper --data fashion                LOpt-A as published, for a GPU
 python examples/meta_train.py --recipe lopt_a_short --data fashion         a sixteenth of its work, 500 steps
 
-Kill it whenever you like; --resume goes on with the same numbers.
+Kill it whenever you like; --resume goes on with the same numbers. Where no checkpoint is left, --init goes on from
+OUT/export.safetensors, which is small, with fresh unrolls.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ from lightning.pytorch.loggers import CSVLogger
 from recipes import RECIPES
 
 from lightning_lopt import AdaMLP
-from lightning_lopt.meta import AbstractTask, MetaTraining
+from lightning_lopt.meta import AbstractTask, Export, Exporting, MetaTraining
 from lightning_lopt.meta.unroll import local_round, outer_step, zero_states
+
+NETWORK, EXPORT = "network.safetensors", "export.safetensors"
 
 
 def load_images(folder: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,20 +60,24 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, nargs="+", default=[None], help="folders of CIFAR-10 or Fashion-MNIST")
     add("--recipe", choices=RECIPES, default="quick", help="see examples/recipes.py (default: %(default)s)")
-    add("--steps", type=int, help="meta-iterations (default: the recipe's)")
+    add("--steps", type=int, help="meta-iterations, those before --init included (default: the recipe's)")
     add("--minutes", type=float, help="stop after this time, even if --steps are not done")
     add("--resume", type=Path, help="checkpoint to go on from, e.g. OUT/checkpoints/step=40.ckpt")
+    add("--init", type=Path, help="export to go on from, with fresh unrolls")
     add("--out", type=Path, default=Path("outputs/meta_train"), help="folder for results (default: %(default)s)")
     add("--seed", type=int, default=0, help="of everything drawn (default: %(default)s)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.resume and any((args.out / name).exists() for name in (NETWORK, EXPORT)):
+        parser.error(f"{args.out} holds the weights of another run. Choose another --out, or --resume that run.")
+    return args
 
 
-def provenance(args: argparse.Namespace, trainer: L.Trainer, hours: float) -> dict[str, object]:
+def provenance(args: argparse.Namespace, iterations: int, hours: float) -> dict[str, object]:
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     return {
         "command": shlex.join(["python", *sys.argv]),
         "commit": head.stdout.strip() or "unknown",
-        "meta_iterations": trainer.global_step,
+        "meta_iterations": iterations,
         "hours_of_last_start": round(hours, 2),
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
         "versions": f"torch {torch.__version__}, lightning {L.__version__}",
@@ -102,22 +109,27 @@ def main() -> None:
     torch.set_num_threads(1)  # the tensors are small; and the numbers do not depend on the machine's cores
     recipe = RECIPES[args.recipe]([*map(load_images, args.data)], args.seed)
     start_weights = copy.deepcopy(recipe.network)
-    meta = MetaTraining(task=recipe.tasks, network=recipe.network, seed=args.seed, **recipe.options)
+    start = Export.load(args.init) if args.init else None
+    meta = MetaTraining(task=recipe.tasks, network=recipe.network, start=start, seed=args.seed, **recipe.options)
+    steps = (args.steps or recipe.steps) - meta.start_iterations
+    if steps < 1:
+        raise SystemExit(f"{args.init} has {meta.start_iterations} meta-iterations already: choose more --steps.")
     checkpoint = ModelCheckpoint(args.out / "checkpoints", "{step}", every_n_train_steps=20, save_top_k=-1)
     trainer = L.Trainer(
         accelerator="auto" if args.recipe.startswith("paper") else "cpu",
-        max_steps=args.steps or recipe.steps,
+        max_steps=steps,
         accumulate_grad_batches=recipe.windows,
         max_time=timedelta(minutes=args.minutes) if args.minutes else None,
         gradient_clip_val=1.0,  # below the usual norm, so that a diverging unroll weighs no more than the others
-        callbacks=[checkpoint],
+        callbacks=[checkpoint, Exporting(args.out / EXPORT, overwrite=args.resume is not None)],
         logger=CSVLogger(args.out, name="log"),
         log_every_n_steps=1,
     )
-    start = time.time()
+    began = time.time()
     trainer.fit(meta, ckpt_path=args.resume)
-    meta.network.card = provenance(args, trainer, (time.time() - start) / 3600)
-    meta.network.save(args.out / "network.safetensors")
+    iterations = meta.start_iterations + trainer.global_step
+    meta.network.card = provenance(args, iterations, (time.time() - began) / 3600)
+    meta.network.save(args.out / NETWORK, overwrite=True)
 
     curves = {"averaging": None, "before meta-training": start_weights, "learned": meta.network}
     task = recipe.tasks[0][0]

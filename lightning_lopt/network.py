@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -143,25 +143,18 @@ class AdaMLP(nn.Module):
             update=self.update,
         )
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the weights, the configuration and the card to a safetensors file.
 
         Args:
-            path: where to; an existing file is replaced.
+            path: where to.
+            overwrite: replace the file if there is one, at once and as a whole.
 
         Raises:
+            FileExistsError: there is such a file, and not `overwrite`.
             WeightsError: a weight is not finite.
         """
-        tensors = {name: p.detach().float().contiguous().cpu() for name, p in self.named_parameters()}
-        _check_finite(tensors, f"This network cannot be saved to {path}")
-        metadata = {
-            "format": FORMAT,
-            "version": VERSION,
-            "config": json.dumps(self.config, sort_keys=True),
-            "card": json.dumps(self.card, sort_keys=True),
-            "sha256": _sha256(tensors, self.config, self.card),
-        }
-        save_file(tensors, str(path), metadata=metadata)
+        write_file(path, FORMAT, self, dict(self.named_parameters()), overwrite)
 
     @classmethod
     def load(cls, path: str | Path) -> AdaMLP:
@@ -176,52 +169,9 @@ class AdaMLP(nn.Module):
             >>> AdaMLP.load(AdaMLP.bundled_path("default")).inputs
             'mean'
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no weights file {path}. Bundled names are {AdaMLP.bundled_names()}.")
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                network, sha256 = cls._from_header(path, file)
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except WeightsError:
-            raise
-        except (SafetensorError, OSError, ValueError) as error:
-            raise WeightsError(
-                f"{path} is not a readable safetensors file ({error}). It may be truncated: copy it again."
-            ) from error
-        _check_finite(tensors, f"{path} cannot be used")
-        if sha256 not in (None, _sha256(tensors, network.config, network.card)):
-            raise WeightsError(f"{path} is damaged: its content does not fit its checksum. Copy it again.")
+        network, tensors = read_file(path, FORMAT, parameter_shapes)
         network.load_state_dict(tensors, assign=True)
         return network
-
-    @classmethod
-    def _from_header(cls, path: Path, file: Any) -> tuple[AdaMLP, str | None]:
-        """The network that a file describes, still without memory for its weights, and the file's checksum."""
-        metadata = file.metadata() or {}
-        found = metadata.get("format"), metadata.get("version")
-        if found != (FORMAT, VERSION):
-            raise WeightsError(
-                f"{path} is not a weights file that this version reads: it says format {found[0]!r} version "
-                f"{found[1]!r}, expected {FORMAT!r} version {VERSION!r}."
-            )
-        if unknown := sorted(metadata.keys() - {"format", "version", "config", "card", "sha256"}):
-            raise WeightsError(f"{path} has metadata that this version does not know: {unknown}.")
-        try:
-            with torch.device("meta"):  # the configuration may ask for any amount of memory
-                network = cls(**json.loads(metadata["config"]), card=json.loads(metadata.get("card", "{}")))
-        except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-            raise WeightsError(f"{path} has a configuration that cannot be used: {error}") from error
-        expected = {name: ("F32", *p.shape) for name, p in network.named_parameters()}
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        shapes = {name: (s.get_dtype(), *s.get_shape()) for name, s in slices.items()}
-        if shapes != expected:
-            wrong = sorted(k for k in {*shapes, *expected} if shapes.get(k) != expected.get(k))
-            raise WeightsError(
-                f"{path} does not hold the tensors of its configuration. "
-                + "; ".join(f"{k}: {shapes.get(k, 'missing')}, expected {expected.get(k, 'none')}" for k in wrong)
-            )
-        return network, metadata.get("sha256")
 
     @classmethod
     def bundled(cls, name: str = DEFAULT_WEIGHTS) -> AdaMLP:
@@ -247,6 +197,94 @@ class AdaMLP(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.config.items())
+
+
+def parameter_shapes(network: AdaMLP) -> dict[str, tuple[int, ...]]:
+    """The shape of each meta-parameter, by name."""
+    return {name: tuple(p.shape) for name, p in network.named_parameters()}
+
+
+def write_file(
+    path: str | Path, file_format: str, network: AdaMLP, tensors: Mapping[str, Tensor], overwrite: bool
+) -> None:
+    """Write tensors with the configuration and the card of a network; the arguments and errors are those of `save`."""
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists already, and is left as it is. Choose another name, or overwrite=True.")
+    tensors = {name: t.detach().float().contiguous().cpu() for name, t in tensors.items()}
+    _check_finite(tensors, f"This network cannot be saved to {path}")
+    metadata = {
+        "format": file_format,
+        "version": VERSION,
+        "config": json.dumps(network.config, sort_keys=True),
+        "card": json.dumps(network.card, sort_keys=True),
+        "sha256": _sha256(tensors, network.config, network.card),
+    }
+    part = path.with_name(f"{path.name}.part")  # so that a kill leaves the old file or the new one
+    save_file(tensors, str(part), metadata=metadata)
+    part.replace(path)
+
+
+def read_file(
+    path: str | Path, file_format: str, shapes: Callable[[AdaMLP], Mapping[str, tuple[int, ...]]]
+) -> tuple[AdaMLP, dict[str, Tensor]]:
+    """What `write_file` wrote; the errors are those of `AdaMLP.load`.
+
+    Args:
+        path: of the file.
+        file_format: expected.
+        shapes: of the tensors that a file with this network holds.
+
+    Returns:
+        The network, without memory for its weights, and the tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no weights file {path}. Bundled names are {AdaMLP.bundled_names()}.")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            network, sha256 = _read_header(path, file, file_format, shapes)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except WeightsError:
+        raise
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(
+            f"{path} is not a readable safetensors file ({error}). It may be truncated: copy it again."
+        ) from error
+    _check_finite(tensors, f"{path} cannot be used")
+    if sha256 not in (None, _sha256(tensors, network.config, network.card)):
+        raise WeightsError(f"{path} is damaged: its content does not fit its checksum. Copy it again.")
+    return network, tensors
+
+
+def _read_header(
+    path: Path, file: Any, file_format: str, shapes: Callable[[AdaMLP], Mapping[str, tuple[int, ...]]]
+) -> tuple[AdaMLP, str | None]:
+    """The network that a file describes, still without memory for its weights, and the file's checksum."""
+    metadata = file.metadata() or {}
+    found = metadata.get("format"), metadata.get("version")
+    if found != (file_format, VERSION):
+        raise WeightsError(
+            f"{path} is not a file that fits here: it says format {found[0]!r} version {found[1]!r}, expected "
+            f"{file_format!r} version {VERSION!r}."
+        )
+    if unknown := sorted(metadata.keys() - {"format", "version", "config", "card", "sha256"}):
+        raise WeightsError(f"{path} has metadata that this version does not know: {unknown}.")
+    try:
+        with torch.device("meta"):  # the configuration may ask for any amount of memory
+            network = AdaMLP(**json.loads(metadata["config"]), card=json.loads(metadata.get("card", "{}")))
+    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise WeightsError(f"{path} has a configuration that cannot be used: {error}") from error
+    expected = {name: ("F32", *shape) for name, shape in shapes(network).items()}
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    held = {name: (s.get_dtype(), *s.get_shape()) for name, s in slices.items()}
+    if held != expected:
+        wrong = sorted(k for k in {*held, *expected} if held.get(k) != expected.get(k))
+        raise WeightsError(
+            f"{path} does not hold the tensors of its configuration. "
+            + "; ".join(f"{k}: {held.get(k, 'missing')}, expected {expected.get(k, 'none')}" for k in wrong)
+        )
+    return network, metadata.get("sha256")
 
 
 def _sha256(tensors: Mapping[str, Tensor], config: Mapping[str, Any], card: Mapping[str, Any]) -> str:

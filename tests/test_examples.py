@@ -78,3 +78,18 @@ def test_meta_training(tmp_path: Path):
         assert re.search(rf"^{curve} +loss of the last 20 rounds 0\.\d+$", output, re.MULTILINE), output
     assert AdaMLP.load(tmp_path / "network.safetensors").card["meta_iterations"] == 1
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_meta_training_goes_on_from_an_export_and_overwrites_nothing(tmp_path: Path):
+    command = [str(EXAMPLES / "meta_train.py"), "--out"]
+    run([*command, str(tmp_path / "first"), "--steps", "1"])
+    init = ["--init", str(tmp_path / "first" / "export.safetensors")]
+    run([*command, str(tmp_path / "second"), "--steps", "3", *init])
+    assert AdaMLP.load(tmp_path / "second" / "network.safetensors").card["meta_iterations"] == 3
+    for arguments, message in [
+        (["first", "--steps", "2"], "holds the weights of another run"),
+        (["third", "--steps", "1", *init], "has 1 meta-iterations already"),
+        (["third", "--init", str(tmp_path / "first" / "network.safetensors")], "is not a file that fits here"),
+    ]:
+        with pytest.raises(AssertionError, match=message):
+            run([*command, str(tmp_path / arguments[0]), *arguments[1:]])

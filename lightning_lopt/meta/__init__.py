@@ -1,6 +1,8 @@
 """Meta-training of the learned optimizer."""
 
 from lightning_lopt.meta.base import AbstractTask, DataTask
+from lightning_lopt.meta.callbacks import Exporting
+from lightning_lopt.meta.export import Export
 from lightning_lopt.meta.local import LocalOptimizer, LocalTraining
 from lightning_lopt.meta.models import image_conv, image_vit, language_model
 from lightning_lopt.meta.module import MetaTraining
@@ -11,6 +13,8 @@ from lightning_lopt.meta.truncation import LogUniform
 __all__ = [
     "AbstractTask",
     "DataTask",
+    "Export",
+    "Exporting",
     "ImageMLP",
     "LocalOptimizer",
     "LocalTraining",

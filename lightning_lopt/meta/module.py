@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_lopt.comm import Communicator
 from lightning_lopt.meta.base import AbstractTask, Tensors
 from lightning_lopt.meta.estimator import Estimator, EstimatorKind
+from lightning_lopt.meta.export import Export
 from lightning_lopt.meta.local import LocalOptimizer, LocalTraining, OptimizerKind
 from lightning_lopt.meta.particles import MetaLoss, Particles, joined
 from lightning_lopt.meta.truncation import LogUniform
@@ -22,6 +23,7 @@ from lightning_lopt.network import AdaMLP
 
 LENGTHS = LogUniform(100, 1_000)
 STATE_KEY = "lightning_lopt.MetaTraining"
+START_KEY = f"{STATE_KEY}.start"
 
 
 class Iterations:
@@ -70,6 +72,8 @@ class MetaTraining(L.LightningModule):
             fresh batches (``"updated"``) or on validation batches (``"validation"``).
         log_floor: minimise the mean of log(loss + log_floor), so that late progress counts; None: of the loss.
         network: what to train; default ``AdaMLP(seed=seed)``.
+        start: where an earlier run stood, of the same kind of network; goes on from there with fresh particles.
+            The Trainer's `max_steps` then counts the steps of this run alone, the schedule those of both.
         estimator: of the meta-gradient: ``"pes"``, the biased ``"published_pes"``, or ``"truncated_es"`` as a baseline.
         num_particles: P >= 1 antithetic pairs per task.
         truncation: W >= 1 rounds per window.
@@ -110,6 +114,7 @@ class MetaTraining(L.LightningModule):
         meta_loss: MetaLoss = "local",
         log_floor: float | None = None,
         network: AdaMLP | None = None,
+        start: Export | None = None,
         estimator: EstimatorKind = "pes",
         num_particles: int = 8,
         truncation: int = 50,
@@ -130,6 +135,13 @@ class MetaTraining(L.LightningModule):
         common = LocalTraining(num_workers, local_steps, local_lr, decay_share, LocalOptimizer(local_optimizer))
         pairs = [(each, common) if isinstance(each, AbstractTask) else each for each in tasks]
         self.network = AdaMLP(seed=seed) if network is None else network
+        self._start = start or Export(self.network, iterations=0, moments={})
+        if self._start.network.config != self.network.config:
+            raise ValueError(
+                f"The start holds a network of another kind than the one to train: {self._start.network.config} "
+                f"instead of {self.network.config}."
+            )
+        self.network.load_state_dict(self._start.network.state_dict())
         for _, training in pairs:
             if self.network.num_inputs not in (1, training.num_workers):
                 raise ValueError(
@@ -145,9 +157,19 @@ class MetaTraining(L.LightningModule):
         lengths = LogUniform(unroll_length, unroll_length) if isinstance(unroll_length, int) else unroll_length
         self._estimators = []
         for index, (each, training) in enumerate(pairs):
-            own_seed = seed + 1_000_003 * index
+            own_seed = seed + 1_000_003 * index + 10_007 * self.start_iterations
             particles = Particles(each, training, num_particles, lengths, meta_loss, own_seed)
             self._estimators.append(Estimator(particles, estimator, truncation, sigma, log_floor, own_seed))
+
+    @property
+    def start_iterations(self) -> int:
+        """Meta-iterations of earlier runs, before the first of this one."""
+        return self._start.iterations
+
+    def export(self) -> Export:
+        """Where the run stands, for `start` of a later one."""
+        optimizer = self.trainer.optimizers[0]
+        return Export.of(self.network, optimizer, self.start_iterations + self.trainer.global_step)
 
     @override
     def setup(self, stage: str) -> None:
@@ -170,13 +192,14 @@ class MetaTraining(L.LightningModule):
             {"params": list(self.network.decays.parameters()), "lr": self.decays_lr},
         ]
         optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
-        total = self.trainer.max_steps
-        if total < 1:
+        self._start.restore(dict(self.network.named_parameters()), optimizer)
+        if self.trainer.max_steps < 1:
             raise ValueError("The cosine needs to know its length: use Trainer(max_steps=...).")
-
+        total = self.start_iterations + self.trainer.max_steps
         final = self.final_lr / self.lr if self.lr else 0.0
 
         def factor(step: int) -> float:
+            step += self.start_iterations
             if step < self.warmup_steps:
                 return (step + 1) / self.warmup_steps
             progress = min(1.0, (step - self.warmup_steps) / max(1, total - self.warmup_steps))
@@ -213,6 +236,7 @@ class MetaTraining(L.LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         parts = self._comm.gather_objects([estimator.state_dict() for estimator in self._estimators])
+        checkpoint[START_KEY] = self.start_iterations
         if parts is not None:
             checkpoint[STATE_KEY] = [joined(states) for states in zip(*parts, strict=True)]
 
@@ -222,5 +246,10 @@ class MetaTraining(L.LightningModule):
         if states is None or len(states) != len(self._estimators):
             found = "no particles" if states is None else f"the particles of {len(states)} tasks"
             raise ValueError(f"The checkpoint holds {found}, but this run has {len(self._estimators)} tasks.")
+        if (start := checkpoint.get(START_KEY, 0)) != self.start_iterations:
+            raise ValueError(
+                f"The checkpoint is of a run that started at meta-iteration {start}, but this one starts at "
+                f"{self.start_iterations}. Resume with the same start as that run."
+            )
         for estimator, state in zip(self._estimators, states, strict=True):
             estimator.load_state_dict(state)
