@@ -13,7 +13,8 @@ from torch.optim import SGD, Adam, Optimizer
 
 from lightning_lopt.meta.base import AbstractTask, Batch, Tensors
 from lightning_lopt.meta.local import LocalOptimizer
-from lightning_lopt.meta.unroll import local_round, outer_step, zero_states
+from lightning_lopt.meta.outer import Outer, averaging, learning, stepping, views
+from lightning_lopt.meta.unroll import local_round
 from lightning_lopt.network import AdaMLP
 from lightning_lopt.optim import SlowMomentum
 
@@ -103,9 +104,6 @@ class Parallel(Method):
         self._optimizer.apply(self._anchor, mean, rates, self._state)
 
 
-Outer = Callable[[Tensors, Tensor, int], None]  # of the workers {[P, K, *S]}, the rates and the round
-
-
 class Local(Method):
     """Local training, then an outer step."""
 
@@ -127,15 +125,12 @@ def outer(particles: Sequence[Setting], anchor: Tensors, network: AdaMLP) -> Out
     """What moves the anchor after local training."""
     method = particles[0].method
     if method == "local_sgd":
-        return lambda workers, rates, round_idx: _average(anchor, workers)
+        return averaging(anchor)
     if method == "learned":
-        named = {name: p.detach().expand(len(particles), *p.shape) for name, p in network.named_parameters()}
-        theta, states = network.functional(named), zero_states(anchor)
-        rounds = next(iter(anchor.values())).new_zeros(len(particles), dtype=torch.long)
-        return lambda workers, rates, t: outer_step(anchor, workers, states, theta, rounds + t)
+        return learning(anchor, network)
     groups = [
-        {"params": [a[i] for a in anchor.values()], "local_lr": setting.local_lr, **setting.options}
-        for i, setting in enumerate(particles)
+        {"params": params, "local_lr": setting.local_lr, **setting.options}
+        for params, setting in zip(views(anchor), particles, strict=True)
     ]
     if method == "slowmo":
         optimizer: Optimizer = SlowMomentum(groups)
@@ -143,19 +138,4 @@ def outer(particles: Sequence[Setting], anchor: Tensors, network: AdaMLP) -> Out
         optimizer = SGD(groups, nesterov=True, momentum=0.9)
     else:
         optimizer = Adam(groups, betas=(0.9, 0.99))
-    return lambda workers, rates, round_idx: _optimizer_step(optimizer, anchor, workers, rates)
-
-
-def _average(anchor: Tensors, workers: Tensors) -> None:
-    for name, a in anchor.items():
-        a.copy_(workers[name].mean(1))
-
-
-def _optimizer_step(optimizer: Optimizer, anchor: Tensors, workers: Tensors, rates: Tensor) -> None:
-    """One step of an optimizer with a parameter group per particle."""
-    grads = [a - workers[name].mean(1) for name, a in anchor.items()]
-    for i, (group, rate) in enumerate(zip(optimizer.param_groups, rates.tolist(), strict=True)):
-        group["local_lr"] = rate
-        for p, grad in zip(group["params"], grads, strict=True):
-            p.grad = grad[i]
-    optimizer.step()
+    return stepping(anchor, optimizer)

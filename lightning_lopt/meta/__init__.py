@@ -2,6 +2,7 @@
 
 from lightning_lopt.meta.base import AbstractTask, DataTask
 from lightning_lopt.meta.callbacks import Exporting
+from lightning_lopt.meta.evaluation import Evaluation
 from lightning_lopt.meta.export import Export
 from lightning_lopt.meta.local import LocalOptimizer, LocalTraining
 from lightning_lopt.meta.models import image_conv, image_vit, language_model
@@ -13,6 +14,7 @@ from lightning_lopt.meta.truncation import LogUniform
 __all__ = [
     "AbstractTask",
     "DataTask",
+    "Evaluation",
     "Export",
     "Exporting",
     "ImageMLP",

@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_lopt.comm import Communicator
 from lightning_lopt.meta.base import AbstractTask, Tensors
 from lightning_lopt.meta.estimator import Estimator, EstimatorKind
+from lightning_lopt.meta.evaluation import Evaluation
 from lightning_lopt.meta.export import Export
 from lightning_lopt.meta.local import LocalOptimizer, LocalTraining, OptimizerKind
 from lightning_lopt.meta.particles import MetaLoss, Particles, joined
@@ -85,6 +86,8 @@ class MetaTraining(L.LightningModule):
         final_lr: where the cosine ends; default a third of `lr`, as published.
         warmup_steps: of the meta-optimizer, >= 0.
         decays_lr: that of the decays, whose offsets act tenfold in the exponent; default `lr`, as published.
+        evaluations: of the current network, by the Trainer's validation loop (every `val_check_interval` batches).
+            Logs each final loss, its ratios to the baselines', and the ratios' means.
         seed: of everything drawn.
 
     Raises:
@@ -125,6 +128,7 @@ class MetaTraining(L.LightningModule):
         final_lr: float | None = None,
         warmup_steps: int = 100,
         decays_lr: float | None = None,
+        evaluations: Sequence[Evaluation] = (),
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -148,6 +152,7 @@ class MetaTraining(L.LightningModule):
                     f"The network sees {self.network.num_inputs} workers but there are "
                     f"num_workers={training.num_workers}. Use AdaMLP(inputs='mean'), or as many inputs as workers."
                 )
+        self.evaluations = list(evaluations)
         self.max_window_norm = max_window_norm
         self.lr = lr
         self.final_lr = lr / 3 if final_lr is None else final_lr
@@ -181,9 +186,16 @@ class MetaTraining(L.LightningModule):
                 particles.task.to(device)
                 estimator.particles = particles.share(self._comm.rank, count)
 
+        for evaluation in self.evaluations:
+            evaluation.task.to(device)
+
     @override
     def train_dataloader(self) -> Iterations:
         return Iterations(self.trainer.max_steps * self.trainer.accumulate_grad_batches)
+
+    @override
+    def val_dataloader(self) -> list[Iterations]:
+        return [Iterations(len(self.evaluations))] if self.evaluations else []
 
     @override
     def configure_optimizers(self) -> Any:
@@ -223,6 +235,16 @@ class MetaTraining(L.LightningModule):
         gradient = window.gradient if self.max_window_norm is None else self._clipped(window.gradient)
         linear = torch.stack([(p * gradient[name]).sum() for name, p in self.network.named_parameters()]).sum()
         return linear - linear.detach() + window.loss
+
+    @override
+    def validation_step(self, batch: int, batch_idx: int) -> None:
+        evaluation = self.evaluations[batch]
+        final = evaluation.final(evaluation.losses(self.network))
+        self.log(f"{evaluation.name}/loss", final, batch_size=1, sync_dist=True)
+        for name, losses in evaluation.baselines.items():
+            ratio = final / evaluation.final(losses)
+            self.log(f"{evaluation.name}/over_{name}", ratio, batch_size=1, sync_dist=True)
+            self.log(f"over_{name}", ratio, batch_size=1, sync_dist=True, prog_bar=name == "averaging")
 
     def _clipped(self, gradient: Tensors) -> Tensors:
         """The mean over the processes, clipped to `max_window_norm`."""

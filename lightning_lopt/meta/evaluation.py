@@ -1,0 +1,101 @@
+"""How a network compares with averaging and DiLoCo on a task, from the same starts and on the same data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from lightning_lopt.meta.base import AbstractTask, Tensors
+from lightning_lopt.meta.local import LocalTraining
+from lightning_lopt.meta.outer import Outer, averaging, learning, stepping, views
+from lightning_lopt.meta.particles import seeded
+from lightning_lopt.meta.unroll import local_round
+from lightning_lopt.network import AdaMLP
+
+SAMPLE_BATCHES = 32  # on which the loss of the global weights is taken
+FINAL_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Runs of a task, whose starts, data and local learning rates are fixed by the seed.
+
+    Args:
+        name: in the log.
+        task: what is trained.
+        training: how; of several H the middle one is taken.
+        num_rounds: of each run, >= 1.
+        num_runs: N >= 1, that differ in all that is drawn.
+        seed: of everything drawn.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    Example:
+        >>> from lightning_lopt.meta import ImageMLP
+        >>> task = ImageMLP(torch.rand(50, 4, 4), torch.arange(50) % 5, hidden=(8,), batch_size=10)
+        >>> evaluation = Evaluation("small", task, LocalTraining(2, 4, 0.1), num_rounds=6, num_runs=2)
+        >>> evaluation.losses(AdaMLP.bundled()).shape
+        torch.Size([7, 2])
+    """
+
+    name: str
+    task: AbstractTask
+    training: LocalTraining
+    num_rounds: int = 100
+    num_runs: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_rounds < 1 or self.num_runs < 1:
+            raise ValueError(
+                f"An evaluation needs at least one round and one run, not {self.num_rounds} and {self.num_runs}."
+            )
+
+    def losses(self, network: AdaMLP) -> Tensor:
+        """The loss of the global weights on a fixed sample before the first round and after each, [rounds + 1, N]."""
+        return self._losses(partial(learning, network=network))
+
+    @cached_property
+    def baselines(self) -> dict[str, Tensor]:
+        """The same with averaging (Local SGD) and with DiLoCo's Nesterov momentum (0.7, 0.9)."""
+
+        def diloco(anchor: Tensors) -> Outer:
+            groups = [{"params": params} for params in views(anchor)]
+            return stepping(anchor, torch.optim.SGD(groups, lr=0.7, momentum=0.9, nesterov=True))
+
+        return {"averaging": self._losses(averaging), "diloco": self._losses(diloco)}
+
+    def final(self, losses: Tensor) -> float:
+        """Mean over the last 5 rounds and the runs; a diverged one counts as the task's `max_loss`."""
+        limit = self.task.max_loss
+        return losses[-FINAL_ROUNDS:].nan_to_num(nan=limit).clamp(max=limit).mean().item()
+
+    @torch.no_grad()
+    def _losses(self, outer: Callable[[Tensors], Outer]) -> Tensor:
+        task, training = self.task, self.training
+        generators = [seeded(self.seed, "evaluation", index) for index in range(self.num_runs)]
+        starts = [training.init(task, generator) for generator in generators]
+        anchor = {name: torch.cat([start[name] for start in starts]) for name in starts[0]}
+        base_lr, decays = torch.tensor([training.draw_lr(generator) for generator in generators]).T
+        sample = task.batch(SAMPLE_BATCHES, seeded(self.seed, "sample"))
+        sample = tuple(part.flatten(0, 1).expand(self.num_runs, -1, *part.shape[2:]) for part in sample)
+        per_worker = {name: a.repeat_interleave(training.num_workers, 0) for name, a in anchor.items()}
+        local, step = training.optimizer.init(per_worker), outer(anchor)
+        local_steps = training.steps[len(training.steps) // 2]
+        losses = [task.loss(anchor, sample)]
+        for round_idx in range(self.num_rounds):
+            cosine = 0.5 * (1 + math.cos(math.pi * round_idx / self.num_rounds))
+            rates = (base_lr * torch.where(decays.bool(), cosine, 1.0)).to(task.device, task.dtype)
+            drawn = torch.stack([task.draw(local_steps * training.num_workers, g) for g in generators])
+            places = drawn.unflatten(1, (local_steps, -1)).unbind(1)
+            batches = (task.read(place.flatten(0, 1).to(task.device)) for place in places)
+            workers, _ = local_round(task, anchor, batches, rates, training.num_workers, training.optimizer, local)
+            step(workers, rates, round_idx)
+            losses.append(task.loss(anchor, sample))
+        return torch.stack(losses)

@@ -1,0 +1,54 @@
+"""Outer steps on the anchors of many runs: averaging, torch's optimizers, the learned one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_lopt.meta.base import Tensors
+from lightning_lopt.meta.unroll import outer_step, zero_states
+from lightning_lopt.network import AdaMLP
+
+Outer = Callable[[Tensors, Tensor, int], None]
+"""Moves anchors in place: of the workers {[P, K, *S]}, γ of each run in this round [P], and the round, from 0."""
+
+
+def averaging(anchor: Tensors) -> Outer:
+    """The mean of the workers: Local SGD."""
+
+    def step(workers: Tensors, rates: Tensor, round_idx: int) -> None:
+        for name, a in anchor.items():
+            a.copy_(workers[name].mean(1))
+
+    return step
+
+
+def learning(anchor: Tensors, network: AdaMLP) -> Outer:
+    """The step of a network."""
+    some = next(iter(anchor.values()))
+    own = {name: p.detach().to(some.device).expand(len(some), *p.shape) for name, p in network.named_parameters()}
+    theta, states = network.functional(own), zero_states(anchor)
+    rounds = some.new_zeros(len(some), dtype=torch.long)
+    return lambda workers, rates, round_idx: outer_step(anchor, workers, states, theta, rounds + round_idx)
+
+
+def stepping(anchor: Tensors, optimizer: Optimizer) -> Outer:
+    """The step of an optimizer that has one parameter group for each run, as `views` gives them."""
+
+    def step(workers: Tensors, rates: Tensor, round_idx: int) -> None:
+        grads = [a - workers[name].mean(1) for name, a in anchor.items()]
+        for i, (group, rate) in enumerate(zip(optimizer.param_groups, rates.tolist(), strict=True)):
+            group["local_lr"] = rate
+            for p, grad in zip(group["params"], grads, strict=True):
+                p.grad = grad[i]
+        optimizer.step()
+
+    return step
+
+
+def views(anchor: Tensors) -> list[list[Tensor]]:
+    """The anchors of each run."""
+    return [[a[i] for a in anchor.values()] for i in range(len(next(iter(anchor.values()))))]
