@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
-from lightning_lopt import AdaMLP, LearnedOptimizer, Rounds
+from lightning_lopt import AdaMLP, LearnedLocalSGD, LearnedOptimizer, Rounds
+from lightning_lopt.bench.data import load_task
 from lightning_lopt.functional.learned import UPDATES
 from lightning_lopt.meta.tasks import ImageMLP
 from lightning_lopt.meta.unroll import local_round, outer_step, zero_states
 from tests.processes import run_workers
+from tests.strategies_support import trainer
 
 NUM_WORKERS, LOCAL_STEPS, NUM_ROUNDS, LOCAL_LR = 2, 3, 5, 0.3
 
@@ -39,12 +43,17 @@ def simulated(update: str, inputs) -> dict[str, torch.Tensor]:
     return anchor
 
 
-def real(rank: int, update: str, inputs) -> list[torch.Tensor]:
-    task, network, anchor, batches = make(update, inputs)
-    layers = [nn.Linear(a, b, dtype=torch.float64) for a, b in pairwise(task.sizes)]
+def mlp(task: ImageMLP, anchor) -> nn.Sequential:
+    """A module with these parameters."""
+    layers = [nn.Linear(a, b, dtype=task.dtype) for a, b in pairwise(task.sizes)]
     for i, layer in enumerate(layers):
         layer.load_state_dict({"weight": anchor[f"layers.{i}.weight"][0], "bias": anchor[f"layers.{i}.bias"][0]})
-    model = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+    return nn.Sequential(*chain.from_iterable((layer, nn.ReLU()) for layer in layers[:-1]), layers[-1])
+
+
+def real(rank: int, update: str, inputs) -> list[torch.Tensor]:
+    task, network, anchor, batches = make(update, inputs)
+    model = mlp(task, anchor)
     optimizer = torch.optim.SGD(model.parameters(), lr=LOCAL_LR)
     rounds = Rounds(model, optimizer, LOCAL_STEPS, partial(LearnedOptimizer, network=network))
     for images, labels in (batch for batches_of_round in batches for batch in batches_of_round):
@@ -64,3 +73,60 @@ def test_two_simulated_workers_equal_two_processes(update, inputs):
         for name, p in zip(wanted, parameters, strict=True):
             torch.testing.assert_close(p, wanted[name][0], rtol=0, atol=1e-10)
             assert not torch.equal(p, start[name][0])
+
+
+DIGITS_ROUNDS = 25
+
+
+def digits():
+    """Real data: the task, the start and the batches of all rounds."""
+    task, generator = load_task("digits"), torch.Generator().manual_seed(3)
+    anchor = task.init(1, generator)
+    batches = [[task.batch(NUM_WORKERS, generator) for _ in range(LOCAL_STEPS)] for _ in range(DIGITS_ROUNDS)]
+    return task, anchor, batches
+
+
+class Replay(pl.LightningModule):
+    """Trains on given batches; records the loss of the global weights on a sample after every sync."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.task, anchor, self.batches = digits()
+        self.model, self.losses = mlp(self.task, anchor), []
+
+    def train_dataloader(self):
+        images_and_labels = chain.from_iterable(self.batches)
+        own = [(images[self.global_rank], labels[self.global_rank]) for images, labels in images_and_labels]
+        return DataLoader(own, batch_size=None)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if (batch_idx + 1) % LOCAL_STEPS == 0:
+            logits = self.model(self.task.images[:1024])
+            self.losses.append(nn.functional.cross_entropy(logits, self.task.labels[:1024]).item())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=LOCAL_LR)
+
+
+def trained(rank: int) -> list[float]:
+    run = trainer(LearnedLocalSGD(LOCAL_STEPS), NUM_WORKERS, max_epochs=1, use_distributed_sampler=False)
+    module = Replay()
+    run.fit(module)
+    return module.losses
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_default_in_a_trainer_follows_its_simulated_curve():
+    task, anchor, batches = digits()
+    states, meta, simulation = zero_states(anchor), AdaMLP.bundled().functional(), []
+    for t, batches_of_round in enumerate(batches):
+        workers, _ = local_round(task, anchor, batches_of_round, torch.tensor([LOCAL_LR]), NUM_WORKERS)
+        outer_step(anchor, workers, states, meta, torch.tensor([t]))
+        sample = task.images[None, :1024], task.labels[None, :1024]
+        simulation.append(task.loss(anchor, sample).item())
+    for losses in run_workers(trained, NUM_WORKERS):
+        assert losses == pytest.approx(simulation, rel=1e-3)
+    assert simulation[-1] < 0.2 * simulation[0]
