@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import platform
 import shlex
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,10 +32,10 @@ from lightning.pytorch.loggers import CSVLogger
 from recipes import RECIPES
 
 from lightning_lopt import AdaMLP
-from lightning_lopt.meta import AbstractTask, Export, Exporting, MetaTraining
-from lightning_lopt.meta.unroll import local_round, outer_step, zero_states
+from lightning_lopt.meta import Evaluation, Export, Exporting, MetaTraining
 
 NETWORK, EXPORT = "network.safetensors", "export.safetensors"
+EVERY = 20  # meta-iterations between checkpoints, exports and evaluations
 
 
 def load_images(folder: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,23 +87,37 @@ def provenance(args: argparse.Namespace, iterations: int, hours: float) -> dict[
     }
 
 
-def training_curve(task: AbstractTask, network: AdaMLP | None, rounds: int = 200, runs: int = 3) -> torch.Tensor:
-    """Loss of each round, mean over three runs: 8 workers, 4 local steps at rate 0.2; averaging without a network."""
-    generator = torch.Generator().manual_seed(0)
-    anchor = task.init(runs, generator)
-    states, meta = zero_states(anchor), None
-    if network is not None:
-        meta = network.functional({name: torch.stack([p.detach()] * runs) for name, p in network.named_parameters()})
-    losses, local_lr = [], torch.full((runs,), 0.2)
-    for round_idx in range(rounds):
-        batches = (task.batch(runs * 8, generator) for _ in range(4))
-        workers, loss = local_round(task, anchor, batches, local_lr, num_workers=8)
-        if meta is None:
-            anchor = {name: w.mean(1) for name, w in workers.items()}
-        else:
-            outer_step(anchor, workers, states, meta, torch.full((runs,), round_idx))
-        losses.append(loss.mean())
-    return torch.stack(losses)
+def ratios(out: Path) -> dict[str, list[tuple[int, float]]]:
+    """What evaluations logged, by name: meta-iterations of this run, and final losses over those of a baseline."""
+    found: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for path in sorted(out.glob("log/*/metrics.csv")):  # one for each start
+        for row in csv.DictReader(path.open()):
+            for name, value in row.items():
+                if value and "over_" in name:
+                    found[name].append((int(row["step"]) + 1, float(value)))
+    return found
+
+
+def draw(out: Path, evaluation: Evaluation, before: AdaMLP, after: AdaMLP, first: int) -> None:
+    """Draw the curves of a task, and how the losses over Local SGD's went down; print the ends of the curves."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    curves = {**evaluation.baselines, "before meta-training": evaluation.losses(before)}
+    curves["learned"] = evaluation.losses(after)
+    for name, losses in curves.items():
+        left.plot(losses.mean(1), label=name)
+        print(f"{name:20s} final loss {evaluation.final(losses):.4f}")
+    left.set(yscale="log", xlabel="round", ylabel="training loss of the global weights", title=evaluation.name)
+    for name, points in ratios(out).items():
+        steps, values = zip(*((first + step, value) for step, value in points), strict=True)
+        if "/" not in name:
+            right.plot(steps, values, label=name)
+        elif name.endswith("over_averaging"):
+            right.plot(steps, values, color="0.8", lw=0.7, zorder=1)
+    right.axhline(1, color="black", lw=0.5, label="baseline")
+    right.set(yscale="log", xlabel="meta-iteration", title="final loss over the baseline's (grey: by task)")
+    for axes in (left, right):
+        axes.legend()
+    figure.savefig(out / "curves.png", dpi=150)
 
 
 def main() -> None:
@@ -110,18 +126,29 @@ def main() -> None:
     recipe = RECIPES[args.recipe]([*map(load_images, args.data)], args.seed)
     start_weights = copy.deepcopy(recipe.network)
     start = Export.load(args.init) if args.init else None
-    meta = MetaTraining(task=recipe.tasks, network=recipe.network, start=start, seed=args.seed, **recipe.options)
+    evaluations = [Evaluation(f"task {i}", *pair) for i, pair in enumerate(recipe.tasks)]
+    meta = MetaTraining(
+        task=recipe.tasks,
+        network=recipe.network,
+        start=start,
+        evaluations=evaluations,
+        seed=args.seed,
+        **recipe.options,
+    )
     steps = (args.steps or recipe.steps) - meta.start_iterations
     if steps < 1:
         raise SystemExit(f"{args.init} has {meta.start_iterations} meta-iterations already: choose more --steps.")
-    checkpoint = ModelCheckpoint(args.out / "checkpoints", "{step}", every_n_train_steps=20, save_top_k=-1)
+    checkpoint = ModelCheckpoint(args.out / "checkpoints", "{step}", every_n_train_steps=EVERY, save_top_k=-1)
     trainer = L.Trainer(
         accelerator="auto" if args.recipe.startswith("paper") else "cpu",
         max_steps=steps,
         accumulate_grad_batches=recipe.windows,
         max_time=timedelta(minutes=args.minutes) if args.minutes else None,
         gradient_clip_val=1.0,  # below the usual norm, so that a diverging unroll weighs no more than the others
-        callbacks=[checkpoint, Exporting(args.out / EXPORT, overwrite=args.resume is not None)],
+        callbacks=[checkpoint, Exporting(args.out / EXPORT, EVERY, overwrite=args.resume is not None)],
+        val_check_interval=EVERY * recipe.windows,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
         logger=CSVLogger(args.out, name="log"),
         log_every_n_steps=1,
     )
@@ -131,14 +158,7 @@ def main() -> None:
     meta.network.card = provenance(args, iterations, (time.time() - began) / 3600)
     meta.network.save(args.out / NETWORK, overwrite=True)
 
-    curves = {"averaging": None, "before meta-training": start_weights, "learned": meta.network}
-    task = recipe.tasks[0][0]
-    for name, network in curves.items():
-        plt.plot(losses := training_curve(task, network), label=name)
-        print(f"{name:20s} loss of the last 20 rounds {losses[-20:].mean():.4f}")
-    plt.gca().set(yscale="log", xlabel="round (8 workers, 4 local steps)", ylabel="training loss")
-    plt.legend()
-    plt.savefig(args.out / "curves.png", dpi=150)
+    draw(args.out, meta.evaluations[0], start_weights, meta.network, meta.start_iterations)
     print(f"Weights and plot are in {args.out}/. Use them: LearnedLocalSGD(network=AdaMLP.load(...)).")
 
 

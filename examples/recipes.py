@@ -80,16 +80,15 @@ def source_code(hidden: Sequence[int]) -> ImageMLP:
     return ImageMLP(contexts, codes[places + 5], hidden=hidden, batch_size=32)
 
 
-def new_network(update: str, hidden: tuple[int, int] = (32, 32), momentum_gate: float = 0.0, seed: int = 0) -> AdaMLP:
-    """A network whose output is 0, so that a gated update starts as its base step.
+def new_network(hidden: tuple[int, int], momentum_gate: float = 0.0, seed: int = 0) -> AdaMLP:
+    """A network whose output is 0, so that its gated update starts as the base step.
 
     Args:
-        update: see `AdaMLP`.
         hidden: widths of the layers.
         momentum_gate: start of the gate on momentum, in the exponent.
         seed: of the weights.
     """
-    network = AdaMLP(update=update, hidden=hidden, step_mult=1.0, exp_mult=1.0, seed=seed)
+    network = AdaMLP(update="adaptive_nesterov", hidden=hidden, step_mult=1.0, exp_mult=1.0, seed=seed)
     torch.nn.init.zeros_(network.get_parameter("layers.2.weight"))
     if momentum_gate:
         network.get_parameter("layers.2.bias").data[-1] = momentum_gate
@@ -104,8 +103,9 @@ def quick(data: Sequence[Images], seed: int) -> Recipe:
         # Few images, so that unrolls also visit the regime in which the training loss goes to 0.
         tasks.append(ImageMLP(images[:1000], labels[:1000], hidden=(32, 32), batch_size=32, size=8))
     training = LocalTraining(8, [1, 2, 4, 8, 16], (0.05, 1.0), decay_share=0.5)
-    network = new_network("gated_nesterov", seed=seed)
-    return Recipe([(task, training) for task in tasks], network, 100, options={"lr": 2e-3, "decays_lr": 2e-4})
+    network = new_network(hidden=(8, 8), seed=seed)
+    options = {"lr": 5e-3, "decays_lr": 5e-4, "warmup_steps": 10}
+    return Recipe([(task, training) for task in tasks], network, 100, options=options)
 
 
 def published(inputs: Literal["mean"] | int, steps: int, batch_size: int = 128, **smaller: Any) -> Maker:
@@ -169,7 +169,7 @@ def default(data: Sequence[Images], seed: int) -> Recipe:
         "warmup_steps": 10,
         "final_lr": 2.5e-4,
     }
-    network = new_network("adaptive_nesterov", (8, 8), momentum_gate=-0.7, seed=seed)
+    network = new_network((8, 8), momentum_gate=-0.7, seed=seed)
     return Recipe(tasks, network, steps=400, windows=len(tasks), options=options)
 
 

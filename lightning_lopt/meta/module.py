@@ -194,8 +194,8 @@ class MetaTraining(L.LightningModule):
         return Iterations(self.trainer.max_steps * self.trainer.accumulate_grad_batches)
 
     @override
-    def val_dataloader(self) -> list[Iterations]:
-        return [Iterations(len(self.evaluations))] if self.evaluations else []
+    def val_dataloader(self) -> list[range]:
+        return [range(len(self.evaluations))] if self.evaluations else []
 
     @override
     def configure_optimizers(self) -> Any:

@@ -60,13 +60,13 @@ def test_the_validation_loop_logs_ratios_every_n_meta_iterations():
     steps = []
 
     class Look(L.Callback):
-        def on_validation_end(self, trainer, pl_module):
-            steps.append(trainer.global_step)
+        def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+            steps.append((trainer.global_step, batch))
 
     meta = make(network=gated(0.0), lr=0.0, evaluations=[evaluation("a"), evaluation("b", local_lr=0.1)])
     fit = trainer(6, Look(), num_sanity_val_steps=0, val_check_interval=2, check_val_every_n_epoch=None)
     fit.fit(meta)
-    assert steps == [2, 4, 6]
+    assert steps == [(step, index) for step in (2, 4, 6) for index in (0, 1)]
     metrics = {name: value.item() for name, value in fit.callback_metrics.items()}
     assert metrics["a/over_diloco"] == pytest.approx(1, rel=1e-4)
     ratios = [metrics[f"{name}/over_averaging"] for name in ("a", "b")]
