@@ -40,9 +40,8 @@ class AdaMLP(nn.Module):
         hidden: widths of the two hidden layers.
         step_mult: λ1 > 0, the size of the step.
         exp_mult: λ2 >= 0, the range of the magnitude.
-        update: how the output becomes a step: ``"published"`` (the paper's), ``"gated_average"``,
-            ``"gated_nesterov"`` or ``"adaptive_nesterov"``, which also sees 11 features of the tensor as a whole (see
-            `lightning_lopt.functional.updates`).
+        update: how the output becomes a step: ``"published"`` (the paper's) or ``"adaptive_nesterov"``, which also
+            sees 11 features of the tensor as a whole (see `lightning_lopt.functional.updates`).
         card: provenance, anything JSON can hold; saved with the weights.
         seed: of the initial weights (truncated normal, std 1/sqrt(fan in); biases 0); None leaves torch's
             global generator in charge.

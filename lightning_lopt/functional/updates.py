@@ -60,11 +60,6 @@ def gated(output: Tensor, base: Base | None) -> Tensor:
     return correction.add_(gates.clamp_(*GATE_RANGE).exp_().mul_(base.terms).sum(1, keepdim=True))
 
 
-def average_terms(grad: Tensor, momentum: Tensor, decays: Decays) -> Tensor:
-    """Plain averaging: the step is g itself."""
-    return grad
-
-
 def nesterov_terms(grad: Tensor, momentum: Tensor, decays: Decays) -> Tensor:
     r"""Nesterov momentum with learning rate 0.7: :math:`0.7 g` and :math:`0.7 \beta u`, where
     :math:`u = m_1/(1-\beta_1)` is the heavy-ball sum behind the first momentum accumulator (DiLoCo's outer step when
@@ -82,12 +77,6 @@ def nesterov_terms(grad: Tensor, momentum: Tensor, decays: Decays) -> Tensor:
     return torch.cat([0.7 * grad, (0.7 * (1 - keep) / keep) * momentum[:, :1]], 1)
 
 
-def nesterov_step(grad: Tensor, momentum: Tensor, decays: Decays) -> Tensor:
-    """The sum of the `nesterov_terms`, as one term."""
-    keep = decays.momentum[:, :1, None, None, None]
-    return torch.addcmul(grad, (1 - keep) / keep, momentum[:, :1]).mul_(0.7)
-
-
 class Update(NamedTuple):
     """A kind of update.
 
@@ -95,18 +84,19 @@ class Update(NamedTuple):
         terms: of its base step, if it has one.
         step: how the network's output turns them into the step.
         num_outputs: of the network.
-        relative: whether the network sees the statistics of the tensor, and no feature changes with the scale of g.
     """
 
     terms: Callable[[Tensor, Tensor, Decays], Tensor] | None
     step: Callable[[Tensor, Base | None], Tensor]
     num_outputs: int
-    relative: bool
+
+    @property
+    def relative(self) -> bool:
+        """Whether the network sees the statistics of the tensor, and no feature changes with the scale of g."""
+        return self.terms is not None
 
 
 UPDATES = {
-    "published": Update(None, published, num_outputs=2, relative=False),
-    "gated_average": Update(average_terms, gated, num_outputs=2, relative=False),
-    "gated_nesterov": Update(nesterov_step, gated, num_outputs=2, relative=False),
-    "adaptive_nesterov": Update(nesterov_terms, gated, num_outputs=3, relative=True),
+    "published": Update(None, published, num_outputs=2),
+    "adaptive_nesterov": Update(nesterov_terms, gated, num_outputs=3),
 }

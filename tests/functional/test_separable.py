@@ -9,7 +9,7 @@ import torch
 
 from lightning_lopt import AdaMLP
 from lightning_lopt.functional import ada, blocks, learned, plain
-from lightning_lopt.functional.updates import UPDATES
+from lightning_lopt.functional.updates import UPDATES, Base, nesterov_terms
 
 SHAPES = {
     "scalar": (),
@@ -65,7 +65,7 @@ def test_separable_equals_plain_with_worker_inputs(shape):
 @pytest.mark.parametrize("shape", [(13,), (5, 7), (7, 5), (8, 4, 3, 3), (3, 5, 2)], ids=str)
 def test_every_block_boundary(monkeypatch, shape, size):
     monkeypatch.setitem(learned.BLOCK_SIZE, "cpu", size)
-    assert_same(AdaMLP(seed=0, step_mult=0.1, update="gated_nesterov"), shape)
+    assert_same(AdaMLP(seed=0, step_mult=0.1, update="adaptive_nesterov"), shape)
 
 
 @pytest.mark.parametrize("size", [1, 3, 10, 29, 100])
@@ -119,16 +119,14 @@ def test_blocks_cover_each_element_once(size):
     assert bool((ones == 1).all())
 
 
-@pytest.mark.parametrize("update", [name for name, kind in UPDATES.items() if kind.terms is not None])
-def test_zero_output_of_a_gate_is_its_base(update):
-    kind, grad, momentum = UPDATES[update], torch.randn(1, 1, 1, 2, 3), torch.randn(1, 3, 1, 2, 3)
+def test_zero_output_of_the_gates_is_the_outer_step_of_diloco():
+    """0.7 (g + 0.9 u), u = m / 0.1."""
+    kind, grad, momentum = UPDATES["adaptive_nesterov"], torch.randn(1, 1, 1, 2, 3), torch.randn(1, 3, 1, 2, 3)
     decays = ada.decay_complements(torch.zeros(1, 3), torch.zeros(1, 1), torch.zeros(1, 3))
-    terms = kind.terms(grad, momentum, decays)
-    base = terms.sum(1, keepdim=True)
-    step = kind.step(torch.zeros(1, kind.num_outputs, 1, 2, 3), learned.Base(terms, base.square().mean().sqrt()))
-    torch.testing.assert_close(step, base)
-    if update != "gated_average":  # DiLoCo's outer step: 0.7 (g + 0.9 u), u = m / 0.1
-        torch.testing.assert_close(base, 0.7 * (grad + 9 * momentum[:, :1]))
+    terms = nesterov_terms(grad, momentum, decays)
+    base = Base(terms, terms.sum(1, keepdim=True).square().mean().sqrt())
+    step = kind.step(torch.zeros(1, kind.num_outputs, 1, 2, 3), base)
+    torch.testing.assert_close(step, 0.7 * (grad + 9 * momentum[:, :1]))
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e3])
