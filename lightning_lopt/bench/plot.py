@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,13 @@ FINAL_ROUNDS = 5
 
 
 class Tuned(NamedTuple):
-    """A method at one setting: its loss curves by seed."""
+    """A method at one setting: its loss curves by seed, and what a run took; None if the file does not say."""
 
     method: str
     local_lr: float
     options: Mapping[str, float]
     curves: Mapping[int, Sequence[float]]
+    seconds: float | None
 
     @property
     def final_loss(self) -> float:
@@ -97,13 +98,22 @@ def best_baseline(rows: Sequence[Mapping[str, Any]]) -> Tuned:
 
 def _candidates(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Tuned]]:
     """All settings with their curves, by method."""
-    curves: dict[tuple[str, float, str], dict[int, list[float]]] = defaultdict(dict)
+    settings: dict[tuple[str, float, str], dict[int, Mapping[str, Any]]] = defaultdict(dict)
     for row in rows:
-        curves[row["method"], row["local_lr"], json.dumps(row["options"])][row["seed"]] = row["losses"]
+        settings[row["method"], row["local_lr"], json.dumps(row["options"])][row["seed"]] = row
+    sizes = Counter(map(_group, rows))
     candidates: dict[str, list[Tuned]] = defaultdict(list)
-    for (method, lr, options), runs in curves.items():
-        candidates[method].append(Tuned(method, lr, json.loads(options), runs))
+    for (method, lr, options), runs in settings.items():
+        curves = {seed: run["losses"] for seed, run in runs.items()}
+        times = [_group(run)[1] / sizes[_group(run)] for run in runs.values()]
+        seconds = statistics.fmean(times) if all(times) else None
+        candidates[method].append(Tuned(method, lr, json.loads(options), curves, seconds))
     return candidates
+
+
+def _group(row: Mapping[str, Any]) -> tuple[str, float]:
+    """What the runs that were simulated side by side have in common: their method and the time of them all, or 0."""
+    return row["method"], row.get("group_seconds", 0.0)
 
 
 def _complete(candidates: Sequence[Tuned]) -> list[Tuned]:
@@ -145,28 +155,32 @@ def summary(tuned: Sequence[Tuned], best: Tuned) -> list[dict[str, Any]]:
 
 
 def draw(tuned: Sequence[Tuned], title: str, path: Path, bytes_per_round: float | None = None) -> None:
-    """Loss over rounds and bytes, log scale: the mean over seeds and their range."""
+    """Loss over rounds and bytes, and over seconds where they are known: the mean over seeds and their range."""
     from matplotlib.figure import Figure  # an extra
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    timed = all(method.seconds is not None for method in tuned)
+    figure = Figure(figsize=(12 if timed else 7, 4.5), layout="constrained")
+    panels = figure.subplots(1, 1 + timed, sharey=True, squeeze=False)[0]
     for method in tuned:
         curves = list(zip(*method.curves.values(), strict=True))
+        means, lows, highs = ([*map(of, curves)] for of in (statistics.fmean, min, max))
         label = " ".join(
             [method.method, f"gamma={method.local_lr:g}", *(f"{k}={v:.3g}" for k, v in method.options.items())]
         )
-        (line,) = axes.plot([statistics.fmean(losses) for losses in curves], label=label)
-        axes.fill_between(
-            range(len(curves)), [*map(min, curves)], [*map(max, curves)], alpha=0.2, color=line.get_color()
-        )
-    axes.set(xlabel="round", ylabel="training loss of the global weights", yscale="log", title=title)
+        for axes, end in zip(panels, (len(curves) - 1, method.seconds or 0.0), strict=False):
+            places = np.linspace(0, end, len(curves))
+            (line,) = axes.plot(places, means, label=label)
+            axes.fill_between(places, lows, highs, alpha=0.2, color=line.get_color())
+    panels[0].set(xlabel="round", ylabel="training loss of the global weights", yscale="log", title=title)
+    if timed:
+        panels[1].set_xlabel("seconds of a run, all workers simulated by one process")
     if bytes_per_round:
         megabytes = bytes_per_round / 1e6
-        top = axes.secondary_xaxis(
+        top = panels[0].secondary_xaxis(
             "top", functions=(partial(np.multiply, megabytes), partial(np.multiply, 1 / megabytes))
         )
         top.set_xlabel("MB sent by each worker")
-    axes.legend()
+    panels[0].legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

@@ -139,6 +139,16 @@ def test_tuning_and_the_rounds_to_the_baseline():
     assert table["learned"]["to the best baseline's"] == "5 5"
 
 
+def test_runs_side_by_side_share_their_time():
+    """Two settings with two seeds in 8 s, then one with two seeds in 3 s; of the others nothing is known."""
+    rows = [row("diloco", seed, [1.0], lr=lr) | {"group_seconds": 8.0} for lr in (0.1, 0.2) for seed in (0, 1)]
+    rows += [row("diloco", seed, [1.0], lr=0.3) | {"group_seconds": 3.0} for seed in (0, 1)]
+    rows += [row("local_sgd", seed, [1.0]) for seed in (0, 1)]
+    candidates = plot._candidates(rows)
+    assert [candidate.seconds for candidate in candidates["diloco"]] == [2.0, 2.0, 1.5]
+    assert candidates["local_sgd"][0].seconds is None
+
+
 def test_run_then_plot(tmp_path, capsys):
     first, second = tmp_path / "grid.jsonl", tmp_path / "best.jsonl"
     sizes = ["--rounds", "3", "--num-workers", "2", "--local-steps", "1"]
