@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gzip
-import io
+from collections.abc import Iterable
 from pathlib import Path
 from pydoc_data import topics
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,22 @@ from torch.nn import functional as F
 
 from lightning_lopt.meta import DataTask, ImageMLP, image_conv, image_vit, language_model
 
-TASKS = ("digits", "fashion_mnist", "cifar10", "characters", "cifar10_conv", "cifar10_vit", "help_lm", "novels_lm")
+TASKS = (
+    "digits",
+    "fashion_mnist",
+    "cifar10",
+    "characters",
+    "cifar10_conv",
+    "cifar10_vit",
+    "imagenet32",
+    "imagenet64",
+    "help_lm",
+    "novels_lm",
+    "lm1b",
+)
 ALPHABET = "abcdefghijklmnopqrstuvwxyz .,'\n"  # all other characters are one more
 CONTEXT, EXAMPLES = 8, 20_000
+SUBSET = 50_000  # rows of data sets that do not fit into memory
 
 
 def load_task(name: str, data: Path | None = None) -> DataTask:
@@ -27,9 +41,11 @@ def load_task(name: str, data: Path | None = None) -> DataTask:
             128), ``"cifar10"`` (resized to 16×16, 768-128-128-10, batch 128) or ``"characters"`` (the next character
             from the eight before it, in the texts of Python's `help()`, MLP 256-64-32, batch 32), ``"cifar10_conv"``
             (16×16, 3×3 convolutions 16-32-32, batch 32), ``"cifar10_vit"`` (16×16, patches of 4, width 32, 2 blocks,
-            batch 32), ``"help_lm"`` or ``"novels_lm"`` (a transformer of width 32 and 2 blocks on 32 characters, batch
-            16, of the same texts or of a train.txt).
-        data: folder that holds, at any depth, Fashion-MNIST's idx.gz files, CIFAR-10's train-*.parquet or train.txt.
+            batch 32), ``"imagenet32"`` or ``"imagenet64"`` (32×32 or 64×64, MLP 128-128, batch 128, 50,000 images),
+            ``"help_lm"``, ``"novels_lm"`` or ``"lm1b"`` (a transformer of width 32 and 2 blocks on 32 characters, batch
+            16, of the same texts, of a train.txt, or of 50,000 sentences).
+        data: folder that holds, at any depth, Fashion-MNIST's idx.gz files, train.txt, or the train*.parquet of
+            CIFAR-10 (columns img and label), ImageNet (image and label) or LM1B (text), as on the Hugging Face hub.
 
     Raises:
         FileNotFoundError: the data is not there.
@@ -46,27 +62,29 @@ def load_task(name: str, data: Path | None = None) -> DataTask:
         images = torch.as_tensor(pixels).float().unflatten(1, (8, 8)) / 16
         return ImageMLP(images, torch.as_tensor(labels), hidden=(32,), batch_size=32)
     if name == "fashion_mnist":
-        images, labels = (_idx(_find(data, f"train-{part}-ubyte.gz")) for part in ("images-idx3", "labels-idx1"))
+        images, labels = (_idx(_find(data, f"train-{part}-ubyte.gz")[0]) for part in ("images-idx3", "labels-idx1"))
         return ImageMLP(images, labels, hidden=(128, 128), batch_size=128)
     if name == "cifar10":
-        return ImageMLP(*_cifar10(_find(data, "train-*.parquet")), hidden=(128, 128), batch_size=128, size=16)
+        return ImageMLP(*_images(_rows(data), "img"), hidden=(128, 128), batch_size=128, size=16)
     if name == "characters":
         return ImageMLP(*_characters(), hidden=(64,), batch_size=32)
     if name == "cifar10_conv":
-        return image_conv(*_cifar10(_find(data, "train-*.parquet")), channels=(16, 32, 32), batch_size=32, size=16)
+        return image_conv(*_images(_rows(data), "img"), channels=(16, 32, 32), batch_size=32, size=16)
     if name == "cifar10_vit":
-        return image_vit(*_cifar10(_find(data, "train-*.parquet")), width=32, batch_size=32, size=16)
-    if name in ("help_lm", "novels_lm"):
-        text = _help() if name == "help_lm" else _find(data, "train.txt").read_text().lower()
-        return language_model(_codes(text), len(ALPHABET) + 1, context=32, width=32)
+        return image_vit(*_images(_rows(data), "img"), width=32, batch_size=32, size=16)
+    if name in ("imagenet32", "imagenet64"):
+        images, labels = _images(_rows(data, SUBSET), "image", side=int(name[-2:]))
+        return ImageMLP(images, labels, hidden=(128, 128), batch_size=128)
+    if name in ("help_lm", "novels_lm", "lm1b"):
+        return language_model(_codes(_text(name, data)), len(ALPHABET) + 1, context=32, width=32)
     raise ValueError(f"The task must be one of {TASKS}, not {name!r}.")
 
 
-def _find(folder: Path | None, pattern: str) -> Path:
+def _find(folder: Path | None, pattern: str) -> list[Path]:
     found = sorted(folder.rglob(pattern)) if folder else []
     if not found:
         raise FileNotFoundError(f"There is no {pattern} under {folder}: point --data at a folder that holds it.")
-    return found[0]
+    return found
 
 
 def _idx(path: Path) -> Tensor:
@@ -75,13 +93,33 @@ def _idx(path: Path) -> Tensor:
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(sides).copy())
 
 
-def _cifar10(path: Path) -> tuple[Tensor, Tensor]:
-    import pyarrow.parquet  # an extra
-    from PIL import Image
+def _rows(data: Path | None, count: int | None = None) -> Iterable[dict[str, Any]]:
+    """The rows of parquet files, or some at random."""
+    from datasets import load_dataset  # an extra
 
-    columns = pyarrow.parquet.read_table(path).to_pydict()
-    images = np.stack([np.asarray(Image.open(io.BytesIO(image["bytes"]))) for image in columns["img"]])
-    return torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor(columns["label"])
+    files = [str(path) for path in _find(data, "train*.parquet")]
+    rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
+    return rows if count is None else rows.shuffle(seed=0, buffer_size=10_000).take(count)
+
+
+def _images(rows: Iterable[dict[str, Any]], column: str, side: int | None = None) -> tuple[Tensor, Tensor]:
+    """Colour images [N, 3, height, width] and labels [N]; those of another size are averaged down to `side`."""
+    from PIL.Image import Resampling  # an extra
+
+    images, labels = [], []
+    for row in rows:
+        image = row[column].convert("RGB")
+        if side is not None and image.size != (side, side):
+            image = image.resize((side, side), Resampling.BOX)  # as the downsampled ImageNet was made
+        images.append(np.asarray(image))
+        labels.append(row["label"])
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels)
+
+
+def _text(name: str, data: Path | None) -> str:
+    if name == "lm1b":
+        return "\n".join(row["text"] for row in _rows(data, SUBSET)).lower()
+    return _help() if name == "help_lm" else _find(data, "train.txt")[0].read_text().lower()
 
 
 def _help() -> str:
