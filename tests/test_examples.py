@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_lopt import AdaMLP
+from lightning_lopt import AdaMLP, WeightsError
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 METHODS = ["LocalSGD", "SlowMo", "DiLoCo", "LearnedLocalSGD"]
@@ -80,16 +81,26 @@ def test_meta_training(tmp_path: Path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_meta_training_goes_on_from_an_export_and_overwrites_nothing(tmp_path: Path):
-    command = [str(EXAMPLES / "meta_train.py"), "--out"]
-    run([*command, str(tmp_path / "first"), "--steps", "1"])
-    init = ["--init", str(tmp_path / "first" / "export.safetensors")]
-    run([*command, str(tmp_path / "second"), "--steps", "3", *init])
-    assert AdaMLP.load(tmp_path / "second" / "network.safetensors").card["meta_iterations"] == 3
-    for arguments, message in [
-        (["first", "--steps", "2"], "holds the weights of another run"),
-        (["third", "--steps", "1", *init], "has 1 meta-iterations already"),
-        (["third", "--init", str(tmp_path / "first" / "network.safetensors")], "is not a file that fits here"),
-    ]:
-        with pytest.raises(AssertionError, match=message):
-            run([*command, str(tmp_path / arguments[0]), *arguments[1:]])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_meta_training_goes_on_from_an_export_and_overwrites_nothing(tmp_path: Path, monkeypatch, capsys):
+    def main(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["meta_train.py", *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / "meta_train.py"), run_name="__main__")
+
+    def refused(*arguments: object) -> str:
+        with pytest.raises((SystemExit, WeightsError)) as error:
+            main(*arguments)
+        return f"{error.value} {capsys.readouterr().err}"
+
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr("torch.set_num_threads", lambda count: None)
+    first, second, export = tmp_path / "first", tmp_path / "second", tmp_path / "first" / "export.safetensors"
+    main("--out", first, "--steps", 1)
+    main("--out", second, "--steps", 3, "--init", export)
+    assert AdaMLP.load(second / "network.safetensors").card["meta_iterations"] == 3
+    content = export.read_bytes()
+    assert "holds the weights of another run" in refused("--out", first, "--steps", 2)
+    assert export.read_bytes() == content
+    third = "--out", tmp_path / "third", "--init"
+    assert "has 1 meta-iterations already" in refused(*third, export, "--steps", 1)
+    assert "is not a file that fits here" in refused(*third, first / "network.safetensors")
