@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from lightning_lopt.bench import meta_speed, outer_step, overhead, plot, run, tune
+from lightning_lopt.bench import meta_speed, outer_step, overhead, plot, run, tune, wire
 
 COMMANDS = {
     "meta-speed": meta_speed,
@@ -14,6 +14,7 @@ COMMANDS = {
     "run": run,
     "tune": tune,
     "plot": plot,
+    "wire": wire,
 }
 
 
