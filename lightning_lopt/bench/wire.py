@@ -187,7 +187,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ddp-steps", type=int, default=default.ddp_steps, help="of DDP in the place of a round")
     parser.add_argument("--batch-size", type=int, default=default.batch_size, help="per worker")
     parser.add_argument("--local-lr", type=float, default=default.local_lr, help="of AdamW")
-    parser.add_argument("--slow", type=float, default=default.slow, help="worker 0 takes so many times as long a step")
+    parser.add_argument(
+        "--step-seconds",
+        nargs="+",
+        type=float,
+        default=default.step_seconds,
+        help="stretch local steps to this time, one number for all workers or one for each",
+    )
     parser.add_argument("--seed", type=int, default=default.seed)
     parser.add_argument("--width", type=int, default=default.width, help="of the transformer")
     parser.add_argument("--depth", type=int, default=default.depth, help="of the transformer")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,8 @@ class Setup:
         ddp_steps: of data-parallel training in the place of a round.
         batch_size: per worker.
         local_lr: of AdamW.
-        slow: a local step of worker 0 takes so many times as long.
+        step_seconds: stretch local steps to this time by sleeping, as on a device of another speed, one number for all
+            workers or one for each; 0 leaves them as they are.
         seed: of weights and data.
         width, depth: of the model.
         out: file to append rows to.
@@ -57,9 +59,9 @@ class Setup:
     local_steps: int = 16
     turns: int = 16
     ddp_steps: int = 3
-    batch_size: int = 16
+    batch_size: int = 8
     local_lr: float = 5e-4
-    slow: float = 1.0
+    step_seconds: Sequence[float] = (0.0,)
     seed: int = 0
     width: int = 192
     depth: int = 12
@@ -199,6 +201,7 @@ class Training:
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.round = method.traffic(setup.local_steps, self.parameters, setup.num_workers)
         self.rounds: Rounds | None = None
+        self._least = setup.step_seconds[self._rank % len(setup.step_seconds)]
         self._delay = 0.0
         if method.travel is None:
             self._delay = link.seconds(self.round.transfer) if setup.delayed else 0.0
@@ -211,8 +214,15 @@ class Training:
             travel, outer = method.travel(setup.local_steps), method.outer(setup.num_workers)
             self.rounds = Rounds(self.model, self._optimizer, setup.local_steps, outer, comm=comm, travel=travel)
 
-    def local_step(self) -> None:
-        """Forward, backward and optimizer; on the slow worker, as much again of doing nothing."""
+    def local_step(self, seconds: float = 0.0) -> float:
+        """Forward, backward and optimizer, stretched.
+
+        Args:
+            seconds: that the work takes, for data-parallel training: its own clock shows transfers too.
+
+        Returns:
+            Seconds of the work.
+        """
         start = time.perf_counter()
         images, labels = self._data
         chosen = torch.randint(len(labels), (self._setup.batch_size,), generator=self._generator)
@@ -220,15 +230,20 @@ class Training:
         time.sleep(self._delay)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        if self._rank == 0:
-            time.sleep((self._setup.slow - 1) * (time.perf_counter() - start))
+        taken = time.perf_counter() - start
+        time.sleep(max(0.0, self._least - (seconds or taken)))
+        return taken
 
-    def turn(self) -> dict[str, Any]:
-        """A round, or some steps of data-parallel training; what they did and cost."""
+    def turn(self, step_seconds: float) -> dict[str, Any]:
+        """A round, or some steps of data-parallel training; what they did and cost.
+
+        Args:
+            step_seconds: of a local step's work.
+        """
         start = time.perf_counter()
         steps = self._setup.ddp_steps if self.rounds is None else self._setup.local_steps
         for _ in range(steps):
-            self.local_step()
+            self.local_step(step_seconds if self.rounds is None else 0.0)
             if self.rounds is not None:
                 self.rounds.step()
         row = {"steps": steps, "seconds": time.perf_counter() - start}
@@ -257,15 +272,19 @@ class Alone(Training):
         super().__init__("Local SGD", setup, fabric, data)
         self.rounds = None
 
-    def step_seconds(self, comm: Communicator) -> float:
-        """The slowest worker's time of a local step, while all of them take one."""
+    def step_seconds(self, comm: Communicator) -> tuple[float, float]:
+        """The slowest worker's time of a local step, while all of them take some; that of this worker's work."""
         comm.total([0.0], torch.device("cpu"))  # begin together
         start = time.perf_counter()
-        for _ in range(CALIBRATION_STEPS):
-            self.local_step()
-        microseconds = torch.tensor([round(1e6 * (time.perf_counter() - start) / CALIBRATION_STEPS)])
-        comm.max_(microseconds)
-        return microseconds.item() / 1e6
+        work = statistics.fmean(self.local_step() for _ in range(CALIBRATION_STEPS))
+        return slowest((time.perf_counter() - start) / CALIBRATION_STEPS, comm), work
+
+
+def slowest(seconds: float, comm: Communicator) -> float:
+    """The largest over the workers."""
+    microseconds = torch.tensor([round(1e6 * seconds)])
+    comm.max_(microseconds)
+    return microseconds.item() / 1e6
 
 
 def main(text: str) -> None:
@@ -281,14 +300,14 @@ def main(text: str) -> None:
     comm, data = Communicator(), digits()
     alone = Alone(setup, fabric, data)
     trainings = {name: Training(name, setup, fabric, data) for name in setup.methods}
-    for training in (alone, *trainings.values()):
-        for _ in range(WARM_UP_STEPS if training is alone else 0):
-            training.local_step()
+    for _ in range(WARM_UP_STEPS):
+        alone.local_step()
     for turn in range(setup.turns):
         for name, training in trainings.items():
-            step_seconds = alone.step_seconds(comm)
+            step_seconds, work = alone.step_seconds(comm)
             comm.total([0.0], torch.device("cpu"))
-            row = {"method": name, "turn": turn, "step_seconds": step_seconds, **training.turn()}
+            row = {"method": name, "turn": turn, "step_seconds": step_seconds, **training.turn(work)}
+            row["seconds"] = slowest(row["seconds"], comm)
             row["loss"] = training.loss(comm)
             if fabric.global_rank == 0:
                 with Path(setup.out).open("a") as out:
