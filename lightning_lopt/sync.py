@@ -29,7 +29,7 @@ from lightning_lopt.outer import OuterFactory, OuterStep
 from lightning_lopt.packing import Part, cut, pack
 from lightning_lopt.parameters import Parameters, Tracked, size
 from lightning_lopt.report import RoundReport
-from lightning_lopt.selection import Everything
+from lightning_lopt.selection import Everything, drawn_ahead
 from lightning_lopt.sharding import Shards
 from lightning_lopt.swap import Swap
 from lightning_lopt.travel import Travel
@@ -72,7 +72,7 @@ class Sync:
         self._guard = Guard(comm, self._parameters)
         self._optimizer = optimizer
         self._comm = comm
-        self._travel, self._picks, self._codec = travel, travel.picks, travel.codec
+        self._travel, self._picks, self._codec = travel, drawn_ahead(travel.picks), travel.codec
         self._device = next(t.param.device for t in self._parameters)
         self.swap = Swap()
         self._flight: Flight | None = None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
-from lightning_lopt.selection import Everything, Fragments, RandomCoordinates
+from lightning_lopt.selection import Everything, Fragments, RandomCoordinates, drawn_ahead
 
 
 def test_random_coordinates_are_of_the_whole_model():
@@ -15,6 +17,25 @@ def test_random_coordinates_are_of_the_whole_model():
     assert all(((index >= 0) & (index < size)).all() for index, size in zip(picked, sizes, strict=True))
     assert 60 < len(picked[0]) < 140
     assert not torch.equal(picked[3], RandomCoordinates(0.1, seed=1).pick(sizes, 5)[3])
+
+
+def test_what_is_drawn_ahead_is_the_same_and_ready():
+    selection, sizes = RandomCoordinates(0.2), [20_000_000, 4]
+    ahead = drawn_ahead(selection)
+    for round_idx in (0, 1, 2, 7, 8, 3):
+        for ours, plain in zip(ahead.pick(sizes, round_idx), selection.pick(sizes, round_idx), strict=True):
+            assert torch.equal(ours, plain)
+    assert sum(map(len, ahead.pick([4, 50], 4))) == 11  # the number of parameters has changed
+    ahead.pick(sizes, 0)
+    time.sleep(2.0)  # local steps
+    start = time.thread_time()
+    ahead.pick(sizes, 1)
+    assert time.thread_time() - start < 0.01
+
+
+def test_only_random_coordinates_are_drawn_ahead():
+    for selection in (Everything(), Fragments(2)):
+        assert drawn_ahead(selection) is selection
 
 
 def test_something_is_always_sent():

@@ -104,9 +104,10 @@ class LOSCAR(LocalSGD):
     Raises:
         ValueError: an overlap without room, or an outer optimizer that needs whole tensors.
 
-    Memory: 4 bytes per parameter for the anchor, and during a sync 8 × density for y and what is in flight. Sends
-    density × 2(K-1)/K × 4 bytes per parameter and round. Fails when H / density steps, the time in which a coordinate
-    is sent about once, let the workers drift apart: watch `RoundMonitor`'s drift.
+    Memory: 4 bytes per parameter for the anchor, 8 × density for the next round's coordinates, which are drawn ahead,
+    and during a sync 16 × density for its coordinates, y and what is in flight. Sends density × 2(K-1)/K × 4 bytes per
+    parameter and round. Fails when H / density steps, the time in which a coordinate is sent about once, let the
+    workers drift apart: watch `RoundMonitor`'s drift.
 
     Source: arXiv 2605.20866.
 
