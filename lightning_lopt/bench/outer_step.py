@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, AdamW, Optimizer
 
+from lightning_lopt.bench.memory import extra_bytes
 from lightning_lopt.bench.report import machine, table, write_json
 from lightning_lopt.functional import plain
 from lightning_lopt.functional.ada import AdaState
@@ -114,21 +115,12 @@ def extra_memory(name: str, shapes: Shapes, threads: int) -> int | None:
     Returns:
         None where the system does not tell (it must be Linux).
     """
-    if not Path("/proc/self/clear_refs").exists():
-        return None
     torch.set_num_threads(threads)
     OPTIMIZERS[name](parameters([(256, 1024)])).step()  # load what is loaded only once
     optimizer = OPTIMIZERS[name](parameters(shapes))
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    optimizer.step()
+    extra = extra_bytes(optimizer.step)
     tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    return _resident("VmHWM") - before - sum(tensor.nbytes for tensor in tensors)
-
-
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+    return None if extra is None else extra - sum(tensor.nbytes for tensor in tensors)
 
 
 def measure(shapes: Shapes, repeats: int) -> dict[str, Any]:
