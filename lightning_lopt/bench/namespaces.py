@@ -16,7 +16,7 @@ POLL_SECONDS = 0.1
 
 
 def _limit(interface: str, mbit: float) -> str:
-    burst = max(64_000, round(mbit * 1e6 / 8 * 0.004))  # what a timer of the kernel may let through at once
+    burst = max(16_000, round(mbit * 1e6 / 8 * 0.004))  # what a timer of the kernel may let through at once
     return f"tc qdisc add dev {interface} root tbf rate {round(mbit * 1e6)}bit burst {burst} latency 400ms"
 
 

@@ -1,0 +1,65 @@
+"""Training over limited links, with a model small enough for a test."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lightning_lopt.bench import __main__ as bench
+from lightning_lopt.bench import namespaces, wire
+from lightning_lopt.bench.wire_worker import METHODS
+
+SMALL = ["--width", "48", "--depth", "2", "--local-steps", "8", "--turns", "2", "--ddp-steps", "2", "--batch-size", "4"]
+
+
+def _run(path, *options):
+    bench.main(["wire", *SMALL, "--out", str(path), "--png", str(path.with_suffix(".png")), *options])
+    assert path.with_suffix(".png").exists()
+    return wire.read(path)
+
+
+def test_links_are_limited_and_all_methods_train_over_them(tmp_path, capfd):
+    if reason := namespaces.why_not():
+        pytest.skip(reason)
+    setup, measured = _run(tmp_path / "rows.jsonl", "--mbit", "4", "--methods", *METHODS)
+    assert not setup.delayed
+    assert "DELAYED" not in capfd.readouterr().out
+    assert [m.name for m in measured] == list(METHODS)
+    by_name = {m.name: m for m in measured}
+    transfer = by_name["Local SGD"].link.seconds(by_name["Local SGD"].round.transfer)
+    assert 0.4 < transfer < 0.7
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()[1:]]
+    assert all(row["transfer_seconds"] > 0.8 * transfer for row in rows if row["method"] == "Local SGD")
+    assert by_name["int8"].seconds < by_name["Local SGD"].seconds
+    assert by_name["overlap"].hidden > by_name["Local SGD"].hidden == 0
+    gains = by_name["Local SGD"].rates(1e9, by_name["DDP"])
+    assert gains["10"] > gains["10000"]
+
+
+def test_without_the_rights_collectives_are_delayed_and_it_says_so(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(wire, "why_not", lambda: "nobody may")
+    setup, measured = _run(tmp_path / "rows.jsonl", "--mbit", "1", "--methods", "DDP", "Local SGD")
+    printed = capfd.readouterr().out
+    assert "nobody may" in printed
+    assert "DELAYED" in printed
+    assert setup.delayed
+    assert all(m.seconds > m.bound for m in measured)
+
+
+def test_steps_are_stretched_on_each_worker(tmp_path, monkeypatch):
+    monkeypatch.setattr(wire, "why_not", lambda: "no need")
+    options = ["--mbit", "1000", "--methods", "Local SGD", "--step-seconds", "0.1", "0.3"]
+    _, (local,) = _run(tmp_path / "rows.jsonl", *options)
+    assert local.seconds == pytest.approx(8 * 0.3, rel=0.2)
+    header, *rows = (json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert header["setup"]["step_seconds"] == [0.1, 0.3]
+    assert all(row["step_seconds"] == pytest.approx(0.3, rel=0.2) for row in rows)
+    assert all(row["waited_seconds"] > 8 * 0.15 for row in rows)  # of worker 0, for the other
+
+
+def test_a_worker_that_fails_ends_the_others():
+    with pytest.raises(RuntimeError, match="Worker 1 of 2 failed"):
+        namespaces.run_local(
+            ["-c", "import os, sys, time; sys.exit(3) if os.environ['RANK'] == '1' else time.sleep(600)"], 2
+        )
