@@ -1,6 +1,6 @@
 """Communication-efficient training with learned optimizers, as PyTorch Lightning strategies."""
 
-from lightning_lopt.callbacks import RoundMonitor
+from lightning_lopt.callbacks import BatchNormReestimation, RoundMonitor
 from lightning_lopt.comm import DisagreementError
 from lightning_lopt.functional.compression import TopK
 from lightning_lopt.network import AdaMLP, WeightsError
@@ -17,6 +17,7 @@ __all__ = [
     "LOSCAR",
     "QSR",
     "AdaMLP",
+    "BatchNormReestimation",
     "Constant",
     "DiLoCo",
     "DisagreementError",

@@ -1,13 +1,22 @@
-"""RoundMonitor: what `LearningRateMonitor` is for the learning rate."""
+"""RoundMonitor, what `LearningRateMonitor` is for the learning rate; and BatchNormReestimation."""
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.data import has_iterable_dataset
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader, Subset
 from typing_extensions import override
 
 from lightning_lopt.report import RoundReport
@@ -20,7 +29,8 @@ class RoundMonitor(Callback):
 
     Metrics, once per round: ``rounds/round`` (finished), ``rounds/local_steps``, ``rounds/bytes_sent`` (total of this
     worker; rank 0's holds the broadcast of the first weights too),
-    ``rounds/sync_seconds``, ``rounds/transfer_seconds``, ``rounds/outer_seconds`` (of this round),
+    ``rounds/sync_seconds``, ``rounds/transfer_seconds``, ``rounds/waited_seconds`` (the part of the transfer beside
+    which no local step ran), ``rounds/outer_seconds`` (of this round),
     ``rounds/sync_share`` (of the time since training began), ``rounds/pseudo_grad_norm``, ``rounds/drift`` (root mean
     square distance of the workers from their mean), ``rounds/fell_back`` (refused outer steps so far),
     ``rounds/left_out`` (workers that rounds left out, so far).
@@ -48,12 +58,7 @@ class RoundMonitor(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not isinstance(trainer.strategy, LocalSGD):
-            raise MisconfigurationException(
-                f"RoundMonitor watches the rounds of this package's strategies, not {type(trainer.strategy).__name__}; "
-                "pass e.g. Trainer(strategy=LearnedLocalSGD(...)) or leave the callback out."
-            )
-        self._rounds, self._last = trainer.strategy.rounds, None
+        self._rounds, self._last = _rounds(trainer, "RoundMonitor watches the rounds"), None
         self._start = time.perf_counter()
         self._sync_seconds = 0.0
 
@@ -83,6 +88,7 @@ class RoundMonitor(Callback):
             "rounds/bytes_sent": float(rounds.comm.bytes_sent),
             "rounds/sync_seconds": report.sync_seconds,
             "rounds/transfer_seconds": report.transfer_seconds,
+            "rounds/waited_seconds": report.waited_seconds,
             "rounds/outer_seconds": report.outer_seconds,
             "rounds/sync_share": self._sync_seconds / elapsed,
             "rounds/pseudo_grad_norm": report.pseudo_grad_norm,
@@ -98,3 +104,109 @@ class RoundMonitor(Callback):
             pl_module.log(
                 "sent_MB", metrics["rounds/bytes_sent"] / 1e6, prog_bar=True, logger=False, rank_zero_only=True
             )
+
+
+class BatchNormReestimation(Callback):
+    r"""Estimate the running statistics of BatchNorm anew for the global weights, before they are evaluated.
+
+    .. math:: \mu \leftarrow \tfrac1n \textstyle\sum_b \mathrm{mean}(x_b), \qquad
+        \sigma^2 \leftarrow \tfrac1n \textstyle\sum_b \mathrm{var}(x_b)
+
+    over n training batches b. Between syncs each worker's running statistics follow its own weights; their average need
+    not fit the average of the weights, the less the longer the rounds. This is `torch.optim.swa_utils.update_bn` for
+    workers: the batches are shared out, and what they estimate is averaged. It happens before each validation, whose
+    statistics a checkpoint written at its end holds too, and once for good when training ends. Training itself, its
+    running statistics and random states are left as they are.
+
+    The batches are random ones of the training set, always the same. The module's `forward` gets the first element of
+    a batch that is a tuple or a list, else the batch.
+
+    Args:
+        num_batches: n >= 1, of all workers together, rounded up to a multiple of their number.
+
+    Raises:
+        ValueError: `num_batches` < 1.
+        MisconfigurationException: the trainer's strategy is not one of this package, or its training data is not one
+            `DataLoader` of a map-style dataset.
+
+    Source: arXiv 2310.14423, appendix on BatchNorm.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_lopt import BatchNormReestimation, LocalSGD
+        >>> trainer = Trainer(accelerator="cpu", strategy=LocalSGD(), callbacks=[BatchNormReestimation()], logger=False)
+    """
+
+    def __init__(self, num_batches: int = 32) -> None:
+        if num_batches < 1:
+            raise ValueError(f"num_batches must be at least 1, not {num_batches!r}.")
+        self.num_batches = num_batches
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            norms = _norms(pl_module)
+            swap = _rounds(trainer, "BatchNormReestimation belongs to the rounds").sync.swap
+            swap.put((buffer, buffer.clone()) for norm in norms for buffer in norm.buffers())  # undone by the strategy
+            self._reestimate(trainer, pl_module, norms)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.interrupted:
+            self._reestimate(trainer, pl_module, _norms(pl_module))
+
+    @torch.no_grad()
+    def _reestimate(self, trainer: pl.Trainer, module: pl.LightningModule, norms: list[_BatchNorm]) -> None:
+        """Overwrite the statistics, the same on all workers."""
+        comm = _rounds(trainer, "BatchNormReestimation belongs to the rounds").comm
+        momenta, modes = [norm.momentum for norm in norms], {m: m.training for m in module.modules()}
+        module.train()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean of all batches
+        with isolate_rng():
+            for batch in self._batches(trainer, comm.rank, comm.num_workers):
+                batch = trainer.strategy.batch_to_device(batch, module.device)
+                module(batch[0] if isinstance(batch, list | tuple) else batch)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for m, training in modes.items():
+            m.training = training
+        statistics = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
+        flat = torch.cat(statistics)
+        comm.mean_(flat)
+        for statistic, mean in zip(statistics, flat.split([len(s) for s in statistics]), strict=True):
+            statistic.copy_(mean)
+
+    def _batches(self, trainer: pl.Trainer, rank: int, num_workers: int) -> Iterator[Any]:
+        """This worker's share."""
+        loader = trainer.train_dataloader
+        if not isinstance(loader, DataLoader) or has_iterable_dataset(loader) or loader.batch_size is None:
+            raise MisconfigurationException(
+                "BatchNormReestimation draws batches from the training set and needs one DataLoader of a map-style "
+                f"dataset with a batch_size, not {type(loader).__name__}."
+            )
+        share = math.ceil(self.num_batches / num_workers) * loader.batch_size
+        size = len(loader.dataset)  # pyright: ignore[reportArgumentType]
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+        chosen = order[torch.arange(rank * share, (rank + 1) * share) % size].tolist()
+        yield from DataLoader(Subset(loader.dataset, chosen), loader.batch_size, collate_fn=loader.collate_fn)
+
+
+def _norms(module: nn.Module) -> list[_BatchNorm]:
+    """The BatchNorm layers that have running statistics."""
+    return [m for m in module.modules() if isinstance(m, _BatchNorm) and isinstance(m.running_mean, Tensor)]
+
+
+def _rounds(trainer: pl.Trainer, does: str) -> Rounds:
+    """The rounds of the trainer's strategy.
+
+    Raises:
+        MisconfigurationException: it has none.
+    """
+    if not isinstance(trainer.strategy, LocalSGD) or trainer.strategy.rounds is None:
+        raise MisconfigurationException(
+            f"{does} of this package's strategies, not {type(trainer.strategy).__name__}; "
+            "pass e.g. Trainer(strategy=LearnedLocalSGD(...)) or leave the callback out."
+        )
+    return trainer.strategy.rounds

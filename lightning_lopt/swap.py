@@ -30,9 +30,14 @@ class Swap:
         return bool(self._aside)
 
     def put(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Let each tensor show a value of its shape, without a copy where the types are the same."""
+        """Let each tensor show a value of its shape, without a copy where the types are the same.
+
+        A tensor that already shows another value shows the new one, and keeps its own aside.
+        """
+        shown = {id(target) for target, _ in self._aside}
         for target, value in pairs:
-            self._aside.append((target, target.data))
+            if id(target) not in shown:
+                self._aside.append((target, target.data))
             target.data = value.to(target.dtype)
 
     def exchange(self) -> None:
