@@ -62,8 +62,7 @@ def load_task(name: str, data: Path | None = None) -> DataTask:
         images = torch.as_tensor(pixels).float().unflatten(1, (8, 8)) / 16
         return ImageMLP(images, torch.as_tensor(labels), hidden=(32,), batch_size=32)
     if name == "fashion_mnist":
-        images, labels = (_idx(_find(data, f"train-{part}-ubyte.gz")[0]) for part in ("images-idx3", "labels-idx1"))
-        return ImageMLP(images, labels, hidden=(128, 128), batch_size=128)
+        return ImageMLP(*fashion_mnist("train", data), hidden=(128, 128), batch_size=128)
     if name == "cifar10":
         return ImageMLP(*_images(_rows(data), "img"), hidden=(128, 128), batch_size=128, size=16)
     if name == "characters":
@@ -78,6 +77,17 @@ def load_task(name: str, data: Path | None = None) -> DataTask:
     if name in ("help_lm", "novels_lm", "lm1b"):
         return language_model(_codes(_text(name, data)), len(ALPHABET) + 1, context=32, width=32)
     raise ValueError(f"The task must be one of {TASKS}, not {name!r}.")
+
+
+def fashion_mnist(split: str, data: Path | None) -> tuple[Tensor, Tensor]:
+    """Images, uint8 [N, 28, 28], and labels.
+
+    Args:
+        split: ``"train"`` or ``"t10k"``.
+        data: folder that holds the idx.gz files, at any depth.
+    """
+    images, labels = (_idx(_find(data, f"{split}-{part}-ubyte.gz")[0]) for part in ("images-idx3", "labels-idx1"))
+    return images, labels
 
 
 def _find(folder: Path | None, pattern: str) -> list[Path]:
