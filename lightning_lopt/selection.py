@@ -146,7 +146,7 @@ def drawn_ahead(selection: Selection) -> Selection:
     return _DrawnAhead(selection) if isinstance(selection, RandomCoordinates) else selection
 
 
-class _DrawnAhead(Selection):
+class _DrawnAhead:
     """The picks of `RandomCoordinates`, each drawn by a thread while training goes on after the pick before.
 
     Drawing 10 % of 86 million coordinates takes a core half a second, which no sync should wait for. It holds the next

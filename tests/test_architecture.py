@@ -69,6 +69,8 @@ MAY_IMPORT = {
         "optim",
         "schedules",
         "comm",
+        "selection",
+        "travel",
         "sync",
         "rounds",
         "strategies",
