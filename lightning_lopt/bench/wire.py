@@ -17,16 +17,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_lopt.bench.link import (
-    Link,
-    hidden_share,
-    local_steps_that_pay,
-    rate_where_equal,
-    round_seconds,
-)
+from lightning_lopt.bench.link import Link, hidden_share, local_steps_that_pay, rate_where_equal, round_seconds
 from lightning_lopt.bench.namespaces import run_linked, run_local, why_not
 from lightning_lopt.bench.report import machine, table
-from lightning_lopt.bench.wire_worker import DDP, METHODS, Setup, ViT
+from lightning_lopt.bench.wire_methods import DDP, NAMES, round_of
+from lightning_lopt.bench.wire_worker import Setup, ViT
 
 RATES = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)
 Rows = Sequence[Mapping[str, Any]]
@@ -45,7 +40,7 @@ class Measured:
     def __init__(self, setup: Setup, rows: Rows, step_seconds: float, parameters: int) -> None:
         self.name, self._rows, self._step_seconds = rows[0]["method"], rows, step_seconds
         self.link, self.steps = Link(setup.mbit), rows[0]["steps"]
-        a_round = METHODS[self.name].traffic(setup.local_steps, parameters, setup.num_workers)
+        a_round = round_of(self.name, setup.local_steps, parameters, setup.num_workers)
         self.round = replace(a_round, work_seconds=0.0)
         work = [r["sync_seconds"] - r["waited_seconds"] for r in rows if "sync_seconds" in r]
         exposed = self.link.seconds(a_round.exposed)
@@ -178,9 +173,9 @@ def draw(methods: Sequence[Measured], target: float, path: Path) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command line."""
     default = Setup([])
-    every = [name for name in METHODS if name != "LOSCAR, overwriting"]
+    every = [name for name in NAMES if name != "LOSCAR, overwriting"]
     parser.add_argument("--mbit", type=float, default=default.mbit, help="rate of each worker's link")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=every)
+    parser.add_argument("--methods", nargs="+", choices=NAMES, default=every)
     parser.add_argument("--num-workers", type=int, default=default.num_workers)
     parser.add_argument("--local-steps", type=int, default=default.local_steps)
     parser.add_argument("--turns", type=int, default=default.turns, help="rounds of each method")

@@ -6,9 +6,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 
-from lightning_lopt.bench.link import Link, Round, Traffic, all_gather, all_reduce, all_to_all, data_parallel
+from lightning_lopt.bench.link import Link, Traffic
+from lightning_lopt.bench.wire_methods import DDP, METHODS, round_of
 from lightning_lopt.comm import Communicator
-from lightning_lopt.network import AdaMLP
-from lightning_lopt.optim import LearnedOptimizer
 from lightning_lopt.rounds import Rounds
-from lightning_lopt.travel import Travel
 
-DDP = "DDP"
 EVAL_IMAGES = 256
 CALIBRATION_STEPS = 2
 WARM_UP_STEPS = 3
@@ -36,7 +32,7 @@ class Setup:
     """A run of the benchmark.
 
     Attributes:
-        methods: names of `METHODS`.
+        methods: some of `NAMES`.
         mbit: of each worker's link; None to leave it as it is.
         delayed: sleep as long as transfers would take, because the rate of the link could not be limited.
         num_workers: K.
@@ -66,71 +62,6 @@ class Setup:
     width: int = 192
     depth: int = 12
     out: str = "wire.jsonl"
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to train: what it does in a round, for the model of the network, and how.
-
-    Attributes:
-        traffic: a `Round` of H local steps from the number of parameters and K.
-        travel: None for data-parallel training.
-        outer: makes the outer optimizer for K workers; None averages.
-    """
-
-    traffic: Callable[[int, int, int], Round]
-    travel: Callable[[int], Travel] | None = None
-    outer: Callable[[int], Any] = field(default=lambda num_workers: None)
-
-
-def _plain(local_steps: int, parameters: int, num_workers: int) -> Round:
-    return Round(local_steps, 0, all_reduce(4 * parameters, num_workers))
-
-
-def _int8(local_steps: int, parameters: int, num_workers: int) -> Round:
-    slices = all_gather(parameters / num_workers, num_workers)
-    return Round(local_steps, 0, all_to_all(parameters, num_workers) + slices)
-
-
-def _sharded(local_steps: int, parameters: int, num_workers: int) -> Round:
-    half = all_to_all(4 * parameters, num_workers)
-    return Round(local_steps, 0, half, exposed=half)
-
-
-def _overlapped(density: float, share: float) -> tuple[Callable[[int, int, int], Round], Callable[[int], Travel]]:
-    """A share of the local steps beside the transfer of a share of the coordinates."""
-
-    def traffic(local_steps: int, parameters: int, num_workers: int) -> Round:
-        return Round(local_steps, int(share * local_steps), all_reduce(4 * density * parameters, num_workers))
-
-    return traffic, lambda local_steps: Travel(density=density, overlap_steps=int(share * local_steps))
-
-
-def _overwriting(local_steps: int) -> Travel:
-    return Travel(density=0.25, overlap_steps=local_steps // 4, merge="overwrite")
-
-
-def _lopt(num_workers: int) -> Any:
-    return partial(LearnedOptimizer, network=AdaMLP.bundled())
-
-
-def _lagg(num_workers: int) -> Any:
-    """A network of K inputs whose last layer is 0, as meta-training begins: a Nesterov step, at LAgg-A's cost."""
-    network = AdaMLP(num_workers, hidden=(8, 8), update="gated_nesterov", step_mult=1.0, exp_mult=1.0, seed=0)
-    nn.init.zeros_(network.get_parameter("layers.2.weight"))
-    return partial(LearnedOptimizer, network=network)
-
-
-METHODS: dict[str, Method] = {
-    DDP: Method(lambda _, parameters, num_workers: data_parallel(4 * parameters, num_workers)),
-    "Local SGD": Method(_plain, lambda _: Travel()),
-    "int8": Method(_int8, lambda _: Travel(compression="int8")),
-    "overlap": Method(*_overlapped(1.0, 5 / 8)),
-    "LOSCAR": Method(*_overlapped(0.25, 1 / 4)),
-    "LOSCAR, overwriting": Method(_overlapped(0.25, 1 / 4)[0], _overwriting),
-    "LOpt-A": Method(_plain, lambda _: Travel(), _lopt),
-    "LAgg-A, sharded": Method(_sharded, lambda _: Travel(sharded=True), _lagg),
-}
 
 
 class ViT(nn.Module):
@@ -193,17 +124,17 @@ class Training:
     """
 
     def __init__(self, name: str, setup: Setup, fabric: Fabric, data: tuple[Tensor, Tensor]) -> None:
-        method, link = METHODS[name], Link(setup.mbit)
+        link = Link(setup.mbit)
         self._setup, self._data, self._rank = setup, data, fabric.global_rank
         self._generator = torch.Generator().manual_seed(1000 * setup.seed + self._rank)
         torch.manual_seed(setup.seed)
         self.model = ViT(setup.width, setup.depth)
         self.parameters = sum(p.numel() for p in self.model.parameters())
-        self.round = method.traffic(setup.local_steps, self.parameters, setup.num_workers)
+        self.round = round_of(name, setup.local_steps, self.parameters, setup.num_workers)
         self.rounds: Rounds | None = None
         self._least = setup.step_seconds[self._rank % len(setup.step_seconds)]
         self._delay = 0.0
-        if method.travel is None:
+        if name == DDP:
             self._delay = link.seconds(self.round.transfer) if setup.delayed else 0.0
             self._forward: nn.Module = fabric.setup_module(self.model)
             self._optimizer: Optimizer = AdamW(self._forward.parameters(), setup.local_lr)
@@ -211,8 +142,9 @@ class Training:
             self._forward = self.model
             self._optimizer = AdamW(self.model.parameters(), setup.local_lr)
             comm = DelayedCommunicator(link) if setup.delayed else Communicator()
-            travel, outer = method.travel(setup.local_steps), method.outer(setup.num_workers)
-            self.rounds = Rounds(self.model, self._optimizer, setup.local_steps, outer, comm=comm, travel=travel)
+            method, steps = METHODS[name], setup.local_steps
+            outer = None if method.outer is None else method.outer(setup.num_workers)
+            self.rounds = Rounds(self.model, self._optimizer, steps, outer, comm=comm, travel=method.travel(steps))
 
     def local_step(self, seconds: float = 0.0) -> float:
         """Forward, backward and optimizer, stretched.

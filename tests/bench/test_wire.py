@@ -8,7 +8,7 @@ import pytest
 
 from lightning_lopt.bench import __main__ as bench
 from lightning_lopt.bench import namespaces, wire
-from lightning_lopt.bench.wire_worker import METHODS
+from lightning_lopt.bench.wire_methods import NAMES
 
 SMALL = ["--width", "48", "--depth", "2", "--local-steps", "8", "--turns", "2", "--ddp-steps", "2", "--batch-size", "4"]
 
@@ -22,10 +22,10 @@ def _run(path, *options):
 def test_links_are_limited_and_all_methods_train_over_them(tmp_path, capfd):
     if reason := namespaces.why_not():
         pytest.skip(reason)
-    setup, measured = _run(tmp_path / "rows.jsonl", "--mbit", "4", "--methods", *METHODS)
+    setup, measured = _run(tmp_path / "rows.jsonl", "--mbit", "4", "--methods", *NAMES)
     assert not setup.delayed
     assert "DELAYED" not in capfd.readouterr().out
-    assert [m.name for m in measured] == list(METHODS)
+    assert [m.name for m in measured] == NAMES
     by_name = {m.name: m for m in measured}
     transfer = by_name["Local SGD"].link.seconds(by_name["Local SGD"].round.transfer)
     assert 0.4 < transfer < 0.7
