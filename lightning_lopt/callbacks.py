@@ -164,8 +164,9 @@ class BatchNormReestimation(Callback):
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # the mean of all batches
-        with isolate_rng():
+        with isolate_rng(), trainer.precision_plugin.train_step_context():
             for batch in self._batches(trainer, comm.rank, comm.num_workers):
+                batch = trainer.precision_plugin.convert_input(batch)
                 batch = trainer.strategy.batch_to_device(batch, module.device)
                 module(batch[0] if isinstance(batch, list | tuple) else batch)
         for norm, momentum in zip(norms, momenta, strict=True):
@@ -174,6 +175,7 @@ class BatchNormReestimation(Callback):
             m.training = training
         statistics = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
         flat = torch.cat(statistics)
+        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
         comm.mean_(flat)
         for statistic, mean in zip(statistics, flat.split([len(s) for s in statistics]), strict=True):
             statistic.copy_(mean)

@@ -95,6 +95,14 @@ def test_more_batches_than_data_begin_anew():
     torch.testing.assert_close(module.inputs.running_mean, _expected(30)[0])
 
 
+def test_low_precision():
+    module = Normed()
+    run = trainer(LocalSGD(3), 1, max_steps=3, callbacks=[BatchNormReestimation(4)], precision="bf16-true")
+    run.fit(module, loader())
+    assert module.inputs.running_mean.dtype == torch.bfloat16
+    torch.testing.assert_close(module.inputs.running_mean.float(), _expected(4)[0], atol=0.01, rtol=0.02)
+
+
 def test_momenta_and_modes_are_those_before():
     module = Normed()
     module.inputs.momentum = 0.3

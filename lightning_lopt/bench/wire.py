@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_lopt.bench.link import Link, hidden_share, local_steps_that_pay, rate_where_equal, round_seconds
+from lightning_lopt.bench.link import Link, Round, hidden_share, local_steps_that_pay, rate_where_equal, round_seconds
 from lightning_lopt.bench.namespaces import run_linked, run_local, why_not
 from lightning_lopt.bench.report import machine, table
 from lightning_lopt.bench.wire_methods import DDP, NAMES, round_of
@@ -40,20 +40,22 @@ class Measured:
     def __init__(self, setup: Setup, rows: Rows, step_seconds: float, parameters: int) -> None:
         self.name, self._rows, self._step_seconds = rows[0]["method"], rows, step_seconds
         self.link, self.steps = Link(setup.mbit), rows[0]["steps"]
-        a_round = round_of(self.name, setup.local_steps, parameters, setup.num_workers)
-        self.round = replace(a_round, work_seconds=0.0)
-        work = [r["sync_seconds"] - r["waited_seconds"] for r in rows if "sync_seconds" in r]
-        exposed = self.link.seconds(a_round.exposed)
-        self.round_with_work = replace(a_round, work_seconds=max(0.0, _median(work) - exposed) if work else 0.0)
+        self.round = round_of(self.name, setup.local_steps, parameters, setup.num_workers)
 
     @property
     def seconds(self) -> float:
         """Of a round: the median."""
-        return _median([r["seconds"] for r in self._rows]) * self.round.local_steps / self.steps
+        return statistics.median([r["seconds"] for r in self._rows]) * self.round.local_steps / self.steps
 
     @property
     def bound(self) -> float:
         return round_seconds(self.round, self._step_seconds, self.link)
+
+    @property
+    def with_work(self) -> Round:
+        """With all that the bound does not explain as work, which other links do not change; DDP has none."""
+        work = 0.0 if self.name == DDP else max(0.0, self.seconds - self.bound)
+        return replace(self.round, work_seconds=work)
 
     @property
     def hidden(self) -> float | None:
@@ -78,8 +80,8 @@ class Measured:
         return next((i + 1 for i, loss in enumerate(self.losses) if loss <= target), None)
 
     def per_step(self, mbit: float) -> float:
-        """Modelled seconds per local step on another link, the outer step's work included."""
-        return round_seconds(self.round_with_work, self._step_seconds, Link(mbit)) / self.round.local_steps
+        """Modelled seconds per local step on another link."""
+        return round_seconds(self.with_work, self._step_seconds, Link(mbit)) / self.round.local_steps
 
     def line(self, target: float, first: Measured) -> dict[str, Any]:
         """The row of the table."""
@@ -95,7 +97,7 @@ class Measured:
             "share of bound": self.bound / self.seconds,
             "hidden": self.hidden,
             "can hide": hidden_share(self.round, self._step_seconds, self.link),
-            "outer etc., s": self.round_with_work.work_seconds,
+            "besides, s": self.seconds - self.bound,
             "last loss": self.losses[-1],
             "steps to target": None if turns is None else turns * self.steps,
             "s to target": seconds,
@@ -103,22 +105,15 @@ class Measured:
         }
 
     def rates(self, target: float, ddp: Measured) -> dict[str, Any]:
-        """How much faster than data-parallel training by rate, to the target if both reach it; and where not at all."""
+        """By rate, how much sooner than data-parallel training it is at the target; up to which rate; which H pays."""
         turns, others = self.turns_to(target), ddp.turns_to(target)
-        progress = others * ddp.steps / (turns * self.steps) if turns and others else None
-        gains = {
-            f"{mbit:g}": None if progress is None else progress * ddp.per_step(mbit) / self.per_step(mbit)
-            for mbit in RATES
-        }
-        limit = None
-        if progress is not None:
-            limit = rate_where_equal(self.round_with_work, ddp.round, self._step_seconds, progress)
-        pays = local_steps_that_pay(self.round_with_work, self._step_seconds, self.link)
-        return {"method": self.name, **gains, "equal at": limit, "H for 10 %": pays}
-
-
-def _median(values: Sequence[float]) -> float:
-    return statistics.median(values)
+        gains: dict[str, float | None] = dict.fromkeys([*map("{:g}".format, RATES), "equal at"])
+        if turns is not None and others is not None:
+            progress = others * ddp.steps / (turns * self.steps)
+            gains = {f"{mbit:g}": progress * ddp.per_step(mbit) / self.per_step(mbit) for mbit in RATES}
+            gains["equal at"] = rate_where_equal(self.with_work, ddp.round, self._step_seconds, progress)
+        pays = local_steps_that_pay(self.with_work, self._step_seconds, self.link)
+        return {"method": self.name, **gains, "H for 10 %": pays}
 
 
 def read(path: Path) -> tuple[Setup, list[Measured]]:
@@ -128,7 +123,7 @@ def read(path: Path) -> tuple[Setup, list[Measured]]:
     by_method = defaultdict(list)
     for row in rows:
         by_method[row["method"]].append(row)
-    step_seconds = _median([row["step_seconds"] for row in rows])
+    step_seconds = statistics.median([row["step_seconds"] for row in rows])
     return setup, [Measured(setup, rows, step_seconds, header["parameters"]) for rows in by_method.values()]
 
 
