@@ -33,7 +33,7 @@ class Setup:
 
     Attributes:
         methods: some of `NAMES`.
-        mbit: of each worker's link; None to leave it as it is.
+        mbit: rate of each worker's link, in 1e6 bits per second.
         delayed: sleep as long as transfers would take, because the rate of the link could not be limited.
         num_workers: K.
         local_steps: H.
