@@ -149,7 +149,7 @@ def drawn_ahead(selection: Selection) -> Selection:
 class _DrawnAhead:
     """The picks of `RandomCoordinates`, each drawn by a thread while training goes on after the pick before.
 
-    Drawing 10 % of 86 million coordinates takes a core half a second, which no sync should wait for. It holds the next
+    Drawing 10 % of 86 million coordinates takes a core 0.3 s, which no sync should wait for. It holds the next
     round's indices meanwhile, 8 bytes for each.
     """
 
