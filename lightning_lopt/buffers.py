@@ -23,6 +23,11 @@ class Buffers:
         self._own = dict(model.named_buffers())
         self._synced = {name: b.detach().clone() for name, b in self._own.items()}
 
+    @property
+    def number(self) -> int:
+        """How many there are."""
+        return len(self._own)
+
     def changed(self) -> list[bool]:
         """Which buffers this worker changed since the last sync."""
         return [not torch.equal(b, self._synced[name]) for name, b in self._own.items()]

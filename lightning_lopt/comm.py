@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_ANY = -(2**62)  # below every integer that workers compare
+
 
 class DisagreementError(RuntimeError):
     """Workers came to a sync with different rounds, local steps or parameters."""
@@ -158,14 +160,14 @@ class Communicator:
             dist.broadcast(buffer, group=self._world, group_src=0)
             tensor.detach().copy_(buffer)
 
-    def agree(self, device: torch.device, equal: Mapping[str, int], largest: Sequence[int] = ()) -> list[int]:
+    def agree(self, device: torch.device, equal: Mapping[str, int | None], largest: Sequence[int] = ()) -> list[int]:
         """Check that all workers pass the same integers; return the largest of others, of each over the workers.
 
         One small integer all-reduce, before the payload: a mean cannot notice a disagreement.
 
         Args:
             device: where the process group communicates.
-            equal: named integers that must be the same on all workers.
+            equal: named integers that must be the same on all workers; None is equal to any.
             largest: as many on all workers; flags among them are combined by "or".
 
         Raises:
@@ -174,13 +176,15 @@ class Communicator:
         if self._world is None:
             return [*largest]
         own = [*equal.values()]
-        vector = torch.tensor([*own, *(-v for v in own), *largest], dtype=torch.int64, device=device)
+        high = [_ANY if v is None else v for v in own]
+        low = [_ANY if v is None else -v for v in own]
+        vector = torch.tensor([*high, *low, *largest], dtype=torch.int64, device=device)
         self._count(vector, 2)
         dist.all_reduce(vector, op=dist.ReduceOp.MAX, group=self._world)
         values = vector.tolist()
-        high, low = values[: len(own)], [-v for v in values[len(own) : 2 * len(own)]]
-        if high != low:
-            wrong = [f"{k} (between {b} and {a})" for k, a, b in zip(equal, high, low, strict=True) if a != b]
+        high, low = values[: len(own)], values[len(own) : 2 * len(own)]
+        pairs = zip(equal, high, low, strict=True)
+        if wrong := [f"{name} (between {-b} and {a})" for name, a, b in pairs if a not in (_ANY, -b)]:
             raise DisagreementError(
                 f"The workers disagree on {', '.join(wrong)}; this is worker {self.rank}, which has {dict(equal)}. "
                 "All workers must take the same number of steps per round on the same parameters: check for unequal "

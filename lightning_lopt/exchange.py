@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightning_lopt.agreement import Standing, Told, tell
 from lightning_lopt.buffers import maxima
 from lightning_lopt.comm import Communicator
 from lightning_lopt.functional.compression import Codec
-from lightning_lopt.functional.outliers import from_integer, outliers, to_integer
+from lightning_lopt.functional.outliers import outliers
 from lightning_lopt.packing import Part, Wire
 from lightning_lopt.parameters import wire_dtype
 from lightning_lopt.sharding import Shards
@@ -63,18 +65,21 @@ class Background:
 class Exchange:
     """One agreement and one exchange of wires and buffers among all workers.
 
-    The agreement tells all workers the norms of each other's pseudo-gradients, before anything else is sent. Those that
-    it shows to be `outliers` send zeros, and a mean is that of the others; if all are, nothing is sent.
+    The agreement tells all workers where each of them stands, before anything else is sent. If all wait at the same
+    place, nothing is. Those whose pseudo-gradients it shows to be `outliers` send zeros, and a mean is that of the
+    others; if all are, nothing is sent.
 
     Args:
         comm: the collectives.
-        equal: integers that must be the same on all workers.
+        equal: integers that must be the same on all workers; None is equal to any.
         wires: to `fill`; afterwards they hold the means over the workers, and what else they are asked for.
         buffers: this worker's values of all buffers.
         changed: which of them it changed.
         states: further floating-point tensors to average.
 
     Attributes:
+        own: where this worker stands, but for the norm.
+        lrs: of its parameter groups.
         gather: whether every worker's bodies are wanted, not only their mean.
         codec: compresses the bodies of the wires.
         shards: sends each worker its share of the sorted wires only.
@@ -82,7 +87,7 @@ class Exchange:
         parts: of all wires.
         arrived: the buffers that somebody changed, by position: their mean or maximum.
         states: the means.
-        norms: of all workers' pseudo-gradients.
+        told: what all workers told.
         left_out: the workers that are in no mean.
         bytes_sent: by this worker.
         seconds: from start to end, waiting for other workers included.
@@ -91,7 +96,7 @@ class Exchange:
     def __init__(
         self,
         comm: Communicator,
-        equal: dict[str, int],
+        equal: Mapping[str, int | None],
         wires: dict[torch.dtype, Wire],
         buffers: list[Tensor],
         changed: Sequence[bool],
@@ -99,11 +104,13 @@ class Exchange:
     ) -> None:
         self._comm, self._equal, self._changed = comm, equal, changed
         self.wires, self.buffers, self.states = wires, buffers, list(states)
+        self.own = Standing(0)
+        self.lrs: Sequence[float] = ()
         self.gather = False
         self.codec: Codec | None = None
         self.shards: Shards | None = None
         self.norms_before: Sequence[float] = ()
-        self.norms: list[float] = []
+        self.told = Told()
         self.left_out: list[int] = []
         self.arrived: dict[int, Tensor] = {}
         self.bytes_sent = 0
@@ -126,7 +133,7 @@ class Exchange:
     @property
     def kept_norms(self) -> list[float]:
         """The norms of those that were not left out."""
-        return [norm for worker, norm in enumerate(self.norms) if worker not in self.left_out]
+        return [norm for worker, norm in enumerate(self.told.norms) if worker not in self.left_out]
 
     def fill(self, *, differences: bool) -> None:
         """Pack the parameters as they are now: anchor - y, or y itself."""
@@ -152,20 +159,13 @@ class Exchange:
 
     def _run(self, device: torch.device) -> None:
         start, bytes_before = time.perf_counter(), self._comm.bytes_sent
-        sent = self._agree(device)
-        if not self.skipped:
-            self._send_all(sent)
+        norm = math.sqrt(sum(float(wire.square) for wire in self.wires.values()))
+        self.told = tell(self._comm, device, self._equal, replace(self.own, norm=norm), self._changed, self.lrs)
+        self.left_out = outliers(self.told.norms, self.norms_before)
+        if not self.told.met and not self.skipped:
+            self._send_all(self.told.changed)
         self.bytes_sent = self._comm.bytes_sent - bytes_before
         self.seconds = time.perf_counter() - start
-
-    def _agree(self, device: torch.device) -> list[int]:
-        """Find out whom to leave out, and which buffers to send."""
-        own = [0] * self._comm.num_workers
-        own[self._comm.rank] = to_integer(math.sqrt(sum(float(wire.square) for wire in self.wires.values())))
-        largest = self._comm.agree(device, self._equal, [*map(int, self._changed), *own])
-        self.norms = [from_integer(n) for n in largest[len(self._changed) :]]
-        self.left_out = outliers(self.norms, self.norms_before)
-        return [i for i in range(len(self._changed)) if largest[i]]
 
     def _send_all(self, sent: Sequence[int]) -> None:
         """Replace the wires, these buffers and the states by their means over the workers."""
@@ -222,6 +222,8 @@ def compressed_mean(
         values: [n].
         sizes: the pieces that `values` are made of.
         codec: makes the codes.
+        own: where this worker stands, but for the norm.
+        lrs: of its parameter groups.
         gather: whether every worker's values are wanted; all codes then go to all workers, as those of a sparse codec.
 
     Returns:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_lopt.agreement import Told
 from lightning_lopt.exchange import Exchange
+from lightning_lopt.report import RoundReport
 
 
 @dataclass
@@ -33,6 +37,39 @@ class Flight:
     launched: list[Tensor] | None
     launch_seconds: float = 0.0
 
+    @property
+    def leaves_drift(self) -> bool:
+        """Whether some worker took steps while it was in flight."""
+        return any(worker.place == "launch" for worker in self.exchange.told.workers)
+
+    def report(
+        self, squares: tuple[float, float], times: tuple[float, float], num_bytes: int, *, fell_back: bool
+    ) -> RoundReport:
+        """What it did and cost.
+
+        Args:
+            squares: the workers' mean squared norm, and that of their mean.
+            times: when the finish began, and when everything was here; it is done now.
+            num_bytes: that were sent after the exchange.
+            fell_back: as in `RoundReport`.
+        """
+        exchange, done = self.exchange, time.perf_counter()
+        start, received = times
+        local_square, square = squares
+        return RoundReport(
+            round_idx=self.round_idx,
+            local_steps=self.local_steps,
+            pseudo_grad_norm=math.sqrt(square),
+            drift=math.sqrt(max(local_square - square, 0.0)),
+            bytes_sent=exchange.bytes_sent + num_bytes,
+            transfer_seconds=exchange.seconds,
+            waited_seconds=exchange.seconds if self.launched is None else received - start,
+            outer_seconds=done - received,
+            sync_seconds=self.launch_seconds + done - start,
+            left_out=len(exchange.left_out),
+            fell_back=fell_back,
+        )
+
     def keep_lost(self) -> None:
         """Keep what compression lost of each part; nothing where it was sent as it is."""
         for wire in self.exchange.wires.values():
@@ -49,7 +86,7 @@ class Flight:
             "local_steps": self.local_steps,
             "wires": None if self.exchange.shards else self._wires(),
             "arrived": {i: value.clone() for i, value in self.exchange.arrived.items()},
-            "norms": self.exchange.norms,
+            "told": self.exchange.told.state_dict(),
             "left_out": self.exchange.left_out,
         }
 
@@ -73,7 +110,7 @@ class Flight:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, in a flight of the same parts."""
         self._load_wires(state["wires"])
-        self.exchange.norms, self.exchange.left_out = state["norms"], state["left_out"]
+        self.exchange.told, self.exchange.left_out = Told.of(state["told"]), state["left_out"]
         self.exchange.arrived = {i: v.to(self.exchange.buffers[i].device) for i, v in state["arrived"].items()}
 
     def load_own_state(self, state: dict[str, Any]) -> None:

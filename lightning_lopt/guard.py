@@ -11,7 +11,6 @@ from lightning_lopt.functional.outliers import FACTOR
 from lightning_lopt.parameters import Parameters
 
 CHECK_EVERY = 100  # syncs
-CHECKSUM = "the global weights (as a checksum; machines that round differently need sharded=True)"
 
 
 class Guard:
@@ -31,14 +30,14 @@ class Guard:
         self._warned = False
         self.norms: list[float] = []
 
-    def checksum(self) -> dict[str, int]:
+    def checksum(self) -> int:
         """What workers with the same anchors agree on; computed in the first two syncs and two of each `CHECK_EVERY`.
 
         Two in a row: one sees what was there, the next what an outer step made of it.
         """
         due = self._num_checksums % CHECK_EVERY < 2
         self._num_checksums += 1
-        return {CHECKSUM: self._parameters.checksum() if due else 0}
+        return self._parameters.checksum() if due else 0
 
     def see(self, exchange: Exchange, round_idx: int) -> None:
         """Remember the norms of a sync; on rank 0 say, once, whom it left out."""
@@ -50,7 +49,7 @@ class Guard:
 
 
 def _explanation(exchange: Exchange, round_idx: int) -> str:
-    norms = [f"{norm:.3g}" if math.isfinite(norm) else "not finite" for norm in exchange.norms]
+    norms = [f"{norm:.3g}" if math.isfinite(norm) else "not finite" for norm in exchange.told.norms]
     who = ", ".join(f"worker {k} ({norms[k]})" for k in exchange.left_out)
     kept = f", the others' up to {max(exchange.kept_norms):.3g}" if exchange.kept_norms else ""
     return (

@@ -90,14 +90,14 @@ class OuterStep:
                 self.optimizer.state.pop(t.anchor, None)
 
     def step(
-        self, wires: Iterable[Wire], keys: dict[str, int], local: Optimizer, *, scratch: bool
+        self, wires: Iterable[Wire], keys: dict[str, int], lrs: Sequence[float], *, scratch: bool
     ) -> tuple[float, bool]:
         """Step the anchors.
 
         Args:
             wires: as they arrived.
             keys: what to write into the parameter groups.
-            local: the local optimizer, whose learning rates go there, too.
+            lrs: the local learning rate of each group, which goes there, too.
             scratch: whether the workers' own parameters may be overwritten.
 
         Returns:
@@ -112,8 +112,8 @@ class OuterStep:
                     continue
                 pairs.append((part, grad))
                 workers.append(per_worker)
-        for group, own in zip(self.optimizer.param_groups, local.param_groups, strict=True):
-            group.update(keys, local_lr=float(own.get("lr", math.nan)))
+        for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
+            group.update(keys, local_lr=lr)
         square = self._total(sum(float(grad.square().sum()) for _, grad in pairs))
         limit: float | None = getattr(self.optimizer, "max_update_ratio", None)
         with narrowed(self.optimizer, [part for part, _ in pairs]), _gradients(pairs, workers):

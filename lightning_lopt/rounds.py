@@ -7,14 +7,16 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_lopt.agreement import SYNCS, Place, Standing
 from lightning_lopt.comm import Communicator
 from lightning_lopt.outer import check_coordinatewise
+from lightning_lopt.pace import Pace, WorkerSpeeds
 from lightning_lopt.report import RoundReport
 from lightning_lopt.schedules import Constant, RoundInfo, Schedule, as_schedule
 from lightning_lopt.sync import EvalWeights, OuterFactory, Sync
 from lightning_lopt.travel import Travel
 
-_COUNTERS = ("round_idx", "step_idx", "local_step", "local_steps", "due")
+_COUNTERS = ("round_idx", "step_idx", "local_step", "local_steps", "due")  # may differ on workers, but for the first
 
 
 class Rounds:
@@ -32,17 +34,20 @@ class Rounds:
         total_steps: local steps of the whole run, if known: the last round is cut so that it ends synced.
         comm: the collectives; by default a new process group.
         travel: what a sync sends, how long it is in flight and how it lands; by default everything, at once.
+        worker_speeds: v, one number per worker, or `"measured"`: worker i takes H v_i / max v steps in a round, the
+            fastest H, see `Pace`. Then nobody waits, and numbers of steps differ. None is H for all.
 
     Attributes:
         round_idx: rounds finished.
-        step_idx: local steps finished, the same on all workers.
+        step_idx: local steps finished; with unequal speeds or data, of this worker.
         local_step: local steps finished in the present round.
-        local_steps: H of the present round, None before its first step.
+        local_steps: H of the present round on this worker, None before its first step.
         due: local step of the present round at which a sync is launched or finished.
+        in_step: whether all workers have taken as many steps, as far as they told each other.
         last_report: the `RoundReport` of the last sync.
 
     Raises:
-        ValueError: `local_steps` < 1, nothing to train, a network for another number of workers.
+        ValueError: `local_steps` < 1, nothing to train, a network or speeds for another number of workers.
         DisagreementError: the workers' models, rounds or steps differ.
 
     Source: arXiv 2312.02204 (learned), 1910.00643 (SlowMo), 2311.08105 (DiLoCo), 2310.14423 (QSR).
@@ -74,6 +79,7 @@ class Rounds:
         total_steps: int | None = None,
         comm: Communicator | None = None,
         travel: Travel | None = None,
+        worker_speeds: WorkerSpeeds = None,
     ) -> None:
         self._schedule = as_schedule(local_steps)
         self._optimizer = optimizer
@@ -81,7 +87,10 @@ class Rounds:
         self.comm = comm or Communicator()
         self._travel = travel or Travel()
         check_combination(self._schedule, outer_optimizer, self._travel)
+        device = optimizer.param_groups[0]["params"][0].device
+        self.pace = Pace(worker_speeds, self.comm.num_workers, self.comm.rank, device)
         self.sync = Sync(model, optimizer, outer_optimizer, self.comm, self._travel)
+        self.in_step = not self.pace.unequal
         self.round_idx = 0
         self.step_idx = 0
         self.local_step = 0
@@ -104,34 +113,70 @@ class Rounds:
         return self._launch_or_end()
 
     def _begin_round(self) -> None:
-        self.local_steps = self._choose_local_steps()
+        self.local_steps = self.pace.steps(self._choose_local_steps())
         ends_run = self.step_idx + self.local_steps == self.total_steps
-        overlap = 0 if ends_run else min(self._travel.overlap_steps, self.local_steps - 1)
+        overlap = 0 if ends_run else self.pace.overlap(self._travel.overlap_steps, self.local_steps)
         self.due = self.local_steps - overlap
+        self.pace.start(self.local_step + 1)
 
     def _launch_or_end(self) -> bool:
         if self.local_step != self.local_steps:
+            self._launch("launch")
             assert self.local_steps is not None
-            self.sync.launch(self.round_idx, self.local_steps, in_flight=True)
             self.due = self.local_steps
             return False
         if not self.sync.in_flight:
-            self.sync.launch(self.round_idx, self.local_step, everything=self.step_idx == self.total_steps)
+            self._launch(everything=self.step_idx == self.total_steps)
         self._end_round()
         return True
 
+    def _launch(self, place: Place = "sync", *, everything: bool = False) -> None:
+        steps = self.local_steps if place == "launch" and self.local_steps is not None else self.local_step
+        seconds = self.pace.measure(self.local_step) if place in SYNCS else self.pace.seconds[self.comm.rank]
+        own = Standing(steps, place, self.pace.share, seconds)
+        self.sync.launch(self.round_idx, own, everything=everything, same_steps=self.in_step)
+
+    def meet(self, place: Place = "epoch end", *, last: bool = False) -> None:
+        """Wait until all workers have come to the same place; nothing else lets them be unequally far.
+
+        Until then this worker takes part in the others' syncs, with what it has and no further steps. When all are
+        there and have taken unequal numbers of steps in the present round, the round ends for all.
+
+        Args:
+            place: `"epoch end"`, `"validation"` or `"training end"`.
+            last: whether training ends here, so that all must be synced.
+
+        Raises:
+            DisagreementError: they wait at different places.
+        """
+        if self.sync.in_flight:
+            self._end_round()
+        self._launch(place)
+        while self.sync.in_flight:  # somebody was at a sync
+            self._end_round()
+            self._launch(place)
+        steps = {worker.local_steps for worker in self.sync.told}
+        self.in_step = self.in_step and len(steps) == 1
+        if len(steps) > 1 or (last and (steps != {0} or not self.sync.common)):
+            self._launch(everything=last)
+            self._end_round()
+        self.pace.forget()
+
     def finish_round(self) -> None:
         """Sync everything now, on all workers, even if the round is not over; nothing happens when all are synced."""
-        if self.synced:
-            return
-        self.sync.launch(self.round_idx, self.local_step, everything=True)
-        self._end_round()
+        if not self.synced:
+            self._launch(everything=True)
+            self._end_round()
 
     def _end_round(self) -> None:
         self.last_report = self.sync.finish()
+        self.pace.hear([worker.seconds for worker in self.sync.told])
+        self.in_step = self.in_step and all(worker.needs_sync for worker in self.sync.told)
         self.round_idx += 1
         self.local_step = 0
         self.local_steps = None
+        self.pace.forget()
+        self.pace.start(0)
 
     @property
     def synced(self) -> bool:
@@ -184,14 +229,32 @@ class Rounds:
         Args:
             alone: do not talk to the other workers: see `Sync.state_dict`.
         """
-        counters = {name: getattr(self, name) for name in _COUNTERS}
-        return {**counters, "sync": self.sync.state_dict(alone=alone)}
+        sync = self.sync.state_dict(alone=alone)
+        return {**self._counters(), "in_step": self.in_step, "seconds": [*self.pace.seconds], "sync": sync}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+        self._load_counters(state)
+        self.in_step = self.in_step and state["in_step"]
+        if len(state["seconds"]) == self.comm.num_workers:
+            self.pace.hear(state["seconds"])
+        self.sync.load_state_dict(state["sync"])
+
+    def local_state(self) -> dict[str, Any]:
+        """What differs between the workers: counters, parameters and buffers, and more: see `Sync.local_state`."""
+        return {**self._counters(), "sync": self.sync.local_state()}
+
+    def load_local_state(self, state: dict[str, Any]) -> None:
+        """Restore what `local_state` returned, after `load_state_dict`."""
+        self._load_counters(state)
+        self.sync.load_local_state(state["sync"])
+
+    def _counters(self) -> dict[str, int | None]:
+        return {name: getattr(self, name) for name in _COUNTERS}
+
+    def _load_counters(self, state: dict[str, Any]) -> None:
         for name in _COUNTERS:
             setattr(self, name, state[name])
-        self.sync.load_state_dict(state["sync"])
 
 
 def check_combination(schedule: Schedule, outer_optimizer: OuterFactory | None, travel: Travel) -> None:

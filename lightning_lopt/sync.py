@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,17 +19,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lopt import outer
+from lightning_lopt.agreement import EQUAL, Place, Standing, tell
 from lightning_lopt.buffers import Buffers
+from lightning_lopt.cargo import Cargo
 from lightning_lopt.comm import Communicator
 from lightning_lopt.exchange import Exchange
 from lightning_lopt.flight import Flight
 from lightning_lopt.functional.merge import merge
 from lightning_lopt.guard import Guard
 from lightning_lopt.outer import OuterFactory, OuterStep
-from lightning_lopt.packing import Part, cut, pack
-from lightning_lopt.parameters import Parameters, Tracked, size
+from lightning_lopt.packing import Part, pack
+from lightning_lopt.parameters import Parameters, size
 from lightning_lopt.report import RoundReport
-from lightning_lopt.selection import Everything, drawn_ahead
 from lightning_lopt.sharding import Shards
 from lightning_lopt.swap import Swap
 from lightning_lopt.travel import Travel
@@ -52,6 +53,7 @@ class Sync:
 
     Attributes:
         swap: what evaluation sees instead of this worker's weights.
+        told: where all workers stood at the last sync, or when all waited at the same place.
         common: whether all workers held the same weights after the last sync.
 
     Raises:
@@ -72,11 +74,12 @@ class Sync:
         self._guard = Guard(comm, self._parameters)
         self._optimizer = optimizer
         self._comm = comm
-        self._travel, self._picks, self._codec = travel, drawn_ahead(travel.picks), travel.codec
+        self._travel, self._codec = travel, travel.codec
         self._device = next(t.param.device for t in self._parameters)
         self.swap = Swap()
         self._flight: Flight | None = None
         self.common = True
+        self.told: list[Standing] = []
         named = [*model.named_parameters(), *model.named_buffers()]
         comm.check_same_shapes(named, self._device)
         comm.broadcast_([tensor for _, tensor in named])
@@ -88,6 +91,7 @@ class Sync:
         self._step = None
         if outer_optimizer is not None:
             self._step = OuterStep(outer_optimizer, self._parameters.groups, comm, self._shards)
+        self._cargo = Cargo(self._parameters, travel, self._step, self._shards)
         comm.agree(
             self._device,
             {
@@ -101,62 +105,67 @@ class Sync:
         """The outer optimizer, None for averaging."""
         return None if self._step is None else self._step.optimizer
 
-    def _in_training(self) -> list[Tracked]:
-        """All parameters in training, those that were unfrozen or added since the last sync included."""
-        for group in self._parameters.follow():
-            if self._step is not None:
-                self._step.add_group(group)
-        tracked = self._parameters.in_training()
-        if self._shards is not None:
-            self._shards.assign(tracked)
-        if self._codec is not None:
-            for t in tracked:
-                t.residual = torch.zeros_like(t.anchor) if t.residual is None else t.residual
-        return tracked
-
-    def _pick(self, tracked: list[Tracked], round_idx: int, *, everything: bool) -> list[Part]:
-        selection = Everything() if everything else self._picks
-        parts = cut(tracked, selection.pick([t.param.numel() for t in tracked], round_idx))
-        return parts if self._shards is None else self._shards.sort(parts)
-
     @torch.no_grad()
-    def launch(self, round_idx: int, local_steps: int, *, everything: bool = False, in_flight: bool = False) -> None:
+    def launch(self, round_idx: int, own: Standing, *, everything: bool = False, same_steps: bool = True) -> None:
         """Send this worker's present parameters.
 
-        A sync that is still in flight is given up: wait for it, and use nothing of it.
+        A sync that is still in flight is given up: wait for it, and use nothing of it. Where all workers wait at the
+        same place, nothing is sent, and there is nothing to finish.
 
         Args:
             round_idx: index of the round that ends, the same on all workers.
-            local_steps: H of that round, likewise.
+            own: where this worker stands. From a `"launch"` this returns at once; otherwise `finish` must follow before
+                the next local step.
             everything: send everything, uncompressed, and make the weights the same on all workers.
-            in_flight: return at once; otherwise `finish` must follow before the next local step.
+            same_steps: whether those who do not wait must have taken as many local steps.
         """
         start = time.perf_counter()
         self.wait()
-        tracked = self._in_training()
-        parts = self._pick(tracked, round_idx, everything=everything)
+        tracked = self._cargo.in_training()
+        parts = self._cargo.parts(tracked, round_idx, everything=everything)
         average = self._travel.local_state == "average"
         states = self._parameters.local_states([part.tracked for part in parts]) if average else []
-        equal = {
-            "round": round_idx,
-            "local steps": local_steps,
-            "parameters in training": size(tracked),
-            "coordinates to send (as a checksum)": sum(part.checksum for part in parts),
-            "elements of the local optimizer's state": sum(state.numel() for state in states),
-            **self._guard.checksum(),
-        }
+        values = [
+            round_idx,
+            own.local_steps if same_steps and own.needs_sync else None,
+            everything,
+            size(tracked),
+            sum(part.checksum for part in parts),
+            sum(state.numel() for state in states),
+            self._guard.checksum(),
+        ]
+        in_flight = own.place == "launch"
+        equal = dict(zip(EQUAL, values, strict=True))
         exchange = self._exchange(parts, equal, states)
         exchange.fill(differences=self._step is not None or self._codec is not None)
+        exchange.own, exchange.lrs = own, self._lrs()
         exchange.shards = self._shards
         exchange.gather = self._step is not None and self._step.gathers
         if not everything and all(t.known for t in tracked):
             exchange.codec = self._codec
         launched = [part.of(part.tracked.param).clone() for part in exchange.parts] if in_flight else None
-        self._flight = Flight(round_idx, local_steps, everything, exchange, states, launched)
+        self._flight = Flight(round_idx, own.local_steps, everything, exchange, states, launched)
         exchange.start(self._device, background=in_flight)
         self._flight.launch_seconds = time.perf_counter() - start
+        if not in_flight and exchange.told.met:
+            self.told, self._flight = exchange.told.workers, None
 
-    def _exchange(self, parts: list[Part], equal: dict[str, int], states: Sequence[Tensor] = ()) -> Exchange:
+    def check(self, place: Place) -> None:
+        """Make sure that all workers are at the same place; leaves alone what is in flight.
+
+        Raises:
+            DisagreementError: they are not.
+        """
+        self.wait()
+        equal = dict.fromkeys(EQUAL)
+        tell(self._comm, self._device, equal, Standing(0, place), [False] * self._buffers.number, self._lrs())
+
+    def _lrs(self) -> list[float]:
+        """What the outer optimizer must know of the local one's groups."""
+        groups = [] if self._step is None else self._optimizer.param_groups
+        return [float(group.get("lr", math.nan)) for group in groups]
+
+    def _exchange(self, parts: list[Part], equal: Mapping[str, int | None], states: Sequence[Tensor] = ()) -> Exchange:
         """Pack these parts, and all buffers."""
         changed = self._buffers.changed()
         buffers = self._buffers.snapshot(changed)
@@ -192,28 +201,16 @@ class Sync:
         flight, self._flight = self._flight, None
         assert flight is not None
         exchange = flight.exchange
-        local_square, square, fell_back = (0.0, 0.0, False) if exchange.skipped else self._land(flight)
+        self.told = exchange.told.workers
+        squares, fell_back = ((0.0, 0.0), False) if exchange.skipped else self._land(flight)
         self._guard.see(exchange, flight.round_idx)
         if self._comm.rank in exchange.left_out:
             self._come_back(flight)
-        leaves_common = self._travel.leaves_common_weights and flight.launched is None
+        leaves_common = self._travel.leaves_common_weights and not flight.leaves_drift
         self.common = flight.everything or exchange.skipped or leaves_common
-        done = time.perf_counter()
-        return RoundReport(
-            round_idx=flight.round_idx,
-            local_steps=flight.local_steps,
-            pseudo_grad_norm=math.sqrt(square),
-            drift=math.sqrt(max(local_square - square, 0.0)),
-            bytes_sent=exchange.bytes_sent + self._comm.bytes_sent - bytes_before,
-            transfer_seconds=exchange.seconds,
-            waited_seconds=exchange.seconds if flight.launched is None else received - start,
-            outer_seconds=done - received,
-            sync_seconds=flight.launch_seconds + done - start,
-            left_out=len(exchange.left_out),
-            fell_back=fell_back,
-        )
+        return flight.report(squares, (start, received), self._comm.bytes_sent - bytes_before, fell_back=fell_back)
 
-    def _land(self, flight: Flight) -> tuple[float, float, bool]:
+    def _land(self, flight: Flight) -> tuple[tuple[float, float], bool]:
         """Take up what arrived; return the workers' mean squared norm, that of their mean, and `fell_back`."""
         wires = flight.exchange.wires.values()
         local_square = sum(float(wire.square) for wire in wires)
@@ -223,9 +220,10 @@ class Sync:
             if self._shards is not None:
                 (square,) = self._comm.total([square], self._device)
         else:
-            keys = {"round_idx": flight.round_idx, "local_steps": flight.local_steps}
+            told = flight.exchange.told
+            keys = {"round_idx": flight.round_idx, "local_steps": max(w.local_steps for w in told.workers)}
             scratch = flight.launched is None and isinstance(rule, str)
-            square, fell_back = self._step.step(wires, keys, self._optimizer, scratch=scratch)
+            square, fell_back = self._step.step(wires, keys, told.lrs, scratch=scratch)
         if self._shards is not None:
             for wire in wires:
                 self._shards.spread(wire)
@@ -235,7 +233,7 @@ class Sync:
             part.put(t.param, merge(part.of(t.anchor), y, part.of(t.param), rule))
             t.known = True
         self._settle(flight)
-        return local_square, square, fell_back
+        return (local_square, square), fell_back
 
     def _come_back(self, flight: Flight) -> None:
         """Forget what made this worker diverge, except where its optimizer now has the others' state."""
@@ -328,7 +326,7 @@ class Sync:
         Raises:
             ValueError: another number of parameters, or another kind of outer optimizer (one or none).
         """
-        tracked, count, kind = self._in_training(), len(list(self._parameters)), type(self.outer).__name__
+        tracked, count, kind = self._cargo.in_training(), len(list(self._parameters)), type(self.outer).__name__
         if count != len(state["anchors"]) or kind != state["outer_kind"]:
             raise ValueError(
                 f"This checkpoint holds {len(state['anchors'])} parameters and the outer optimizer "
@@ -342,7 +340,7 @@ class Sync:
         self._guard.norms, self.common, flight = state["norms"], state["common"], state["flight"]
         self._flight = None
         if flight is not None:
-            exchange = self._exchange(self._pick(tracked, flight["round_idx"], everything=False), {})
+            exchange = self._exchange(self._cargo.parts(tracked, flight["round_idx"], everything=False), {})
             exchange.shards = self._shards
             self._flight = Flight(flight["round_idx"], flight["local_steps"], False, exchange, [], None)
             self._flight.load_state_dict(flight)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lightning_lopt import AdaMLP, Fragments, LearnedOptimizer, RandomCoordinates, Rounds, SlowMomentum, TopK, Travel
+from lightning_lopt.agreement import Standing
 from lightning_lopt.comm import Communicator
 from lightning_lopt.strategies.joint import JointOptimizer
 from lightning_lopt.sync import Sync
@@ -57,14 +58,14 @@ def _golden(rank, case, merge, dtype):
     for t in range(len(noise)):
         for h in range(before + overlap):
             if h == before:
-                sync.launch(t, 1, in_flight=True)
+                sync.launch(t, Standing(before + overlap, "launch"), same_steps=False)
                 y = model.x.detach().clone()
             model.x.grad = curvature[rank] * (model.x.detach() - center[rank]) + noise[t, rank, h]
             optimizer.step()
         z = model.x.detach().clone()
         if not overlap:
             y = z
-            sync.launch(t, 1)
+            sync.launch(t, Standing(before), same_steps=False)
         sync.finish()
         xyz.append(torch.stack([model.x.detach(), y, z]))
     return torch.stack(xyz, 1)
@@ -237,7 +238,7 @@ def test_outer_steps_on_random_coordinates(outer, reference):
             step = 0.1 * (u / (1 - 0.9 ** (t + 1))) / ((v / (1 - 0.999 ** (t + 1))).sqrt() + 1e-8)
         a = torch.where(mask, a - step, a)
         model.x.data = y.view(2, 4).clone()
-        sync.launch(t, 1)
+        sync.launch(t, Standing(1))
         sync.finish()
         torch.testing.assert_close(model.x.detach().flatten(), torch.where(mask, a, y), rtol=0, atol=1e-12)
     states = [s for s in sync.outer.state[sync.outer.param_groups[0]["params"][0]].values() if s.numel() > 1]
@@ -367,8 +368,8 @@ def _other_coordinates(rank):
     model = Point(torch.zeros(4))
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     sync = Sync(model, optimizer, None, Communicator(), Travel(density=0.5))
-    sync._picks = RandomCoordinates(0.5, seed=rank)
-    sync.launch(0, 1, in_flight=True)
+    sync._cargo.picks = RandomCoordinates(0.5, seed=rank)
+    sync.launch(0, Standing(1, "launch"))
     with pytest.raises(RuntimeError, match="coordinates to send"):
         sync.finish()
     return True

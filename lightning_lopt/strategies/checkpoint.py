@@ -34,7 +34,7 @@ from lightning_lopt.strategies.faults import explained
 from lightning_lopt.strategies.loaders import ResumableLoaders, random_state, set_random_state
 
 CHECKPOINT_KEY = "lightning_lopt"
-CHECKPOINT_VERSION = 3
+CHECKPOINT_VERSION = 4
 GATHER_BYTES = 2**27  # parameters of all workers together; more are not gathered
 
 
@@ -163,7 +163,7 @@ class CheckpointingStrategy(DDPStrategy):
         combined = trainer.fit_loop._combined_loader
         return {
             "checkpoint": {name: checkpoint[name] for name in own if name in checkpoint},
-            "local": self.rounds.sync.local_state(),
+            "local": self.rounds.local_state(),
             "random": random_state(),
             "gradients": self._gradients() if accumulating else {},
             "loaders": self._loaders.state_dicts(
@@ -250,7 +250,7 @@ class CheckpointingStrategy(DDPStrategy):
             self.rounds.abandon_round()
             return
         self._resumed = True
-        self.rounds.sync.load_local_state(self._own["local"])
+        self.rounds.load_local_state(self._own["local"])
         self._loaders = ResumableLoaders(self._own["loaders"])
         if None not in self._own["loaders"]:
             warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")

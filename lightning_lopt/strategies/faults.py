@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import _get_default_store
+from typing_extensions import override
 
 from lightning_lopt.comm import DisagreementError
 
@@ -56,12 +60,15 @@ class Signals:
     Args:
         trainer: whose handlers are replaced until its fit ends.
         name: of this fit, the same on all workers.
+        clock: a number that all workers come to, None where they cannot wait for each other.
         interval: seconds between looks into the store.
         patience: seconds for which a worker waits for the others.
     """
 
-    def __init__(self, trainer: Any, name: str, interval: float = 5.0, patience: float = 600.0) -> None:
-        self._trainer, self._interval, self._patience = trainer, interval, patience
+    def __init__(
+        self, trainer: Any, name: str, clock: Callable[[], int | None], interval: float = 5.0, patience: float = 600.0
+    ) -> None:
+        self._trainer, self._clock, self._interval, self._patience = trainer, clock, interval, patience
         self._noted: list[Callable[[], None]] = []
         self._informed = False  # that some worker has noted a signal
         self._store: Store | None = None
@@ -93,6 +100,11 @@ class Signals:
     def _stop(self) -> None:
         self._trainer._signal_connector.received_sigterm = True  # Lightning raises at the end of this batch
 
+    def pause(self) -> None:
+        """While this worker waits for others elsewhere: they are not to wait for it at the end of a batch."""
+        if self._store is not None:
+            self._store.set(str(self._trainer.global_rank), f"{sys.maxsize} going")
+
     def act(self) -> None:
         """At the end of a batch: do what was noted, once all workers are here."""
         if self._store is None:
@@ -116,7 +128,9 @@ class Signals:
 
     def _have_all_come(self, store: Store) -> bool:
         """Whether all workers wait at this step; False means: train on, the others are ahead or not yet informed."""
-        step, rank = self._trainer.fit_loop.epoch_loop.total_batch_idx, self._trainer.global_rank
+        step, rank = self._clock(), self._trainer.global_rank
+        if step is None:
+            return False
         keys = [str(r) for r in range(self._trainer.world_size)]
         store.set(str(rank), f"{step} going")
         if not store.check(keys):
@@ -132,3 +146,14 @@ class Signals:
                 return True
             time.sleep(0.01)
         raise WorkerLostError(f"A worker did not come to step {step}, where all were to stop after a signal.")
+
+
+class SignalCallback(Callback):
+    """The last callback: what must happen when everybody else's hooks have run."""
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        signals = trainer.strategy.signals  # pyright: ignore[reportAttributeAccessIssue]
+        signals.act()

@@ -21,16 +21,19 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_lopt.agreement import Place
 from lightning_lopt.comm import Communicator
 from lightning_lopt.functional.compression import Codec
 from lightning_lopt.functional.merge import MergeRule
+from lightning_lopt.pace import WorkerSpeeds, check_speeds
 from lightning_lopt.rounds import Rounds, check_combination
 from lightning_lopt.schedules import RoundInfo, as_schedule
 from lightning_lopt.selection import Selection
 from lightning_lopt.strategies.checkpoint import CheckpointingStrategy
-from lightning_lopt.strategies.faults import Signals, explained
+from lightning_lopt.strategies.faults import SignalCallback, Signals, explained
 from lightning_lopt.strategies.joint import JointOptimizer
 from lightning_lopt.strategies.loaders import ResumableLoaders
+from lightning_lopt.strategies.rendezvous import Rendezvous
 from lightning_lopt.sync import EvalWeights
 from lightning_lopt.travel import LocalState, Travel
 
@@ -43,27 +46,19 @@ class _RoundCallback(Callback):
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._strategy.meet("validation")
         self._strategy.swap_in_global_weights()
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._strategy.rounds is not None:  # an end that nobody foresaw: early stopping, max_time
-            with explained(self._strategy._timeout):
-                self._strategy.rounds.finish_round()
-            if self._strategy.rounds.last_report is None:
-                rank_zero_info("Nothing was synced in this fit: no optimizer took a step.")
-
-
-class _SignalCallback(Callback):
-    """The last callback: what must happen when everybody else's hooks have run."""
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._strategy.meet("epoch end")
 
     @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(trainer.strategy, LocalSGD)
-        assert trainer.strategy.signals is not None
-        trainer.strategy.signals.act()
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._strategy.rounds is not None:
+            self._strategy.meet("training end")  # nobody may have foreseen it: early stopping, max_time
+            if self._strategy.rounds.last_report is None:
+                rank_zero_info("Nothing was synced in this fit: no optimizer took a step.")
 
 
 class LocalSGD(CheckpointingStrategy):
@@ -85,6 +80,8 @@ class LocalSGD(CheckpointingStrategy):
         overlap_steps: Q >= 0 of the H local steps are taken while the sync is in flight, at most H - 1.
         merge: how a sync lands that was in flight: `"delay_corrected"`, `"overwrite"`, or a number α in [0, 1], the
             weight of the worker's own parameters in a blend.
+        worker_speeds: one positive number per worker, or `"measured"`: the fastest takes H steps in a round, the others
+            in proportion, so that nobody waits; they meet at the ends of epochs. None is H for all.
         local_state: what becomes of the local optimizer's state at a sync: `"keep"`, `"reset"` or `"average"`.
         sharded: each worker does the outer step of some tensors and holds their outer state alone; LAgg-A then costs
             the bytes of an all-reduce.
@@ -131,6 +128,7 @@ class LocalSGD(CheckpointingStrategy):
         compression: str | Codec | None = None,
         overlap_steps: int = 0,
         merge: MergeRule = "delay_corrected",
+        worker_speeds: list[float] | Literal["measured"] | None = None,
         local_state: LocalState = "keep",
         sharded: bool = False,
         ranks_per_worker: int | Literal["node"] = 1,
@@ -170,7 +168,10 @@ class LocalSGD(CheckpointingStrategy):
         if ranks_per_worker != "node" and (not isinstance(ranks_per_worker, int) or ranks_per_worker < 1):
             raise ValueError(f"ranks_per_worker must be an integer >= 1 or 'node', not {ranks_per_worker!r}.")
         self._ranks_per_worker: int | Literal["node"] = ranks_per_worker
+        self._worker_speeds: WorkerSpeeds = worker_speeds
+        check_speeds(worker_speeds)
         self.signals: Signals | None = None
+        self._rendezvous: Rendezvous | None = None
 
     # -- setup ----------------------------------------------------------------------------------------------------
 
@@ -203,15 +204,17 @@ class LocalSGD(CheckpointingStrategy):
             self._outer_optimizer,
             comm=self._comm,
             travel=self._travel,
+            worker_speeds=self._worker_speeds,
         )
+        self._rendezvous = None
         if not module.automatic_optimization:
             for optimizer in optimizers:  # sees those who step torch's own optimizer, too
                 optimizer.register_step_post_hook(self._note_step)
         self._resumed = False
         self._loaders = ResumableLoaders()
         callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-        others = [c for c in callbacks if not isinstance(c, _RoundCallback | _SignalCallback)]
-        callbacks[:] = [_RoundCallback(self), *others, _SignalCallback()]
+        others = [c for c in callbacks if not isinstance(c, _RoundCallback | SignalCallback)]
+        callbacks[:] = [_RoundCallback(self), *others, SignalCallback()]
 
     @override
     def configure_ddp(self) -> None:
@@ -229,12 +232,13 @@ class LocalSGD(CheckpointingStrategy):
         assert self.rounds is not None
         if not self._resumed:
             self.rounds.step_idx = self._steps_so_far(trainer)
-        self.rounds.total_steps = _total_steps(trainer)
+        self._rendezvous = Rendezvous(trainer, self.rounds)
+        self.rounds.total_steps = self._rendezvous.total_steps()
         if self.rounds.comm.num_workers == 1:
             rank_zero_info(
                 "There is one worker (K = 1): nothing is communicated, and a round ends with the outer step alone."
             )
-        self.signals = Signals(trainer, self.broadcast(uuid.uuid4().hex))
+        self.signals = Signals(trainer, self.broadcast(uuid.uuid4().hex), self._rendezvous.clock)
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
@@ -277,6 +281,13 @@ class LocalSGD(CheckpointingStrategy):
 
     # -- global weights -------------------------------------------------------------------------------------------
 
+    def meet(self, place: Place) -> None:
+        """Wait for the other workers, if they may be unequally far."""
+        trainer = self._trainer
+        if self._rendezvous is not None and trainer.state.fn == TrainerFn.FITTING and not trainer.interrupted:
+            with explained(self._timeout):
+                self._rendezvous.meet(place)
+
     def swap_in_global_weights(self) -> None:
         """Show the global weights to whoever evaluates or saves, until `on_validation_end`."""
         if self.rounds is not None and self._trainer.state.fn == TrainerFn.FITTING:
@@ -293,6 +304,7 @@ class LocalSGD(CheckpointingStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         if self.rounds is None or self.rounds.sync.swap.active:
             return super().lightning_module_state_dict()
+        self.meet("checkpoint")
         self.swap_in_global_weights()
         try:
             return super().lightning_module_state_dict()
@@ -323,14 +335,3 @@ class LocalSGD(CheckpointingStrategy):
                 description=f"{cls.__name__} with `start_method` '{start_method}'",
                 start_method=start_method,
             )
-
-
-def _total_steps(trainer: pl.Trainer) -> int | None:
-    """Local steps of the whole run, None if unknown."""
-    if not trainer.lightning_module.automatic_optimization and trainer.max_steps != -1:
-        return None  # which counts every optimizer
-    try:
-        total = trainer.estimated_stepping_batches
-    except MisconfigurationException:  # accumulate_grad_batches varies over epochs
-        total = trainer.max_steps
-    return None if total in (-1, float("inf")) else int(total)

@@ -1,0 +1,110 @@
+"""How many local steps each worker takes while the fastest takes H."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+WorkerSpeeds = Sequence[float] | Literal["measured"] | None
+
+
+class Pace:
+    r"""Steps in proportion to speed, so that fast workers do not wait for slow ones.
+
+    .. math:: s_i = v_i / \max_k v_k, \qquad H_i = \max(1, \mathrm{round}(s_i H)), \qquad
+        Q_i = \min(\lceil s_i Q \rceil, H_i - 1)
+
+    Args:
+        speeds: v, one positive number per worker, or `"measured"`: v is the inverse of the seconds per local step, the
+            mean of those of the round before and those known before it. None is the same for all.
+        num_workers: K.
+        rank: of this worker among them.
+        device: whose queue of work is waited for when time is measured.
+
+    Attributes:
+        unequal: whether workers may take unequal numbers of steps in a round.
+        seconds: per local step of each worker, as all were last told; 0 is unknown.
+
+    Raises:
+        ValueError: not one positive number per worker.
+
+    Source: H in proportion to speed: dynamic local updates of Liu et al. 2401.09135.
+
+    Example:
+        >>> [Pace([3, 1], 2, rank, torch.device("cpu")).steps(48) for rank in range(2)]
+        [48, 16]
+    """
+
+    def __init__(self, speeds: WorkerSpeeds, num_workers: int, rank: int, device: torch.device) -> None:
+        check_speeds(speeds)
+        self.unequal = speeds is not None
+        self._measures = speeds == "measured"
+        self._speeds = [1.0] * num_workers if speeds is None or speeds == "measured" else [float(v) for v in speeds]
+        if len(self._speeds) != num_workers:
+            raise ValueError(f"worker_speeds has {len(self._speeds)} numbers, but there are {num_workers} workers.")
+        self._rank, self._device = rank, device
+        self.seconds = [0.0] * num_workers
+        self._start: tuple[float, int] | None = None
+
+    @property
+    def share(self) -> float:
+        """s_i of this worker."""
+        return self._speeds[self._rank] / max(self._speeds)
+
+    def steps(self, local_steps: int) -> int:
+        """H_i of this worker."""
+        return max(1, round(local_steps * self.share))
+
+    def overlap(self, overlap_steps: int, local_steps: int) -> int:
+        """Q_i of this worker.
+
+        Args:
+            overlap_steps: Q.
+            local_steps: H_i.
+        """
+        return min(math.ceil(overlap_steps * self.share), local_steps - 1)
+
+    def start(self, local_step: int) -> None:
+        """Measure from here, unless it began earlier in this round."""
+        if self._measures and self._start is None:
+            self._start = self._now(), local_step
+
+    def forget(self) -> None:
+        """Do not measure over what comes now."""
+        self._start = None
+
+    def measure(self, local_step: int) -> float:
+        """This worker's seconds per local step, from the start of the measurement and before it."""
+        known = self.seconds[self._rank]
+        if self._start is None or self._start[1] >= local_step:
+            return known
+        start, step = self._start
+        seconds = (self._now() - start) / (local_step - step)
+        return (known + seconds) / 2 if known else seconds
+
+    def hear(self, seconds: Sequence[float]) -> None:
+        """Take up every worker's seconds per local step."""
+        self.seconds = [*seconds]
+        if self._measures and all(seconds):
+            self._speeds = [1 / s for s in seconds]
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def check_speeds(speeds: WorkerSpeeds) -> None:
+    """Refuse what cannot be speeds.
+
+    Raises:
+        ValueError: neither positive numbers nor `"measured"` nor None.
+    """
+    if speeds is None or speeds == "measured":
+        return
+    if isinstance(speeds, str) or not speeds or not all(v > 0 and math.isfinite(v) for v in speeds):
+        raise ValueError(f"worker_speeds must be positive numbers, one per worker, 'measured' or None, not {speeds!r}.")

@@ -1,0 +1,117 @@
+"""Where workers that may be unequally far wait for one another: validation, the ends of epochs and of training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lightning.fabric.utilities.data import has_iterable_dataset
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+
+from lightning_lopt.agreement import Place
+from lightning_lopt.rounds import Rounds
+
+
+class Rendezvous:
+    """The meetings of one fit; creating one is collective.
+
+    Workers whose loaders have the same known number of batches are at every place together, and need not meet. Those
+    with unequal speeds or numbers of batches do, and so do those with an `IterableDataset`, of which nobody knows.
+
+    Args:
+        trainer: whose loaders are set up.
+        rounds: of its strategy.
+
+    Attributes:
+        unequal: whether the workers will be unequally far.
+
+    Raises:
+        MisconfigurationException: they will, and the trainer is to do something after a number of steps.
+    """
+
+    def __init__(self, trainer: Any, rounds: Rounds) -> None:
+        self._trainer, self._rounds = trainer, rounds
+        batches, device = _num_batches(trainer), trainer.strategy.root_device
+        own = [batches is None, batches or 0, -(batches or 0), rounds.step_idx, -rounds.step_idx]
+        unknown, most, least, ahead, behind = rounds.comm.agree(device, {}, own)
+        several = rounds.comm.num_workers > 1
+        self.unequal = several and (rounds.pace.unequal or bool(not unknown and most != -least))
+        self._needed = self.unequal or (several and bool(unknown))
+        rounds.in_step = rounds.in_step and ahead == -behind
+        if self.unequal and (wrong := list(_meaningless(trainer))):
+            why = "worker_speeds" if rounds.pace.unequal else f"they have between {-least} and {most} batches"
+            raise MisconfigurationException(
+                f"Between their meetings the workers take unequal numbers of steps ({why}). So a number of steps says "
+                f"nothing, and what happens at one would find only some of them: {'; '.join(wrong)}. They meet at "
+                "the ends of epochs and the validation there: use max_epochs, check_val_every_n_epoch and "
+                "ModelCheckpoint(every_n_epochs=...)."
+            )
+
+    def total_steps(self) -> int | None:
+        """Local steps of the whole run, None if unknown."""
+        trainer = self._trainer
+        if self.unequal or (not trainer.lightning_module.automatic_optimization and trainer.max_steps != -1):
+            return None  # max_steps counts every optimizer
+        try:
+            total = trainer.estimated_stepping_batches
+        except MisconfigurationException:  # accumulate_grad_batches varies over epochs
+            total = trainer.max_steps
+        return None if total in (-1, float("inf")) else int(total)
+
+    def meet(self, place: Place) -> None:
+        """Wait for all workers, if they may be unequally far; at the end of training, all are synced."""
+        if not self._needed:
+            if place == "training end":
+                self._rounds.finish_round()
+        elif place == "checkpoint":
+            self._rounds.sync.check(place)
+        elif place == "validation" and not self.unequal and not self._out_of_data:
+            self._rounds.sync.check("validation within an epoch")
+        else:
+            signals = self._trainer.strategy.signals
+            if signals is not None:
+                signals.pause()
+            self._rounds.meet(place, last=self._is_last(place))
+
+    def clock(self) -> int | None:
+        """A number that all workers come to, None if they do not all come to what is now."""
+        if self._rounds.in_step:
+            return self._trainer.fit_loop.epoch_loop.total_batch_idx
+        return self._rounds.round_idx if self._rounds.local_step == 0 else None
+
+    @property
+    def _out_of_data(self) -> bool:
+        return self._trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+
+    def _is_last(self, place: Place) -> bool:
+        """Whether training ends here, as far as can be foreseen."""
+        loop = self._trainer.fit_loop
+        if place == "validation" and not self._out_of_data:
+            return False
+        epochs = loop.epoch_progress.current.processed + (place == "validation")
+        return place == "training end" or 0 <= loop.max_epochs <= epochs
+
+
+def _num_batches(trainer: Any) -> int | None:
+    """Of this worker's epochs; None if unknown."""
+    batches, loader = trainer.num_training_batches, trainer.fit_loop._combined_loader
+    vague = any(has_iterable_dataset(one) for one in loader.flattened) or trainer.reload_dataloaders_every_n_epochs
+    return None if vague or batches == float("inf") else int(batches)
+
+
+def _meaningless(trainer: Any) -> Iterator[str]:
+    """What happens after a number of steps, or asks the other workers in every batch."""
+    if trainer.max_steps != -1 and not trainer.fast_dev_run:
+        yield f"max_steps={trainer.max_steps}"
+    if not isinstance(trainer.val_check_interval, float):
+        yield f"val_check_interval={trainer.val_check_interval!r}"
+    for callback in trainer.callbacks:
+        if isinstance(callback, Timer):
+            yield "max_time (Timer)"
+        if isinstance(callback, ModelCheckpoint) and callback._every_n_train_steps:
+            yield f"ModelCheckpoint(every_n_train_steps={callback._every_n_train_steps})"
+        if isinstance(callback, ModelCheckpoint) and callback._train_time_interval:
+            yield "ModelCheckpoint(train_time_interval=...)"
+    if trainer.strategy._layer_sync is not None:
+        yield "sync_batchnorm=True"

@@ -1,0 +1,278 @@
+"""Unequal steps and unequal data on real processes: who takes how many, and that every step counts."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_lopt import DisagreementError, Fragments, Rounds, SlowMomentum, Travel
+from lightning_lopt.pace import Pace
+from tests.processes import run_workers
+
+CPU = torch.device("cpu")
+TRAVELS = {
+    "everything": Travel(),
+    "in flight": Travel(overlap_steps=2),
+    "loscar": Travel(overlap_steps=2, density=0.5),
+    "streaming": Travel(overlap_steps=1, selection=Fragments(2)),
+    "sharded": Travel(overlap_steps=1, sharded=True),
+}
+
+
+@pytest.mark.parametrize(
+    ("speeds", "local_steps", "overlap", "expected"),
+    [
+        ([3, 1], 48, 16, [(48, 16), (16, 6)]),
+        ([1, 1, 2], 5, 1, [(2, 1), (2, 1), (5, 1)]),
+        ([100, 1], 10, 9, [(10, 9), (1, 0)]),
+        (None, 7, 9, [(7, 6), (7, 6)]),
+        ("measured", 7, 2, [(7, 2), (7, 2)]),
+    ],
+)
+def test_steps_in_proportion_to_speed(speeds, local_steps, overlap, expected):
+    paces = [Pace(speeds, len(expected), rank, CPU) for rank in range(len(expected))]
+    steps = [pace.steps(local_steps) for pace in paces]
+    assert [(n, pace.overlap(overlap, n)) for n, pace in zip(steps, paces, strict=True)] == expected
+
+
+@pytest.mark.parametrize("speeds", [[1.0], [1, 0], [1, -1], [1, float("inf")], "fast", []])
+def test_wrong_speeds(speeds):
+    with pytest.raises(ValueError, match="worker_speeds"):
+        Pace(speeds, 2, 0, CPU)
+
+
+def test_measured_speed(monkeypatch):
+    """3 s for 2 steps, then half as long; the other worker needs 1 s."""
+    now = iter([10.0, 13.0, 20.0, 21.5])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    pace = Pace("measured", 2, 1, CPU)
+    pace.start(1)
+    pace.start(2)  # it has begun
+    assert pace.measure(1) == 0  # nothing to tell yet
+    seconds = pace.measure(3)
+    assert seconds == 1.5
+    pace.hear([0.0, seconds])
+    assert pace.steps(12) == 12  # the other one is not known yet
+    pace.hear([1.0, seconds])
+    assert pace.steps(12) == 8
+    pace.forget()
+    assert pace.measure(9) == 1.5
+    pace.start(0)
+    assert pace.measure(2) == (1.5 + 0.75) / 2
+
+
+class _Recording(SlowMomentum):
+    """Notes what a sync writes into the groups."""
+
+    def __init__(self, params, **options):
+        super().__init__(params, **options)
+        self.seen = []
+
+    def step(self, closure=None):
+        self.seen.append((self.param_groups[0]["local_steps"], self.param_groups[0]["local_lr"]))
+        return super().step(closure)
+
+
+def _new(local_steps, outer=None, speeds=None, travel=None, size=1):
+    model = nn.ParameterList([torch.zeros(size, dtype=torch.float64) for _ in range(2)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    return model, optimizer, Rounds(model, optimizer, local_steps, outer, travel=travel, worker_speeds=speeds)
+
+
+def _flat(model):
+    return torch.cat([p.detach() for p in model]).numpy()
+
+
+def _epoch(model, optimizer, rounds, gradient, num_steps):
+    """The parameter's first coordinate after every step."""
+    seen = []
+    for _ in range(num_steps):
+        for p in model:
+            p.grad = torch.full_like(p, gradient)
+        optimizer.step()
+        rounds.step()
+        seen.append(model[0][0].item())
+    return seen
+
+
+def _run(rank, gradients, batches, epochs=1, **options):
+    model, optimizer, rounds = _new(**options)
+    seen = []
+    for epoch in range(epochs):
+        seen += _epoch(model, optimizer, rounds, gradients[rank], batches[rank])
+        rounds.meet("epoch end", last=epoch == epochs - 1)
+    return seen, _flat(model), rounds.round_idx, rounds.step_idx
+
+
+def test_closed_form_of_unequal_speeds():
+    # worker 0: -1 -2 -3 | -4.5 -5.5 -6.5 | -8    worker 1: -4 | -7.5 |     end: -8 and -7
+    # means of each round: -3.5, then -(6.5 + 7.5)/2 = -7, and last -7.5
+    fast, slow = run_workers(partial(_run, local_steps=3, speeds=[3, 1]), 2, [1.0, 4.0], [7, 2])
+    assert fast[0] == [-1, -2, -3.5, -4.5, -5.5, -7, -8]
+    assert slow[0] == [-3.5, -7]
+    assert fast[1].tolist() == slow[1].tolist() == [-7.5, -7.5]
+    assert [run[2:4] for run in (fast, slow)] == [(3, 7), (3, 2)]
+
+
+def test_closed_form_of_unequal_data():
+    # H = 2. worker 0: -1 -2 | -3, and no more    worker 1: -1 -2 | -3 -4 | -4.5 -5.5 | -5.5
+    # means: -2, -3.5, -4.5, and last -5: each of the 10 steps moves it by 1/2
+    short, long = run_workers(partial(_run, local_steps=2), 2, [1.0, 1.0], [3, 7])
+    assert short[0] == [-1, -2, -3]
+    assert long[0] == [-1, -2, -3, -3.5, -4.5, -4.5, -5.5]
+    for run, steps in (short, 3), (long, 7):
+        assert run[1].tolist() == [-5, -5]
+        assert run[2:] == (4, steps)
+
+
+def _ends(rank, speeds, gradients, batches):
+    make = partial(_run, local_steps=6, speeds=speeds, size=8)
+    return {name: make(rank, gradients, batches, 2, travel=travel)[1:3] for name, travel in TRAVELS.items()}
+
+
+@pytest.mark.parametrize("speeds", [None, [1, 4, 2, 3], "measured"], ids=str)
+def test_every_step_counts_the_same(speeds):
+    """The mean of 4 workers moves by 1/4 of each step, whoever takes it and whenever; in the end all have it."""
+    batches, gradients = [1, 13, 8, 0], [1.0, 2.0, 3.0, 4.0]
+    expected = -2 * sum(n * g for n, g in zip(batches, gradients, strict=True)) / 4
+    for ends in (results := run_workers(_ends, 4, speeds, gradients, batches)):
+        for name, (weights, rounds) in ends.items():
+            assert weights == pytest.approx(expected, abs=1e-12), name
+            assert rounds == results[0][name][1], name
+
+
+def test_outer_optimizers_see_the_same_learning_rate_and_steps():
+    """Schedules run with each worker's own steps; without an agreement the anchors would part."""
+    for weights, seen in run_workers(_scheduled, 2):
+        # g = 6 and lr 1: u = 6, a = -6; then lr max(.125, .5), g = (.75 + 3)/2: u = 3 + 3.75, a = -6 - .5·6.75
+        assert seen[:2] == [(4, 1.0), (4, 0.5)]
+        assert weights.tolist() == [-9.375, -9.375]
+
+
+def _scheduled(rank):
+    outer = partial(_Recording, momentum=0.5)
+    model, optimizer, rounds = _new(4, outer, [4, 2])
+    for _ in range(2):
+        _epoch(model, optimizer, rounds, 3.0 if rank else 1.5, 2 if rank else 4)
+        optimizer.param_groups[0]["lr"] *= 0.5 if rank else 0.125
+    return _flat(model), rounds.sync.outer.seen
+
+
+def _together(rank, travel):
+    """Meetings and checks between two syncs; what they send, and what they change."""
+    model, optimizer, rounds = _new(4, travel=travel, size=4)
+    other, other_optimizer, others = _new(4, travel=travel, size=4)
+    _epoch(other, other_optimizer, others, 1.0 + rank, 10)
+    seen = []
+    for num in (2, 1, 7):
+        _epoch(model, optimizer, rounds, 1.0 + rank, num)
+        before = rounds.comm.num_collectives
+        rounds.sync.check("checkpoint")
+        if not travel.overlap_steps:
+            rounds.meet("validation")
+        seen.append(rounds.comm.num_collectives - before)
+    return seen, np.array_equal(_flat(model), _flat(other)), rounds.round_idx, rounds.in_step
+
+
+@pytest.mark.parametrize("travel", [Travel(), Travel(overlap_steps=2)], ids=["at once", "in flight"])
+def test_who_is_together_goes_on_as_if_nothing_had_been(travel):
+    for seen, equal, rounds, in_step in run_workers(_together, 2, travel):
+        assert equal
+        assert (rounds, in_step) == (2, True)
+        assert max(seen) <= 3  # a message each; the check waits for the agreement and transfer of what is in flight
+
+
+def _apart(rank, places):
+    model, optimizer, rounds = _new(4)
+    _epoch(model, optimizer, rounds, 1.0, 3)
+    come = rounds.sync.check if places[rank] == "checkpoint" else rounds.meet
+    with pytest.raises(DisagreementError) as error:
+        come(places[rank]) if places[rank] != "sync" else rounds.step()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("places", [("validation", "epoch end"), ("checkpoint", "validation"), ("checkpoint", "sync")])
+def test_who_waits_at_different_places_is_told(places):
+    for said in run_workers(_apart, 2, places):
+        assert f"worker 0 at the {places[0]}" in said
+        assert f"worker 1 at the {places[1]}" in said
+
+
+def _left_out(rank, speeds, wild):
+    model, optimizer, rounds = _new(200, speeds=speeds)
+    seen = []
+    for round_idx in range(2):
+        spoil = 50.0 if round_idx == 1 and rank == wild else 1.0
+        _epoch(model, optimizer, rounds, spoil, rounds.pace.steps(200))
+        seen.append(rounds.last_report.left_out)
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore:Round 1 leaves out")
+@pytest.mark.parametrize("wild", [None, 0, 3])
+def test_a_fast_worker_is_not_an_outlier(wild):
+    expected = [0, 0 if wild is None else 1]
+    assert run_workers(_left_out, 4, [40, 1, 1, 1], wild) == [expected] * 4
+
+
+def _resumed(rank, speeds, stop, travel):
+    """Two epochs, and the same stopped after some steps of the second and resumed; the next round's steps."""
+    parts = _new(6, speeds=speeds, travel=travel, size=3)
+    _epoch(*parts, 1.0 + rank, (8, 3)[rank])
+    parts[2].meet()
+    if speeds == "measured":
+        parts[2].pace.hear([1.0, 3.0])
+    done = min(stop, (12, 4)[rank])
+    _epoch(*parts, 1.0 + rank, done)
+    state, local = parts[2].state_dict(), parts[2].local_state()
+    again = _new(6, speeds=speeds, travel=travel, size=3)
+    again[2].load_state_dict(state)
+    again[2].load_local_state(local)
+    ends = []
+    for model, optimizer, rounds in (parts, again):
+        rounds.pace.measure = lambda step, rounds=rounds: rounds.pace.seconds[
+            rank
+        ]  # what is measured is not repeatable
+        _epoch(model, optimizer, rounds, 1.0 + rank, (12, 4)[rank] - done)
+        rounds.meet()
+        ends.append((_flat(model), rounds.round_idx, rounds.step_idx, rounds.pace.steps(6)))
+    return ends
+
+
+@pytest.mark.parametrize(
+    ("travel", "speeds", "stop"),
+    [("everything", [3, 1], 1), ("loscar", [3, 1], 0), ("everything", "measured", 0)],
+)
+def test_resume_takes_the_same_steps(speeds, stop, travel):
+    for rank, (whole, again) in enumerate(run_workers(_resumed, 2, speeds, stop, TRAVELS[travel])):
+        assert np.array_equal(whole[0], again[0])
+        assert whole[1:] == again[1:]
+        assert whole[2:] == ((20, 6), (7, 2))[rank]
+
+
+def _slow(rank, speeds):
+    """Rounds of which one worker's steps take four times as long; its steps, and how long the other one waits."""
+    model, optimizer, rounds = _new(12, speeds=speeds)
+    steps, waited = [], 0.0
+    for _ in range(4):
+        before = rounds.round_idx
+        while rounds.round_idx == before:
+            time.sleep(0.02 if rank else 0.005)
+            _epoch(model, optimizer, rounds, 1.0, 1)
+        steps.append(rounds.last_report.local_steps)
+        waited += rounds.last_report.waited_seconds
+    return steps, waited
+
+
+def test_measured_speeds_end_the_waiting():
+    (fast, waited), (slow, _) = run_workers(_slow, 2, "measured")
+    assert fast == [12] * 4
+    assert slow[0] == 12
+    assert all(1 <= n <= 6 for n in slow[1:])
+    (_, waited_before), _ = run_workers(_slow, 2, None)
+    assert waited < 0.7 * waited_before
