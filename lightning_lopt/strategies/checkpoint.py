@@ -88,6 +88,7 @@ class CheckpointingStrategy(DDPStrategy):
         self._at_epoch_start = False
         self._stepped = False  # an optimizer did, in this batch
         self._loaders = ResumableLoaders()
+        self._beside: dict[str, str] = {}  # rank 0's path by this worker's, if the names hold unequal steps
 
     @property
     @override
@@ -125,12 +126,13 @@ class CheckpointingStrategy(DDPStrategy):
                 state["workers"] = rounds.comm.gather_objects(mine)
             self._write(filepath, write)
             return
-        token = self.broadcast(uuid.uuid4().hex[:12])
+        token, main = self.broadcast((uuid.uuid4().hex[:12], str(filepath)))
+        self._beside[str(filepath)] = main
         state["files"] = {"token": token, "num_workers": self.world_size}
-        own = _worker_file(filepath, token, self.global_rank)
+        own = _worker_file(main, token, self.global_rank)
         self._write(filepath, partial(AtomicCheckpointIO().save_checkpoint, mine, own))
         self._write(filepath, write)  # the checkpoint appears when all of its files are there
-        self._remove_worker_files(filepath, keep=2)  # an asynchronous writer may yet be at the last one
+        self._remove_worker_files(main, keep=2)  # an asynchronous writer may yet be at the last one
 
     def _write(self, filepath: Any, write: Callable[[], None]) -> None:
         """Write on this worker; if any worker cannot, none goes on, or waits for it."""
@@ -180,7 +182,7 @@ class CheckpointingStrategy(DDPStrategy):
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
         super().remove_checkpoint(filepath)
-        self._remove_worker_files(filepath, keep=0)
+        self._remove_worker_files(self._beside.pop(str(filepath), filepath), keep=0)
 
     def _remove_worker_files(self, filepath: Any, keep: int) -> None:
         """Delete this worker's files of a checkpoint, but for the last `keep`."""
@@ -194,6 +196,7 @@ class CheckpointingStrategy(DDPStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        checkpoint_path = self.broadcast(checkpoint_path)  # "best" may be another name where steps are unequal
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         state = checkpoint.get(CHECKPOINT_KEY)
         self._own = None

@@ -45,8 +45,9 @@ def explained(timeout: timedelta | None) -> Iterator[None]:
         raise WorkerLostError(
             f"Another worker died, or did not come to this sync within {timeout}: {text.splitlines()[0]}. Look for the "
             "first error in the other workers' logs. The last checkpoint is intact: resume with "
-            "trainer.fit(..., ckpt_path='last'), by itself under torchrun --max-restarts. If a worker is only slow, as "
-            "when it has more data than others, raise the strategy's timeout."
+            "trainer.fit(..., ckpt_path='last'), by itself under torchrun --max-restarts. If a worker is only slow, "
+            "raise the strategy's timeout; if it reduces something in every batch while others are out of data, do so "
+            "once per epoch: self.log(..., sync_dist=True, on_step=False)."
         ) from error
 
 

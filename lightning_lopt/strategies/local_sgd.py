@@ -320,6 +320,12 @@ class LocalSGD(CheckpointingStrategy):
     # -- processes ------------------------------------------------------------------------------------------------
 
     @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        if self._rendezvous is not None:
+            self._rendezvous.check_reduction()
+        return super().reduce(tensor, group, reduce_op)
+
+    @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         module = self.lightning_module
         if module is None or module._trainer is None or not module.trainer.interrupted:

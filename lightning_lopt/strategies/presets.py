@@ -93,6 +93,7 @@ class LOSCAR(LocalSGD):
 
     y are worker i's parameters when the sync is launched, z when it is finished, and a is the mean of y, or any outer
     step from it. There is no common model between syncs: the workers' mean, which the merge preserves, is evaluated.
+    Workers may take unequal numbers of steps, H_i and Q_i in proportion to `worker_speeds`; they count 1/K each.
     With density 1 this is CoCoD-SGD, with overlap 0 and one local step SPARTA, with density 1 and overlap 0 Local SGD.
 
     Args:

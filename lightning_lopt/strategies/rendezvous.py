@@ -74,6 +74,20 @@ class Rendezvous:
                 signals.pause()
             self._rounds.meet(place, last=self._is_last(place))
 
+    def check_reduction(self) -> None:
+        """Refuse to wait for workers that do not come.
+
+        Raises:
+            MisconfigurationException: something is reduced within a batch, of which the workers have unequal numbers.
+        """
+        done = self._trainer.fit_loop.epoch_loop.batch_progress.current
+        if self.unequal and self._trainer.training and done.ready > done.completed:
+            raise MisconfigurationException(
+                "Something is reduced over the workers within a training batch, where some would wait for others that "
+                "do not come: they take unequal numbers of steps. Reduce once per epoch: self.log(..., sync_dist=True, "
+                "on_step=False, on_epoch=True)."
+            )
+
     def clock(self) -> int | None:
         """A number that all workers come to, None if they do not all come to what is now."""
         if self._rounds.in_step:

@@ -11,10 +11,12 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+import lightning_lopt.strategies.checkpoint as checkpoint_module
 from lightning_lopt import LOSCAR, DiLoCo, LocalSGD, RoundMonitor, SlowMo, TopK
 from lightning_lopt.comm import DisagreementError
 from tests.processes import run_workers
@@ -65,7 +67,9 @@ def _rows(rank, batches, *, stream):
     return DataLoader(data if stream else list(data), batch_size=None)
 
 
-def _fit(rank, strategy, batches, *, stream=True, folder=None, ckpt=None, epochs=2, callbacks=(), **options):
+def _fit(
+    rank, strategy, batches, *, stream=True, folder=None, ckpt=None, epochs=2, callbacks=(), module=Summing, **options
+):
     callbacks = [RoundMonitor(), *callbacks]
     if folder is not None:
         callbacks.append(ModelCheckpoint(folder, "{epoch}", save_top_k=-1, every_n_epochs=1))
@@ -79,7 +83,7 @@ def _fit(rank, strategy, batches, *, stream=True, folder=None, ckpt=None, epochs
         num_sanity_val_steps=1,
         **options,
     )
-    module = Summing(len(batches)).double()
+    module = module(len(batches))
     validation = DataLoader(list(Stream(0, 1, len(batches))), batch_size=None)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*resuming from a checkpoint that ended before the epoch ended.*")
@@ -237,6 +241,44 @@ def test_streams_that_part_are_an_error_that_says_where(batches, options, every,
     monkeypatch.chdir(tmp_path)
     for said in run_workers(_parted, 2, batches, options, every, connect=False):
         assert all(place in said for place in places), said
+
+
+class _Reducing(Summing):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("train_loss", loss, sync_dist=True, batch_size=1)
+        return loss
+
+
+def _reduces(rank):
+    with pytest.raises(MisconfigurationException) as error:
+        _fit(rank, LocalSGD(local_steps=4, worker_speeds=[1, 2]), [3, 8], module=_Reducing)
+    return str(error.value)
+
+
+def test_a_reduction_in_every_batch_is_refused():
+    assert all("on_step=False" in said for said in run_workers(_reduces, 2, connect=False))
+
+
+def _best(rank, folder):
+    """Large checkpoints, in files whose names hold each worker's own step; then the best one is tested."""
+    saving = ModelCheckpoint(folder, monitor="val_sum", mode="min", save_top_k=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint_module, "GATHER_BYTES", 0)
+        strategy = LocalSGD(local_steps=4, worker_speeds=[1, 2])
+        module, run, _ = _fit(rank, strategy, [3, 8], callbacks=[saving], enable_checkpointing=True)
+        weights = module.weight.tolist()
+        module.weight.data.zero_()
+        run.validate(module, ckpt_path="best", verbose=False)
+    return weights, module.weight.tolist()
+
+
+def test_the_best_checkpoint_is_that_of_the_first_worker(tmp_path):
+    for weights, best in run_workers(_best, 2, str(tmp_path), connect=False):
+        assert weights == best == [-3.0, -8.0]
+    names = {path.name.split(".")[0] for path in tmp_path.iterdir()}
+    assert names == {"epoch=1-step=6"}
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def _early(rank):
