@@ -78,11 +78,12 @@ class Pace:
         self._start = None
 
     def measure(self, local_step: int) -> float:
-        """This worker's seconds per local step, from the start of the measurement and before it."""
+        """This worker's seconds per local step, from the start of the measurement, which ends, and before it."""
+        begun, self._start = self._start, None
         known = self.seconds[self._rank]
-        if self._start is None or self._start[1] >= local_step:
+        if begun is None or begun[1] >= local_step:
             return known
-        start, step = self._start
+        start, step = begun
         seconds = (self._now() - start) / (local_step - step)
         return (known + seconds) / 2 if known else seconds
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_lopt.agreement import SYNCS, Place, Standing
+from lightning_lopt.agreement import Place, Standing
 from lightning_lopt.comm import Communicator
 from lightning_lopt.outer import check_coordinatewise
 from lightning_lopt.pace import Pace, WorkerSpeeds
@@ -132,8 +132,7 @@ class Rounds:
 
     def _launch(self, place: Place = "sync", *, everything: bool = False) -> None:
         steps = self.local_steps if place == "launch" and self.local_steps is not None else self.local_step
-        seconds = self.pace.measure(self.local_step) if place in SYNCS else self.pace.seconds[self.comm.rank]
-        own = Standing(steps, place, self.pace.share, seconds)
+        own = Standing(steps, place, self.pace.share, self.pace.measure(self.local_step))
         self.sync.launch(self.round_idx, own, everything=everything, same_steps=self.in_step)
 
     def meet(self, place: Place = "epoch end", *, last: bool = False) -> None:
@@ -155,12 +154,13 @@ class Rounds:
         while self.sync.in_flight:  # somebody was at a sync
             self._end_round()
             self._launch(place)
+        self._hear()
         steps = {worker.local_steps for worker in self.sync.told}
         self.in_step = self.in_step and len(steps) == 1
         if len(steps) > 1 or (last and (steps != {0} or not self.sync.common)):
             self._launch(everything=last)
             self._end_round()
-        self.pace.forget()
+            self.pace.forget()  # what comes now is not training
 
     def finish_round(self) -> None:
         """Sync everything now, on all workers, even if the round is not over; nothing happens when all are synced."""
@@ -170,13 +170,15 @@ class Rounds:
 
     def _end_round(self) -> None:
         self.last_report = self.sync.finish()
-        self.pace.hear([worker.seconds for worker in self.sync.told])
+        self._hear()
         self.in_step = self.in_step and all(worker.needs_sync for worker in self.sync.told)
         self.round_idx += 1
         self.local_step = 0
         self.local_steps = None
-        self.pace.forget()
         self.pace.start(0)
+
+    def _hear(self) -> None:
+        self.pace.hear([worker.seconds for worker in self.sync.told])
 
     @property
     def synced(self) -> bool:

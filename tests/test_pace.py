@@ -48,22 +48,23 @@ def test_wrong_speeds(speeds):
 
 def test_measured_speed(monkeypatch):
     """3 s for 2 steps, then half as long; the other worker needs 1 s."""
-    now = iter([10.0, 13.0, 20.0, 21.5])
+    now = iter([10.0, 13.0, 20.0, 21.5, 30.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
     pace = Pace("measured", 2, 1, CPU)
     pace.start(1)
     pace.start(2)  # it has begun
-    assert pace.measure(1) == 0  # nothing to tell yet
     seconds = pace.measure(3)
     assert seconds == 1.5
+    assert pace.measure(3) == 0  # nothing more to tell, and nobody has heard
     pace.hear([0.0, seconds])
     assert pace.steps(12) == 12  # the other one is not known yet
     pace.hear([1.0, seconds])
     assert pace.steps(12) == 8
-    pace.forget()
-    assert pace.measure(9) == 1.5
     pace.start(0)
     assert pace.measure(2) == (1.5 + 0.75) / 2
+    pace.start(0)
+    pace.forget()
+    assert pace.measure(9) == 1.5
 
 
 class _Recording(SlowMomentum):

@@ -113,9 +113,18 @@ class Signals:
         else:
             ready = self._is_someone_signalled(self._store) and self._have_all_come(self._store)
         if ready:
-            noted, self._noted, self._informed = self._noted or [self._stop], [], False
-            for action in noted:
-                action()
+            self.obey()
+
+    @property
+    def noted(self) -> bool:
+        """Whether this worker has a signal to act on."""
+        return bool(self._noted)
+
+    def obey(self) -> None:
+        """Do what was noted, here or on another worker; all workers must be here."""
+        noted, self._noted, self._informed = self._noted or [self._stop], [], False
+        for action in noted:
+            action()
 
     def _is_someone_signalled(self, store: Store) -> bool:
         now = time.monotonic()
@@ -141,6 +150,7 @@ class Signals:
         while time.monotonic() < end:
             found = [store.get(key).decode().split() for key in keys]
             if max(int(at) for at, _ in found) > step:
+                store.set(str(rank), f"{step + 1} going")
                 return False
             store.set(str(rank), f"{step} waiting")
             if all(entry == [str(step), "waiting"] for entry in found):

@@ -32,9 +32,9 @@ class Rendezvous:
 
     def __init__(self, trainer: Any, rounds: Rounds) -> None:
         self._trainer, self._rounds = trainer, rounds
-        batches, device = _num_batches(trainer), trainer.strategy.root_device
+        batches, self._device = _num_batches(trainer), trainer.strategy.root_device
         own = [batches is None, batches or 0, -(batches or 0), rounds.step_idx, -rounds.step_idx]
-        unknown, most, least, ahead, behind = rounds.comm.agree(device, {}, own)
+        unknown, most, least, ahead, behind = rounds.comm.agree(self._device, {}, own)
         several = rounds.comm.num_workers > 1
         self.unequal = several and (rounds.pace.unequal or bool(not unknown and most != -least))
         self._needed = self.unequal or (several and bool(unknown))
@@ -70,9 +70,10 @@ class Rendezvous:
             self._rounds.sync.check("validation within an epoch")
         else:
             signals = self._trainer.strategy.signals
-            if signals is not None:
-                signals.pause()
+            signals.pause()
             self._rounds.meet(place, last=self._is_last(place))
+            if place == "epoch end" and self._rounds.comm.agree(self._device, {}, [signals.noted])[0]:
+                signals.obey()
 
     def check_reduction(self) -> None:
         """Refuse to wait for workers that do not come.
@@ -89,7 +90,7 @@ class Rendezvous:
             )
 
     def clock(self) -> int | None:
-        """A number that all workers come to, None if they do not all come to what is now."""
+        """A number that all workers come to; None where some may not."""
         if self._rounds.in_step:
             return self._trainer.fit_loop.epoch_loop.total_batch_idx
         return self._rounds.round_idx if self._rounds.local_step == 0 else None
