@@ -35,16 +35,20 @@ class Rendezvous:
         batches, self._device = _num_batches(trainer), trainer.strategy.root_device
         own = [batches is None, batches or 0, -(batches or 0), rounds.step_idx, -rounds.step_idx]
         unknown, most, least, ahead, behind = rounds.comm.agree(self._device, {}, own)
-        several = rounds.comm.num_workers > 1
-        self.unequal = several and (rounds.pace.unequal or bool(not unknown and most != -least))
-        self._needed = self.unequal or (several and bool(unknown))
-        rounds.in_step = rounds.in_step and ahead == -behind
+        reasons = {
+            "worker_speeds": rounds.pace.unequal,
+            f"they have between {-least} and {most} batches": not unknown and most != -least,
+            f"they have taken between {-behind} and {ahead} before": ahead != -behind,
+        }
+        several, why = rounds.comm.num_workers > 1, [reason for reason, holds in reasons.items() if holds]
+        self.unequal = several and bool(why)
+        self._needed = several and bool(why or unknown)
+        rounds.in_step = rounds.in_step and not why
         if self.unequal and (wrong := list(_meaningless(trainer))):
-            why = "worker_speeds" if rounds.pace.unequal else f"they have between {-least} and {most} batches"
             raise MisconfigurationException(
-                f"Between their meetings the workers take unequal numbers of steps ({why}). So a number of steps says "
-                f"nothing, and what happens at one would find only some of them: {'; '.join(wrong)}. They meet at "
-                "the ends of epochs and the validation there: use max_epochs, check_val_every_n_epoch and "
+                f"Between their meetings the workers take unequal numbers of steps ({'; '.join(why)}). So a number of "
+                f"steps says nothing, and what happens at one would find only some of them: {'; '.join(wrong)}. They "
+                "meet at the ends of epochs and the validation there: use max_epochs, check_val_every_n_epoch and "
                 "ModelCheckpoint(every_n_epochs=...)."
             )
 
