@@ -270,7 +270,7 @@ def _best(rank, folder):
         module, run, _ = _fit(rank, strategy, [3, 8], callbacks=[saving])
         weights = module.weight.tolist()
         module.weight.data.zero_()
-        run.validate(module, ckpt_path="best", verbose=False)
+        run.validate(module, DataLoader([torch.zeros(2)], batch_size=None), ckpt_path="best", verbose=False)
     return weights, module.weight.tolist()
 
 
