@@ -222,8 +222,6 @@ def compressed_mean(
         values: [n].
         sizes: the pieces that `values` are made of.
         codec: makes the codes.
-        own: where this worker stands, but for the norm.
-        lrs: of its parameter groups.
         gather: whether every worker's values are wanted; all codes then go to all workers, as those of a sparse codec.
 
     Returns:
