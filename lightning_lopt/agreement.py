@@ -12,7 +12,16 @@ import torch
 from lightning_lopt.comm import Communicator, DisagreementError
 from lightning_lopt.functional.outliers import from_integer, to_integer
 
-Place = Literal["sync", "launch", "validation", "epoch end", "training end", "validation within an epoch", "checkpoint"]
+Place = Literal[
+    "sync",
+    "launch",
+    "validation",
+    "epoch end",
+    "training end",
+    "validation within an epoch",
+    "collective within a batch",
+    "checkpoint",
+]
 SYNCS = ("sync", "launch")
 ANSWERING = ("validation", "epoch end", "training end")  # where a worker takes part in the syncs of others
 PLACES: tuple[Place, ...] = get_args(Place)
@@ -142,6 +151,7 @@ def _check_places(workers: Sequence[Standing]) -> None:
     raise DisagreementError(
         f"The workers wait for one another at different places: {', '.join(places)}. With unequal data or speeds they "
         "meet at the ends of their epochs and the validation there, and each must have a batch in every epoch. "
-        "Validate and save only there, not after a number of steps (max_steps, an int val_check_interval, "
-        "every_n_train_steps), or give all workers as many batches: limit_train_batches."
+        "Validate, save and reduce only there, not after a number of steps (max_steps, an int val_check_interval, "
+        "every_n_train_steps) nor in every batch (sync_dist=True without on_step=False, max_time); or give all workers "
+        "as many batches: limit_train_batches."
     )

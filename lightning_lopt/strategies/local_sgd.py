@@ -283,8 +283,9 @@ class LocalSGD(CheckpointingStrategy):
 
     def meet(self, place: Place) -> None:
         """Wait for the other workers, if they may be unequally far."""
-        trainer = self._trainer
-        if self._rendezvous is not None and trainer.state.fn == TrainerFn.FITTING and not trainer.interrupted:
+        if self._rendezvous is None:
+            return
+        if self._trainer.state.fn == TrainerFn.FITTING and not self._trainer.interrupted:
             with explained(self._timeout):
                 self._rendezvous.meet(place)
 
@@ -321,9 +322,13 @@ class LocalSGD(CheckpointingStrategy):
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        if self._rendezvous is not None:
-            self._rendezvous.check_reduction()
+        self.meet("collective within a batch")
         return super().reduce(tensor, group, reduce_op)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        self.meet("collective within a batch")
+        return super().broadcast(obj, src)
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:

@@ -70,6 +70,10 @@ class Rendezvous:
                 self._rounds.finish_round()
         elif place == "checkpoint":
             self._rounds.sync.check(place)
+        elif place == "collective within a batch":
+            together_in_flight = self._rounds.sync.in_flight and not self.unequal  # it shall stay there
+            if self._in_batch and not together_in_flight:
+                self._rounds.sync.check(place)
         elif place == "validation" and not self.unequal and not self._out_of_data:
             self._rounds.sync.check("validation within an epoch")
         else:
@@ -79,25 +83,16 @@ class Rendezvous:
             if place == "epoch end" and self._rounds.comm.agree(self._device, {}, [signals.noted])[0]:
                 signals.obey()
 
-    def check_reduction(self) -> None:
-        """Refuse to wait for workers that do not come.
-
-        Raises:
-            MisconfigurationException: something is reduced within a batch, of which the workers have unequal numbers.
-        """
-        done = self._trainer.fit_loop.epoch_loop.batch_progress.current
-        if self.unequal and self._trainer.training and done.ready > done.completed:
-            raise MisconfigurationException(
-                "Something is reduced over the workers within a training batch, where some would wait for others that "
-                "do not come: they take unequal numbers of steps. Reduce once per epoch: self.log(..., sync_dist=True, "
-                "on_step=False, on_epoch=True)."
-            )
-
     def clock(self) -> int | None:
         """A number that all workers come to; None where some may not."""
         if self._rounds.in_step:
             return self._trainer.fit_loop.epoch_loop.total_batch_idx
         return self._rounds.round_idx if self._rounds.local_step == 0 else None
+
+    @property
+    def _in_batch(self) -> bool:
+        done = self._trainer.fit_loop.epoch_loop.batch_progress.current
+        return self._trainer.training and done.ready > done.completed
 
     @property
     def _out_of_data(self) -> bool:

@@ -6,12 +6,12 @@ import os
 import signal
 import warnings
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
@@ -233,8 +233,8 @@ def _parted(rank, batches, options, every):
     ("batches", "options", "every", "places"),
     [
         ([0, 5], {}, 0, ["worker 0 at the epoch end", "worker 1 at the validation"]),
-        ([3, 5], {"max_steps": 5}, 0, ["worker 0 at the", "worker 1 at the"]),
-        ([3, 9], {}, 5, ["worker 0 at the validation", "worker 1 at the checkpoint"]),
+        ([3, 5], {"max_steps": 5}, 0, ["disagree on whether everything is sent", "unequal data"]),
+        ([3, 9], {}, 5, ["worker 0 at the validation", "worker 1 at the collective within a batch"]),
         ([3, 9], {"val_check_interval": 5}, 0, ["worker 0 at the", "worker 1 at the validation within an epoch"]),
     ],
 )
@@ -251,14 +251,22 @@ class _Reducing(Summing):
         return loss
 
 
-def _reduces(rank):
-    with pytest.raises(MisconfigurationException) as error:
-        _fit(rank, LocalSGD(local_steps=4, worker_speeds=[1, 2]), [3, 8], module=_Reducing)
-    return str(error.value)
+def _reduces(rank, make, batches):
+    with pytest.raises(DisagreementError, match="on_step=False"):
+        _fit(rank, make(timeout=timedelta(seconds=30)), batches, module=_Reducing)
+    return True
 
 
-def test_a_reduction_in_every_batch_is_refused():
-    assert all("on_step=False" in said for said in run_workers(_reduces, 2, connect=False))
+@pytest.mark.parametrize(
+    ("make", "batches"),
+    [
+        (partial(LocalSGD, local_steps=4, worker_speeds=[1, 2]), [8, 8]),
+        (partial(LOSCAR, local_steps=4, overlap_steps=2, worker_speeds=[1, 2]), [8, 8]),
+        (partial(LocalSGD, local_steps=4), [3, 8]),
+    ],
+)
+def test_a_reduction_in_every_batch_is_an_error_not_a_deadlock(make, batches):
+    assert run_workers(_reduces, 2, make, batches, connect=False) == [True, True]
 
 
 def _best(rank, folder):
