@@ -230,12 +230,19 @@ def update_moments(momentum: Tensor, second: Tensor, grad: Tensor, decays: Decay
     second.lerp_(grad.square(), decays.rms[:, :, None, None, None])
 
 
+def row_means(state: AdaState) -> Tensor:
+    """Means of R_i over the tensor, [P, 3]: running means of g²."""
+    rows = state.row.flatten(2)
+    parts = rows.split(max(1, SUM_BLOCK // rows[..., 0].numel()), dim=2)
+    return torch.stack([part.sum(2) for part in parts]).sum(0) / rows.shape[2]
+
+
 def epsilons(state: AdaState, *, relative: bool) -> Epsilons:
     """The published constants, in units of 1, or of the running mean of g² over the tensor.
 
     With the latter the features do not change when all pseudo-gradients are scaled.
     """
-    scale = state.row[:, -1:].mean((2, 3), keepdim=True).clamp_(min=MIN_SCALE)
+    scale = row_means(state)[:, -1:, None, None].clamp_(min=MIN_SCALE)
     if not relative:
         scale = torch.ones_like(scale)
     return Epsilons(1e-9 * scale, 1e-6 * scale, 1e-8 * scale, torch.finfo(scale.dtype).tiny if relative else 1e-5)

@@ -153,7 +153,7 @@ def tensor_features(moments: Moments, state: AdaState, decays: Decays, round_idx
     age = (round_idx + 1).unsqueeze(1)
     mean_square = grad / moments.numel + tiny
     unbiased_m = momentum / _grown(decays.momentum, age).square()
-    unbiased_r = state.row.mean((2, 3)) / _grown(decays.factored, age) + tiny
+    unbiased_r = ada.row_means(state) / _grown(decays.factored, age) + tiny
     cosines = products / (grad * momentum).sqrt().clamp_(min=tiny)
     ratios = [
         (unbiased_m / moments.numel + tiny) / mean_square,

@@ -84,6 +84,21 @@ def test_empty_tensors_are_left_alone(shape):
     assert param.shape == (1, *shape)
 
 
+def test_means_over_a_tensor_do_not_depend_on_the_number_of_threads():
+    threads, state = torch.get_num_threads(), ada.AdaState.zeros((130_001,), 1, torch.float32, torch.device("cpu"))
+    for seed in range(8):
+        state.row.copy_(torch.rand(state.row.shape, generator=torch.Generator().manual_seed(seed)))
+        results = []
+        try:
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                results.append([ada.row_means(state), *ada.epsilons(state, relative=True)[:3]])
+        finally:
+            torch.set_num_threads(threads)
+        assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+        torch.testing.assert_close(results[0][0], state.row.double().mean((2, 3)).float())
+
+
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize(
     "shape", [(120, 500), (130_000,), (1, 130_000), (90_000, 2), (40, 30, 7, 7), (300, 96)], ids=str
