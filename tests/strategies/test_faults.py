@@ -138,7 +138,7 @@ def _signals(rank, store, **kwargs):
     worker = SimpleNamespace(
         world_size=1, global_rank=rank, fit_loop=fit_loop, strategy=launch, _signal_connector=connector
     )
-    signals = Signals(worker, "test", **kwargs)
+    signals = Signals(worker, "test", lambda: fit_loop.epoch_loop.total_batch_idx, **kwargs)
     worker.world_size, signals._store = 2, store
 
     def act(step):
@@ -219,7 +219,6 @@ SCRIPT = """
     import torch
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning_lopt import SlowMo
-from lightning_lopt.strategies.faults import Signals
     from tests.strategies_support import Classifier, flat, loader, trainer
 
     class Die(pl.Callback):
