@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lopt import AdaMLP
+from lightning_lopt.functional.updates import UPDATES
 from lightning_lopt.meta import ImageMLP, LogUniform, MetaTraining
 from tests.processes import run_workers
 
@@ -62,6 +63,14 @@ def test_the_gradient_is_the_estimate_and_the_loss_is_the_meta_loss():
     assert seen.pop("loss") == pytest.approx(expected.loss, rel=1e-6)
     assert set(seen) == set(expected.gradient)
     assert all(torch.equal(grad, expected.gradient[name]) for name, grad in seen.items())
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_a_step_trains_every_meta_parameter(update):
+    network = AdaMLP(update=update, step_mult=0.1, exp_mult=0.1, seed=0)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    trainer(1).fit(make(tasks=1, network=network, truncation=20))
+    assert [name for name, p in network.named_parameters() if torch.equal(p, before[name])] == []
 
 
 def test_each_window_is_clipped_before_it_is_accumulated():
