@@ -87,9 +87,8 @@ class Rounds:
         self.comm = comm or Communicator()
         self._travel = travel or Travel()
         check_combination(self._schedule, outer_optimizer, self._travel)
-        device = optimizer.param_groups[0]["params"][0].device
-        self.pace = Pace(worker_speeds, self.comm.num_workers, self.comm.rank, device)
         self.sync = Sync(model, optimizer, outer_optimizer, self.comm, self._travel)
+        self.pace = Pace(worker_speeds, self.comm.num_workers, self.comm.rank, self.sync.device)
         self.in_step = not self.pace.unequal
         self.round_idx = 0
         self.step_idx = 0

@@ -52,6 +52,7 @@ class Sync:
         travel: what is sent, and how it lands.
 
     Attributes:
+        device: of the parameters.
         swap: what evaluation sees instead of this worker's weights.
         told: where all workers stood at the last sync, or when all waited at the same place.
         common: whether all workers held the same weights after the last sync.
@@ -75,13 +76,13 @@ class Sync:
         self._optimizer = optimizer
         self._comm = comm
         self._travel, self._codec = travel, travel.codec
-        self._device = next(t.param.device for t in self._parameters)
+        self.device = next(t.param.device for t in self._parameters)
         self.swap = Swap()
         self._flight: Flight | None = None
         self.common = True
         self.told: list[Standing] = []
         named = [*model.named_parameters(), *model.named_buffers()]
-        comm.check_same_shapes(named, self._device)
+        comm.check_same_shapes(named, self.device)
         comm.broadcast_([tensor for _, tensor in named])
         for t in self._parameters:
             if t.param.requires_grad:
@@ -93,7 +94,7 @@ class Sync:
             self._step = OuterStep(outer_optimizer, self._parameters.groups, comm, self._shards)
         self._cargo = Cargo(self._parameters, travel, self._step, self._shards)
         comm.agree(
-            self._device,
+            self.device,
             {
                 "the outer optimizer (as a digest)": outer.fingerprint(self.outer),
                 "how parameters travel (as a digest)": travel.fingerprint,
@@ -145,7 +146,7 @@ class Sync:
             exchange.codec = self._codec
         launched = [part.of(part.tracked.param).clone() for part in exchange.parts] if in_flight else None
         self._flight = Flight(round_idx, own.local_steps, everything, exchange, states, launched)
-        exchange.start(self._device, background=in_flight)
+        exchange.start(self.device, background=in_flight)
         self._flight.launch_seconds = time.perf_counter() - start
         if not in_flight and exchange.told.met:
             self.told, self._flight = exchange.told.workers, None
@@ -158,7 +159,7 @@ class Sync:
         """
         self.wait()
         equal = dict.fromkeys(EQUAL)
-        tell(self._comm, self._device, equal, Standing(0, place), [False] * self._buffers.number, self._lrs())
+        tell(self._comm, self.device, equal, Standing(0, place), [False] * self._buffers.number, self._lrs())
 
     def _lrs(self) -> list[float]:
         """What the outer optimizer must know of the local one's groups."""
@@ -218,7 +219,7 @@ class Sync:
         if self._step is None:
             square, fell_back = outer.average(wires), False
             if self._shards is not None:
-                (square,) = self._comm.total([square], self._device)
+                (square,) = self._comm.total([square], self.device)
         else:
             told = flight.exchange.told
             keys = {"round_idx": flight.round_idx, "local_steps": max(w.local_steps for w in told.workers)}
@@ -267,7 +268,7 @@ class Sync:
             self.wait()
             exchange = self._exchange([Part(t) for t in tracked], {"parameters in training": size(tracked)})
             exchange.fill(differences=False)
-            exchange.start(self._device, background=False)
+            exchange.start(self.device, background=False)
         if exchange is None or exchange.skipped:
             new = [(t.param, t.anchor.clone()) for t in tracked]
             new += [(buffer, synced.clone()) for buffer, synced in self._buffers.pairs()]
