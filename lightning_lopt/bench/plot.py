@@ -74,8 +74,13 @@ def tune(rows: Sequence[Mapping[str, Any]]) -> list[Tuned]:
 
     Args:
         rows: lines that `run` wrote, of one task, K and H, Local SGD among them.
+
+    Raises:
+        ValueError: there is no Local SGD.
     """
     candidates = _candidates(rows)
+    if "local_sgd" not in candidates:
+        raise ValueError(f"There is no run of local_sgd to compare {', '.join(sorted(candidates))} with: run it, too.")
     baseline = min(_complete(candidates.pop("local_sgd")), key=lambda c: c.final_loss)
 
     def rounds_then_loss(candidate: Tuned) -> tuple[float, float]:

@@ -149,6 +149,11 @@ def test_runs_side_by_side_share_their_time():
     assert candidates["local_sgd"][0].seconds is None
 
 
+def test_a_table_needs_local_sgd():
+    with pytest.raises(ValueError, match="no run of local_sgd to compare learned with"):
+        plot.tune([row("learned", 0, [1.0] * 6)])
+
+
 def test_run_then_plot(tmp_path, capsys):
     first, second = tmp_path / "grid.jsonl", tmp_path / "best.jsonl"
     sizes = ["--rounds", "3", "--num-workers", "2", "--local-steps", "1"]
