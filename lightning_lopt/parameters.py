@@ -114,9 +114,18 @@ class Parameters:
         return [t.anchor.clone() if t.known else None for t in self]
 
     def load_anchor_state(self, anchors: Sequence[Tensor | None]) -> None:
-        """Restore what `anchor_state` returned."""
-        for t, anchor in zip(self, anchors, strict=True):
+        """Restore what `anchor_state` returned.
+
+        Raises:
+            ValueError: of parameters of other shapes.
+        """
+        for i, (t, anchor) in enumerate(zip(self, anchors, strict=True)):
             if anchor is not None:
+                if anchor.shape != t.param.shape:
+                    raise ValueError(
+                        f"The checkpoint's parameter {i} has the shape {tuple(anchor.shape)}, here it is "
+                        f"{tuple(t.param.shape)}: build the model that was saved."
+                    )
                 t.adopt(anchor.to(t.param.device))
 
     def own_state(self) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import glob
 import os
-import tempfile
 import uuid
 import warnings
 from collections.abc import Callable, Mapping
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, get_filesystem
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.loops.loop import _Loop
@@ -30,47 +29,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_lopt.rounds import Rounds
+from lightning_lopt.strategies.atomic import AtomicCheckpointIO
 from lightning_lopt.strategies.faults import explained
 from lightning_lopt.strategies.loaders import ResumableLoaders, random_state, set_random_state
 
 CHECKPOINT_KEY = "lightning_lopt"
 CHECKPOINT_VERSION = 4
 GATHER_BYTES = 2**27  # parameters of all workers together; more are not gathered
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target and renames: a kill at any moment leaves the old file or the new one.
-
-    Lightning's own writes into the system's temporary folder, and from another disk it is copied to its place, which a
-    kill can leave half done. Remote paths go Lightning's way.
-
-    Example:
-        >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(accelerator="cpu", plugins=[AtomicCheckpointIO()], logger=False)
-    """
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        if storage_options is not None or not _is_local_file_protocol(path):
-            super().save_checkpoint(checkpoint, path, storage_options=storage_options)
-            return
-        target = Path(str(path).removeprefix("file://"))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            Path(name).chmod(0o666 & ~umask)  # mkstemp lets only the owner read
-            Path(name).replace(target)
-        except BaseException as error:
-            Path(name).unlink(missing_ok=True)
-            if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-                raise error.__context__ from None  # torch.save's own says nothing of a full disk
-            raise
 
 
 class CheckpointingStrategy(DDPStrategy):

@@ -1,0 +1,86 @@
+"""Files of checkpoints: written whole or not at all, read only if undamaged."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from typing_extensions import override
+
+
+class CheckpointError(ValueError):
+    """A file that is no checkpoint, or was damaged."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target and renames: a kill at any moment leaves the old file or the new one.
+
+    Checksums are compared before anything is read, which torch does not do.
+
+    Lightning's own writes into the system's temporary folder, and from another disk it is copied to its place, which a
+    kill can leave half done. Remote paths go Lightning's way.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(accelerator="cpu", plugins=[AtomicCheckpointIO()], logger=False)
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if storage_options is not None or not _is_local_file_protocol(path):
+            super().save_checkpoint(checkpoint, path, storage_options=storage_options)
+            return
+        target = Path(str(path).removeprefix("file://"))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            Path(name).chmod(0o666 & ~umask)  # mkstemp lets only the owner read
+            Path(name).replace(target)
+        except BaseException as error:
+            Path(name).unlink(missing_ok=True)
+            if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+                raise error.__context__ from None  # torch.save's own says nothing of a full disk
+            raise
+
+    @override
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if not _is_local_file_protocol(path):
+            return super().load_checkpoint(path, *args, **kwargs)
+        file = Path(str(path).removeprefix("file://"))
+        if file.is_file():
+            _check(file)
+        try:
+            return super().load_checkpoint(path, *args, **kwargs)
+        except RuntimeError as error:
+            if "PytorchStreamReader" not in str(error):
+                raise
+            raise _damaged(file, str(error).splitlines()[0]) from error
+
+
+def _check(file: Path) -> None:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entry = archive.testzip()
+    except Exception as error:  # zipfile has many for what is no longer a zip file
+        raise _damaged(file, f"{type(error).__name__}: {error}") from error
+    if entry is not None:
+        raise _damaged(file, f"the checksum of {entry} is wrong")
+
+
+def _damaged(file: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{file} is no checkpoint, or was damaged or cut off: {reason}. Use the one before it, or copy it again from "
+        "where it came from."
+    )

@@ -1,0 +1,72 @@
+"""Damaged checkpoint files are refused, whatever is wrong with them."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from lightning_lopt import SlowMo
+from lightning_lopt.strategies.atomic import AtomicCheckpointIO, CheckpointError
+from tests.strategies_support import Classifier, loader, trainer
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "whole.ckpt"
+    run = trainer(SlowMo(4, process_group_backend="gloo"), 1, max_epochs=1)
+    run.fit(Classifier(seed=0), loader(24))
+    run.save_checkpoint(path)
+    return path
+
+
+def _equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return a == b
+
+
+def test_no_damaged_checkpoint_is_ever_loaded(saved, tmp_path):
+    """400 files, cut off, extended, or with a bit or a stretch of bytes changed: an error, or what was saved."""
+    io, whole, path = AtomicCheckpointIO(), saved.read_bytes(), tmp_path / "damaged.ckpt"
+    expected, draw, refused = io.load_checkpoint(saved, weights_only=True), random.Random(0), 0
+    for i in range(400):
+        data, at = bytearray(whole), draw.randrange(len(whole))
+        if i % 4 == 0:
+            data = data[:at]
+        elif i % 4 == 1:
+            data[at] ^= 1 << draw.randrange(8)
+        elif i % 4 == 2:
+            data[at : at + 64] = draw.randbytes(64)
+        else:
+            data += draw.randbytes(1 + draw.randrange(100_000))
+        path.write_bytes(data)
+        try:
+            loaded = io.load_checkpoint(path, weights_only=True)
+        except CheckpointError:
+            refused += 1
+        else:
+            assert _equal(loaded, expected)  # between the entries there is padding
+    assert refused > 200
+
+
+@pytest.mark.parametrize("data", [b"", b"PK", b"no checkpoint at all"])
+def test_other_files_are_refused(data, tmp_path):
+    (tmp_path / "other.ckpt").write_bytes(data)
+    with pytest.raises(CheckpointError, match="no checkpoint, or was damaged"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "other.ckpt")
+
+
+def test_parameters_of_another_shape_are_refused(saved, tmp_path):
+    state = torch.load(saved, weights_only=True)
+    anchors = state["lightning_lopt"]["rounds"]["sync"]["anchors"]
+    anchors[0] = anchors[0].T.clone()
+    torch.save(state, tmp_path / "other.ckpt")
+    run = trainer(SlowMo(4, process_group_backend="gloo"), 1, max_epochs=2)
+    with pytest.raises(ValueError, match="parameter 0 has the shape"):
+        run.fit(Classifier(seed=0), loader(24), ckpt_path=tmp_path / "other.ckpt")
