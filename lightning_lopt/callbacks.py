@@ -126,8 +126,8 @@ class BatchNormReestimation(Callback):
 
     Raises:
         ValueError: `num_batches` < 1.
-        MisconfigurationException: the trainer's strategy is not one of this package, or its training data is not one
-            `DataLoader` of a map-style dataset.
+        MisconfigurationException: the trainer's strategy is not one of this package, or has virtual workers, or its
+            training data is not one `DataLoader` of a map-style dataset.
 
     Source: arXiv 2310.14423, appendix on BatchNorm.
 
@@ -141,6 +141,14 @@ class BatchNormReestimation(Callback):
         if num_batches < 1:
             raise ValueError(f"num_batches must be at least 1, not {num_batches!r}.")
         self.num_batches = num_batches
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if isinstance(trainer.strategy, LocalSGD) and trainer.strategy.num_workers > trainer.world_size:
+            raise MisconfigurationException(
+                "BatchNormReestimation would reach the first of the virtual_workers alone, which is all that callbacks "
+                "see. Use processes (Trainer(devices=K) without virtual_workers), or leave it out."
+            )
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -28,6 +28,7 @@ class Communicator:
         timeout: after which a collective that some worker does not join fails; None for torch's default.
         ranks_per_worker: consecutive ranks that are one worker, with the same parameters at all times. The first of
             them talks to the other workers, and tells the rest.
+        backend: has the collectives of `torch.distributed`, by their names; `VirtualGroup` for workers in one process.
 
     Attributes:
         num_workers: K.
@@ -48,9 +49,10 @@ class Communicator:
         (1, 0, [1.0, 1.0, 1.0])
     """
 
-    def __init__(self, timeout: timedelta | None = None, ranks_per_worker: int = 1) -> None:
-        connected = dist.is_available() and dist.is_initialized()
-        world, rank = (dist.get_world_size(), dist.get_rank()) if connected else (1, 0)
+    def __init__(self, timeout: timedelta | None = None, ranks_per_worker: int = 1, backend: Any = dist) -> None:
+        self._dist = backend
+        connected = dist.is_available() and backend.is_initialized()
+        world, rank = (backend.get_world_size(), backend.get_rank()) if connected else (1, 0)
         if ranks_per_worker < 1 or world % ranks_per_worker:
             raise ValueError(
                 f"{world} processes cannot be workers of {ranks_per_worker} ranks each: ranks_per_worker must divide "
@@ -71,8 +73,8 @@ class Communicator:
 
     def _new_group(self, all_ranks: list[list[int]]) -> dist.ProcessGroup | None:
         """The group that this rank is in, if any; all ranks make all groups."""
-        groups = [dist.new_group(ranks, timeout=self._timeout) for ranks in all_ranks]
-        return next((g for g in groups if isinstance(g, dist.ProcessGroup)), None)
+        groups = [self._dist.new_group(ranks, timeout=self._timeout) for ranks in all_ranks]
+        return next((g for g in groups if g is not dist.GroupMember.NON_GROUP_MEMBER), None)
 
     def new_group_inside(self) -> dist.ProcessGroup | None:
         """A process group of the ranks of this worker; a collective of all ranks."""
@@ -90,14 +92,14 @@ class Communicator:
     def _share(self, result: Tensor) -> Tensor:
         """Give what the first rank of this worker got to its other ranks."""
         if self._inside is not None:
-            dist.broadcast(result, group=self._inside, group_src=0)
+            self._dist.broadcast(result, group=self._inside, group_src=0)
         return result
 
     def mean_(self, flat: Tensor) -> None:
         """Replace a contiguous tensor by its mean over the workers, bitwise the same on all of them."""
         if self._group is not None:
             self._count(flat, 2 * (self.num_workers - 1) / self.num_workers)
-            dist.all_reduce(flat, group=self._group)
+            self._dist.all_reduce(flat, group=self._group)
             flat.div_(self.num_workers)
         self._share(flat)
 
@@ -105,7 +107,7 @@ class Communicator:
         """Replace a contiguous tensor by its maximum over the workers."""
         if self._group is not None:
             self._count(values, 2 * (self.num_workers - 1) / self.num_workers)
-            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group)
+            self._dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group)
         self._share(values)
 
     def gather(self, flat: Tensor) -> Tensor:
@@ -115,7 +117,7 @@ class Communicator:
         stacked = flat.new_empty(self.num_workers, *flat.shape)
         if self._group is not None:
             self._count(flat, self.num_workers - 1)
-            dist.all_gather(list(stacked.unbind(0)), flat, group=self._group)
+            self._dist.all_gather(list(stacked.unbind(0)), flat, group=self._group)
         return self._share(stacked)
 
     def all_to_all(self, flat: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
@@ -131,7 +133,7 @@ class Communicator:
         received = flat.new_empty(sum(receive))
         if self._group is not None:
             self._count(flat, 1 - send[self.rank] / max(1, len(flat)))
-            dist.all_to_all_single(received, flat, list(receive), list(send), group=self._group)
+            self._dist.all_to_all_single(received, flat, list(receive), list(send), group=self._group)
         return self._share(received)
 
     def total(self, values: Sequence[float], device: torch.device) -> list[float]:
@@ -145,9 +147,9 @@ class Communicator:
         if self._world is None:
             return [item]
         self.num_collectives += 1
-        first = dist.get_rank(self._world) == 0
-        items = [None] * dist.get_world_size(self._world) if first else None
-        dist.gather_object(item, items, group=self._world, group_dst=0)
+        first = self._dist.get_rank(self._world) == 0
+        items = [None] * self._dist.get_world_size(self._world) if first else None
+        self._dist.gather_object(item, items, group=self._world, group_dst=0)
         return items
 
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
@@ -155,9 +157,9 @@ class Communicator:
         if self._world is None:
             return
         for tensor in tensors:
-            self._count(tensor, 1 if dist.get_rank(self._world) == 0 else 0)
+            self._count(tensor, 1 if self._dist.get_rank(self._world) == 0 else 0)
             buffer = tensor.detach().contiguous()
-            dist.broadcast(buffer, group=self._world, group_src=0)
+            self._dist.broadcast(buffer, group=self._world, group_src=0)
             tensor.detach().copy_(buffer)
 
     def agree(self, device: torch.device, equal: Mapping[str, int | None], largest: Sequence[int] = ()) -> list[int]:
@@ -180,7 +182,7 @@ class Communicator:
         low = [_ANY if v is None else -v for v in own]
         vector = torch.tensor([*high, *low, *largest], dtype=torch.int64, device=device)
         self._count(vector, 2)
-        dist.all_reduce(vector, op=dist.ReduceOp.MAX, group=self._world)
+        self._dist.all_reduce(vector, op=dist.ReduceOp.MAX, group=self._world)
         values = vector.tolist()
         high, low = values[: len(own)], values[len(own) : 2 * len(own)]
         pairs = zip(equal, high, low, strict=True)
@@ -204,8 +206,8 @@ class Communicator:
         try:
             self.agree(device, {"parameters": digest("\n".join(described))})
         except DisagreementError:
-            all_described: list[list[str]] = [[] for _ in range(dist.get_world_size(self._world))]
-            dist.all_gather_object(all_described, described, group=self._world)
+            all_described: list[list[str]] = [[] for _ in range(self._dist.get_world_size(self._world))]
+            self._dist.all_gather_object(all_described, described, group=self._world)
             rank, theirs = next((r, d) for r, d in enumerate(all_described) if d != all_described[0])
             first = all_described[0]
             at = next((i for i, pair in enumerate(zip(first, theirs, strict=False)) if pair[0] != pair[1]), -1)

@@ -242,8 +242,14 @@ class Rounds:
         self.sync.load_state_dict(state["sync"])
 
     def local_state(self) -> dict[str, Any]:
-        """What differs between the workers: counters, parameters and buffers, and more: see `Sync.local_state`."""
-        return {**self._counters(), "sync": self.sync.local_state()}
+        """What differs between the workers: counters, parameters and buffers, and more: see `Sync.local_state`.
+
+        Parameters and buffers are this worker's own, also between `swap_in` and `swap_out`.
+        """
+        self.sync.swap.exchange()
+        state = self.sync.local_state()
+        self.sync.swap.exchange()
+        return {**self._counters(), "sync": state}
 
     def load_local_state(self, state: dict[str, Any]) -> None:
         """Restore what `local_state` returned, after `load_state_dict`."""

@@ -52,8 +52,10 @@ EXPECTED = {
     "checkpointing/test_model_checkpoint.py::test_model_checkpoint_no_extraneous_invocations": "all workers save",
     "checkpointing/test_trainer_checkpoint.py::test_trainer_save_checkpoint_storage_options": "our own writer",
     "trainer/optimization/test_optimizers.py::test_none_optimizer": "nothing to train is an error here",
+    "callbacks/test_stochastic_weight_avg.py::test_swa_callback_ddp_cpu": "SWA with BatchNorm is refused",
+    "callbacks/test_stochastic_weight_avg.py::test_swa_resume_training_from_checkpoint_ddp": "as above",
     "callbacks/test_finetuning_callback.py::test_finetuning_callback_warning": "all is frozen at the start",
-    "callbacks/test_finetuning_callback.py::test_base_finetuning_internal_optimizer_metadata": "as above",
+    "callbacks/test_finetuning_callback.py::test_base_finetuning_internal_optimizer_metadata": "all is frozen, too",
 }
 
 

@@ -53,6 +53,8 @@ MAY_IMPORT = {
     },
     "pace": set(),
     "rounds": {"agreement", "comm", "outer", "pace", "report", "schedules", "sync", "travel"},
+    "replicas": set(),
+    "virtual": {"comm", "replicas", "rounds"},
     "strategies": {
         "agreement",
         "comm",
@@ -61,11 +63,13 @@ MAY_IMPORT = {
         "optim",
         "outer",
         "pace",
+        "replicas",
         "rounds",
         "schedules",
         "selection",
         "sync",
         "travel",
+        "virtual",
     },
     "callbacks": {"report", "rounds", "strategies"},
     "meta": {"functional", "network", "comm"},
@@ -86,7 +90,7 @@ MAY_IMPORT = {
 }
 LIGHTNING = {"strategies", "callbacks", "bench"}
 LIGHTNING_OF_META = {"meta/module.py", "meta/callbacks.py"}
-DISTRIBUTED = {"comm", "strategies"}
+DISTRIBUTED = {"comm", "strategies", "virtual"}
 
 
 def _imports(path: Path) -> set[str]:

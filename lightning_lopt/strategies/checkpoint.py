@@ -48,11 +48,12 @@ class CheckpointingStrategy(DDPStrategy):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.rounds: Rounds | None = None
-        self._own: dict[str, Any] | None = None  # this worker's part of the checkpoint that is being restored
+        self._own: list[dict[str, Any]] | None = None  # this process's part of the checkpoint that is being restored
         self._resumed = False  # in the middle of a run
         self._at_epoch_start = False
         self._stepped = False  # an optimizer did, in this batch
         self._loaders = ResumableLoaders()
+        self._at_once = 1  # batches that make a step
         self._beside: dict[str, str] = {}  # rank 0's path by this worker's, if the names hold unequal steps
 
     @property
@@ -82,19 +83,17 @@ class CheckpointingStrategy(DDPStrategy):
         if alone:  # the other workers may be gone: nothing of theirs can be saved
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
-        rounds.sync.swap.exchange()  # validation may have swapped the global weights in
-        mine = self._worker_state(checkpoint)
-        rounds.sync.swap.exchange()
         write = partial(super().save_checkpoint, checkpoint, filepath, storage_options=storage_options)
         if not self._too_large_to_gather():
             with explained(self._timeout):
-                state["workers"] = rounds.comm.gather_objects(mine)
+                state["workers"] = self._gather_workers(checkpoint)
             self._write(filepath, write)
             return
         token, main = self.broadcast((uuid.uuid4().hex[:12], str(filepath)))
         self._beside[str(filepath)] = main
         state["files"] = {"token": token, "num_workers": self.world_size}
         own = _worker_file(main, token, self.global_rank)
+        mine = self._worker_state(checkpoint)
         self._write(filepath, partial(AtomicCheckpointIO().save_checkpoint, mine, own))
         self._write(filepath, write)  # the checkpoint appears when all of its files are there
         self._remove_worker_files(main, keep=2)  # an asynchronous writer may yet be at the last one
@@ -118,6 +117,11 @@ class CheckpointingStrategy(DDPStrategy):
         assert self.lightning_module is not None
         size = sum(p.numel() * p.element_size() for p in self.lightning_module.parameters())
         return self.world_size > 1 and size * self.world_size > GATHER_BYTES
+
+    def _gather_workers(self, checkpoint: dict[str, Any]) -> list[dict[str, Any]] | None:
+        """On rank 0, what each worker cannot take over from it."""
+        assert self.rounds is not None
+        return self.rounds.comm.gather_objects(self._worker_state(checkpoint))
 
     def _worker_state(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """What this worker cannot take over from rank 0."""
@@ -174,11 +178,21 @@ class CheckpointingStrategy(DDPStrategy):
             )
         self._own = self._choose_own(state, checkpoint_path, weights_only)
         if self._own is not None:
-            checkpoint.update(self._own.pop("checkpoint"))
+            checkpoint.update(self._own[0]["checkpoint"])
         return checkpoint
 
-    def _choose_own(self, state: dict[str, Any], path: Any, weights_only: bool | None) -> dict[str, Any] | None:
-        """This worker's part, None if there is none for it."""
+    @property
+    def num_workers(self) -> int:
+        """Parts of a checkpoint: one of each process."""
+        return self.world_size
+
+    @property
+    def _own_ranks(self) -> list[int]:
+        """The parts that belong to this process."""
+        return [self.global_rank]
+
+    def _choose_own(self, state: dict[str, Any], path: Any, weights_only: bool | None) -> list[dict[str, Any]] | None:
+        """The parts of this process, None if there are none for it."""
         workers, files = state.pop("workers"), state.pop("files")
         if workers is None and files is None:
             rank_zero_warn(
@@ -187,23 +201,23 @@ class CheckpointingStrategy(DDPStrategy):
             )
             return None
         num_workers = files["num_workers"] if workers is None else len(workers)
-        if num_workers != self.world_size:
+        if num_workers != self.num_workers:
             rank_zero_warn(
-                f"The checkpoint holds {num_workers} workers, there are {self.world_size} now: all workers continue "
+                f"The checkpoint holds {num_workers} workers, there are {self.num_workers} now: all workers continue "
                 "from its last synced weights with the first worker's optimizer state. The steps since, the other "
                 "optimizer states and the position in the epoch's data are dropped."
             )
             return None
         if workers is not None:
-            return workers[self.global_rank]
+            return [workers[rank] for rank in self._own_ranks]
         real = os.path.realpath(path) if _is_local_file_protocol(path) else path  # "last" may be a link
-        file = _worker_file(real, files["token"], self.global_rank)
-        if not self.reduce_boolean_decision(get_filesystem(file).exists(file)):
+        names = [_worker_file(real, files["token"], rank) for rank in self._own_ranks]
+        if not self.reduce_boolean_decision(all(get_filesystem(name).exists(name) for name in names)):
             raise FileNotFoundError(
-                f"{path} belongs with one file per worker beside it ({Path(file).name} and others), and some are "
+                f"{path} belongs with one file per worker beside it ({Path(names[0]).name} and others), and some are "
                 "missing: move and copy them together. To begin anew from its weights alone use load_from_checkpoint."
             )
-        return self.checkpoint_io.load_checkpoint(file, weights_only=weights_only)
+        return [self.checkpoint_io.load_checkpoint(name, weights_only=weights_only) for name in names]
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -218,25 +232,26 @@ class CheckpointingStrategy(DDPStrategy):
             self.rounds.abandon_round()
             return
         self._resumed = True
-        self.rounds.load_local_state(self._own["local"])
-        self._loaders = ResumableLoaders(self._own["loaders"])
-        if None not in self._own["loaders"]:
+        self.rounds.load_local_state(self._own[0]["local"])
+        self._loaders = ResumableLoaders(self._own[0]["loaders"])
+        if None not in self._own[0]["loaders"]:
             warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
         dataloader = super().process_dataloader(dataloader)
         if self._trainer.training and self._trainer.state.fn == TrainerFn.FITTING:
-            self._loaders.wrap(dataloader, self._trainer.fit_loop.epoch_progress.current.processed)
+            self._loaders.wrap(dataloader, self._trainer.fit_loop.epoch_progress.current.processed, self._at_once)
         return dataloader
 
     @override
     def on_train_start(self) -> None:
         super().on_train_start()
-        own, self._own = self._own, None
-        if own is None:
+        parts, self._own = self._own, None
+        if parts is None:
             return
         assert self.lightning_module is not None
+        own = parts[0]
         self._loaders.start()
         for name, p in self.lightning_module.named_parameters():
             if name in own["gradients"]:

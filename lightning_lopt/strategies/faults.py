@@ -166,5 +166,6 @@ class SignalCallback(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        signals = trainer.strategy.signals  # pyright: ignore[reportAttributeAccessIssue]
-        signals.act()
+        strategy: Any = trainer.strategy
+        strategy.end_batch(batch_idx)
+        strategy.signals.act()

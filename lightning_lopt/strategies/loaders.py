@@ -31,9 +31,11 @@ class IndexSampler:
 
     Args:
         loader: a `DataLoader` of a map-style dataset.
+        at_once: indices that are consumed together.
     """
 
-    def __init__(self, loader: DataLoader) -> None:
+    def __init__(self, loader: DataLoader, at_once: int = 1) -> None:
+        self.at_once = at_once
         self._sampler: Any = loader._index_sampler
         generators = [loader.generator, getattr(loader.sampler, "generator", None)]
         self._generators = [g for i, g in enumerate(generators) if g is not None and g not in generators[:i]]
@@ -81,7 +83,7 @@ class IndexSampler:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Begin the next epoch after the consumed indices."""
-        self._skip, self._start = state["consumed"], state["start"]
+        self._skip, self._start = state["consumed"] * self.at_once, state["start"]
 
 
 class ResumableLoaders:
@@ -95,15 +97,21 @@ class ResumableLoaders:
         self._states = list(states or [])
         self._loaders: list[tuple[DataLoader, str, IndexSampler] | None] = []
 
-    def wrap(self, loader: Any, epoch: int) -> None:
-        """Follow the next loader; put it where its state says."""
+    def wrap(self, loader: Any, epoch: int, at_once: int = 1) -> None:
+        """Follow the next loader; put it where its state says.
+
+        Args:
+            loader: of batches.
+            epoch: that begins or goes on.
+            at_once: batches that make one step.
+        """
         state = self._states[len(self._loaders)] if len(self._loaders) < len(self._states) else None
         stateful = isinstance(loader, _Stateful)
         if stateful or not isinstance(loader, DataLoader) or has_iterable_dataset(loader):
             self._loaders.append(None)
             return
         name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-        sampler = IndexSampler(loader)
+        sampler = IndexSampler(loader, at_once)
         vars(loader)[name] = sampler  # DataLoader refuses the assignment
         if state is not None:
             _set_sampler_epoch(loader, epoch)  # loader processes fetch before Lightning sets it
@@ -128,7 +136,7 @@ class ResumableLoaders:
             if entry is None:
                 states.append(None)
                 continue
-            length = max(len(entry[0]), 1)
+            length = max(len(entry[0]) // entry[2].at_once, 1)
             position = (consumed - 1) % length + 1 if cycle and consumed else min(consumed, length)
             states.append(entry[2].state_dict(position))
         return states

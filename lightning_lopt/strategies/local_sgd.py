@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -29,39 +30,17 @@ from lightning_lopt.pace import WorkerSpeeds, check_speeds
 from lightning_lopt.rounds import Rounds, check_combination
 from lightning_lopt.schedules import RoundInfo, as_schedule
 from lightning_lopt.selection import Selection
-from lightning_lopt.strategies.checkpoint import CheckpointingStrategy
+from lightning_lopt.strategies.averaging import refuse_averaging
 from lightning_lopt.strategies.faults import SignalCallback, Signals, explained
 from lightning_lopt.strategies.joint import JointOptimizer
 from lightning_lopt.strategies.loaders import ResumableLoaders
-from lightning_lopt.strategies.rendezvous import Rendezvous
+from lightning_lopt.strategies.rendezvous import Rendezvous, RoundCallback
+from lightning_lopt.strategies.virtual import VirtualWorkersStrategy
 from lightning_lopt.sync import EvalWeights
 from lightning_lopt.travel import LocalState, Travel
 
 
-class _RoundCallback(Callback):
-    """The first callback: what must happen before anybody else's hook."""
-
-    def __init__(self, strategy: LocalSGD) -> None:
-        self._strategy = strategy
-
-    @override
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._strategy.meet("validation")
-        self._strategy.swap_in_global_weights()
-
-    @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._strategy.meet("epoch end")
-
-    @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._strategy.rounds is not None:
-            self._strategy.meet("training end")  # nobody may have foreseen it: early stopping, max_time
-            if self._strategy.rounds.last_report is None:
-                rank_zero_info("Nothing was synced in this fit: no optimizer took a step.")
-
-
-class LocalSGD(CheckpointingStrategy):
+class LocalSGD(VirtualWorkersStrategy):
     r"""Local SGD: every worker takes H local steps, then all continue from the average of their parameters.
 
     .. math:: a \leftarrow \mathrm{Outer}\big(a,\; a - \tfrac1K \sum_i y_i\big), \qquad y_i \leftarrow a
@@ -87,6 +66,7 @@ class LocalSGD(CheckpointingStrategy):
             the bytes of an all-reduce.
         ranks_per_worker: consecutive processes that are one worker, or `"node"` for all on a node: their gradients are
             averaged in every step, on the fast link between them; rounds are between workers.
+        virtual_workers: K workers take turns in one process on one device, each on a batch of its own in every step.
         eval_weights: what validation and checkpoints see in mid-round: `"anchor"`, the last synced weights, without
             communication, or `"mean"`, the workers' present average; None means the mean for plain averaging and
             where a sync sends only a part, else the anchor. After an exception it is always the anchor.
@@ -132,6 +112,7 @@ class LocalSGD(CheckpointingStrategy):
         local_state: LocalState = "keep",
         sharded: bool = False,
         ranks_per_worker: int | Literal["node"] = 1,
+        virtual_workers: int = 1,
         eval_weights: EvalWeights | None = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -143,6 +124,7 @@ class LocalSGD(CheckpointingStrategy):
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
         super().__init__(
+            virtual_workers,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
@@ -167,6 +149,14 @@ class LocalSGD(CheckpointingStrategy):
         self._eval_weights: EvalWeights = eval_weights or ("mean" if mean else "anchor")
         if ranks_per_worker != "node" and (not isinstance(ranks_per_worker, int) or ranks_per_worker < 1):
             raise ValueError(f"ranks_per_worker must be an integer >= 1 or 'node', not {ranks_per_worker!r}.")
+        if virtual_workers > 1 and ranks_per_worker != 1:
+            raise ValueError(
+                "virtual_workers share one process, ranks_per_worker share one worker: give one of the two."
+            )
+        if virtual_workers > 1 and worker_speeds is not None:
+            raise ValueError(
+                "virtual_workers take turns, a step each, so that none is faster than another: leave worker_speeds out."
+            )
         self._ranks_per_worker: int | Literal["node"] = ranks_per_worker
         self._worker_speeds: WorkerSpeeds = worker_speeds
         check_speeds(worker_speeds)
@@ -197,15 +187,15 @@ class LocalSGD(CheckpointingStrategy):
                 "configure_model, so that all workers begin with the same weights."
             )
         local = optimizers[0] if len(optimizers) == 1 else cast(Optimizer, JointOptimizer(optimizers))
-        self.rounds = Rounds(
-            module,
-            local,
-            self._schedule,
-            self._outer_optimizer,
-            comm=self._comm,
+        refuse_averaging(trainer, self._comm.num_workers, self._at_once)
+        make = partial(
+            Rounds,
+            local_steps=self._schedule,
+            outer_optimizer=self._outer_optimizer,
             travel=self._travel,
             worker_speeds=self._worker_speeds,
         )
+        self.rounds = self._make_rounds(make, module, local, self._comm)
         self._rendezvous = None
         if not module.automatic_optimization:
             for optimizer in optimizers:  # sees those who step torch's own optimizer, too
@@ -213,8 +203,8 @@ class LocalSGD(CheckpointingStrategy):
         self._resumed = False
         self._loaders = ResumableLoaders()
         callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-        others = [c for c in callbacks if not isinstance(c, _RoundCallback | SignalCallback)]
-        callbacks[:] = [_RoundCallback(self), *others, SignalCallback()]
+        others = [c for c in callbacks if not isinstance(c, RoundCallback | SignalCallback)]
+        callbacks[:] = [RoundCallback(self), *others, SignalCallback()]
 
     @override
     def configure_ddp(self) -> None:

@@ -5,12 +5,51 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.fabric.utilities.data import has_iterable_dataset
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
+from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
 
 from lightning_lopt.agreement import Place
 from lightning_lopt.rounds import Rounds
+from lightning_lopt.strategies.averaging import average_averages
+
+
+class RoundCallback(Callback):
+    """The first callback: what must happen before anybody else's hook.
+
+    Args:
+        strategy: whose rounds these are.
+    """
+
+    def __init__(self, strategy: Any) -> None:
+        self._strategy = strategy
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._strategy.meet("validation")
+        average_averages(trainer, self._strategy.rounds)
+        self._strategy.swap_in_global_weights()
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        average_averages(trainer, self._strategy.rounds)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._strategy.meet("epoch end")
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._strategy.rounds is not None:
+            self._strategy.meet("training end")  # nobody may have foreseen it: early stopping, max_time
+            average_averages(trainer, self._strategy.rounds)
+            if self._strategy.rounds.last_report is None:
+                rank_zero_info("Nothing was synced in this fit: no optimizer took a step.")
 
 
 class Rendezvous:
@@ -18,6 +57,7 @@ class Rendezvous:
 
     Workers whose loaders have the same known number of batches are at every place together, and need not meet. Those
     with unequal speeds or numbers of batches do, and so do those with an `IterableDataset`, of which nobody knows.
+    Workers in one process are never apart.
 
     Args:
         trainer: whose loaders are set up.
@@ -32,6 +72,9 @@ class Rendezvous:
 
     def __init__(self, trainer: Any, rounds: Rounds) -> None:
         self._trainer, self._rounds = trainer, rounds
+        self.unequal = self._needed = False
+        if trainer.world_size == 1:
+            return
         batches, self._device = _num_batches(trainer), trainer.strategy.root_device
         own = [batches is None, batches or 0, -(batches or 0), rounds.step_idx, -rounds.step_idx]
         unknown, most, least, ahead, behind = rounds.comm.agree(self._device, {}, own)

@@ -1,0 +1,206 @@
+"""K workers' weights, buffers and optimizer states, that take turns in one module."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+@dataclass
+class _Aside:
+    """What one worker has for itself, as it was when another one's turn began.
+
+    Attributes:
+        states: of each optimizer.
+        options: of each optimizer's parameter groups, all but the parameters.
+        gradients: of each parameter.
+        others: values of the attributes that take turns, too.
+    """
+
+    states: list[dict[Any, Any]] = field(default_factory=list)
+    options: list[list[dict[str, Any]]] = field(default_factory=list)
+    gradients: list[Tensor | None] = field(default_factory=list)
+    others: list[Any] = field(default_factory=list)
+
+
+class _Model:
+    """A worker's weights and buffers under the module's names."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+        self._parameters, self._buffers = parameters, buffers
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self._parameters.items()
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self._buffers.items()
+
+
+class _Optimizer:
+    """A local optimizer's groups and states, of one worker's parameters."""
+
+    def __init__(self, replicas: Replicas, rank: int, optimizer: Optimizer) -> None:
+        self._replicas, self._rank, self._optimizer = replicas, rank, optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        own = self._replicas.own[self._rank]
+        return [{**group, "params": [own[p] for p in group["params"]]} for group in self._optimizer.param_groups]
+
+    @property
+    def state(self) -> dict[Tensor, dict[str, Any]]:
+        own = self._replicas.own[self._rank]
+        return {own[p]: s for state in self._replicas.states(self._rank) for p, s in state.items() if p in own}
+
+
+class Replicas:
+    """K workers' weights, buffers, optimizer states and options, one of which is in the module at a time.
+
+    Nothing is copied when the turn changes: tensors of the module are pointed to the next worker's. Options that
+    somebody changes between the workers' turns (a learning rate, a new parameter group) change for all of them.
+
+    Args:
+        module: its parameters and buffers are the first worker's, and copied for the others.
+        optimizers: of the module.
+        num_workers: K >= 2.
+        gradients: whether gradients take turns, too; otherwise they belong to whoever had the last turn.
+        others: objects and names of attributes that take turns, copied for each worker.
+
+    Attributes:
+        own: each worker's tensors, by those of the module.
+        active: the worker whose turn it is.
+
+    Example:
+        >>> import torch
+        >>> module = torch.nn.Linear(1, 1)
+        >>> replicas = Replicas(module, [torch.optim.SGD(module.parameters(), lr=0.1)], num_workers=2)
+        >>> for worker in replicas.turns():
+        ...     _ = module.weight.data.fill_(worker)
+        >>> [replicas.own[k][module.weight].item() for k in range(2)]
+        [0.0, 1.0]
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        num_workers: int,
+        *,
+        gradients: bool = False,
+        others: Sequence[tuple[Any, str]] = (),
+    ) -> None:
+        self.num_workers = num_workers
+        self.active = 0
+        self._parameters, self._buffers = dict(module.named_parameters()), dict(module.named_buffers())
+        self._optimizers, self._gradients, self._others = optimizers, gradients, others
+        held = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        tensors = [*self._parameters.values(), *self._buffers.values(), *held]
+        self.own = [{t: _like(t, copied=k > 0) for t in dict.fromkeys(tensors)} for k in range(num_workers)]
+        self._aside = [_Aside() for _ in range(num_workers)]
+        self.collect()
+        self._seen = self._aside[0].options
+        for aside in self._aside[1:]:
+            aside.states = [{p: copy.deepcopy(s) for p, s in state.items()} for state in self._aside[0].states]
+            aside.options = self._present_options()
+            aside.gradients = [None for _ in self._aside[0].gradients]
+            aside.others = copy.deepcopy(self._aside[0].others)
+
+    def model(self, rank: int) -> nn.Module:
+        """What a `Sync` needs to know of one worker's module."""
+        own = self.own[rank]
+        named = ({name: own[t] for name, t in kind.items()} for kind in (self._parameters, self._buffers))
+        return cast(nn.Module, _Model(*named))
+
+    def optimizer(self, rank: int, optimizer: Optimizer) -> Optimizer:
+        """What a `Sync` needs to know of one worker's optimizer."""
+        return cast(Optimizer, _Optimizer(self, rank, optimizer))
+
+    def states(self, rank: int) -> list[dict[Any, Any]]:
+        """One worker's states of the optimizers; its dictionaries can be changed."""
+        return self._aside[rank].states
+
+    def gradients(self, rank: int) -> dict[str, Tensor]:
+        """One worker's gradients by name."""
+        pairs = zip(self._parameters, self._aside[rank].gradients, strict=self._gradients)
+        return {name: gradient for name, gradient in pairs if gradient is not None}
+
+    def set_gradients(self, rank: int, gradients: Mapping[str, Tensor]) -> None:
+        """Restore what `gradients` returned, of a worker that is not active."""
+        named = self._parameters.items()
+        self._aside[rank].gradients = [gradients[n].to(p.device) if n in gradients else None for n, p in named]
+
+    def others(self) -> Iterator[int]:
+        """Give every worker but the first a turn; then the first is in the module again."""
+        self._spread_options()
+        for rank in range(1, self.num_workers):
+            self.activate(rank)
+            yield rank
+        self.activate(0)
+        self._seen = self._present_options()
+
+    def turns(self) -> Iterator[int]:
+        """Give every worker a turn; the first comes last, and stays in the module."""
+        yield from self.others()
+        yield 0
+        self._seen = self._present_options()
+
+    def activate(self, rank: int) -> None:
+        """Give a worker its turn."""
+        if rank == self.active:
+            return
+        self.collect()
+        self.active = rank
+        self.show()
+        aside = self._aside[rank]
+        for optimizer, state, options in zip(self._optimizers, aside.states, aside.options, strict=True):
+            optimizer.state.clear()
+            optimizer.state.update(state)
+            for group, own in zip(optimizer.param_groups, options, strict=False):
+                group.update(own)
+        for (thing, name), value in zip(self._others, aside.others, strict=True):
+            setattr(thing, name, value)
+        for p, gradient in zip(self._parameters.values(), aside.gradients, strict=self._gradients):
+            p.grad = gradient
+
+    def collect(self) -> None:
+        """Take note of what the active worker has in the module."""
+        aside = self._aside[self.active]
+        for tensor, own in self.own[self.active].items():
+            own.data = tensor.data
+        for p in self._parameters.values():
+            for own in self.own:
+                own[p].requires_grad = p.requires_grad
+        aside.states = [dict(optimizer.state) for optimizer in self._optimizers]
+        aside.options = self._present_options()
+        aside.others = [getattr(thing, name) for thing, name in self._others]
+        aside.gradients = [p.grad for p in self._parameters.values()] if self._gradients else []
+
+    def show(self) -> None:
+        """Point the module to the active worker's tensors."""
+        for tensor, own in self.own[self.active].items():
+            tensor.data = own.data
+
+    def _present_options(self) -> list[list[dict[str, Any]]]:
+        return [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in self._optimizers]
+
+    def _spread_options(self) -> None:
+        """Give all workers the options that were changed since the first worker's last turn."""
+        before, now = self._seen, self._present_options()
+        for i, groups in enumerate(now):
+            for j, group in enumerate(groups):
+                old = before[i][j] if j < len(before[i]) else {}
+                changed = {k: v for k, v in group.items() if k not in old or old[k] is not v}
+                for aside in self._aside[1:]:
+                    if j == len(aside.options[i]):
+                        aside.options[i].append({})
+                    aside.options[i][j].update(changed)
+
+
+def _like(tensor: Tensor, *, copied: bool) -> Tensor:
+    values = tensor.detach().clone() if copied else tensor.detach()
+    return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
