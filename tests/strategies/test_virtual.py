@@ -97,8 +97,10 @@ def _both(make, make_module, num_workers, rows):
     return real, virtual
 
 
-@pytest.mark.parametrize("make_module", [Classifier, Double, Gan, AccumulatesByHand])
-@pytest.mark.parametrize("name", METHODS)
+CASES = [*((name, Classifier) for name in METHODS), *(("learned", m) for m in (Double, Gan, AccumulatesByHand))]
+
+
+@pytest.mark.parametrize(("name", "make_module"), CASES)
 def test_two_virtual_workers_are_bitwise_two_processes(name, make_module):
     real, virtual = _both(METHODS[name], make_module, 2, 54)
     assert torch.equal(real[0], virtual[0])
