@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -13,10 +14,16 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture(autouse=True)
-def _leave_no_process_group():
-    """A Trainer in this process leaves a process group and torchrun's variables, which forked workers would inherit."""
+def _leave_nothing():
+    """A Trainer in this process leaves a process group and torchrun's variables, which forked workers would inherit.
+
+    A test that ran out of its time leaves workers that hold ports.
+    """
     environment = dict(os.environ)
     yield
+    for child in multiprocessing.active_children():
+        child.kill()
+        child.join()
     if dist.is_initialized():
         dist.destroy_process_group()
     os.environ.clear()

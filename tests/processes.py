@@ -1,14 +1,17 @@
-"""Real worker processes for tests: forked, joined by gloo over the loopback, with a time limit."""
+"""Real processes for tests, with a time limit: workers joined by gloo over the loopback, and commands."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
+import subprocess
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,3 +88,46 @@ def run_workers(
             if process.is_alive():
                 process.kill()
                 process.join()
+
+
+def run_command(
+    command: list[str], limit: float, environment: dict[str, str] | None = None, folder: Path | None = None
+) -> tuple[str, str]:
+    """What a command printed, to the standard output and to the other one.
+
+    It must succeed within `limit` seconds; soon after, its process group must be empty. None of it outlives this call.
+    """
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, **(environment or {})},
+        cwd=folder,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        printed, errors = process.communicate(timeout=limit)
+        assert process.returncode == 0, printed + errors
+        end = time.monotonic() + 10  # workers may take a moment to shut down
+        while living(process.pid):
+            assert time.monotonic() < end, f"a process is left\n{printed}{errors}"
+            time.sleep(0.1)
+        return printed, errors
+    finally:
+        if living(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def living(group: int) -> list[int]:
+    """The processes of a process group that have not ended."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                state, _, pgrp = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:3]
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(pgrp) == group and state != "Z":
+                found.append(int(entry.name))
+    return found

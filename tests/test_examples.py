@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from lightning_lopt import AdaMLP, WeightsError
+from tests.processes import run_command
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 METHODS = ["LocalSGD", "SlowMo", "DiLoCo", "LearnedLocalSGD"]
@@ -21,35 +18,7 @@ TINY = ["--steps", "4", "--local-steps", "2"]
 
 
 def run(command: list[str], limit: float = 100) -> str:
-    """What a command printed. It has its own process group, which must be empty soon after its end."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        env=env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=limit)
-        assert process.returncode == 0, output
-        end = time.monotonic() + 10  # workers may take a moment to shut down
-        while group_exists(process.pid):
-            assert time.monotonic() < end, f"a process is left\n{output}"
-            time.sleep(0.1)
-        return output
-    finally:
-        if group_exists(process.pid):
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def group_exists(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    return "".join(run_command([sys.executable, *command], limit, {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}))
 
 
 def check_report(output: str, methods: list[str], rounds: int, plot: Path) -> None:

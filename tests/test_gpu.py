@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
 import torch
 
 from lightning_lopt import LearnedOptimizer
+from tests.processes import run_command
 from tests.strategies_support import check_script, write_script
 
 NUM_WORKERS = min(2, torch.cuda.device_count())
@@ -35,6 +35,5 @@ def test_the_learned_step_equals_that_of_the_cpu():
 def test_workers_train_over_nccl(tmp_path):
     options = {"accelerator": "gpu", "max_epochs": 1}
     path, environment = write_script(tmp_path, "LearnedLocalSGD(4)", NUM_WORKERS, **options)
-    done = subprocess.run([sys.executable, str(path)], env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    check_script(done.stdout, NUM_WORKERS)
+    printed, _ = run_command([sys.executable, str(path)], 200, environment)
+    check_script(printed, NUM_WORKERS)

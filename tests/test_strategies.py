@@ -21,7 +21,7 @@ from lightning.pytorch.plugins import FSDPPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lightning_lopt import QSR, AdaMLP, DiLoCo, LearnedLocalSGD, LocalSGD, RoundMonitor, SlowMo
-from tests.processes import free_port, run_workers
+from tests.processes import free_port, living, run_command, run_workers
 from tests.strategies_support import Classifier, check_script, cli_trainer, flat, loader, trainer, write_script
 
 STRATEGIES = {
@@ -407,9 +407,8 @@ def test_launchers(tmp_path, launcher, num_workers):
     path, environment = write_script(tmp_path, "LocalSGD(4)", num_workers, max_epochs=1)
     torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={num_workers}", f"--master-port={free_port()}"]
     command = [sys.executable, *(torchrun if launcher == "torchrun" else []), str(path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    check_script(done.stdout, num_workers)
+    printed, _ = run_command(command, 120, environment, tmp_path)
+    check_script(printed, num_workers)
 
 
 def test_ctrl_c_leaves_no_process(tmp_path):
@@ -419,32 +418,18 @@ def test_ctrl_c_leaves_no_process(tmp_path):
     )
     try:
         end = time.monotonic() + 60
-        while len(_members(process.pid)) < 2 and time.monotonic() < end:
+        while len(living(process.pid)) < 2 and time.monotonic() < end:
             time.sleep(0.2)
         time.sleep(8)  # in the middle of training
         os.killpg(process.pid, signal.SIGINT)
         process.communicate(timeout=60)
         end = time.monotonic() + 20
-        while _members(process.pid) and time.monotonic() < end:
+        while living(process.pid) and time.monotonic() < end:
             time.sleep(0.2)
-        assert _members(process.pid) == []
+        assert living(process.pid) == []
     finally:
-        if _members(process.pid):
+        if living(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
-
-
-def _members(group: int) -> list[int]:
-    """Living processes of a process group."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                state, _, pgrp = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:3]
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if int(pgrp) == group and state != "Z":
-                found.append(int(entry.name))
-    return found
 
 
 class _Spoiled(Classifier):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_lopt import AdaMLP, LearnedOptimizer, Rounds, SlowMomentum, TopK, Travel
-from tests.processes import run_workers
+from tests.processes import run_command, run_workers
 
 K = 3
 LAGG = partial(LearnedOptimizer, network=AdaMLP(K, seed=0))
@@ -73,9 +73,8 @@ def _in_namespace(setup, name):
     if not shutil.which("unshare") or subprocess.run([*namespace, "true"], capture_output=True).returncode:
         pytest.skip("no right to make a network namespace; a shared interface has other traffic and no limit")
     command = [*namespace, sys.executable, "-m", "tests.test_wire", name]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    printed, _ = run_command(command, 200, folder=Path(__file__).parents[1])
+    return json.loads(printed)
 
 
 def test_counted_bytes_are_the_kernels():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import subprocess
 import sys
 import textwrap
 import time
@@ -23,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_lopt import SlowMo
 from lightning_lopt.strategies.faults import Signals
-from tests.processes import free_port, run_workers
+from tests.processes import free_port, run_command, run_workers
 from tests.strategies_support import Classifier, flat, loader, trainer
 
 
@@ -250,13 +249,12 @@ def _undisturbed(rank):
 def test_torchrun_restarts_a_job_that_lost_one_of_four_workers(tmp_path):
     (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT))
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    environment = {"PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else gloo finds the dead workers' addresses
     meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--local-addr=127.0.0.1"]
     options = ["--nproc-per-node=4", "--max-restarts=1", *meeting]
     command = [sys.executable, "-m", "torch.distributed.run", *options, str(tmp_path / "script.py"), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "exitcode: -9" in done.stderr
+    _, errors = run_command(command, 240, environment, tmp_path)
+    assert "exitcode: -9" in errors
     for rank, weights in enumerate(run_workers(_undisturbed, 4, connect=False)):
         assert torch.equal(torch.load(tmp_path / f"weights{rank}.pt", weights_only=True), weights)

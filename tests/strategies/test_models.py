@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from lightning_lopt import AdaMLP, LearnedLocalSGD, LocalSGD, RoundMonitor, SlowMo
-from tests.processes import run_workers
+from tests.processes import run_command, run_workers
 from tests.strategies_support import Classifier, flat, loader, trainer
 
 
@@ -263,10 +265,19 @@ def test_compiled_modules():
         assert torch.equal(plain, compiled)
 
 
+NOTEBOOK = """
+import torch
+
+import lightning_lopt  # registers the strategy's name
+from tests.strategies_support import Classifier, flat, loader, trainer
+
+module = Classifier(seed=0)
+start = flat(module)
+trainer("slowmo_fork", max_epochs=1).fit(module, loader(48))
+assert not torch.equal(flat(module), start)
+"""
+
+
 def test_launched_in_a_notebook():
     """The way of notebooks: forked from a running interpreter; the weights come back."""
-    module = Classifier(seed=0)
-    start = flat(module)
-    run = trainer("slowmo_fork", max_epochs=1)
-    run.fit(module, loader(48))
-    assert not torch.equal(flat(module), start)
+    run_command([sys.executable, "-c", NOTEBOOK], 100, {"GLOO_SOCKET_IFNAME": "lo"}, Path(__file__).parents[2])
