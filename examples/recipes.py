@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import inspect
+import math
 import random
 import typing
 from collections.abc import Callable, Sequence
@@ -80,18 +81,17 @@ def source_code(hidden: Sequence[int]) -> ImageMLP:
     return ImageMLP(contexts, codes[places + 5], hidden=hidden, batch_size=32)
 
 
-def new_network(hidden: tuple[int, int], momentum_gate: float = 0.0, seed: int = 0) -> AdaMLP:
+def new_network(hidden: tuple[int, int], momentum: float = 0.8, seed: int = 0) -> AdaMLP:
     """A network whose output is 0, so that its gated update starts as the base step.
 
     Args:
         hidden: widths of the layers.
-        momentum_gate: start of the gate on momentum, in the exponent.
+        momentum: of the base step, in (0, 1).
         seed: of the weights.
     """
-    network = AdaMLP(update="adaptive_nesterov", hidden=hidden, step_mult=1.0, exp_mult=1.0, seed=seed)
+    network = AdaMLP(update="orthogonal_nesterov", hidden=hidden, step_mult=1.0, exp_mult=1.0, seed=seed)
     torch.nn.init.zeros_(network.get_parameter("layers.2.weight"))
-    if momentum_gate:
-        network.get_parameter("layers.2.bias").data[-1] = momentum_gate
+    torch.nn.init.constant_(network.get_parameter("decays.momentum")[:1], math.log((1 - momentum) / 0.1) / 10)
     return network
 
 
@@ -169,7 +169,7 @@ def default(data: Sequence[Images], seed: int) -> Recipe:
         "warmup_steps": 10,
         "final_lr": 2.5e-4,
     }
-    network = new_network((8, 8), momentum_gate=-0.7, seed=seed)
+    network = new_network((8, 8), seed=seed)
     return Recipe(tasks, network, steps=400, windows=len(tasks), options=options)
 
 

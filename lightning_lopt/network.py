@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_lopt.functional import ada
 from lightning_lopt.functional.layers import NUM_TENSOR_FEATURES, Network
-from lightning_lopt.functional.updates import UPDATES
+from lightning_lopt.functional.updates import NUM_OUTPUTS, UPDATES
 
 FORMAT = "lightning_lopt.AdaMLP"
 VERSION = "1"
@@ -40,8 +40,8 @@ class AdaMLP(nn.Module):
         hidden: widths of the two hidden layers.
         step_mult: λ1 > 0, the size of the step.
         exp_mult: λ2 >= 0, the range of the magnitude.
-        update: how the output becomes a step: ``"published"`` (the paper's) or ``"adaptive_nesterov"``, which also
-            sees 11 features of the tensor as a whole (see `lightning_lopt.functional.updates`).
+        update: how the output becomes a step: ``"published"`` (the paper's) or ``"orthogonal_nesterov"``, which
+            also sees 11 features of the tensor as a whole (see `lightning_lopt.functional.updates`).
         card: provenance, anything JSON can hold; saved with the weights.
         seed: of the initial weights (truncated normal, std 1/sqrt(fan in); biases 0); None leaves torch's
             global generator in charge.
@@ -83,7 +83,7 @@ class AdaMLP(nn.Module):
         self.exp_mult = float(exp_mult)
         self.update = update
         self.card = dict(card or {})
-        sizes = (self.num_features, *self.hidden, UPDATES[update].num_outputs)
+        sizes = (self.num_features, *self.hidden, NUM_OUTPUTS)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.decays = nn.ParameterDict(
             {

@@ -17,12 +17,12 @@ from lightning_lopt.network import FORMAT
 @pytest.fixture
 def saved(tmp_path):
     path = tmp_path / "weights.safetensors"
-    AdaMLP(inputs=3, hidden=(16, 8), update="adaptive_nesterov", card={"hours": 1.5}, seed=0).save(path)
+    AdaMLP(inputs=3, hidden=(16, 8), update="orthogonal_nesterov", card={"hours": 1.5}, seed=0).save(path)
     return path
 
 
 def test_round_trip(saved):
-    network, again = AdaMLP(inputs=3, hidden=(16, 8), update="adaptive_nesterov", seed=0), AdaMLP.load(saved)
+    network, again = AdaMLP(inputs=3, hidden=(16, 8), update="orthogonal_nesterov", seed=0), AdaMLP.load(saved)
     assert again.config == network.config
     assert again.card == {"hours": 1.5}
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True))

@@ -20,7 +20,8 @@ from lightning_lopt.functional import ada
 from lightning_lopt.functional.ada import AdaState, Factoring
 from lightning_lopt.functional.blocks import Grid, block_shape, cut, over
 from lightning_lopt.functional.layers import Layers, Moments, Network, separate
-from lightning_lopt.functional.updates import UPDATES, Base
+from lightning_lopt.functional.orthogonal import orthogonalise
+from lightning_lopt.functional.updates import UPDATES, Base, nesterov
 
 # Elements per block, over all particles. A thread needs 2 x 32 floats for each: on a CPU larger blocks fall out of
 # the cache and smaller ones cost more in dispatch; a GPU wants few large launches. Tens of MB, whatever the model.
@@ -59,6 +60,11 @@ class _Operands(NamedTuple):
         second, col = state.second.unsqueeze(1), factors.along(col, factors.col_axis)
         second_eps = eps.second.unsqueeze(-1)
         return cls(factors.matrices(param), grad, inputs, state.momentum, second, rows, col, vector, second_eps)
+
+    @property
+    def factored(self) -> bool:
+        """Whether it is a matrix, or several; else a vector."""
+        return self.row_scale is self.vector_scale
 
     @property
     def grid(self) -> Grid:
@@ -104,7 +110,7 @@ class _Workspace:
 
     def __init__(self, operands: _Operands, num_tiled: int = 0, widths: Sequence[int] = ()) -> None:
         num_inputs = operands.inputs.shape[1]
-        self._factored = operands.row_scale is operands.vector_scale
+        self._factored = operands.factored
         self._sections = [num_tiled + num_inputs + 1, 3, 1, 3, 1, 3, 3]
         self._widths = [sum(self._sections), *widths]
         size = len(operands.grad) * max(self._widths) * math.prod(operands.block)
@@ -147,7 +153,7 @@ class _Workspace:
 
 def accumulate(operands: _Operands, network: Network) -> Moments:
     """Advance m and v and return the sums over the tensor that the rest needs."""
-    terms_of = UPDATES[network.update].terms
+    relative = UPDATES[network.update].relative
 
     def work(blocks: Sequence[_Operands]) -> list[Tensor]:
         workspace = _Workspace(operands)
@@ -156,9 +162,9 @@ def accumulate(operands: _Operands, network: Network) -> Moments:
             ada.update_moments(x.momentum, x.second, x.grad, network.decays)
             views = workspace.features(x)
             parts = [torch.linalg.vector_norm(views.flat_features, dim=-1).square_()]
-            if terms_of is not None:
+            if relative:
                 grad = x.grad.flatten(2)
-                base = terms_of(x.grad, x.momentum, network.decays).sum(1).flatten(1)
+                base = nesterov(x.grad, x.momentum, network.decays).flatten(1)
                 products = torch.bmm(torch.cat([grad, views.momentum.flatten(2)], 1), grad.mT).squeeze(2)
                 parts += [torch.linalg.vector_norm(base, dim=-1, keepdim=True).square_(), products]
             sums.append(torch.cat(parts, 1))
@@ -172,15 +178,18 @@ def accumulate(operands: _Operands, network: Network) -> Moments:
 def apply(operands: _Operands, layers: Layers, moments: Moments, network: Network) -> None:
     """Run the network over all coordinates and move `operands.param`, in place."""
     kind = UPDATES[network.update]
-    base_rms = (moments.base / moments.numel).sqrt_()[..., None, None, None]
     *hidden_weights, last_weight = layers.weights
     grid, block = operands.grid, operands.block
     constants = layers.tiled.expand(-1, -1, *grid), layers.bias, *layers.thresholds
-    constant_blocks = zip(*(cut(tensor, grid, block) for tensor in constants), strict=True)
+    constant_blocks = list(zip(*(cut(tensor, grid, block) for tensor in constants), strict=True))
+    bases = [None] * len(constant_blocks)
+    if kind.relative:
+        base_rms = (moments.base / moments.numel).sqrt_()[..., None, None, None]
+        bases = [Base(step, base_rms) for step in cut(_base_step(operands, network), grid, block)]
 
-    def work(blocks: Sequence[tuple[_Operands, tuple[Tensor, ...]]]) -> list[None]:
+    def work(blocks: Sequence[tuple[_Operands, Base | None, tuple[Tensor, ...]]]) -> list[None]:
         workspace = _Workspace(operands, layers.tiled.shape[1], [weight.shape[1] for weight in layers.weights])
-        for x, (tiled, last_bias, *thresholds) in blocks:
+        for x, base, (tiled, last_bias, *thresholds) in blocks:
             views = workspace.features(x, tiled)
             *buffers, output = views.layers
             *flat_buffers, flat_output = views.flat_layers
@@ -189,11 +198,15 @@ def apply(operands: _Operands, layers: Layers, moments: Moments, network: Networ
                 hidden = torch.bmm(weight, hidden, out=flat)
                 torch.maximum(buffer, threshold, out=buffer)
             torch.bmm(last_weight, hidden, out=flat_output)
-            base = kind.terms and Base(kind.terms(x.grad, x.momentum, network.decays), base_rms)
             x.param.sub_(kind.step(output.add_(last_bias), base))
         return []
 
-    over(list(zip(operands.blocks(), constant_blocks, strict=True)), work, operands.grad.device)
+    over(list(zip(operands.blocks(), bases, constant_blocks, strict=True)), work, operands.grad.device)
+
+
+def _base_step(operands: _Operands, network: Network) -> Tensor:
+    step = nesterov(operands.grad, operands.momentum, network.decays)
+    return orthogonalise(step) if operands.factored else step
 
 
 @torch.no_grad()

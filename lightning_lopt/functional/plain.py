@@ -11,7 +11,8 @@ from torch import Tensor
 from lightning_lopt.functional import ada
 from lightning_lopt.functional.ada import AdaState, Epsilons, Factoring
 from lightning_lopt.functional.layers import Network
-from lightning_lopt.functional.updates import UPDATES, Base
+from lightning_lopt.functional.orthogonal import orthogonalise
+from lightning_lopt.functional.updates import UPDATES, Base, nesterov
 
 
 def features(
@@ -116,8 +117,8 @@ def step(
     if kind.relative:
         context = tensor_features(p, g, state, network, round_idx, factors)
         seen = torch.cat([seen, context[:, :, None, None, None].expand(-1, -1, *g.shape[2:])], 1)
-    if kind.terms is not None:
-        terms = kind.terms(g, state.momentum, network.decays)
-        base = Base(terms, terms.sum(1, keepdim=True).square().mean((2, 3, 4), keepdim=True).sqrt())
+        base_step = nesterov(g, state.momentum, network.decays)
+        rms = base_step.square().mean((2, 3, 4), keepdim=True).sqrt()
+        base = Base(orthogonalise(base_step) if factors.factored else base_step, rms)
     change = kind.step(evaluate(seen, network), base)
     param.copy_(factors.restore(p - change, param))

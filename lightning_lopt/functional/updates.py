@@ -18,11 +18,11 @@ class Base(NamedTuple):
     """A hand-made step that an update starts from.
 
     Attributes:
-        terms: whose sum is the step, per coordinate, [P, M, *].
-        rms: root mean square of their sum over the tensor, [P, 1, *] with trailing dimensions of size 1.
+        step: per coordinate, [P, 1, *].
+        rms: its root mean square over the tensor, [P, 1, *] with trailing dimensions of size 1.
     """
 
-    terms: Tensor
+    step: Tensor
     rms: Tensor
 
 
@@ -41,29 +41,28 @@ def published(output: Tensor, base: Base | None) -> Tensor:
 
 
 def gated(output: Tensor, base: Base | None) -> Tensor:
-    r"""Gates on the terms of a hand-made base step, plus a correction in its units:
-    :math:`\sum_j b_j \exp(\lambda_2 m_j) + \mathrm{rms}(b)\,\lambda_1 d`.
+    r"""A gate on a hand-made base step, plus a correction in its units:
+    :math:`b \exp(\lambda_2 m) + \mathrm{rms}(b)\,\lambda_1 d`.
 
-    A zero output is the base step itself; the step anneals with the pseudo-gradient. Exponents are clamped to
+    A zero output is the base step itself; the step anneals with the pseudo-gradient. The exponent is clamped to
     `GATE_RANGE` and λ1 d to ±`MAX_CORRECTION`, which bounds the step by a multiple of the base step.
 
     Args:
-        output: (λ1 d, λ2 m_1, ..., λ2 m_M), [P, 1 + M, *]; overwritten.
-        base: the base step, of M terms.
+        output: (λ1 d, λ2 m), [P, 2, *]; overwritten.
+        base: the base step.
 
     Returns:
         What is subtracted from the parameter, [P, 1, *].
     """
     assert base is not None
-    correction, gates = output.tensor_split([1], dim=1)
+    correction, gate = output.split(1, dim=1)
     correction.clamp_(-MAX_CORRECTION, MAX_CORRECTION).mul_(base.rms)
-    return correction.add_(gates.clamp_(*GATE_RANGE).exp_().mul_(base.terms).sum(1, keepdim=True))
+    return correction.add_(gate.clamp_(*GATE_RANGE).exp_().mul_(base.step))
 
 
-def nesterov_terms(grad: Tensor, momentum: Tensor, decays: Decays) -> Tensor:
-    r"""Nesterov momentum with learning rate 0.7: :math:`0.7 g` and :math:`0.7 \beta u`, where
-    :math:`u = m_1/(1-\beta_1)` is the heavy-ball sum behind the first momentum accumulator (DiLoCo's outer step when
-    β1 = 0.9).
+def nesterov(grad: Tensor, momentum: Tensor, decays: Decays) -> Tensor:
+    r"""Nesterov momentum: :math:`s = g + \beta u`, where :math:`u = m_1/(1-\beta_1)` is the heavy-ball sum behind the
+    first momentum accumulator.
 
     Args:
         grad: [P, 1, B, a, b].
@@ -71,32 +70,24 @@ def nesterov_terms(grad: Tensor, momentum: Tensor, decays: Decays) -> Tensor:
         decays: complements of the decays.
 
     Returns:
-        [P, 2, B, a, b].
+        [P, 1, B, a, b].
     """
     keep = decays.momentum[:, :1, None, None, None]
-    return torch.cat([0.7 * grad, (0.7 * (1 - keep) / keep) * momentum[:, :1]], 1)
+    return torch.addcmul(grad, (1 - keep) / keep, momentum[:, :1])
 
 
 class Update(NamedTuple):
     """A kind of update.
 
     Attributes:
-        terms: of its base step, if it has one.
-        step: how the network's output turns them into the step.
-        num_outputs: of the network.
+        step: how the network's output becomes the step.
+        relative: whether it starts from a base step: the orthogonalised Nesterov step of a matrix, the plain one of a
+            vector. The network then sees the statistics of the tensor, and no feature changes with the scale of g.
     """
 
-    terms: Callable[[Tensor, Tensor, Decays], Tensor] | None
     step: Callable[[Tensor, Base | None], Tensor]
-    num_outputs: int
-
-    @property
-    def relative(self) -> bool:
-        """Whether the network sees the statistics of the tensor, and no feature changes with the scale of g."""
-        return self.terms is not None
+    relative: bool
 
 
-UPDATES = {
-    "published": Update(None, published, num_outputs=2),
-    "adaptive_nesterov": Update(nesterov_terms, gated, num_outputs=3),
-}
+NUM_OUTPUTS = 2  # of the network: direction and magnitude, or correction and gate
+UPDATES = {"published": Update(published, relative=False), "orthogonal_nesterov": Update(gated, relative=True)}

@@ -28,7 +28,7 @@ def task():
 
 def losses(task, settings, seeds=(0, 1), **kwargs):
     experiment = Experiment(**{"num_workers": 2, "local_steps": 3, "num_rounds": 4, **kwargs})
-    network = AdaMLP(seed=0, update="adaptive_nesterov")
+    network = AdaMLP(seed=0, update="orthogonal_nesterov")
     return simulate.simulate(Shared(task), settings, seeds, experiment, network)
 
 

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from lightning_lopt import AdaMLP
+from lightning_lopt import AdaMLP, LearnedOptimizer
 from lightning_lopt.functional import ada, blocks, learned, plain
-from lightning_lopt.functional.updates import UPDATES, Base, nesterov_terms
+from lightning_lopt.functional.updates import UPDATES
 
 SHAPES = {
     "scalar": (),
@@ -65,7 +65,7 @@ def test_separable_equals_plain_with_worker_inputs(shape):
 @pytest.mark.parametrize("shape", [(13,), (5, 7), (7, 5), (8, 4, 3, 3), (3, 5, 2)], ids=str)
 def test_every_block_boundary(monkeypatch, shape, size):
     monkeypatch.setitem(learned.BLOCK_SIZE, "cpu", size)
-    assert_same(AdaMLP(seed=0, step_mult=0.1, update="adaptive_nesterov"), shape)
+    assert_same(AdaMLP(seed=0, step_mult=0.1, update="orthogonal_nesterov"), shape)
 
 
 @pytest.mark.parametrize("size", [1, 3, 10, 29, 100])
@@ -134,20 +134,36 @@ def test_blocks_cover_each_element_once(size):
     assert bool((ones == 1).all())
 
 
-def test_zero_output_of_the_gates_is_the_outer_step_of_diloco():
-    """0.7 (g + 0.9 u), u = m / 0.1."""
-    kind, grad, momentum = UPDATES["adaptive_nesterov"], torch.randn(1, 1, 1, 2, 3), torch.randn(1, 3, 1, 2, 3)
-    decays = ada.decay_complements(torch.zeros(1, 3), torch.zeros(1, 1), torch.zeros(1, 3))
-    terms = nesterov_terms(grad, momentum, decays)
-    base = Base(terms, terms.sum(1, keepdim=True).square().mean().sqrt())
-    step = kind.step(torch.zeros(1, kind.num_outputs, 1, 2, 3), base)
-    torch.testing.assert_close(step, 0.7 * (grad + 9 * momentum[:, :1]))
+def _zero_output(**kwargs) -> AdaMLP:
+    network = AdaMLP(update="orthogonal_nesterov", **kwargs)
+    torch.nn.init.zeros_(network.get_parameter("layers.2.weight"))
+    return network
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 6), (6, 5), (4, 3, 3, 3)], ids=str)
+def test_a_network_whose_output_is_zero_takes_the_base_step(shape):
+    """Of torch's Nesterov momentum; of matrices the polar factor, nearly, at the same norm."""
+    param, reference = torch.nn.Parameter(torch.zeros(shape)), torch.nn.Parameter(torch.zeros(shape))
+    outer, nesterov = LearnedOptimizer([param], _zero_output()), torch.optim.SGD([reference], 1, 0.9, nesterov=True)
+    for _ in range(3):
+        param.grad = reference.grad = torch.randn(shape)
+        before, before_nesterov = param.detach().clone(), reference.detach().clone()
+        outer.step()
+        nesterov.step()
+        step, plain_step = before - param.detach(), before_nesterov - reference.detach()
+        torch.testing.assert_close(step.norm(), plain_step.norm())
+        if len(shape) == 1:
+            torch.testing.assert_close(step, plain_step)
+            continue
+        u, _, v = torch.linalg.svd(plain_step.flatten(1), full_matrices=False)
+        cosine = torch.nn.functional.cosine_similarity(step.flatten(), (u @ v).flatten(), dim=0)
+        assert cosine > 0.95
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e3])
 @pytest.mark.parametrize("shape", [(7,), (5, 6), (4, 3, 3, 3)], ids=str)
 def test_relative_updates_do_not_depend_on_the_scale(shape, scale):
-    network = AdaMLP(update="adaptive_nesterov", step_mult=0.1, exp_mult=0.1, seed=0).double().functional()
+    network = AdaMLP(update="orthogonal_nesterov", step_mult=0.1, exp_mult=0.1, seed=0).double().functional()
     params = []
     for factor in (1.0, scale):
         generator = torch.Generator().manual_seed(0)

@@ -23,7 +23,7 @@ def evaluation(name: str = "small", **keywords) -> Evaluation:
 
 def diloco() -> AdaMLP:
     """A network whose output is 0: Nesterov momentum 0.9 with the rate 0.7."""
-    network = AdaMLP(update="adaptive_nesterov", seed=0)
+    network = AdaMLP(update="orthogonal_nesterov", seed=0)
     torch.nn.init.zeros_(network.get_parameter("layers.2.weight"))
     return network
 
