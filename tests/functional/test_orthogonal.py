@@ -1,0 +1,54 @@
+"""Orthogonalised steps against the singular value decomposition and torch's Muon."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lightning_lopt.functional.orthogonal import COEFFICIENTS, ITERATIONS, orthogonalise
+
+SHAPES = [(1, 5, 7), (1, 7, 5), (1, 6, 6), (9, 4, 3), (9, 40, 3), (1, 1, 8), (3, 1, 1)]
+
+
+def _matrices(step: torch.Tensor) -> torch.Tensor:
+    """[P, 1, B, a, b] -> [P, a, B b]."""
+    return torch.cat(step.squeeze(1).unbind(1), 2)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_singular_values_go_through_the_polynomial_and_the_norm_stays(shape):
+    step = torch.randn(2, 1, *shape, dtype=torch.float64)
+    result = orthogonalise(step)
+    assert result.shape == step.shape
+    u, values, v = torch.linalg.svd(_matrices(step), full_matrices=False)
+    norm, (a, b, c) = torch.linalg.vector_norm(values, dim=-1, keepdim=True), COEFFICIENTS
+    values = values / norm
+    for _ in range(ITERATIONS):
+        values = a * values + b * values**3 + c * values**5
+    values *= norm / torch.linalg.vector_norm(values, dim=-1, keepdim=True)
+    torch.testing.assert_close(_matrices(result), u * values.unsqueeze(1) @ v)
+
+
+def test_well_conditioned_values_become_nearly_equal():
+    u, _, v = torch.linalg.svd(torch.randn(20, 30), full_matrices=False)
+    step = (u * torch.linspace(0.1, 1, 20) @ v).view(1, 1, 1, 20, 30)
+    values = torch.linalg.svdvals(orthogonalise(step)[0, 0, 0])
+    assert values.max() < 1.8 * values.min()
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (30, 20)], ids=str)
+def test_the_direction_is_that_of_muon(shape):
+    """Which works in bfloat16."""
+    param = torch.nn.Parameter(torch.zeros(shape))
+    muon = torch.optim.Muon([param], lr=1, weight_decay=0, momentum=0)
+    param.grad = torch.randn(shape)
+    muon.step()
+    ours = orthogonalise(param.grad.view(1, 1, 1, *shape))
+    assert F.cosine_similarity(ours.flatten(), -param.detach().flatten(), dim=0) > 0.999
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-15, 1e15])
+def test_any_scale(scale):
+    step = torch.randn(1, 1, 1, 4, 5)
+    torch.testing.assert_close(orthogonalise(scale * step), scale * orthogonalise(step), rtol=1e-4, atol=0)
