@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import inspect
-import math
 import random
 import typing
 from collections.abc import Callable, Sequence
@@ -81,20 +80,6 @@ def source_code(hidden: Sequence[int]) -> ImageMLP:
     return ImageMLP(contexts, codes[places + 5], hidden=hidden, batch_size=32)
 
 
-def new_network(hidden: tuple[int, int], momentum: float = 0.8, seed: int = 0) -> AdaMLP:
-    """A network whose output is 0, so that its gated update starts as the base step.
-
-    Args:
-        hidden: widths of the layers.
-        momentum: of the base step, in (0, 1).
-        seed: of the weights.
-    """
-    network = AdaMLP(update="orthogonal_nesterov", hidden=hidden, step_mult=1.0, exp_mult=1.0, seed=seed)
-    torch.nn.init.zeros_(network.get_parameter("layers.2.weight"))
-    torch.nn.init.constant_(network.get_parameter("decays.momentum")[:1], math.log((1 - momentum) / 0.1) / 10)
-    return network
-
-
 def quick(data: Sequence[Images], seed: int) -> Recipe:
     """A few minutes on a laptop."""
     tasks = []
@@ -103,7 +88,7 @@ def quick(data: Sequence[Images], seed: int) -> Recipe:
         # Few images, so that unrolls also visit the regime in which the training loss goes to 0.
         tasks.append(ImageMLP(images[:1000], labels[:1000], hidden=(32, 32), batch_size=32, size=8))
     training = LocalTraining(8, [1, 2, 4, 8, 16], (0.05, 1.0), decay_share=0.5)
-    network = new_network(hidden=(8, 8), seed=seed)
+    network = AdaMLP.base_step(seed=seed)
     options = {"lr": 5e-3, "decays_lr": 5e-4, "warmup_steps": 10}
     return Recipe([(task, training) for task in tasks], network, 100, options=options)
 
@@ -163,14 +148,14 @@ def default(data: Sequence[Images], seed: int) -> Recipe:
         "truncation": 25,
         "unroll_length": LogUniform(10, 400),
         "sigma": 0.02,
-        "max_window_norm": 1.0,
-        "lr": 5e-3,
+        "max_window_norm": 30.0,
+        "lr": 3e-3,
         "decays_lr": 5e-4,
         "warmup_steps": 10,
-        "final_lr": 2.5e-4,
+        "final_lr": 2e-4,
     }
-    network = new_network((8, 8), seed=seed)
-    return Recipe(tasks, network, steps=400, windows=len(tasks), options=options)
+    network = AdaMLP.base_step(seed=seed)
+    return Recipe(tasks, network, steps=300, windows=len(tasks), options=options)
 
 
 SHORT: dict[str, Any] = {"batch_size": 64, "num_particles": 2, "truncation": 25}  # a sixteenth of the work

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_lopt.functional import ada
 from lightning_lopt.functional.layers import NUM_TENSOR_FEATURES, Network
-from lightning_lopt.functional.updates import NUM_OUTPUTS, UPDATES
+from lightning_lopt.functional.updates import GATE_RANGE, NUM_OUTPUTS, UPDATES
 
 FORMAT = "lightning_lopt.AdaMLP"
 VERSION = "1"
@@ -93,6 +93,47 @@ class AdaMLP(nn.Module):
             }
         )
         self._reset(None if seed is None else torch.Generator().manual_seed(seed))
+
+    @classmethod
+    def base_step(
+        cls, lr: float = 1.0, momentum: float = 0.8, hidden: tuple[int, int] = (8, 8), seed: int | None = None
+    ) -> AdaMLP:
+        r"""A network that takes the step which meta-training of ``"orthogonal_nesterov"`` starts from.
+
+        .. math:: p \leftarrow p - \mathrm{lr}\; O(g + \beta u),\quad u \leftarrow \beta u + g
+
+        where O makes the singular values of a matrix nearly equal and keeps its norm, and leaves a vector as it is.
+        The last layer's weights are 0.
+
+        Args:
+            lr: in [0.02, 7].
+            momentum: β in (0, 1).
+            hidden: widths of the two hidden layers.
+            seed: of their weights.
+
+        Raises:
+            ValueError: an argument out of its range.
+
+        Source: `lightning_lopt.functional.orthogonal`.
+
+        Example:
+            >>> from lightning_lopt import LearnedOptimizer
+            >>> p = torch.nn.Parameter(torch.zeros(2))
+            >>> p.grad = torch.tensor([1.0, -2.0])
+            >>> LearnedOptimizer([p], AdaMLP.base_step(lr=0.5, momentum=0.9)).step()
+            >>> [round(x, 4) for x in p.tolist()]
+            [-0.95, 1.9]
+        """
+        low, high = (math.exp(end) for end in GATE_RANGE)
+        if not (low <= lr <= high and 0 < momentum < 1):
+            raise ValueError(f"lr must be in [{low:.2f}, {high:.2f}] and momentum in (0, 1), not {lr} and {momentum}.")
+        network = cls("mean", hidden, 1.0, 1.0, "orthogonal_nesterov", seed=seed)
+        last = network.layers[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.constant_(last.bias[1:], math.log(lr))
+        nn.init.constant_(network.decays["momentum"][:1], math.log((1 - momentum) / (1 - ada.MOMENTUM_INIT[0])) / 10)
+        return network
 
     @property
     def num_inputs(self) -> int:

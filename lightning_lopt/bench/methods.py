@@ -51,12 +51,18 @@ def _fedadam(local_lr: float) -> Iterator[dict[str, float]]:
     return ({"lr": lr} for lr in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2))
 
 
+def _orthogonal(local_lr: float) -> Iterator[dict[str, float]]:
+    for lr, momentum in product((0.3, 0.5, 0.7, 1.0, 1.4), (0.5, 0.7, 0.8, 0.9)):
+        yield {"lr": lr, "momentum": momentum}
+
+
 GRIDS: dict[str, Callable[[float], Iterator[dict[str, float]]]] = {
     "local_sgd": lambda local_lr: iter([{}]),
     "learned": lambda local_lr: iter([{}]),
     "slowmo": _slowmo,
     "diloco": _diloco,
     "fedadam": _fedadam,
+    "orthogonal": _orthogonal,
     "parallel_sgd": lambda local_lr: iter([{}]),
     "parallel_adam": lambda local_lr: iter([{}]),
 }
@@ -127,7 +133,9 @@ def outer(particles: Sequence[Setting], anchor: Tensors, network: AdaMLP) -> Out
     if method == "local_sgd":
         return averaging(anchor)
     if method == "learned":
-        return learning(anchor, network)
+        return learning(anchor, [network])
+    if method == "orthogonal":
+        return learning(anchor, [AdaMLP.base_step(**setting.options) for setting in particles])
     groups = [
         {"params": params, "local_lr": setting.local_lr, **setting.options}
         for params, setting in zip(views(anchor), particles, strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,11 +26,13 @@ def averaging(anchor: Tensors) -> Outer:
     return step
 
 
-def learning(anchor: Tensors, network: AdaMLP) -> Outer:
-    """The step of a network."""
+def learning(anchor: Tensors, networks: Sequence[AdaMLP]) -> Outer:
+    """The step of a network: of one for all runs, or of one for each."""
     some = next(iter(anchor.values()))
-    own = {name: p.detach().to(some.device).expand(len(some), *p.shape) for name, p in network.named_parameters()}
-    theta, states = network.functional(own), zero_states(anchor)
+    named = [dict(network.named_parameters()) for network in networks]
+    stacked = {name: torch.stack([own[name].detach() for own in named]).to(some.device) for name in named[0]}
+    whole = {name: p.expand(len(some), *p.shape[1:]) for name, p in stacked.items()}
+    theta, states = networks[0].functional(whole), zero_states(anchor)
     rounds = some.new_zeros(len(some), dtype=torch.long)
     return lambda workers, rates, round_idx: outer_step(anchor, workers, states, theta, rounds + round_idx)
 
