@@ -154,6 +154,12 @@ def test_wrong_arguments(options):
         AdaMLP(**options)
 
 
+@pytest.mark.parametrize("options", [{"lr": 0}, {"lr": 10}, {"momentum": 0}, {"momentum": 1}])
+def test_wrong_arguments_of_the_base_step(options):
+    with pytest.raises(ValueError, match="must be in"):
+        AdaMLP.base_step(**options)
+
+
 def test_bundled_weights_have_a_card_and_are_the_default():
     assert "default" in AdaMLP.bundled_names()
     for name in AdaMLP.bundled_names():

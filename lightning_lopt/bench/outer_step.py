@@ -1,6 +1,7 @@
 """Time and memory of one outer step: LearnedOptimizer beside SGD, AdamW and its plain reference twin.
 
-All take the same pseudo-gradients on the same parameters, in turn, so that a disturbance of the machine meets all of
+The twin and the row that it is compared with have the paper's network; the default's has smaller layers, and
+orthogonalises. All take the same pseudo-gradients on the same parameters, in turn, so that a disturbance of the machine meets all of
 them. The share of the peak counts the multiplications of the separable form (3.2 kFLOP per parameter) against the
 fastest square sgemm of the same run. Memory is the peak of the resident set of a fresh process during its first step,
 beyond parameters, gradients and the optimizer's state.
@@ -29,7 +30,7 @@ from lightning_lopt.functional.ada import AdaState
 from lightning_lopt.network import AdaMLP
 from lightning_lopt.optim import LearnedOptimizer
 
-OURS, TWIN = "LearnedOptimizer", "plain twin"
+OURS, TWIN = "LearnedOptimizer, paper", "plain twin"
 FLOP_PER_PARAMETER = 2 * (16 * 32 + 32 * 32 + 32 * 2)
 SGEMM_SIDE = 1536
 GRAD_STD = 1e-3  # about a local learning rate of 0.1, four steps, and gradients of 0.003
@@ -62,6 +63,7 @@ class PlainTwin(Optimizer):
 OPTIMIZERS: dict[str, Callable[[Sequence[Parameter]], Optimizer]] = {
     "SGD momentum": lambda params: SGD(params, lr=0.7, momentum=0.9, nesterov=True),
     "AdamW": lambda params: AdamW(params, lr=1e-3),
+    "LearnedOptimizer, default": lambda params: LearnedOptimizer(params),
     OURS: lambda params: LearnedOptimizer(params, network=AdaMLP(seed=0)),
     TWIN: lambda params: PlainTwin(params, AdaMLP(seed=0)),
 }

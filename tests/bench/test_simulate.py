@@ -33,7 +33,8 @@ def losses(task, settings, seeds=(0, 1), **kwargs):
 
 
 def test_settings_and_seeds_do_not_mix(task):
-    for method, options in (("local_sgd", {}), ("learned", {}), ("slowmo", {"lr": 0.5, "momentum": 0.3})):
+    momentum = {"lr": 0.5, "momentum": 0.3}
+    for method, options in (("local_sgd", {}), ("learned", {}), ("slowmo", momentum), ("orthogonal", momentum)):
         settings = [Setting(method, lr, options) for lr in (0.5, 0.1)]
         together = losses(task, settings)
         assert together.shape == (2, 2, 5)
@@ -100,6 +101,7 @@ def test_grids():
         "slowmo": 220,
         "diloco": 60,
         "fedadam": 12,
+        "orthogonal": 40,
         "parallel_sgd": 11,
         "parallel_adam": 11,
     }
