@@ -12,7 +12,7 @@ from lightning_lopt.functional.blocks import over
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x³ and x⁵: the slope at 0 is as large as it can be
 ITERATIONS = 5
-ROWS = 32  # of a product at a time
+TILE = (64, 512)  # of a product
 
 
 def orthogonalise(step: Tensor) -> Tensor:
@@ -52,16 +52,23 @@ def orthogonalise(step: Tensor) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, by rows of the left: the result does not depend on the number of threads."""
+    """left @ right; on a CPU in tiles, so that the result does not depend on the number of threads."""
+    if left.device.type != "cpu":
+        return torch.bmm(left, right)
+    height, width = TILE
     result = left.new_empty(*left.shape[:2], right.shape[2])
+    tiles = [
+        (rows, columns, tile)
+        for rows, band in zip(left.split(height, 1), result.split(height, 1), strict=True)
+        for columns, tile in zip(right.split(width, 2), band.split(width, 2), strict=True)
+    ]
 
-    def work(parts: Sequence[tuple[Tensor, Tensor]]) -> list[None]:
-        for rows, target in parts:
-            torch.bmm(rows, right, out=target)
+    def work(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[None]:
+        for rows, columns, tile in parts:
+            torch.bmm(rows, columns, out=tile)
         return []
 
-    rows = left.shape[1] if left.device.type != "cpu" else ROWS
-    over(list(zip(left.split(rows, 1), result.split(rows, 1), strict=True)), work, left.device)
+    over(tiles, work, left.device)
     return result
 
 
