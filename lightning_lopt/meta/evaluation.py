@@ -59,7 +59,7 @@ class Evaluation:
 
     def losses(self, network: AdaMLP) -> Tensor:
         """The loss of the global weights on a fixed sample before the first round and after each, [rounds + 1, N]."""
-        return self._losses(partial(learning, network=network))
+        return self._losses(partial(learning, networks=[network]))
 
     @cached_property
     def baselines(self) -> dict[str, Tensor]:
