@@ -1,10 +1,10 @@
 """Time and memory of one outer step: LearnedOptimizer beside SGD, AdamW and its plain reference twin.
 
-The twin and the row that it is compared with have the paper's network; the default's has smaller layers, and
-orthogonalises. All take the same pseudo-gradients on the same parameters, in turn, so that a disturbance of the machine meets all of
-them. The share of the peak counts the multiplications of the separable form (3.2 kFLOP per parameter) against the
-fastest square sgemm of the same run. Memory is the peak of the resident set of a fresh process during its first step,
-beyond parameters, gradients and the optimizer's state.
+The twin and the row that it is compared with have the paper's network; the default has smaller layers, and
+orthogonalises. All take the same pseudo-gradients on the same parameters, in turn, so that a disturbance of the machine
+meets all of them. The share of the peak counts the multiplications of the separable form (3.2 kFLOP per parameter)
+against the fastest square sgemm of the same run. Memory is the peak of the resident set of a fresh process during its
+first step, beyond parameters, gradients and the optimizer's state.
 """
 
 from __future__ import annotations

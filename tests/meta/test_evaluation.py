@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightning_lopt import AdaMLP
+from lightning_lopt.functional import learned
 from lightning_lopt.meta import Evaluation, ImageMLP, LocalOptimizer, LocalTraining
 from tests.meta.test_module import make, trainer
 
@@ -21,17 +22,17 @@ def evaluation(name: str = "small", **keywords) -> Evaluation:
     return Evaluation(name, task, LocalTraining(2, **settings), num_rounds=8, num_runs=2)
 
 
-def diloco() -> AdaMLP:
-    """A network whose output is 0: Nesterov momentum 0.9 with the rate 0.7."""
-    network = AdaMLP(update="orthogonal_nesterov", seed=0)
-    torch.nn.init.zeros_(network.get_parameter("layers.2.weight"))
-    return network
+@pytest.fixture
+def diloco(monkeypatch) -> AdaMLP:
+    """The base step with nothing orthogonalised: Nesterov momentum 0.9 with the rate 0.7."""
+    monkeypatch.setattr(learned, "orthogonalise", lambda step: step)
+    return AdaMLP.base_step(lr=0.7, momentum=0.9)
 
 
 @pytest.mark.parametrize("decay_share", [0.0, 1.0])
-def test_a_network_that_is_diloco_gives_its_curve(decay_share):
+def test_a_network_that_is_diloco_gives_its_curve(decay_share, diloco):
     own = evaluation(decay_share=decay_share)
-    torch.testing.assert_close(own.losses(diloco()), own.baselines["diloco"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(own.losses(diloco), own.baselines["diloco"], rtol=1e-4, atol=1e-5)
     averaging = own.baselines["averaging"]
     assert torch.equal(averaging[0], own.baselines["diloco"][0])
     assert averaging[0, 0] != averaging[0, 1]
@@ -55,14 +56,14 @@ def test_a_diverged_run_counts_as_the_maximum():
         Evaluation("none", own.task, own.training, num_rounds=0)
 
 
-def test_the_validation_loop_logs_ratios_every_n_meta_iterations():
+def test_the_validation_loop_logs_ratios_every_n_meta_iterations(diloco):
     steps = []
 
     class Look(L.Callback):
         def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
             steps.append((trainer.global_step, batch))
 
-    meta = make(network=diloco(), lr=0.0, evaluations=[evaluation("a"), evaluation("b", local_lr=0.1)])
+    meta = make(network=diloco, lr=0.0, evaluations=[evaluation("a"), evaluation("b", local_lr=0.1)])
     fit = trainer(6, Look(), num_sanity_val_steps=0, val_check_interval=2, check_val_every_n_epoch=None)
     fit.fit(meta)
     assert steps == [(step, index) for step in (2, 4, 6) for index in (0, 1)]
