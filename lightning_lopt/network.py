@@ -96,7 +96,7 @@ class AdaMLP(nn.Module):
 
     @classmethod
     def base_step(
-        cls, lr: float = 1.0, momentum: float = 0.8, hidden: tuple[int, int] = (8, 8), seed: int | None = None
+        cls, lr: float = 0.7, momentum: float = 0.85, hidden: tuple[int, int] = (8, 8), seed: int | None = None
     ) -> AdaMLP:
         r"""A network that takes the step which meta-training of ``"orthogonal_nesterov"`` starts from.
 
@@ -106,7 +106,7 @@ class AdaMLP(nn.Module):
         The last layer's weights are 0.
 
         Args:
-            lr: in [0.02, 7].
+            lr: in [0.02, 1.64].
             momentum: β in (0, 1).
             hidden: widths of the two hidden layers.
             seed: of their weights.

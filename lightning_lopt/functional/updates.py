@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_lopt.functional.ada import Decays
 
-GATE_RANGE = (-4.0, 2.0)  # of a gate's exponent
-MAX_CORRECTION = 8.0  # in units of the base step
+GATE_RANGE = (-4.0, 0.5)  # of a gate's exponent: it damps more than it pushes
+MAX_CORRECTION = 1.0  # in units of the base step
 
 
 class Base(NamedTuple):
