@@ -134,7 +134,8 @@ class LearnedLocalSGD(LocalSGD):
 
     .. math:: a \leftarrow a - \mathrm{step}(\mathrm{MLP}(\text{Ada features of } a, g))
 
-    There is nothing to tune: the bundled weights are the default. A step that is not finite, or more than 100 times
+    There is nothing to tune: the bundled weights are the default. They give each coordinate a gate and a correction of
+    an orthogonalised Nesterov step s (`AdaMLP.base_step`): :math:`\mathrm{step} = e^m O(s) + d\,\mathrm{rms}(s)`. A step that is not finite, or more than 100 times
     the averaged one, is replaced by averaging, with a warning.
 
     Args:
@@ -149,6 +150,8 @@ class LearnedLocalSGD(LocalSGD):
     Memory: 16 bytes per parameter and a little per row and column on top of `LocalSGD`; the same bytes per round
     (LAgg-A: K-1 all-gathered payloads instead of an all-reduce, and K times the memory during a sync; an all-reduce's
     bytes and 1/K of the state with `sharded=True`).
+
+    When it fails: with momentum in the local optimizer at a large rate, where any momentum in the outer step diverges.
 
     Source: arXiv 2312.02204.
 
