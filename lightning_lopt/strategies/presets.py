@@ -135,8 +135,8 @@ class LearnedLocalSGD(LocalSGD):
     .. math:: a \leftarrow a - \mathrm{step}(\mathrm{MLP}(\text{Ada features of } a, g))
 
     There is nothing to tune: the bundled weights are the default. They give each coordinate a gate and a correction of
-    an orthogonalised Nesterov step s (`AdaMLP.base_step`): :math:`\mathrm{step} = e^m O(s) + d\,\mathrm{rms}(s)`. A step that is not finite, or more than 100 times
-    the averaged one, is replaced by averaging, with a warning.
+    an orthogonalised Nesterov step s (`AdaMLP.base_step`): :math:`\mathrm{step} = e^m O(s) + d\,\mathrm{rms}(s)`. A
+    step that is not finite, or more than 100 times the averaged one, is replaced by averaging, with a warning.
 
     Args:
         local_steps: H >= 1, or a schedule.
@@ -151,7 +151,7 @@ class LearnedLocalSGD(LocalSGD):
     (LAgg-A: K-1 all-gathered payloads instead of an all-reduce, and K times the memory during a sync; an all-reduce's
     bytes and 1/K of the state with `sharded=True`).
 
-    When it fails: with momentum in the local optimizer at a large rate, where any momentum in the outer step diverges.
+    When it fails: with momentum in the local optimizer at a large rate, where momentum in the outer step can diverge.
 
     Source: arXiv 2312.02204.
 
