@@ -9,6 +9,7 @@ gets `LocalSGD(4)` with DDP's way of starting processes. What cannot pass is in 
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -70,6 +71,7 @@ def pytest_configure(config: Any) -> None:
     _ChildProcessObserver.__init__.__defaults__ = (0.05,)  # each test waits for its thread, which sleeps 5 s
     original = pl.Trainer.__init__
 
+    @functools.wraps(original)  # the command line reads its signature
     def swapped(self: Any, *args: Any, **kwargs: Any) -> None:
         strategy, devices = kwargs.get("strategy", "auto"), kwargs.get("devices", 1)
         on_cpu = kwargs.get("accelerator", "auto") in ("auto", "cpu") and not args
@@ -77,7 +79,8 @@ def pytest_configure(config: Any) -> None:
         if on_cpu and isinstance(strategy, str) and strategy in start:
             kwargs["strategy"] = LocalSGD(4, process_group_backend="gloo", start_method=start[strategy])
         elif on_cpu and type(strategy) is DDPStrategy and not strategy._ddp_kwargs:
-            kwargs["strategy"] = LocalSGD(4, process_group_backend="gloo", start_method=strategy._start_method)
+            options = {"start_method": strategy._start_method, "timeout": strategy._timeout}
+            kwargs["strategy"] = LocalSGD(4, process_group_backend="gloo", **options)
         elif on_cpu and strategy == "auto" and devices in (1, "auto"):
             kwargs.update(accelerator="cpu", devices=1, strategy=LocalSGD(4, process_group_backend="gloo"))
         original(self, *args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import zipfile
@@ -12,6 +13,8 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from typing_extensions import override
+
+END_BYTES = 22  # of a zip file's last record
 
 
 class CheckpointError(ValueError):
@@ -63,20 +66,27 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             _check(file)
         try:
             return super().load_checkpoint(path, *args, **kwargs)
-        except RuntimeError as error:
-            if "PytorchStreamReader" not in str(error):
+        except (RuntimeError, OSError) as error:  # torch may be told to seek before the file's start
+            seeks = isinstance(error, OSError) and error.errno == errno.EINVAL
+            if not seeks and "PytorchStreamReader" not in str(error):
                 raise
             raise _damaged(file, str(error).splitlines()[0]) from error
 
 
 def _check(file: Path) -> None:
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(file) as archive, file.open("rb") as opened:
             entry = archive.testzip()
+            infos = archive.infolist()
+            opened.seek(-END_BYTES, os.SEEK_END)
+            plain = min(i.header_offset for i in infos) == 0 and opened.read(4) == b"PK\5\6"
+            plain = plain and not any(i.external_attr & 0x10 for i in infos)  # a folder: torch would not read its bytes
     except Exception as error:  # zipfile has many for what is no longer a zip file
         raise _damaged(file, f"{type(error).__name__}: {error}") from error
     if entry is not None:
         raise _damaged(file, f"the checksum of {entry} is wrong")
+    if not plain:  # this reader and torch's would not find the same
+        raise _damaged(file, "its table of contents is not as torch writes it")
 
 
 def _damaged(file: Path, reason: str) -> CheckpointError:

@@ -8,18 +8,18 @@ a file of its own beside the checkpoint.
 
 from __future__ import annotations
 
-import glob
+import copy
 import os
 import uuid
 import warnings
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, get_filesystem
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
@@ -29,13 +29,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_lopt.rounds import Rounds
-from lightning_lopt.strategies.atomic import AtomicCheckpointIO
+from lightning_lopt.strategies.atomic import AtomicCheckpointIO, CheckpointError
 from lightning_lopt.strategies.faults import explained
 from lightning_lopt.strategies.loaders import ResumableLoaders, random_state, set_random_state
+from lightning_lopt.strategies.parts import load_part, merged, part_file, remove_parts
 
 CHECKPOINT_KEY = "lightning_lopt"
-CHECKPOINT_VERSION = 4
+CHECKPOINT_VERSION = 5
 GATHER_BYTES = 2**27  # parameters of all workers together; more are not gathered
+T = TypeVar("T")
 
 
 class CheckpointingStrategy(DDPStrategy):
@@ -92,26 +94,31 @@ class CheckpointingStrategy(DDPStrategy):
         token, main = self.broadcast((uuid.uuid4().hex[:12], str(filepath)))
         self._beside[str(filepath)] = main
         state["files"] = {"token": token, "num_workers": self.world_size}
-        own = _worker_file(main, token, self.global_rank)
-        mine = self._worker_state(checkpoint)
+        own = part_file(main, token, self.global_rank)
+        mine = {"token": token, "rank": self.global_rank, **self._worker_state(checkpoint)}
         self._write(filepath, partial(AtomicCheckpointIO().save_checkpoint, mine, own))
         self._write(filepath, write)  # the checkpoint appears when all of its files are there
-        self._remove_worker_files(main, keep=2)  # an asynchronous writer may yet be at the last one
+        remove_parts(main, self.global_rank, keep=2)  # an asynchronous writer may yet be at the last one
 
-    def _write(self, filepath: Any, write: Callable[[], None]) -> None:
-        """Write on this worker; if any worker cannot, none goes on, or waits for it."""
-        problem = None
+    def _as_one(self, work: Callable[[], T], elsewhere: Exception) -> T:
+        """Do it on every worker; if any cannot, none goes on, or waits for it: the others raise `elsewhere`."""
+        result, problem = None, None
         try:
-            write()
+            result = work()
         except Exception as error:
             problem = error
         with explained(self._timeout):
             fine = self.reduce_boolean_decision(problem is None)
         if not fine:
-            raise problem or RuntimeError(
-                f"Another worker could not write its part of {filepath}: see its error. The checkpoints before it are "
-                "intact."
-            )
+            raise problem or elsewhere
+        return cast(T, result)
+
+    def _write(self, filepath: Any, write: Callable[[], None]) -> None:
+        elsewhere = RuntimeError(
+            f"Another worker could not write its part of {filepath}: see its error. The checkpoints before it are "
+            "intact."
+        )
+        self._as_one(write, elsewhere)
 
     def _too_large_to_gather(self) -> bool:
         assert self.lightning_module is not None
@@ -151,15 +158,7 @@ class CheckpointingStrategy(DDPStrategy):
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
         super().remove_checkpoint(filepath)
-        self._remove_worker_files(self._beside.pop(str(filepath), filepath), keep=0)
-
-    def _remove_worker_files(self, filepath: Any, keep: int) -> None:
-        """Delete this worker's files of a checkpoint, but for the last `keep`."""
-        fs = get_filesystem(filepath)
-        files = [str(f) for f in fs.glob(_worker_file(glob.escape(str(filepath)), "*", self.global_rank))]
-        files.sort(key=fs.modified)
-        for file in files[: len(files) - keep]:
-            fs.rm(file)
+        remove_parts(self._beside.pop(str(filepath), filepath), self.global_rank, keep=0)
 
     # -- restoring ------------------------------------------------------------------------------------------------
 
@@ -191,6 +190,11 @@ class CheckpointingStrategy(DDPStrategy):
         """The parts that belong to this process."""
         return [self.global_rank]
 
+    @property
+    def _num_sending(self) -> int:
+        """Workers of a mean, which may have several processes each."""
+        return self.num_workers
+
     def _choose_own(self, state: dict[str, Any], path: Any, weights_only: bool | None) -> list[dict[str, Any]] | None:
         """The parts of this process, None if there are none for it."""
         workers, files = state.pop("workers"), state.pop("files")
@@ -200,24 +204,26 @@ class CheckpointingStrategy(DDPStrategy):
                 "the first worker's optimizer state."
             )
             return None
-        num_workers = files["num_workers"] if workers is None else len(workers)
-        if num_workers != self.num_workers:
-            rank_zero_warn(
-                f"The checkpoint holds {num_workers} workers, there are {self.num_workers} now: all workers continue "
-                "from its last synced weights with the first worker's optimizer state. The steps since, the other "
-                "optimizer states and the position in the epoch's data are dropped."
-            )
-            return None
+        num_parts = files["num_workers"] if workers is None else len(workers)
+        saved, present = (num_parts, len(state["rounds"]["seconds"])), (self.num_workers, self._num_sending)
+        ranks = range(num_parts) if saved != present else self._own_ranks
         if workers is not None:
-            return [workers[rank] for rank in self._own_ranks]
-        real = os.path.realpath(path) if _is_local_file_protocol(path) else path  # "last" may be a link
-        names = [_worker_file(real, files["token"], rank) for rank in self._own_ranks]
-        if not self.reduce_boolean_decision(all(get_filesystem(name).exists(name) for name in names)):
-            raise FileNotFoundError(
-                f"{path} belongs with one file per worker beside it ({Path(names[0]).name} and others), and some are "
-                "missing: move and copy them together. To begin anew from its weights alone use load_from_checkpoint."
-            )
-        return [self.checkpoint_io.load_checkpoint(name, weights_only=weights_only) for name in names]
+            parts = (workers[rank] for rank in ranks)
+        else:
+            real = os.path.realpath(path) if _is_local_file_protocol(path) else path  # "last" may be a link
+            parts = (load_part(self.checkpoint_io, real, files["token"], rank, weights_only) for rank in ranks)
+        elsewhere = CheckpointError(f"Another worker could not read its file beside {path}: see its error.")
+        if saved == present:
+            return self._as_one(partial(list, parts), elsewhere)
+        rank_zero_warn(
+            f"The checkpoint holds {_count(*saved)}, there are {_count(*present)} now: all continue from the mean of "
+            "their weights, optimizer states and error feedback. Their random states, gradients that were accumulating "
+            "and the states of loaders that have their own are dropped."
+        )
+        state["rounds"]["sync"]["flight"] = None
+        part = self._as_one(partial(merged, parts, self.num_workers), elsewhere)
+        part["checkpoint"]["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
+        return [copy.deepcopy(part) for _ in self._own_ranks]
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -256,8 +262,20 @@ class CheckpointingStrategy(DDPStrategy):
         for name, p in self.lightning_module.named_parameters():
             if name in own["gradients"]:
                 p.grad = own["gradients"][name].to(p.device)
-        set_random_state(own["random"])  # not earlier: making an iterator of the loader draws a seed
+        if own["random"] is None:  # there were other workers
+            self._share_out_epoch(own["share"])
+        else:
+            set_random_state(own["random"])  # not earlier: making an iterator of the loader draws a seed
         self._begin_epoch()
+
+    def _share_out_epoch(self, share: Fraction) -> None:
+        """Count what other workers did in this epoch as that many batches of these."""
+        loop = self._trainer.fit_loop
+        progress = loop.epoch_loop.batch_progress
+        done = progress.current.ready
+        new = loop.max_batches if progress.is_last_batch else min(int(done * share), loop.max_batches - 1)
+        for name in ("ready", "started", "processed", "completed"):
+            setattr(progress.current, name, getattr(progress.current, name) + new - done)
 
     def _begin_epoch(self) -> None:
         """Make the iterators of an epoch of which nothing is done yet, where Lightning takes those made before."""
@@ -298,5 +316,6 @@ class CheckpointingStrategy(DDPStrategy):
         return self.lightning_module.trainer
 
 
-def _worker_file(checkpoint_path: Any, token: str, rank: int) -> str:
-    return f"{checkpoint_path}.{token}.worker{rank:05d}"
+def _count(num_parts: int, num_workers: int) -> str:
+    several = f" of {num_parts // num_workers} processes" if num_parts > num_workers else ""
+    return f"{num_workers} workers{several}"

@@ -209,11 +209,19 @@ class LocalSGD(VirtualWorkersStrategy):
     @override
     def configure_ddp(self) -> None:
         """Workers of one rank need no wrapper, and no gradient all-reduce; `Rounds` gives all the weights of rank 0."""
-        ranks = self.num_processes if self._ranks_per_worker == "node" else self._ranks_per_worker
-        self._comm = Communicator(self._timeout, ranks)
-        if ranks > 1:
+        self._comm = Communicator(self._timeout, self._ranks_inside)
+        if self._ranks_inside > 1:
             self._ddp_kwargs["process_group"] = self._comm.new_group_inside()
             super().configure_ddp()
+
+    @property
+    def _ranks_inside(self) -> int:
+        return self.num_processes if self._ranks_per_worker == "node" else self._ranks_per_worker
+
+    @property
+    @override
+    def _num_sending(self) -> int:
+        return self.num_workers // self._ranks_inside
 
     @override
     def on_train_start(self) -> None:

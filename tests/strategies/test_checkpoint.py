@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import multiprocessing
 import warnings
 from functools import partial
@@ -260,7 +261,7 @@ def test_large_parts_lie_in_files_beside_the_checkpoint(tmp_path):
     again, *_ = run_workers(_in_files, 2, str(tmp_path / "b"), str(tmp_path / "a" / "link.ckpt"), connect=False)
     assert torch.equal(whole, again)
     next(path.parent.glob("step=10.ckpt.*.worker00001")).unlink()
-    with pytest.raises(RuntimeError, match="one file per worker beside it"):
+    with pytest.raises(RuntimeError, match="Another worker could not read its file beside"):
         run_workers(_in_files, 2, str(tmp_path / "c"), str(path), connect=False)
 
 
@@ -316,7 +317,8 @@ def test_a_checkpoint_after_the_end_goes_on(tmp_path):
     assert torch.equal(weights, others)
 
 
-def _other_number(rank, num_workers, make, folder, ckpt_path):
+def _other_number(rank, num_workers, make, folder, ckpt_path, gather_bytes=2**27):
+    checkpoint_module.GATHER_BYTES = gather_bytes
     saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
     run = trainer(make(), num_workers, max_epochs=2, callbacks=[saving], enable_checkpointing=True)
     module = Classifier(seed=0)
@@ -325,7 +327,10 @@ def _other_number(rank, num_workers, make, folder, ckpt_path):
     class Start(pl.Callback):
         def on_train_batch_start(self, trainer, module, *_):
             if not seen:
-                seen.append((flat(module), trainer.strategy.rounds.step_idx))
+                rounds = trainer.strategy.rounds
+                local = rounds.local_state()
+                states = trainer.optimizers[0].state_dict()["state"]
+                seen.append(copy.deepcopy((local["sync"], states, rounds.step_idx, rounds.local_step)))
 
     run.callbacks.insert(0, Start())
     with warnings.catch_warnings(record=True) as caught:
@@ -335,21 +340,83 @@ def _other_number(rank, num_workers, make, folder, ckpt_path):
     return flat(module), said, seen[0], run.strategy.rounds.step_idx
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 8])
-def test_another_number_of_workers(num_workers, tmp_path):
-    """A run of 4 workers goes on with others from its last synced weights and outer state."""
-    make = partial(SlowMo, 4)
-    run_workers(_other_number, 4, 4, make, str(tmp_path / "a"), None, connect=False)
+def _mean(trees):
+    """Of what several workers have; what is no floating-point tensor is the first one's."""
+    first = trees[0]
+    if isinstance(first, dict):
+        return {key: _mean([tree[key] for tree in trees]) for key in first}
+    if isinstance(first, list):
+        return [_mean(list(items)) for items in zip(*trees, strict=True)]
+    floating = isinstance(first, torch.Tensor) and first.is_floating_point()
+    return torch.stack(trees).double().mean(0).to(first.dtype) if floating else first
+
+
+OTHER_NUMBER = {
+    "1": (1, partial(SlowMo, 4), 2**27),
+    "2": (2, partial(SlowMo, 4), 2**27),
+    "8": (8, partial(SlowMo, 4), 2**27),
+    "2, in files": (2, partial(SlowMo, 4), 0),
+    "2 virtual": (2, partial(SlowMo, 4, virtual_workers=2), 2**27),
+    "2, residuals": (2, partial(SlowMo, 4, compression="int8"), 2**27),
+    "2, sharded": (2, partial(LearnedLocalSGD, 4, network=AdaMLP(seed=0), sharded=True), 2**27),
+    "8, in flight": (8, partial(LOSCAR, 4, overlap_steps=3, density=0.5), 2**27),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_NUMBER)
+def test_another_number_of_workers(name, tmp_path):
+    """A run of 4 workers goes on with others from the mean of what they had."""
+    num_workers, make, gather_bytes = OTHER_NUMBER[name]
+    virtual = make.keywords.get("virtual_workers", 1)
+    before = partial(make, virtual_workers=1) if virtual > 1 else make
+    run_workers(_other_number, 4, 4, before, str(tmp_path / "a"), None, gather_bytes, connect=False)
     path = tmp_path / "a" / "step=6.ckpt"  # the round has 4 steps
-    state = torch.load(path, weights_only=True)["state_dict"]
-    synced = torch.cat([t.double().flatten() for t in state.values()])
-    results = run_workers(_other_number, num_workers, num_workers, make, str(tmp_path), str(path), connect=False)
-    for weights, _, (start, step), steps in results:
+    parts = torch.load(path, weights_only=True)["lightning_lopt"]["workers"]
+    if parts is None:
+        parts = [torch.load(file, weights_only=True) for file in sorted(path.parent.glob("step=6.ckpt.*.worker*"))]
+    local = {**_mean([{**part["local"]["sync"], "flight": None} for part in parts])}
+    states = _mean([part["checkpoint"]["optimizer_states"][0]["state"] for part in parts])
+    assert len(parts) == 4
+    processes = num_workers // virtual
+    results = run_workers(
+        _other_number, processes, processes, make, str(tmp_path), str(path), gather_bytes, connect=False
+    )
+    for weights, _, (start, start_states, step, local_step), steps in results:
+        torch.testing.assert_close({**start, "flight": None}, local, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(start_states, states, rtol=1e-5, atol=1e-9)
         assert torch.equal(weights, results[0][0])
-        assert torch.equal(start, synced)
-        assert step == 6  # the learning rate's clock goes on
+        assert (step, local_step) == (6, 2)
         assert steps > 8
-        assert "holds 4 workers, there are" in results[0][1][0]
+    assert f"holds 4 workers, there are {num_workers} workers now" in results[0][1][0]
+
+
+def _rows_seen(rank, num_workers, folder, ckpt_paths):
+    """The rows of each epoch that this worker trains on."""
+    seen = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            seen[-1] += [(trainer.current_epoch, x) for x in batch[0][:, 0].tolist()]
+
+    for path in ckpt_paths:
+        seen.append([])
+        callbacks = [Look(), *([SaveEverywhere(folder)] if path is None else [])]
+        run = trainer(SlowMo(4), num_workers, max_epochs=2, callbacks=callbacks)
+        pl.seed_everything(3, verbose=False)
+        run.fit(Classifier(seed=0), loader(96), loader(8), ckpt_path=path)
+    return seen
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_another_number_of_workers_sees_the_rest_of_the_epoch(num_workers, tmp_path):
+    before = [rows for (rows,) in run_workers(_rows_seen, 4, 4, str(tmp_path), [None], connect=False)]
+    paths = sorted(tmp_path.glob("*.ckpt"))
+    after = run_workers(_rows_seen, num_workers, num_workers, str(tmp_path), [*map(str, paths)], connect=False)
+    assert len(paths) == 12 + 2 + 2  # after each batch, validation, epoch
+    for path, *rows in zip(paths, *after, strict=True):
+        batches = int(path.stem[:2])
+        everything = [row for worker in before for row in worker[: 4 * batches]] + [row for own in rows for row in own]
+        assert len(everything) == len(set(everything)) == 2 * 96, path.stem
 
 
 def test_lagg_with_another_number_of_workers_says_the_way_out(tmp_path):

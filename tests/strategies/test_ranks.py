@@ -84,3 +84,29 @@ def test_a_node_is_a_worker(tmp_path):
 def test_wrong_arguments(ranks):
     with pytest.raises(ValueError, match="ranks_per_worker must be"):
         LocalSGD(ranks_per_worker=ranks)
+
+
+def _other_ranks(rank, ranks_per_worker, folder, ckpt_path):
+    saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    run = trainer(
+        SlowMo(4, ranks_per_worker=ranks_per_worker), 4, max_epochs=2, enable_checkpointing=True, callbacks=[saving]
+    )
+    module, seen = Classifier(seed=0), []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            seen.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+
+    run.callbacks.append(Look())
+    run.fit(module, loader(96), ckpt_path=ckpt_path)
+    return seen[0]
+
+
+def test_single_ranks_become_workers_of_two(tmp_path):
+    """As many processes as before; those of a worker must hold the same weights all the time."""
+    run_workers(_other_ranks, 4, 1, str(tmp_path / "a"), None, connect=False)
+    path = tmp_path / "a" / "step=6.ckpt"  # the round has 4 steps
+    weights = run_workers(_other_ranks, 4, 2, str(tmp_path / "b"), str(path), connect=False)
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[2], weights[3])
+    assert not torch.equal(weights[0], weights[2])

@@ -1,0 +1,126 @@
+"""Parts of a checkpoint: files that are damaged or somebody else's, and the mean of several."""
+
+from __future__ import annotations
+
+import random
+import shutil
+
+import pytest
+import torch
+
+from lightning_lopt.strategies.atomic import AtomicCheckpointIO, CheckpointError
+from lightning_lopt.strategies.parts import load_part, merged, part_file
+
+TOKENS = ["first", "second"]
+
+
+def _part(params, states=(), **local):
+    state = {"state": dict(enumerate(states)), "param_groups": []}
+    return {
+        "checkpoint": {"optimizer_states": [state], "loops": {}},
+        "local": {"sync": {"params": params, **local}},
+        "random": {},
+        "gradients": {},
+        "loaders": [{"consumed": 6, "start": {}, "generators": []}, None],
+    }
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Two checkpoints of two workers; the second one's path."""
+    for token in TOKENS:
+        for rank in range(2):
+            part = {"token": token, "rank": rank, **_part([torch.randn(50)])}
+            AtomicCheckpointIO().save_checkpoint(part, part_file(tmp_path / "a.ckpt", token, rank))
+    return tmp_path / "a.ckpt"
+
+
+def _load(path, token="second", rank=1):
+    return load_part(AtomicCheckpointIO(), path, token, rank, weights_only=True)
+
+
+def test_no_damaged_file_is_ever_loaded(saved):
+    """200 files, cut off or extended, or with a bit or a stretch of bytes changed: an error, or what was saved."""
+    file = part_file(saved, "second", 1)
+    with open(file, "rb") as opened:
+        whole = opened.read()
+    expected, draw, refused = _load(saved)["local"]["sync"]["params"][0], random.Random(0), 0
+    for i in range(200):
+        data, at = bytearray(whole), draw.randrange(len(whole))
+        if i % 4 == 0:
+            data = data[:at]
+        elif i % 4 == 1:
+            data[at] ^= 1 << draw.randrange(8)
+        elif i % 4 == 2:
+            data[at : at + 64] = draw.randbytes(64)
+        else:
+            data += draw.randbytes(1 + draw.randrange(100_000))
+        with open(file, "wb") as opened:
+            opened.write(data)
+        try:
+            loaded = _load(saved)
+        except CheckpointError:
+            refused += 1
+        else:
+            assert torch.equal(loaded["local"]["sync"]["params"][0], expected)  # between the entries there is padding
+    assert refused > 100
+
+
+@pytest.mark.parametrize(("token", "rank"), [("second", 0), ("first", 1), ("first", 0)])
+def test_the_file_of_another_worker_or_step_is_refused(saved, token, rank):
+    shutil.copy(part_file(saved, token, rank), part_file(saved, "second", 1))
+    with pytest.raises(CheckpointError, match="another worker's file, or of another checkpoint"):
+        _load(saved)
+
+
+def test_other_files_are_refused(saved, tmp_path):
+    torch.save({"state_dict": {}}, part_file(saved, "second", 1))  # a checkpoint, but no part of one
+    with pytest.raises(CheckpointError, match="another worker's file"):
+        _load(saved)
+    torch.save([1, 2], part_file(saved, "second", 1))
+    with pytest.raises(CheckpointError, match="another worker's file"):
+        _load(saved)
+    with pytest.raises(CheckpointError, match=r"third.worker00001 is missing"):
+        _load(saved, "third")
+
+
+def _adam(x, step):
+    return {"exp_avg": torch.tensor([x]), "step": torch.tensor(step)}
+
+
+def test_the_mean_of_workers():
+    parts = [
+        _part([torch.tensor([x]), None], [_adam(x, step)], residuals=[torch.tensor([3 * x])])
+        for x, step in ((1.0, 4.0), (2.0, 4.0), (6.0, 7.0))
+    ]
+    mean = merged(parts, num_parts=2)
+    assert mean["local"]["sync"] == {
+        "params": [torch.tensor([3.0]), None],
+        "residuals": [torch.tensor([9.0])],
+        "flight": None,
+    }
+    assert mean["checkpoint"]["optimizer_states"][0]["state"] == {0: _adam(3.0, 5.0)}
+    assert mean["loaders"] == [{"consumed": 9, "start": None, "generators": []}, None]
+    assert mean["random"] is None
+
+
+def test_workers_that_diverged_are_not_in_the_mean():
+    values = (float("nan"), 1.0, float("inf"), 3.0)
+    parts = [_part([torch.tensor([x])], [_adam(abs(x), 4.0)]) for x in values]
+    mean = merged(parts, num_parts=2)
+    assert mean["local"]["sync"]["params"] == [torch.tensor([2.0])]
+    assert mean["checkpoint"]["optimizer_states"][0]["state"] == {0: _adam(2.0, 4.0)}
+    gone = merged([_part([torch.tensor([x])]) for x in (float("nan"), float("inf"))], num_parts=2)
+    assert not gone["local"]["sync"]["params"][0].isfinite()  # the next round leaves out all, and keeps the anchor
+
+
+def test_states_that_cannot_be_averaged_are_the_first_workers():
+    history = {"old_dirs": [torch.ones(1)], "d": torch.ones(1)}
+    codes = {"codes": torch.ones(1, dtype=torch.uint8), "scale": torch.ones(1)}
+    buffer = {"momentum_buffer": torch.ones(1)}
+    parts = [_part([], [history, codes, {}]), _part([], [{"old_dirs": [], "d": 3 * torch.ones(1)}, codes, buffer])]
+    states = merged(parts, num_parts=1)["checkpoint"]["optimizer_states"][0]["state"]
+    assert states == {0: history, 1: codes, 2: {}}
+    parts[0]["checkpoint"]["optimizer_states"][0]["state"].pop(2)  # an optimizer without a state for it
+    states = merged(parts, num_parts=1)["checkpoint"]["optimizer_states"][0]["state"]
+    assert states[2] == buffer
