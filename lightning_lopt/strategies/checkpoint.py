@@ -239,7 +239,11 @@ class CheckpointingStrategy(DDPStrategy):
             return
         self._resumed = True
         self.rounds.load_local_state(self._own[0]["local"])
-        self._loaders = ResumableLoaders(self._own[0]["loaders"])
+        loop = self._trainer.fit_loop
+        self._loaders.load_state_dicts(self._own[0]["loaders"], loop.epoch_progress.current.processed)
+        if loop._combined_loader is not None:  # configure_optimizers asked for the number of steps
+            loop._load_combined_loader_states()
+            iter(loop._data_fetcher)
         if None not in self._own[0]["loaders"]:
             warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
 

@@ -93,8 +93,8 @@ class ResumableLoaders:
     rewind themselves.
     """
 
-    def __init__(self, states: list[dict[str, Any] | None] | None = None) -> None:
-        self._states = list(states or [])
+    def __init__(self) -> None:
+        self._states: list[dict[str, Any] | None] = []
         self._loaders: list[tuple[DataLoader, str, IndexSampler] | None] = []
 
     def wrap(self, loader: Any, epoch: int, at_once: int = 1) -> None:
@@ -117,6 +117,14 @@ class ResumableLoaders:
             _set_sampler_epoch(loader, epoch)  # loader processes fetch before Lightning sets it
             sampler.load_state_dict(state)
         self._loaders.append((loader, name, sampler))
+
+    def load_state_dicts(self, states: list[dict[str, Any] | None], epoch: int) -> None:
+        """Put the loaders, those that are yet to be wrapped too, where `state_dicts` says; make new iterators then."""
+        self._states = states
+        for entry, state in zip(self._loaders, states, strict=False):
+            if entry is not None and state is not None:
+                _set_sampler_epoch(entry[0], epoch)
+                entry[2].load_state_dict(state)
 
     def start(self) -> None:
         """Give the users' generators the states that they had: making an iterator has drawn from them."""

@@ -176,6 +176,7 @@ class LocalSGD(VirtualWorkersStrategy):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
+        self._loaders = ResumableLoaders()  # configure_optimizers may set up the data
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING:
             return
@@ -201,7 +202,6 @@ class LocalSGD(VirtualWorkersStrategy):
             for optimizer in optimizers:  # sees those who step torch's own optimizer, too
                 optimizer.register_step_post_hook(self._note_step)
         self._resumed = False
-        self._loaders = ResumableLoaders()
         callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         others = [c for c in callbacks if not isinstance(c, RoundCallback | SignalCallback)]
         callbacks[:] = [RoundCallback(self), *others, SignalCallback()]

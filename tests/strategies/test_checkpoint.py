@@ -89,6 +89,16 @@ class TwoLoaders(Classifier):
         return loss
 
 
+class OneCycle(Classifier):
+    """Its schedule asks the Trainer for the number of steps, which sets up the data before anything is restored."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.Adam(self.parameters(), lr=0.1)
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
 def _from_every_step(rank, make, options, data, folder):
     """Train to the end, saving at every step; then again from each of the checkpoints."""
     devices = options.pop("devices", 2)
@@ -179,6 +189,9 @@ EVERY_STEP = {
     "sharded LAgg-A": (partial(LearnedLocalSGD, 4, network=AdaMLP(inputs=2, seed=0), sharded=True), {}, short),
     "limited": (partial(SlowMo, 4), {"limit_train_batches": 5}, short),
     "loader processes": (partial(SlowMo, 4), {}, _loader_processes),
+    "schedule of the whole run": (partial(SlowMo, 4), {"module": OneCycle, "everywhere": True}, short),
+    "schedule of the whole run, loader processes": (partial(SlowMo, 4), {"module": OneCycle}, _loader_processes),
+    "schedule of the whole run, stateful loader": (partial(SlowMo, 4), {"module": OneCycle}, CountingLoader),
     "own sampler": (partial(SlowMo, 4), {"use_distributed_sampler": False, "limit_train_batches": 6}, _weighted),
     "own generator": (partial(SlowMo, 4), {"use_distributed_sampler": False, "limit_train_batches": 6}, _own_generator),
     "one worker": (partial(SlowMo, 4), {"devices": 1}, partial(loader, 24)),
