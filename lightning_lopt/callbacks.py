@@ -49,8 +49,7 @@ class RoundMonitor(Callback):
 
     def __init__(self) -> None:
         self.history: list[dict[str, float]] = []
-        self._rounds: Rounds | None = None
-        self._last: RoundReport | None = None
+        self._new: list[tuple[RoundReport, int]] = []  # and the bytes sent by then
         self._start = 0.0
         self._sync_seconds = 0.0
         self._fell_back = 0
@@ -58,7 +57,8 @@ class RoundMonitor(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._rounds, self._last = _rounds(trainer, "RoundMonitor watches the rounds"), None
+        rounds = _rounds(trainer, "RoundMonitor watches the rounds")
+        rounds.listeners.append(lambda report: self._new.append((report, rounds.comm.bytes_sent)))
         self._start = time.perf_counter()
         self._sync_seconds = 0.0
 
@@ -66,26 +66,32 @@ class RoundMonitor(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._log_new_round(trainer, pl_module)
+        self._log_new_rounds(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._log_new_rounds(trainer, None)  # those of others, for whom this worker has waited
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._log_new_round(trainer, None)
+        self._log_new_rounds(trainer, None)
 
-    def _log_new_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule | None) -> None:
-        rounds = self._rounds
-        if rounds is None or rounds.last_report is self._last:
-            return
-        report = self._last = rounds.last_report
-        assert report is not None
+    def _log_new_rounds(self, trainer: pl.Trainer, pl_module: pl.LightningModule | None) -> None:
+        new, self._new = self._new, []
+        for report, bytes_sent in new:
+            self._log(trainer, pl_module, report, bytes_sent)
+
+    def _log(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule | None, report: RoundReport, bytes_sent: int
+    ) -> None:
         self._sync_seconds += report.sync_seconds
         self._fell_back += report.fell_back
         self._left_out += report.left_out
         elapsed = time.perf_counter() - self._start
         metrics = {
-            "rounds/round": float(rounds.round_idx),
+            "rounds/round": float(report.round_idx + 1),
             "rounds/local_steps": float(report.local_steps),
-            "rounds/bytes_sent": float(rounds.comm.bytes_sent),
+            "rounds/bytes_sent": float(bytes_sent),
             "rounds/sync_seconds": report.sync_seconds,
             "rounds/transfer_seconds": report.transfer_seconds,
             "rounds/waited_seconds": report.waited_seconds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -45,6 +46,7 @@ class Rounds:
         due: local step of the present round at which a sync is launched or finished.
         in_step: whether all workers have taken as many steps, as far as they told each other.
         last_report: the `RoundReport` of the last sync.
+        listeners: called with each `RoundReport`, at once.
 
     Raises:
         ValueError: `local_steps` < 1, nothing to train, a network or speeds for another number of workers.
@@ -96,6 +98,7 @@ class Rounds:
         self.local_steps: int | None = None
         self.due = 0
         self.last_report: RoundReport | None = None
+        self.listeners: list[Callable[[RoundReport], object]] = []
 
     def step(self) -> bool:
         """Count a local step, right after `optimizer.step()`; launch a sync or end the round if it is time.
@@ -175,6 +178,8 @@ class Rounds:
         self.local_step = 0
         self.local_steps = None
         self.pace.start(0)
+        for listener in self.listeners:
+            listener(self.last_report)
 
     def _hear(self) -> None:
         self.pace.hear([worker.seconds for worker in self.sync.told])

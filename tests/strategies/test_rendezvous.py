@@ -181,6 +181,19 @@ def _stopped_and_resumed(rank, folder, speeds, name):
     return ends, saved["rounds"]["seconds"]
 
 
+def _monitored(rank):
+    _, run, _ = _fit(rank, LocalSGD(local_steps=4), [5, 12])
+    (monitor,) = (callback for callback in run.callbacks if isinstance(callback, RoundMonitor))
+    return [(row["rounds/round"], row["rounds/local_steps"]) for row in monitor.history], run.strategy.rounds.round_idx
+
+
+def test_a_waiting_worker_monitors_the_rounds_of_the_others():
+    (waiting, rounds), (working, _) = run_workers(_monitored, 2, connect=False)
+    assert [number for number, _ in waiting] == [number for number, _ in working] == [*range(1, rounds + 1)]
+    assert [steps for _, steps in waiting] == [4, 1, 0] * 2
+    assert [steps for _, steps in working] == [4, 4, 4] * 2
+
+
 @pytest.mark.parametrize(("speeds", "name"), [([1, 4, 2, 3], "loscar"), (None, "top-k"), ("measured", "local sgd")])
 def test_resume_from_a_meeting(tmp_path, speeds, name):
     for (whole, again), seconds in run_workers(
