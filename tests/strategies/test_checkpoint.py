@@ -273,9 +273,13 @@ def test_large_parts_lie_in_files_beside_the_checkpoint(tmp_path):
     (tmp_path / "a" / "link.ckpt").symlink_to("step=10.ckpt")
     again, *_ = run_workers(_in_files, 2, str(tmp_path / "b"), str(tmp_path / "a" / "link.ckpt"), connect=False)
     assert torch.equal(whole, again)
-    next(path.parent.glob("step=10.ckpt.*.worker00001")).unlink()
-    with pytest.raises(RuntimeError, match="Another worker could not read its file beside"):
-        run_workers(_in_files, 2, str(tmp_path / "c"), str(path), connect=False)
+    (first,), (second,) = (path.parent.glob(f"step=10.ckpt.*.worker{rank:05d}") for rank in range(2))
+    (other,) = path.parent.glob("step=12.ckpt.*.worker00001")
+    whole = second.read_bytes()
+    for damage in (first.read_bytes(), other.read_bytes(), whole[: len(whole) // 2], None):
+        second.unlink() if damage is None else second.write_bytes(damage)
+        with pytest.raises(RuntimeError, match="CheckpointError: Another worker could not read its file beside"):
+            run_workers(_in_files, 2, str(tmp_path / "c"), str(path), connect=False)
 
 
 class _Killed(BaseException):
