@@ -86,8 +86,8 @@ def pytest_configure(config: Any) -> None:
         if on_cpu and isinstance(strategy, str) and strategy in start:
             kwargs["strategy"] = LocalSGD(4, process_group_backend="gloo", start_method=start[strategy])
         elif on_cpu and type(strategy) is DDPStrategy and not strategy._ddp_kwargs:
-            options = {"start_method": strategy._start_method, "timeout": strategy._timeout}
-            kwargs["strategy"] = LocalSGD(4, process_group_backend="gloo", **options)
+            start_method, timeout = strategy._start_method, strategy._timeout
+            kwargs["strategy"] = LocalSGD(4, process_group_backend="gloo", start_method=start_method, timeout=timeout)
         elif on_cpu and strategy == "auto" and devices in (1, "auto"):
             kwargs.update(accelerator="cpu", devices=1, strategy=LocalSGD(4, process_group_backend="gloo"))
         original(self, *args, **kwargs)

@@ -223,7 +223,7 @@ class CheckpointingStrategy(DDPStrategy):
         state["rounds"]["sync"]["flight"] = None
         part = self._as_one(partial(merged, parts, self.num_workers), elsewhere)
         part["checkpoint"]["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
-        return [copy.deepcopy(part) for _ in self._own_ranks]
+        return [part, *(copy.deepcopy(part) for _ in self._own_ranks[1:])]
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -276,8 +276,10 @@ class CheckpointingStrategy(DDPStrategy):
         """Count what other workers did in this epoch as that many batches of these."""
         loop = self._trainer.fit_loop
         progress = loop.epoch_loop.batch_progress
-        done = progress.current.ready
-        new = loop.max_batches if progress.is_last_batch else min(int(done * share), loop.max_batches - 1)
+        done, last = progress.current.ready, loop.max_batches
+        if progress.is_last_batch and last == float("inf"):
+            return
+        new = last if progress.is_last_batch else min(int(done * share), last - 1)
         for name in ("ready", "started", "processed", "completed"):
             setattr(progress.current, name, getattr(progress.current, name) + new - done)
 
