@@ -2,8 +2,8 @@
 
 Each worker is a process in a network namespace of its own, joined to the others by a bridge, with tc's tbf on both ends
 of its link; latency is what that has by itself. Without the rights for this the collectives sleep instead, and the
-table says so. Methods take turns, so that a disturbance of the machine meets all of them; before each turn the time of
-a local step that nobody disturbs is measured.
+table says so. Methods take turns of a round, the one that has trained for the least time the next, so that disturbances
+of the machine meet all of them; before each turn the time of a local step that nobody disturbs is measured.
 """
 
 from __future__ import annotations
@@ -14,42 +14,50 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from lightning_lopt.bench.link import Link, Round, hidden_share, local_steps_that_pay, rate_where_equal, round_seconds
 from lightning_lopt.bench.namespaces import run_linked, run_local, why_not
 from lightning_lopt.bench.report import machine, table
-from lightning_lopt.bench.wire_methods import DDP, NAMES, round_of
-from lightning_lopt.bench.wire_worker import Setup, ViT
+from lightning_lopt.bench.wire_methods import DDP, FOR_UNEQUAL_SPEEDS, NAMES, USUAL, round_of
+from lightning_lopt.bench.wire_worker import Setup, ViT, load
 
 RATES = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)
 Rows = Sequence[Mapping[str, Any]]
 
 
 class Measured:
-    """The turns of one method.
+    """The rounds of one method.
 
     Args:
         setup: of the run.
         rows: of this method, in order.
-        step_seconds: of a local step without any sync.
+        step_seconds: of a local step without any sync, of each worker.
         parameters: of the model.
     """
 
-    def __init__(self, setup: Setup, rows: Rows, step_seconds: float, parameters: int) -> None:
-        self.name, self._rows, self._step_seconds = rows[0]["method"], rows, step_seconds
-        self.link, self.steps = Link(setup.mbit), rows[0]["steps"]
-        self.round = round_of(self.name, setup.local_steps, parameters, setup.num_workers)
+    def __init__(self, setup: Setup, rows: Rows, step_seconds: Sequence[float], parameters: int) -> None:
+        self.name, self.link, self._rows = rows[0]["method"], setup.link, rows
+        rounds = [
+            round_of(self.name, setup.local_steps, parameters, step_seconds, rank) for rank in range(len(step_seconds))
+        ]
+        self.local_steps = [a_round.local_steps for a_round in rounds]
+        slowest = partial(round_seconds, link=self.link)
+        self.round, self.step_seconds = max(zip(rounds, step_seconds, strict=True), key=lambda pair: slowest(*pair))
+        self.runs = [_Run([row for row in rows if row["seed"] == seed]) for seed in setup.seeds]
 
     @property
     def seconds(self) -> float:
         """Of a round: the median."""
-        return statistics.median([r["seconds"] for r in self._rows]) * self.round.local_steps / self.steps
+        return self._median("seconds")
 
     @property
     def bound(self) -> float:
-        return round_seconds(self.round, self._step_seconds, self.link)
+        """That of the worker with the latest one: each could be as fast as this, and the others wait for it."""
+        return round_seconds(self.round, self.step_seconds, self.link)
 
     @property
     def with_work(self) -> Round:
@@ -65,55 +73,73 @@ class Measured:
         total = sum(r["transfer_seconds"] + exposed for r in reports)
         return 1 - sum(r["waited_seconds"] + exposed for r in reports) / total if reports else None
 
-    @property
-    def clock(self) -> list[float]:
-        """Seconds of training at the end of each turn."""
-        seconds = [r["seconds"] for r in self._rows]
-        return [sum(seconds[: i + 1]) for i in range(len(seconds))]
+    def _median(self, key: str) -> float:
+        return statistics.median([r[key] / r["rounds"] for r in self._rows])
 
-    @property
-    def losses(self) -> list[float]:
-        return [r["loss"] for r in self._rows]
+    def line(self, targets: Sequence[float], first: Measured) -> dict[str, Any]:
+        """The row of the table.
 
-    def turns_to(self, target: float) -> int | None:
-        """Turns until the loss is at most `target`."""
-        return next((i + 1 for i, loss in enumerate(self.losses) if loss <= target), None)
-
-    def per_step(self, mbit: float) -> float:
-        """Modelled seconds per local step on another link."""
-        return round_seconds(self.with_work, self._step_seconds, Link(mbit)) / self.round.local_steps
-
-    def line(self, target: float, first: Measured) -> dict[str, Any]:
-        """The row of the table."""
-        turns, others = self.turns_to(target), first.turns_to(target)
-        seconds = None if turns is None else self.clock[turns - 1]
+        Args:
+            targets: loss, for each seed.
+            first: method.
+        """
+        ours = [run.until(target) for run, target in zip(self.runs, targets, strict=True)]
+        theirs = [run.until(target) for run, target in zip(first.runs, targets, strict=True)]
+        pairs = [(a[1] / b[1] if a and b else None) for a, b in zip(theirs, ours, strict=True)]
         return {
             "method": self.name,
-            "H": self.round.local_steps,
+            "H": " ".join(map(str, dict.fromkeys(self.local_steps))),
             "Q": round(self.round.overlap_steps, 2),
             "MB per round": (self.round.transfer + self.round.exposed).bytes_sent / 1e6,
             "s per round": self.seconds,
             "bound": self.bound,
             "share of bound": self.bound / self.seconds,
             "hidden": self.hidden,
-            "can hide": hidden_share(self.round, self._step_seconds, self.link),
+            "can hide": hidden_share(self.round, self.step_seconds, self.link),
+            "outer step, s": None if self.name == DDP else self._median("outer_seconds"),
             "besides, s": self.seconds - self.bound,
-            "last loss": self.losses[-1],
-            "steps to target": None if turns is None else turns * self.steps,
-            "s to target": seconds,
-            "times faster": None if seconds is None or others is None else first.clock[others - 1] / seconds,
+            **_spread("steps", [run.steps for run in self.runs]),
+            **_spread("last loss", [run.losses[-1] for run in self.runs]),
+            **_spread("s to target", [end and end[1] for end in ours]),
+            **_spread("times faster", pairs),
         }
 
-    def rates(self, target: float, ddp: Measured) -> dict[str, Any]:
+    def rates(self, targets: Sequence[float], ddp: Measured) -> dict[str, Any]:
         """By rate, how much sooner than data-parallel training it is at the target; up to which rate; which H pays."""
-        turns, others = self.turns_to(target), ddp.turns_to(target)
+        ends = [(a.until(t), b.until(t)) for a, b, t in zip(self.runs, ddp.runs, targets, strict=True)]
         gains: dict[str, float | None] = dict.fromkeys([*map("{:g}".format, RATES), "equal at"])
-        if turns is not None and others is not None:
-            progress = others * ddp.steps / (turns * self.steps)
-            gains = {f"{mbit:g}": progress * ddp.per_step(mbit) / self.per_step(mbit) for mbit in RATES}
-            gains["equal at"] = rate_where_equal(self.with_work, ddp.round, self._step_seconds, progress)
-        pays = local_steps_that_pay(self.with_work, self._step_seconds, self.link)
+        if all(ours and theirs for ours, theirs in ends):
+            steps = statistics.fmean(theirs[0] / ours[0] for ours, theirs in ends if ours and theirs)  # of theirs
+            for mbit in RATES:
+                seconds = [round_seconds(m.with_work, m.step_seconds, Link(mbit)) for m in (ddp, self)]
+                gains[f"{mbit:g}"] = steps * seconds[0] / seconds[1]
+            progress = steps / self.round.local_steps
+            gains["equal at"] = rate_where_equal(self.with_work, ddp.round, self.step_seconds, progress)
+        pays = local_steps_that_pay(self.with_work, self.step_seconds, self.link)
         return {"method": self.name, **gains, "H for 10 %": pays}
+
+
+class _Run:
+    """The rounds of one method with one seed."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.losses = [row["loss"] for row in rows]
+        self.steps = sum(statistics.fmean(row["steps"]) for row in rows)  # of a worker
+        self.rounds = [*accumulate(row["rounds"] for row in rows)]
+        self.clock = [*accumulate(row["seconds"] for row in rows)]
+
+    def until(self, target: float) -> tuple[int, float] | None:
+        """Rounds and seconds of training until the loss is at most `target`."""
+        ends = zip(self.losses, self.rounds, self.clock, strict=True)
+        return next(((rounds, seconds) for loss, rounds, seconds in ends if loss <= target), None)
+
+
+def _spread(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
+    """The mean over seeds, None where one is missing, and the standard deviation if there are several."""
+    known = [value for value in values if value is not None]
+    whole = len(known) == len(values)
+    several = whole and len(known) > 1
+    return {name: statistics.fmean(known) if whole else None, f"± {name}": statistics.stdev(known) if several else None}
 
 
 def read(path: Path) -> tuple[Setup, list[Measured]]:
@@ -123,7 +149,7 @@ def read(path: Path) -> tuple[Setup, list[Measured]]:
     by_method = defaultdict(list)
     for row in rows:
         by_method[row["method"]].append(row)
-    step_seconds = statistics.median([row["step_seconds"] for row in rows])
+    step_seconds = [statistics.median(times) for times in zip(*(row["step_seconds"] for row in rows), strict=True)]
     return setup, [Measured(setup, rows, step_seconds, header["parameters"]) for rows in by_method.values()]
 
 
@@ -132,32 +158,36 @@ def report(path: Path, target: float | None, png: Path | None) -> None:
 
     Args:
         path: the rows.
-        target: loss; None for that at which the first method ends.
+        target: loss; None for that at which the first method ends, with the same seed.
         png: of the plot.
     """
     setup, methods = read(path)
     first = methods[0]
-    target = first.losses[-1] if target is None else target
-    print(table([m.line(target, first) for m in methods]))
-    print(f"\nTarget loss {target:.4g}; a local step alone takes {1e3 * first._step_seconds:.0f} ms (median).")
+    targets = [run.losses[-1] if target is None else target for run in first.runs]
+    print(table([m.line(targets, first) for m in methods]))
+    print(
+        f"\nTarget loss {' '.join(map('{:.4g}'.format, targets))}; a local step alone takes {first.step_seconds:.3g} s."
+    )
     if setup.delayed:
         print("DELAYED: the collectives slept as long as a link of this rate would take; no link was limited.")
     if first.name == DDP:
         print(f"\nTimes faster than {DDP} to the target, modelled from these steps and seconds, by rate in Mbit/s:\n")
-        print(table([m.rates(target, first) for m in methods[1:]]))
+        print(table([m.rates(targets, first) for m in methods[1:]]))
     if png:
-        draw(methods, target, png)
+        draw(methods, targets, png)
 
 
-def draw(methods: Sequence[Measured], target: float, path: Path) -> None:
-    """Loss over seconds."""
+def draw(methods: Sequence[Measured], targets: Sequence[float], path: Path) -> None:
+    """Loss over seconds, a line for each seed."""
     from matplotlib.figure import Figure  # an extra
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for method in methods:
-        axes.plot(method.clock, method.losses, marker=".", label=method.name)
-    axes.axhline(target, color="grey", linewidth=0.8, linestyle="--")
+    for i, method in enumerate(methods):
+        for run in method.runs:
+            label = method.name if run is method.runs[0] else None
+            axes.plot(run.clock, run.losses, marker=".", color=f"C{i}", label=label)
+    axes.axhline(statistics.fmean(targets), color="grey", linewidth=0.8, linestyle="--")
     title = f"links of {methods[0].link.mbit:g} Mbit/s"
     axes.set(xlabel="seconds of training", ylabel="training loss of the global weights", yscale="log", title=title)
     axes.legend()
@@ -168,12 +198,11 @@ def draw(methods: Sequence[Measured], target: float, path: Path) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command line."""
     default = Setup([])
-    every = [name for name in NAMES if name != "LOSCAR, overwriting"]
     parser.add_argument("--mbit", type=float, default=default.mbit, help="rate of each worker's link")
-    parser.add_argument("--methods", nargs="+", choices=NAMES, default=every)
+    parser.add_argument("--methods", nargs="+", choices=NAMES, default=USUAL)
     parser.add_argument("--num-workers", type=int, default=default.num_workers)
     parser.add_argument("--local-steps", type=int, default=default.local_steps)
-    parser.add_argument("--turns", type=int, default=default.turns, help="rounds of each method")
+    parser.add_argument("--seconds", type=float, default=default.seconds, help="of training with each method and seed")
     parser.add_argument("--ddp-steps", type=int, default=default.ddp_steps, help="of DDP in the place of a round")
     parser.add_argument("--batch-size", type=int, default=default.batch_size, help="per worker")
     parser.add_argument("--local-lr", type=float, default=default.local_lr, help="of AdamW")
@@ -184,9 +213,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=default.step_seconds,
         help="stretch local steps to this time, one number for all workers or one for each",
     )
-    parser.add_argument("--seed", type=int, default=default.seed)
+    parser.add_argument("--seeds", nargs="+", type=int, default=default.seeds)
     parser.add_argument("--width", type=int, default=default.width, help="of the transformer")
     parser.add_argument("--depth", type=int, default=default.depth, help="of the transformer")
+    parser.add_argument("--data", help="folder with Fashion-MNIST's idx.gz files; default: scikit-learn's digits")
     parser.add_argument("--target", type=float, help="loss; default: that at which the first method ends")
     parser.add_argument("--out", type=Path, default=Path("wire.jsonl"), help="file for the rows")
     parser.add_argument("--png", type=Path, help="file for the plot")
@@ -201,9 +231,16 @@ def main(args: argparse.Namespace) -> None:
             print(f"No link can be limited here: {reason}. The collectives sleep instead.")
         fields = {name: getattr(args, name) for name in asdict(Setup([])) if name not in ("delayed", "out")}
         setup = Setup(**fields, delayed=reason is not None, out=str(args.out.resolve()))
-        parameters = sum(p.numel() for p in ViT(setup.width, setup.depth).parameters())
+        if not all(setup.stretched) and set(setup.methods) & {*FOR_UNEQUAL_SPEEDS}:
+            raise SystemExit("Paced methods need --step-seconds, one for each worker: these say how fast it is.")
+        model = ViT(load(setup.data)[0].shape[-1], setup.width, setup.depth)
+        parameters = sum(p.numel() for p in model.parameters())
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        header = {"setup": asdict(replace(setup, out=args.out.name)), "parameters": parameters, "machine": machine()}
+        header = {
+            "setup": asdict(replace(setup, out=args.out.name, data=setup.data and "fashion-mnist")),
+            "parameters": parameters,
+            "machine": machine(),
+        }
         args.out.write_text(json.dumps(header) + "\n")
         command = ["-m", "lightning_lopt.bench.wire_worker", json.dumps(asdict(setup))]
         if reason:
