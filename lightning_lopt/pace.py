@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -105,7 +106,12 @@ def check_speeds(speeds: WorkerSpeeds) -> None:
     Raises:
         ValueError: neither positive numbers nor `"measured"` nor None.
     """
-    if speeds is None or speeds == "measured":
-        return
-    if isinstance(speeds, str) or not speeds or not all(v > 0 and math.isfinite(v) for v in speeds):
-        raise ValueError(f"worker_speeds must be positive numbers, one per worker, 'measured' or None, not {speeds!r}.")
+    if speeds is None or isinstance(speeds, str):
+        fine = speeds in (None, "measured")
+    else:
+        fine = isinstance(speeds, Sequence) and all(isinstance(v, Real) and 0 < v < math.inf for v in speeds)
+        fine = fine and len(speeds) > 0 and min(speeds) / max(speeds) > 0
+    if not fine:
+        raise ValueError(
+            f"worker_speeds must be a list of positive numbers, one per worker, 'measured' or None, not {speeds!r}."
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from functools import partial
 
@@ -40,9 +41,19 @@ def test_steps_in_proportion_to_speed(speeds, local_steps, overlap, expected):
     assert [(n, pace.overlap(overlap, n)) for n, pace in zip(steps, paces, strict=True)] == expected
 
 
-@pytest.mark.parametrize("speeds", [[1.0], [1, 0], [1, -1], [1, float("inf")], "fast", []])
+@pytest.mark.parametrize(
+    "speeds",
+    [[1, 0], [1, -1], [1, math.inf], [1, math.nan], [1e300, 1e-300], "fast", "", [], ["3", "1"], 3, np.ones(2)],
+    ids=str,
+)
 def test_wrong_speeds(speeds):
-    with pytest.raises(ValueError, match="worker_speeds"):
+    with pytest.raises(ValueError, match="must be a list of positive numbers, one per worker"):
+        Pace(speeds, 2, 0, CPU)
+
+
+@pytest.mark.parametrize("speeds", [[1.0], (1, 2, 3)])
+def test_speeds_of_another_number_of_workers(speeds):
+    with pytest.raises(ValueError, match=f"{len(speeds)} numbers, but there are 2 workers"):
         Pace(speeds, 2, 0, CPU)
 
 

@@ -1,4 +1,4 @@
-"""Worker processes on links of a chosen rate: network namespaces on a bridge, as machines are on a switch."""
+"""Worker processes on links of a chosen rate and latency: network namespaces, joined as machines by a switch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+
+from lightning_lopt.bench import relay
 
 INTERFACE = "eth0"
 POLL_SECONDS = 0.1
@@ -51,9 +53,9 @@ def _run(namespace: subprocess.Popen, command: str) -> None:
 
 
 def _connect(switch: subprocess.Popen, worker: subprocess.Popen, rank: int, mbit: float) -> None:
-    """Join a worker to the bridge, with the rate limited in both directions."""
+    """Join a worker to the switch, with the rate limited in both directions."""
     _run(switch, f"ip link add port{rank} type veth peer name {INTERFACE} netns {worker.pid}")
-    _run(switch, f"ip link set port{rank} master bridge up")
+    _run(switch, f"ip link set port{rank} up")
     _run(switch, _limit(f"port{rank}", mbit))
     _run(worker, "ip link set lo up")
     _run(worker, f"ip addr add 10.77.0.{rank + 1}/24 dev {INTERFACE}")
@@ -78,29 +80,34 @@ def _environment(rank: int, num_workers: int, address: str, port: int, interface
     }
 
 
-def run_linked(command: Sequence[str], num_workers: int, mbit: float) -> None:
+def run_linked(command: Sequence[str], num_workers: int, mbit: float, latency: float = 0.0) -> None:
     """Run a Python command as each of the workers, each on a link of its own, as torchrun would on many machines.
 
     Args:
         command: what follows the interpreter.
         num_workers: K >= 2.
         mbit: rate of each link in each direction, in 1e6 bits per second.
+        latency: seconds from one worker to another, besides what the bytes take.
 
     Raises:
         RuntimeError: a worker failed; the others are ended.
     """
+    ports = [f"port{rank}" for rank in range(num_workers)]
     with ExitStack() as stack:
-        switch = stack.enter_context(_namespace(["true"]))
-        _run(switch, "ip link add bridge type bridge")
-        _run(switch, "ip link set bridge up")
+        switch = stack.enter_context(_namespace([sys.executable, relay.__file__, str(latency), *ports]))
         workers = []
         for rank in range(num_workers):
             environment = _environment(rank, num_workers, "10.77.0.1", 29500, INTERFACE)
             workers.append(stack.enter_context(_namespace([sys.executable, *command], environment)))
             _connect(switch, workers[-1], rank, mbit)
-        for worker in workers:
-            worker.stdin.write("go\n")
-            worker.stdin.flush()
+        if not latency:
+            _run(switch, "ip link add bridge type bridge")
+            _run(switch, "ip link set bridge up")
+            for port in ports:
+                _run(switch, f"ip link set {port} master bridge")
+        for process in [*([switch] if latency else []), *workers]:
+            process.stdin.write("go\n")
+            process.stdin.flush()
         _wait(workers)
 
 

@@ -1,9 +1,10 @@
 """Train over links of a limited rate: seconds per round beside the modelled bound, time to a loss, what overlap hides.
 
 Each worker is a process in a network namespace of its own, joined to the others by a bridge, with tc's tbf on both ends
-of its link; latency is what that has by itself. Without the rights for this the collectives sleep instead, and the
-table says so. Methods take turns of a round, the one that has trained for the least time the next, so that disturbances
-of the machine meet all of them; before each turn the time of a local step that nobody disturbs is measured.
+of its link; latency is what that has by itself, or that of a relay in the place of the bridge. Without the rights for
+this the collectives sleep instead, and the table says so. Methods take turns of a round, the one that has trained for
+the least time the next, so that disturbances of the machine meet all of them; before each turn the time of a local step
+that nobody disturbs is measured.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from lightning_lopt.bench.link import Link, Round, hidden_share, local_steps_that_pay, rate_where_equal, round_seconds
+from lightning_lopt.bench.link import Round, hidden_share, local_steps_that_pay, rate_where_equal, round_seconds
 from lightning_lopt.bench.namespaces import run_linked, run_local, why_not
 from lightning_lopt.bench.report import machine, table
 from lightning_lopt.bench.wire_methods import DDP, FOR_UNEQUAL_SPEEDS, NAMES, USUAL, round_of
@@ -111,10 +112,14 @@ class Measured:
         if all(ours and theirs for ours, theirs in ends):
             steps = statistics.fmean(theirs[0] / ours[0] for ours, theirs in ends if ours and theirs)  # of theirs
             for mbit in RATES:
-                seconds = [round_seconds(m.with_work, m.step_seconds, Link(mbit)) for m in (ddp, self)]
+                seconds = [
+                    round_seconds(m.with_work, m.step_seconds, replace(self.link, mbit=mbit)) for m in (ddp, self)
+                ]
                 gains[f"{mbit:g}"] = steps * seconds[0] / seconds[1]
             progress = steps / self.round.local_steps
-            gains["equal at"] = rate_where_equal(self.with_work, ddp.round, self.step_seconds, progress)
+            gains["equal at"] = rate_where_equal(
+                self.with_work, ddp.round, self.step_seconds, progress, self.link.latency
+            )
         pays = local_steps_that_pay(self.with_work, self.step_seconds, self.link)
         return {"method": self.name, **gains, "H for 10 %": pays}
 
@@ -199,6 +204,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command line."""
     default = Setup([])
     parser.add_argument("--mbit", type=float, default=default.mbit, help="rate of each worker's link")
+    parser.add_argument("--latency", type=float, default=default.latency, help="seconds from one worker to another")
     parser.add_argument("--methods", nargs="+", choices=NAMES, default=USUAL)
     parser.add_argument("--num-workers", type=int, default=default.num_workers)
     parser.add_argument("--local-steps", type=int, default=default.local_steps)
@@ -228,8 +234,9 @@ def main(args: argparse.Namespace) -> None:
     if not args.report:
         reason = why_not()
         if reason:
-            print(f"No link can be limited here: {reason}. The collectives sleep instead.")
+            print(f"No link can be limited here: {reason}. The collectives sleep instead, of no latency.")
         fields = {name: getattr(args, name) for name in asdict(Setup([])) if name not in ("delayed", "out")}
+        fields["latency"] *= reason is None
         setup = Setup(**fields, delayed=reason is not None, out=str(args.out.resolve()))
         if not all(setup.stretched) and set(setup.methods) & {*FOR_UNEQUAL_SPEEDS}:
             raise SystemExit("Paced methods need --step-seconds, one for each worker: these say how fast it is.")
@@ -246,5 +253,5 @@ def main(args: argparse.Namespace) -> None:
         if reason:
             run_local(command, setup.num_workers)
         else:
-            run_linked(command, setup.num_workers, setup.mbit)
+            run_linked(command, setup.num_workers, setup.mbit, setup.latency)
     report(args.out, args.target, args.png)

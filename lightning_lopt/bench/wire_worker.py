@@ -36,6 +36,7 @@ class Setup:
     Attributes:
         methods: some of `NAMES`.
         mbit: rate of each worker's link, in 1e6 bits per second.
+        latency: seconds from one worker to another.
         delayed: sleep as long as transfers would take, because the rate of the link could not be limited.
         num_workers: K.
         local_steps: H.
@@ -53,6 +54,7 @@ class Setup:
 
     methods: list[str]
     mbit: float = 100.0
+    latency: float = 0.0
     delayed: bool = False
     num_workers: int = 2
     local_steps: int = 16
@@ -74,7 +76,7 @@ class Setup:
 
     @property
     def link(self) -> Link:
-        return Link(self.mbit)
+        return Link(self.mbit, self.latency)
 
     @property
     def runs(self) -> list[tuple[str, int]]:

@@ -56,7 +56,6 @@ class CheckpointingStrategy(DDPStrategy):
         self._stepped = False  # an optimizer did, in this batch
         self._loaders = ResumableLoaders()
         self._at_once = 1  # batches that make a step
-        self._beside: dict[str, str] = {}  # rank 0's path by this worker's, if the names hold unequal steps
 
     @property
     @override
@@ -92,7 +91,6 @@ class CheckpointingStrategy(DDPStrategy):
             self._write(filepath, write)
             return
         token, main = self.broadcast((uuid.uuid4().hex[:12], str(filepath)))
-        self._beside[str(filepath)] = main
         state["files"] = {"token": token, "num_workers": self.world_size}
         own = part_file(main, token, self.global_rank)
         mine = {"token": token, "rank": self.global_rank, **self._worker_state(checkpoint)}
@@ -158,7 +156,9 @@ class CheckpointingStrategy(DDPStrategy):
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
         super().remove_checkpoint(filepath)
-        remove_parts(self._beside.pop(str(filepath), filepath), self.global_rank, keep=0)
+        if self.is_global_zero:  # others may have another name for it, or keep it, where steps are unequal
+            for rank in range(self.world_size):
+                remove_parts(filepath, rank, keep=0)
 
     # -- restoring ------------------------------------------------------------------------------------------------
 

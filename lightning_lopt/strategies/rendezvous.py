@@ -161,6 +161,8 @@ def _meaningless(trainer: Any) -> Iterator[str]:
     """What happens after a number of steps, or asks the other workers in every batch."""
     if trainer.max_steps != -1 and not trainer.fast_dev_run:
         yield f"max_steps={trainer.max_steps}"
+    if trainer.fit_loop.min_steps:
+        yield f"min_steps={trainer.fit_loop.min_steps}"
     if not isinstance(trainer.val_check_interval, float):
         yield f"val_check_interval={trainer.val_check_interval!r}"
     for callback in trainer.callbacks:
