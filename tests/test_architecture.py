@@ -74,6 +74,7 @@ MAY_IMPORT = {
     "callbacks": {"report", "rounds", "strategies"},
     "meta": {"functional", "network", "comm"},
     "bench": {
+        "pace",
         "functional",
         "network",
         "optim",

@@ -79,6 +79,8 @@ METHODS = {
 }
 FOR_UNEQUAL_SPEEDS = {
     "Local SGD, paced": Method(pace="given"),
+    "overlap, paced": Method(overlap=5 / 8, pace="given"),
+    "overlap, paced, overwriting": Method({"merge": "overwrite"}, overlap=5 / 8, pace="given"),
     "LOSCAR, paced": Method(_SPARSE, overlap=1 / 4, pace="given"),
     "LOSCAR, paced, overwriting": Method({**_SPARSE, "merge": "overwrite"}, overlap=1 / 4, pace="given"),
     "LOSCAR, pace measured": Method(_SPARSE, overlap=1 / 4, pace="measured"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -24,7 +23,6 @@ from lightning_lopt.comm import Communicator
 from lightning_lopt.rounds import Rounds
 
 EVAL_IMAGES = 1024
-CALIBRATION_STEPS = 2
 PATCHES = 4  # along each side
 WARM_UP_STEPS = 3
 
@@ -239,11 +237,11 @@ class Alone(Training):
         self.rounds = None
 
     def step_seconds(self, comm: Communicator) -> tuple[list[float], float]:
-        """Each worker's time of a local step, while all of them take some; that of this worker's work."""
+        """Each worker's time of a local step, while all of them take one; that of this worker's work."""
         together(comm)
         start = time.perf_counter()
-        work = statistics.fmean(self.local_step() for _ in range(CALIBRATION_STEPS))
-        return each((time.perf_counter() - start) / CALIBRATION_STEPS, comm), work
+        work = self.local_step()
+        return each(time.perf_counter() - start, comm), work
 
 
 def each(value: float, comm: Communicator) -> list[float]:
