@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 import pytest
@@ -9,7 +10,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_lopt import AdaMLP, DisagreementError, LearnedOptimizer, Rounds, SlowMomentum
+from lightning_lopt import (
+    QSR,
+    AdaMLP,
+    DisagreementError,
+    Fragments,
+    LearnedOptimizer,
+    Rounds,
+    SlowMomentum,
+    TopK,
+    Travel,
+)
 from tests.processes import run_workers
 
 
@@ -176,6 +187,48 @@ def _recording(name, function, calls):
 def test_nothing_travels_between_syncs():
     # a sync: the agreement, the floats, and the integers (BatchNorm's counter)
     assert [steps for steps, _ in run_workers(_count_collectives, 2)] == [[0, 0, 3, 0, 0, 3]] * 2
+
+
+def _lines(function):
+    """Where this package is while a function runs, line by line."""
+    seen = []
+
+    def trace(frame, event, _):
+        if "lightning_lopt" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            seen.append((frame.f_code.co_name, frame.f_lineno))
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    finally:
+        sys.settrace(before)
+    return seen
+
+
+OPTIONS = {
+    "sparse, in flight": {"travel": Travel(density=0.5, overlap_steps=3, merge=0.5)},
+    "streaming": {"travel": Travel(selection=Fragments(2), compression=TopK(0.5), local_state="reset")},
+    "sharded": {"travel": Travel(sharded=True), "outer_optimizer": partial(LearnedOptimizer, network="default")},
+    "measured": {"worker_speeds": "measured"},
+    "schedule": {"local_steps": QSR(alpha=1.0, base_steps=8), "total_steps": 40},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_no_option_costs_a_line_between_syncs(options):
+    steps = []
+    for some in ({}, options):
+        model = nn.Linear(2, 2)
+        rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=1.0), **{"local_steps": 8, **some})
+        rounds.step()
+        steps.append(_lines(rounds.step))
+    plain, other = steps
+    assert plain == other
+    assert 0 < len(plain) < 8
 
 
 def _disagree(rank):

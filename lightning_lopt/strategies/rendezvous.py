@@ -83,6 +83,12 @@ class Rendezvous:
             f"they have between {-least} and {most} batches": not unknown and most != -least,
             f"they have taken between {-behind} and {ahead} before": ahead != -behind,
         }
+        if rounds.pace.unequal and most == -least != 0:
+            rank_zero_info(
+                f"With worker_speeds all workers have {most} batches in an epoch, so the fast ones wait at its end: "
+                "give each data in proportion to its speed, by an IterableDataset that knows its rank, or a sampler of "
+                "your own (use_distributed_sampler=False)."
+            )
         several, why = rounds.comm.num_workers > 1, [reason for reason, holds in reasons.items() if holds]
         self.unequal = several and bool(why)
         self._needed = several and bool(why or unknown)

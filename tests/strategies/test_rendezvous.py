@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_lopt.strategies.checkpoint as checkpoint_module
+import lightning_lopt.strategies.rendezvous as rendezvous_module
 from lightning_lopt import LOSCAR, DiLoCo, LocalSGD, RoundMonitor, SlowMo, TopK
 from lightning_lopt.comm import DisagreementError
 from tests.processes import run_workers
@@ -203,6 +204,20 @@ def test_resume_from_a_meeting(tmp_path, speeds, name):
         torch.testing.assert_close(whole[0], again[0], rtol=0, atol=1e-12 if speeds == "measured" else 0)
         assert whole[3] == again[3]
         assert [s > 0 for s in seconds] == [speeds == "measured"] * 4
+
+
+def _informed(rank):
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rendezvous_module, "rank_zero_info", said.append)
+        for batches, speeds in (([4, 4], [1, 2]), ([4, 8], [1, 2]), ([4, 4], None)):
+            _fit(rank, LocalSGD(local_steps=4, worker_speeds=speeds), batches, stream=False, epochs=1)
+    return said
+
+
+def test_who_gives_unequal_workers_equal_data_is_told():
+    for said in run_workers(_informed, 2, connect=False):
+        assert ["all workers have 4 batches" in text for text in said] == [True]
 
 
 REFUSED = {
