@@ -8,7 +8,7 @@ import pytest
 
 from lightning_lopt.bench import __main__ as bench
 from lightning_lopt.bench import namespaces, wire
-from lightning_lopt.bench.wire_methods import NAMES
+from lightning_lopt.bench.wire_methods import USUAL
 
 SMALL = [
     "--width",
@@ -35,10 +35,10 @@ def _run(path, *options):
 def test_links_are_limited_and_all_methods_train_over_them(tmp_path, capfd):
     if reason := namespaces.why_not():
         pytest.skip(reason)
-    setup, measured = _run(tmp_path / "rows.jsonl", "--mbit", "4", "--methods", *NAMES)
+    setup, measured = _run(tmp_path / "rows.jsonl", "--mbit", "4", "--methods", *USUAL)
     assert not setup.delayed
     assert "DELAYED" not in capfd.readouterr().out
-    assert [m.name for m in measured] == NAMES
+    assert [m.name for m in measured] == USUAL
     by_name = {m.name: m for m in measured}
     transfer = by_name["Local SGD"].link.seconds(by_name["Local SGD"].round.transfer)
     assert 0.4 < transfer < 0.7
@@ -69,6 +69,30 @@ def test_steps_are_stretched_on_each_worker(tmp_path, monkeypatch):
     assert header["setup"]["step_seconds"] == [0.1, 0.3]
     assert all(row["step_seconds"] == pytest.approx([0.1, 0.3], rel=0.2) for row in rows)
     assert all(row["waited_seconds"] > 8 * 0.15 for row in rows)  # of worker 0, for the other
+
+
+def test_unequal_speeds_with_several_seeds(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(wire, "why_not", lambda: "no need")
+    methods = ["Local SGD", "Local SGD, paced", "LOSCAR, pace measured"]
+    options = ["--mbit", "1000", "--step-seconds", "0.1", "0.3", "--seeds", "0", "1", "--methods", *methods]
+    _, (equal, given, measured) = _run(tmp_path / "rows.jsonl", *options, "--seconds", "4")
+    assert "± last loss" in capfd.readouterr().out
+    assert (equal.local_steps, given.local_steps) == ([8, 8], [8, 3])
+    assert 0.8 < equal.bound / 2.4 < 1.2
+    assert 0.8 < given.bound / 0.9 < 1.2
+    assert given.seconds < 0.7 * equal.seconds
+    assert measured.seconds < 0.7 * equal.seconds
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()[1:]]
+    paced = [row for row in rows if row["method"] == "Local SGD, paced"]
+    assert {row["seed"] for row in paced} == {0, 1}
+    assert all(row["steps"] == [8, 3] for row in paced)
+    first, second = (run.losses for run in given.runs)
+    assert first != second
+
+
+def test_paced_methods_must_know_the_speeds(tmp_path):
+    with pytest.raises(SystemExit, match="--step-seconds"):
+        bench.main(["wire", *SMALL, "--out", str(tmp_path / "rows.jsonl"), "--methods", "LOSCAR, paced"])
 
 
 def test_a_worker_that_fails_ends_the_others():
