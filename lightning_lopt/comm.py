@@ -71,6 +71,9 @@ class Communicator:
         self.bytes_sent = 0
         self.num_collectives = 0
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Communicator:
+        return self  # there is one process group, and copies of callbacks and strategies use it too
+
     def _new_group(self, all_ranks: list[list[int]]) -> dist.ProcessGroup | None:
         """The group that this rank is in, if any; all ranks make all groups."""
         groups = [self._dist.new_group(ranks, timeout=self._timeout) for ranks in all_ranks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import signal
@@ -397,6 +398,12 @@ def test_data_module_test_and_second_fit():
     run.fit(module, datamodule=_Data())
     assert first == 5
     assert run.strategy.rounds.step_idx == run.global_step == 48
+
+
+def test_callbacks_can_be_copied():
+    run = trainer(SlowMo(5), 1, max_epochs=1)
+    run.fit(Classifier(seed=0), loader())
+    assert len(copy.deepcopy(run.callbacks)) == len(run.callbacks)
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,8 @@ def outer(particles: Sequence[Setting], anchor: Tensors, network: AdaMLP) -> Out
     if method == "learned":
         return learning(anchor, [network])
     if method == "orthogonal":
-        return learning(anchor, [AdaMLP.base_step(**setting.options) for setting in particles])
+        options = [setting.options for setting in particles]
+        return learning(anchor, [AdaMLP.base_step(each["lr"], each["momentum"]) for each in options])
     groups = [
         {"params": params, "local_lr": setting.local_lr, **setting.options}
         for params, setting in zip(views(anchor), particles, strict=True)
