@@ -17,7 +17,7 @@ METHODS = ["LocalSGD", "SlowMo", "DiLoCo", "LearnedLocalSGD"]
 TINY = ["--steps", "4", "--local-steps", "2"]
 
 
-def run(command: list[str], limit: float = 100) -> str:
+def run(command: list[str], limit: float = 240) -> str:
     return "".join(run_command([sys.executable, *command], limit, {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}))
 
 
