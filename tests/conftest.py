@@ -11,23 +11,30 @@ import pytest
 import torch.distributed as dist
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+ENVIRONMENT = dict(os.environ)
 
 
 @pytest.fixture(autouse=True)
 def _leave_nothing():
-    """A Trainer in this process leaves a process group and torchrun's variables, which forked workers would inherit.
+    """A Trainer in this process leaves a process group and torchrun's variables, which later ones would take for theirs.
 
-    A test that ran out of its time leaves workers that hold ports.
+    One in a module's fixture has left them before the test begins. A test that ran out of time leaves workers that hold
+    ports.
     """
-    environment = dict(os.environ)
+    _restore_environment()
     yield
     for child in multiprocessing.active_children():
         child.kill()
         child.join()
     if dist.is_initialized():
         dist.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(environment)
+    _restore_environment()
+
+
+def _restore_environment():
+    for name in os.environ.keys() - ENVIRONMENT.keys() - {"PYTEST_CURRENT_TEST"}:
+        del os.environ[name]
+    os.environ.update(ENVIRONMENT)
 
 
 @pytest.fixture
