@@ -16,7 +16,7 @@ ENVIRONMENT = dict(os.environ)
 
 @pytest.fixture(autouse=True)
 def _leave_nothing():
-    """A Trainer in this process leaves a process group and torchrun's variables, which later ones would take for theirs.
+    """A Trainer in this process leaves a process group and torchrun's variables, which the next would take for theirs.
 
     One in a module's fixture has left them before the test begins. A test that ran out of time leaves workers that hold
     ports.
