@@ -429,7 +429,7 @@ def test_ctrl_c_leaves_no_process(tmp_path):
             time.sleep(0.2)
         time.sleep(8)  # in the middle of training
         os.killpg(process.pid, signal.SIGINT)
-        process.communicate(timeout=60)
+        process.communicate(timeout=150)
         end = time.monotonic() + 20
         while living(process.pid) and time.monotonic() < end:
             time.sleep(0.2)
@@ -474,7 +474,8 @@ class _Idle(Classifier):
 @pytest.mark.parametrize(("module", "last"), [(Classifier, "There is one worker"), (_Idle, "Nothing was synced")])
 def test_what_does_not_happen_is_said(module, last, monkeypatch):
     said = []
-    monkeypatch.setattr("lightning_lopt.strategies.local_sgd.rank_zero_info", said.append)
+    for name in ("local_sgd", "rendezvous"):
+        monkeypatch.setattr(f"lightning_lopt.strategies.{name}.rank_zero_info", said.append)
     trainer(LocalSGD(4), 1, max_epochs=1).fit(module(), loader())
     assert [text for text in said if "There is one worker" in text] == said[:1]
     assert last in said[-1]
