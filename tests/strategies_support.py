@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import textwrap
 from pathlib import Path
 
@@ -78,6 +79,20 @@ def loader(rows: int = 96, batch_size: int = 4, shuffle: bool = True) -> DataLoa
 def trainer(strategy, devices: int = 2, **kwargs) -> pl.Trainer:
     options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, **QUIET, **kwargs}
     return pl.Trainer(devices=devices, strategy=strategy, **options)
+
+
+def damaged(whole: bytes, index: int, draw: random.Random) -> bytearray:
+    """A file cut off, with a bit or a stretch of bytes changed, or extended: in turn by `index`."""
+    data, at = bytearray(whole), draw.randrange(len(whole))
+    if index % 4 == 0:
+        return data[:at]
+    if index % 4 == 1:
+        data[at] ^= 1 << draw.randrange(8)
+    elif index % 4 == 2:
+        data[at : at + 64] = draw.randbytes(64)
+    else:
+        data += draw.randbytes(1 + draw.randrange(100_000))
+    return data
 
 
 def write_script(folder: Path, strategy: str, devices: int, **options) -> tuple[Path, dict[str, str]]:

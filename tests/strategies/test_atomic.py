@@ -9,7 +9,7 @@ import torch
 
 from lightning_lopt import SlowMo
 from lightning_lopt.strategies.atomic import AtomicCheckpointIO, CheckpointError
-from tests.strategies_support import Classifier, loader, trainer
+from tests.strategies_support import Classifier, damaged, loader, trainer
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +36,7 @@ def test_no_damaged_checkpoint_is_ever_loaded(saved, tmp_path):
     io, whole, path = AtomicCheckpointIO(), saved.read_bytes(), tmp_path / "damaged.ckpt"
     expected, draw, refused = io.load_checkpoint(saved, weights_only=True), random.Random(0), 0
     for i in range(400):
-        data, at = bytearray(whole), draw.randrange(len(whole))
-        if i % 4 == 0:
-            data = data[:at]
-        elif i % 4 == 1:
-            data[at] ^= 1 << draw.randrange(8)
-        elif i % 4 == 2:
-            data[at : at + 64] = draw.randbytes(64)
-        else:
-            data += draw.randbytes(1 + draw.randrange(100_000))
-        path.write_bytes(data)
+        path.write_bytes(damaged(whole, i, draw))
         try:
             loaded = io.load_checkpoint(path, weights_only=True)
         except CheckpointError:

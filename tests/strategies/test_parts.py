@@ -10,6 +10,7 @@ import torch
 
 from lightning_lopt.strategies.atomic import AtomicCheckpointIO, CheckpointError
 from lightning_lopt.strategies.parts import load_part, merged, part_file
+from tests.strategies_support import damaged
 
 TOKENS = ["first", "second"]
 
@@ -46,17 +47,8 @@ def test_no_damaged_file_is_ever_loaded(saved):
         whole = opened.read()
     expected, draw, refused = _load(saved)["local"]["sync"]["params"][0], random.Random(0), 0
     for i in range(200):
-        data, at = bytearray(whole), draw.randrange(len(whole))
-        if i % 4 == 0:
-            data = data[:at]
-        elif i % 4 == 1:
-            data[at] ^= 1 << draw.randrange(8)
-        elif i % 4 == 2:
-            data[at : at + 64] = draw.randbytes(64)
-        else:
-            data += draw.randbytes(1 + draw.randrange(100_000))
         with open(file, "wb") as opened:
-            opened.write(data)
+            opened.write(damaged(whole, i, draw))
         try:
             loaded = _load(saved)
         except CheckpointError:
