@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
+from lightning_lopt.bench.guard import Guard
 from lightning_lopt.meta.base import AbstractTask, Batch, Tensors
 from lightning_lopt.meta.local import LocalOptimizer
 from lightning_lopt.meta.outer import Outer, averaging, learning, stepping, views
@@ -81,7 +82,13 @@ def settings(method: str, local_lrs: Sequence[float]) -> list[Setting]:
 
 
 class Method(ABC):
-    """Moves the anchors {[P, *S]} of all settings of one method, a round at a time."""
+    """Moves the anchors {[P, *S]} of all settings of one method, a round at a time.
+
+    Attributes:
+        left_out: how many workers the rounds of each run left out so far.
+    """
+
+    left_out: list[int]
 
     @abstractmethod
     def round(self, batches: Iterator[Batch], rates: Tensor, round_idx: int) -> None:
@@ -100,6 +107,7 @@ class Parallel(Method):
     def __init__(self, task: AbstractTask, anchor: Tensors, optimizer: LocalOptimizer) -> None:
         self._task, self._anchor, self._optimizer = task, anchor, optimizer
         self._state = optimizer.init(anchor)
+        self.left_out = [0] * len(next(iter(anchor.values())))
 
     def round(self, batches: Iterator[Batch], rates: Tensor, round_idx: int) -> None:
         gradients = []
@@ -111,19 +119,22 @@ class Parallel(Method):
 
 
 class Local(Method):
-    """Local training, then an outer step."""
+    """Local training, then an outer step; workers that diverge are left out, whatever the method."""
 
     def __init__(
         self, task: AbstractTask, anchor: Tensors, num_workers: int, optimizer: LocalOptimizer, outer: Outer
     ) -> None:
         self._task, self._anchor, self._num_workers = task, anchor, num_workers
         self._optimizer, self._outer = optimizer, outer
+        self._guard = Guard(len(next(iter(anchor.values()))))
+        self.left_out = self._guard.left_out
         self._state = optimizer.init({name: a.repeat_interleave(num_workers, 0) for name, a in anchor.items()})
 
     def round(self, batches: Iterator[Batch], rates: Tensor, round_idx: int) -> None:
         workers, _ = local_round(
             self._task, self._anchor, batches, rates, self._num_workers, self._optimizer, self._state
         )
+        self._guard.check(self._anchor, workers, self._state)
         self._outer(workers, rates, round_idx)
 
 

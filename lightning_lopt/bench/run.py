@@ -100,7 +100,7 @@ class Runner:
         print(f"{self.data.task}: {method}, {len(grid)} settings, {len(seeds)} seeds", flush=True)
         for group in groups(self.data.task, grid, self.experiment.num_workers * len(seeds)):
             start = time.perf_counter()
-            losses = simulate(self.data, group, seeds, experiment, network)
+            runs = simulate(self.data, group, seeds, experiment, network)
             seconds = time.perf_counter() - start
             new = [
                 {
@@ -109,10 +109,11 @@ class Runner:
                     **marks,
                     "seed": seed,
                     "group_seconds": round(seconds, 4),
+                    "left_out": left_out,
                     "losses": [float(f"{x:.5g}") for x in curve],
                 }
-                for setting, curves in zip(group, losses.tolist(), strict=True)
-                for seed, curve in zip(seeds, curves, strict=True)
+                for setting, *of_setting in zip(group, runs.losses.tolist(), runs.left_out.tolist(), strict=True)
+                for seed, curve, left_out in zip(seeds, *of_setting, strict=True)
             ]
             with self._out.open("a") as out:
                 out.writelines(json.dumps(row) + "\n" for row in new)

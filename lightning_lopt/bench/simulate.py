@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +45,19 @@ class Experiment:
         return 0.5 * (1 + math.cos(math.pi * round_idx / self.num_rounds)) if self.decay else 1.0
 
 
+class Runs(NamedTuple):
+    """What `simulate` saw, of all settings and seeds.
+
+    Attributes:
+        losses: of the global weights on a fixed sample of the training data, in nats, before the first round and after
+            each, [settings, seeds, num_rounds + 1].
+        left_out: how many workers the rounds left out, [settings, seeds].
+    """
+
+    losses: Tensor
+    left_out: Tensor
+
+
 def _method(
     particles: Sequence[Setting], task: DataTask, anchor: Tensors, experiment: Experiment, network: AdaMLP
 ) -> Method:
@@ -57,7 +71,7 @@ def _method(
 @torch.no_grad()
 def simulate(
     data: Shared, group: Sequence[Setting], seeds: Sequence[int], experiment: Experiment, network: AdaMLP
-) -> Tensor:
+) -> Runs:
     """Train with every setting from every seed; a seed fixes the initial weights and the data for all settings.
 
     Args:
@@ -66,10 +80,6 @@ def simulate(
         seeds: of the runs.
         experiment: what all methods have in common.
         network: of the method ``"learned"``.
-
-    Returns:
-        The loss of the global weights on a fixed sample of the training data, in nats, before the first round and
-        after each, [settings, seeds, num_rounds + 1].
     """
     task, num_workers = data.task, experiment.num_workers
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -89,7 +99,8 @@ def simulate(
     for round_idx in range(experiment.num_rounds):
         method.round(batches(), rates * experiment.factor(round_idx), round_idx)
         losses.append(_losses(data.whole, anchor))
-    return torch.stack(losses, 1).unflatten(0, (len(group), len(seeds)))
+    shape = (len(group), len(seeds))
+    return Runs(torch.stack(losses, 1).unflatten(0, shape), torch.tensor(method.left_out).unflatten(0, shape))
 
 
 def _losses(task: DataTask, anchor: Tensors) -> Tensor:

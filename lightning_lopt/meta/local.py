@@ -31,6 +31,11 @@ class LocalState:
     first: Tensors = field(default_factory=dict)
     second: Tensors = field(default_factory=dict)
 
+    def forget(self, replicas: Sequence[int]) -> None:
+        """Begin anew for some replicas."""
+        for tensor in (self.steps, *self.first.values(), *self.second.values()):
+            tensor[list(replicas)] = 0
+
 
 @dataclass(frozen=True)
 class LocalOptimizer:

@@ -26,10 +26,14 @@ def task():
     return ImageMLP(images, labels, hidden=(5,), batch_size=4)
 
 
-def losses(task, settings, seeds=(0, 1), **kwargs):
+def runs(task, settings, seeds=(0, 1), **kwargs):
     experiment = Experiment(**{"num_workers": 2, "local_steps": 3, "num_rounds": 4, **kwargs})
     network = AdaMLP(seed=0, update="orthogonal_nesterov")
     return simulate.simulate(Shared(task), settings, seeds, experiment, network)
+
+
+def losses(*args, **kwargs):
+    return runs(*args, **kwargs).losses
 
 
 def test_settings_and_seeds_do_not_mix(task):
@@ -87,10 +91,16 @@ def test_fedadam_moves_every_coordinate_by_its_rate(task):
 
 
 def test_a_diverging_setting_is_a_row(task):
-    found = losses(task, [Setting("local_sgd", 1e30), Setting("local_sgd", 0.1)])
+    found = losses(task, [Setting("parallel_sgd", 1e30), Setting("parallel_sgd", 0.1)])
     assert not found[0, :, -1].isfinite().any()
     assert found[1].isfinite().all()
     assert plot.smooth(found[0, 0].tolist())[-1] == float("inf")
+
+
+def test_a_setting_of_which_all_workers_diverge_stays_where_it_was(task):
+    found = runs(task, [Setting("local_sgd", 1e30), Setting("local_sgd", 0.1)])
+    assert found.left_out.tolist() == [[8, 8], [0, 0]]
+    assert (found.losses[0] == found.losses[0, :, :1]).all()
 
 
 def test_grids():

@@ -1,0 +1,47 @@
+"""Which workers the rounds of simulated runs leave out, by the strategies' rule."""
+
+from __future__ import annotations
+
+import torch
+
+from lightning_lopt.functional.outliers import outliers
+from lightning_lopt.meta.base import Tensors
+from lightning_lopt.meta.local import LocalState
+
+
+class Guard:
+    """Leaves out of each round the workers whose pseudo-gradients are `outliers`, as the strategies do.
+
+    They take the value of the others' mean and forget their optimizer's state. If all are left out they get the anchor.
+
+    Args:
+        num_runs: P >= 1.
+
+    Attributes:
+        left_out: how many workers the rounds of each run left out so far.
+    """
+
+    def __init__(self, num_runs: int) -> None:
+        self.left_out = [0] * num_runs
+        self._norms: list[list[float]] = [[] for _ in range(num_runs)]
+
+    def check(self, anchor: Tensors, workers: Tensors, state: LocalState) -> None:
+        """Mend a round's workers and their optimizers' state in place.
+
+        Args:
+            anchor: {[P, *S]}.
+            workers: {[P, K, *S]}.
+            state: of P * K replicas.
+        """
+        squares = [(a.unsqueeze(1) - workers[name]).flatten(2).square().sum(2) for name, a in anchor.items()]
+        norms = torch.stack(squares).sum(0).sqrt().tolist()
+        for run, own in enumerate(norms):
+            left_out = outliers(own, self._norms[run])
+            kept = [k for k in range(len(own)) if k not in left_out]
+            if kept:
+                self._norms[run] = [own[k] for k in kept]
+            if left_out:
+                self.left_out[run] += len(left_out)
+                for name, w in workers.items():
+                    w[run, left_out] = w[run, kept].mean(0) if kept else anchor[name][run]
+                state.forget([run * len(own) + k for k in left_out])
