@@ -421,7 +421,12 @@ def test_launchers(tmp_path, launcher, num_workers):
 def test_ctrl_c_leaves_no_process(tmp_path):
     path, environment = write_script(tmp_path, "LocalSGD(4)", 2, max_epochs=100_000, logger=True)
     process = subprocess.Popen(
-        [sys.executable, str(path)], env=environment, cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE
+        [sys.executable, str(path)],
+        env=environment,
+        cwd=tmp_path,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     try:
         end = time.monotonic() + 120
