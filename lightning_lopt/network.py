@@ -96,14 +96,16 @@ class AdaMLP(nn.Module):
 
     @classmethod
     def base_step(
-        cls, lr: float = 0.7, momentum: float = 0.85, hidden: tuple[int, int] = (8, 8), seed: int | None = None
+        cls, lr: float = 0.8, momentum: float = 0.85, hidden: tuple[int, int] = (8, 8), seed: int | None = None
     ) -> AdaMLP:
         r"""A network that takes the step which meta-training of ``"orthogonal_nesterov"`` starts from.
 
-        .. math:: p \leftarrow p - \mathrm{lr}\; O(g + \beta u),\quad u \leftarrow \beta u + g
+        .. math:: m \leftarrow \beta_t m + (1 - \beta_t) g,\quad
+            p \leftarrow p - \mathrm{lr}\; O\Big(g + \frac{\beta_t}{1-\beta_t} m\Big),\quad
+            1 - \beta_t = \max\Big(1 - \beta, \frac{4}{t + 4}\Big)
 
-        where O makes the singular values of a matrix nearly equal and keeps its norm, and leaves a vector as it is.
-        The last layer's weights are 0.
+        in round t, from 0: Nesterov momentum that grows to its β. O makes the singular values of a matrix nearly equal
+        and keeps its norm, and leaves a vector as it is. The last layer's weights are 0.
 
         Args:
             lr: in [0.02, 1.64].
@@ -114,15 +116,15 @@ class AdaMLP(nn.Module):
         Raises:
             ValueError: an argument out of its range.
 
-        Source: `lightning_lopt.functional.orthogonal`.
+        Source: `lightning_lopt.functional.orthogonal`, `lightning_lopt.functional.updates`.
 
         Example:
             >>> from lightning_lopt import LearnedOptimizer
             >>> p = torch.nn.Parameter(torch.zeros(2))
             >>> p.grad = torch.tensor([1.0, -2.0])
             >>> LearnedOptimizer([p], AdaMLP.base_step(lr=0.5, momentum=0.9)).step()
-            >>> [round(x, 4) for x in p.tolist()]
-            [-0.95, 1.9]
+            >>> [round(x, 4) for x in p.tolist()]  # in the first round there is no momentum yet
+            [-0.5, 1.0]
         """
         low, high = (math.exp(end) for end in GATE_RANGE)
         if not (low <= lr <= high and 0 < momentum < 1):

@@ -152,7 +152,8 @@ def tensor_features(moments: Moments, state: AdaState, decays: Decays, round_idx
     grad, products = moments.products.split([1, 3], 1)
     age = (round_idx + 1).unsqueeze(1)
     mean_square = grad / moments.numel + tiny
-    unbiased_m = momentum / _grown(decays.momentum, age).square()
+    slow = _grown(decays.momentum[:, 1:], age)  # the first accumulator has no bias
+    unbiased_m = momentum / torch.cat([torch.ones_like(slow[:, :1]), slow], 1).square()
     unbiased_r = ada.row_means(state) / _grown(decays.factored, age) + tiny
     cosines = products / (grad * momentum).sqrt().clamp_(min=tiny)
     ratios = [

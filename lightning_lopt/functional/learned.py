@@ -21,7 +21,7 @@ from lightning_lopt.functional.ada import AdaState, Factoring
 from lightning_lopt.functional.blocks import Grid, block_shape, cut, over
 from lightning_lopt.functional.layers import Layers, Moments, Network, separate
 from lightning_lopt.functional.orthogonal import orthogonalise
-from lightning_lopt.functional.updates import UPDATES, Base, nesterov
+from lightning_lopt.functional.updates import UPDATES, Base, nesterov, warmed_up
 
 # Elements per block, over all particles. A thread needs 2 x 32 floats for each: on a CPU larger blocks fall out of
 # the cache and smaller ones cost more in dispatch; a GPU wants few large launches. Tens of MB, whatever the model.
@@ -242,6 +242,8 @@ def step(
     """
     if param.numel() == 0:
         return
+    if UPDATES[network.update].relative:
+        network = network._replace(decays=warmed_up(network.decays, round_idx))
     factors = ada.factoring(tuple(param.shape[1:]))
     ada.update_factors(state, ada.factored_sums(factors.matrices(grad), factors), network.decays, factors)
     eps = ada.epsilons(state, relative=UPDATES[network.update].relative)

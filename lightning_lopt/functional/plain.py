@@ -12,7 +12,7 @@ from lightning_lopt.functional import ada
 from lightning_lopt.functional.ada import AdaState, Epsilons, Factoring
 from lightning_lopt.functional.layers import Network
 from lightning_lopt.functional.orthogonal import orthogonalise
-from lightning_lopt.functional.updates import UPDATES, Base, nesterov
+from lightning_lopt.functional.updates import UPDATES, Base, nesterov, warmed_up
 
 
 def features(
@@ -61,7 +61,9 @@ def tensor_features(
     tiny, age = ada.MIN_SCALE, (round_idx + 1)[:, None]
     products = (grad * state.momentum).mean((2, 3, 4))
     g, p, m = (x.square().mean((2, 3, 4)) for x in (grad, param, state.momentum))
-    unbiased_m = m / (1 - (1 - network.decays.momentum).clamp(min=0) ** age).square()
+    grown = 1 - (1 - network.decays.momentum).clamp(min=0) ** age
+    grown[:, 0] = 1
+    unbiased_m = m / grown.square()
     unbiased_r = state.row.mean((2, 3)) / (1 - (1 - network.decays.factored) ** age)
     ratios = torch.cat([(unbiased_m + tiny) / (g + tiny), (g + tiny) / (unbiased_r + tiny), (g + tiny) / (p + tiny)], 1)
     is_vector = torch.full_like(g, float(not factors.factored))
@@ -101,6 +103,9 @@ def step(
     """
     if param.numel() == 0:
         return
+    kind, base = UPDATES[network.update], None
+    if kind.relative:
+        network = network._replace(decays=warmed_up(network.decays, round_idx))
     factors = ada.factoring(tuple(param.shape[1:]))
     p, g = factors.matrices(param), factors.matrices(grad)
     inputs = g
@@ -111,7 +116,6 @@ def step(
     ada.update_factors(state, sums, network.decays, factors)
     ada.update_moments(state.momentum, state.second.unsqueeze(1), g, network.decays)
 
-    kind, base = UPDATES[network.update], None
     eps = ada.epsilons(state, relative=kind.relative)
     seen = features(p, g, inputs, state, eps, round_idx, factors)
     if kind.relative:

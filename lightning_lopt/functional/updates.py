@@ -12,6 +12,7 @@ from lightning_lopt.functional.ada import Decays
 
 GATE_RANGE = (-4.0, 0.5)  # of a gate's exponent: it damps more than it pushes
 MAX_CORRECTION = 1.0  # in units of the base step
+MOMENTUM_WARMUP = 4.0
 
 
 class Base(NamedTuple):
@@ -60,14 +61,33 @@ def gated(output: Tensor, base: Base | None) -> Tensor:
     return correction.add_(gate.clamp_(*GATE_RANGE).exp_().mul_(base.step))
 
 
+def warmed_up(decays: Decays, round_idx: Tensor) -> Decays:
+    r"""The decays of round t, where the first momentum grows to its own: :math:`1 - \beta_t = \max(1 - \beta_1, 4/(t+4))`.
+
+    Few rounds have little to remember: the first accumulator is g itself in round 0, and about the mean of the last
+    (t + 4) / 4 rounds after that. It has no bias towards 0.
+
+    Args:
+        decays: of the network.
+        round_idx: t, from 0, [P].
+
+    Example:
+        >>> decays = Decays(*torch.full((3, 1, 3), 0.1))
+        >>> [round(1 - warmed_up(decays, torch.tensor([t])).momentum[0, 0].item(), 2) for t in (0, 4, 12, 99)]
+        [0.0, 0.5, 0.75, 0.9]
+    """
+    first, others = decays.momentum.tensor_split([1], 1)
+    floor = MOMENTUM_WARMUP / (round_idx[:, None].to(first) + MOMENTUM_WARMUP)
+    return decays._replace(momentum=torch.cat([torch.maximum(first, floor), others], 1))
+
+
 def nesterov(grad: Tensor, momentum: Tensor, decays: Decays) -> Tensor:
-    r"""Nesterov momentum: :math:`s = g + \beta u`, where :math:`u = m_1/(1-\beta_1)` is the heavy-ball sum behind the
-    first momentum accumulator.
+    r"""Nesterov momentum: :math:`s = g + \frac{\beta}{1-\beta} m`, with the first momentum accumulator.
 
     Args:
         grad: [P, 1, B, a, b].
         momentum: [P, 3, B, a, b], already advanced.
-        decays: complements of the decays.
+        decays: complements of the decays of this round.
 
     Returns:
         [P, 1, B, a, b].

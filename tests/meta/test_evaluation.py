@@ -24,8 +24,9 @@ def evaluation(name: str = "small", **keywords) -> Evaluation:
 
 @pytest.fixture
 def diloco(monkeypatch) -> AdaMLP:
-    """The base step with nothing orthogonalised: Nesterov momentum 0.9 with the rate 0.7."""
+    """The base step with nothing orthogonalised or warmed up: Nesterov momentum 0.9 with the rate 0.7."""
     monkeypatch.setattr(learned, "orthogonalise", lambda step: step)
+    monkeypatch.setattr(learned, "warmed_up", lambda decays, round_idx: decays)
     return AdaMLP.base_step(lr=0.7, momentum=0.9)
 
 
