@@ -62,14 +62,18 @@ def gated(output: Tensor, base: Base | None) -> Tensor:
 
 
 def warmed_up(decays: Decays, round_idx: Tensor) -> Decays:
-    r"""The decays of round t, where the first momentum grows to its own: :math:`1 - \beta_t = \max(1 - \beta_1, 4/(t+4))`.
+    r"""The decays of round t, with a first momentum that grows to its own from none.
 
-    Few rounds have little to remember: the first accumulator is g itself in round 0, and about the mean of the last
-    (t + 4) / 4 rounds after that. It has no bias towards 0.
+    .. math:: 1 - \beta_t = \max\Big(1 - \beta_1, \frac{4}{t + 4}\Big)
+
+    In the first rounds there is little to remember: the first accumulator is g itself in round 0, then for a while a
+    mean over about the last quarter of the rounds. It has no bias towards 0.
 
     Args:
         decays: of the network.
         round_idx: t, from 0, [P].
+
+    Source: Shamir and Zhang 2013, arXiv 1212.1824: polynomial-decay averaging with η = 3, until it is as slow as β_1.
 
     Example:
         >>> decays = Decays(*torch.full((3, 1, 3), 0.1))
