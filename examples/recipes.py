@@ -93,20 +93,24 @@ def quick(data: Sequence[Images], seed: int) -> Recipe:
     return Recipe([(task, training) for task in tasks], network, 100, options=options)
 
 
-def published(inputs: Literal["mean"] | int, steps: int, batch_size: int = 128, **smaller: Any) -> Maker:
+def published(
+    inputs: Literal["mean"] | int, steps: int, batch_size: int = 128, ada_features: bool = True, **smaller: Any
+) -> Maker:
     """LOpt-A (inputs "mean") or LAgg-A (inputs 8) as in arXiv 2312.02204: K = 8, H = 4, an MLP on 28×28 images.
 
     Args:
         inputs: of the network.
         steps: of the meta-optimizer: 5,000 for LOpt-A and 10,000 for LAgg-A in the paper.
         batch_size: of a local step.
+        ada_features: False for the ablations LOpt and LAgg.
         smaller: where a CPU's recipe departs from the paper's options of `MetaTraining`.
     """
 
     def recipe(data: Sequence[Images], seed: int) -> Recipe:
         task = ImageMLP(*data[0], hidden=(128, 128), batch_size=batch_size)
         options = {"estimator": "published_pes", **smaller}
-        return Recipe([(task, LocalTraining(8, 4, 0.5))], AdaMLP(inputs, seed=seed), steps, options=options)
+        network = AdaMLP(inputs, ada_features=ada_features, seed=seed)
+        return Recipe([(task, LocalTraining(8, 4, 0.5))], network, steps, options=options)
 
     return recipe
 
@@ -163,7 +167,10 @@ RECIPES: dict[str, Maker] = {
     "quick": quick,
     "paper": published("mean", 5_000),
     "paper_lagg_a": published(8, 10_000),
+    "paper_lopt": published("mean", 5_000, ada_features=False),
+    "paper_lagg": published(8, 10_000, ada_features=False),
     "lopt_a_short": published("mean", 500, **SHORT),
     "lagg_a_short": published(8, 500, **SHORT),
+    "lopt_short": published("mean", 500, ada_features=False, **SHORT),
     "default": default,
 }

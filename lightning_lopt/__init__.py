@@ -3,7 +3,7 @@
 from lightning_lopt.callbacks import BatchNormReestimation, RoundMonitor
 from lightning_lopt.comm import DisagreementError
 from lightning_lopt.functional.compression import TopK
-from lightning_lopt.network import AdaMLP, WeightsError
+from lightning_lopt.network import AdaMLP
 from lightning_lopt.optim import LearnedOptimizer, SlowMomentum
 from lightning_lopt.report import RoundReport
 from lightning_lopt.rounds import Rounds
@@ -11,6 +11,7 @@ from lightning_lopt.schedules import QSR, Constant, RoundInfo
 from lightning_lopt.selection import Fragments, RandomCoordinates
 from lightning_lopt.strategies import LOSCAR, DiLoCo, LearnedLocalSGD, LocalSGD, SlowMo
 from lightning_lopt.travel import Travel
+from lightning_lopt.weights_file import WeightsError
 
 __version__ = "0.1.0"
 __all__ = [

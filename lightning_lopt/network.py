@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_lopt.functional import ada
 from lightning_lopt.functional.layers import NUM_TENSOR_FEATURES, Network
 from lightning_lopt.functional.updates import GATE_RANGE, NUM_OUTPUTS, UPDATES
+from lightning_lopt.weights_file import WeightsError, read_file, write_file
 
 FORMAT = "lightning_lopt.AdaMLP"
-VERSION = "1"
 DEFAULT_WEIGHTS = "default"
-
-
-class WeightsError(ValueError):
-    """A weights file that cannot be used; the message says what is wrong with it and what to do."""
 
 
 class AdaMLP(nn.Module):
@@ -42,6 +34,8 @@ class AdaMLP(nn.Module):
         exp_mult: λ2 >= 0, the range of the magnitude.
         update: how the output becomes a step: ``"published"`` (the paper's) or ``"orthogonal_nesterov"``, which
             also sees 11 features of the tensor as a whole (see `lightning_lopt.functional.updates`).
+        ada_features: False hides all features but the pseudo-gradients, the parameter and the time: the paper's
+            ablation, LOpt and LAgg. They are computed all the same.
         card: provenance, anything JSON can hold; saved with the weights.
         seed: of the initial weights (truncated normal, std 1/sqrt(fan in); biases 0); None leaves torch's
             global generator in charge.
@@ -67,6 +61,7 @@ class AdaMLP(nn.Module):
         step_mult: float = 0.001,
         exp_mult: float = 0.001,
         update: str = "published",
+        ada_features: bool = True,
         card: Mapping[str, Any] | None = None,
         seed: int | None = None,
     ) -> None:
@@ -75,6 +70,8 @@ class AdaMLP(nn.Module):
             raise ValueError(f"inputs must be 'mean' or a number of workers >= 1, not {inputs!r}.")
         if update not in UPDATES:
             raise ValueError(f"update must be one of {sorted(UPDATES)}, not {update!r}.")
+        if UPDATES[update].relative and not ada_features:
+            raise ValueError(f"The update {update!r} is made of Ada features: ada_features must be True.")
         if not (step_mult > 0 and math.isfinite(step_mult) and exp_mult >= 0 and math.isfinite(exp_mult)):
             raise ValueError(f"step_mult must be > 0 and exp_mult >= 0, not {step_mult} and {exp_mult}.")
         self.inputs = inputs
@@ -82,6 +79,7 @@ class AdaMLP(nn.Module):
         self.step_mult = float(step_mult)
         self.exp_mult = float(exp_mult)
         self.update = update
+        self.ada_features = bool(ada_features)
         self.card = dict(card or {})
         sizes = (self.num_features, *self.hidden, NUM_OUTPUTS)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
@@ -156,6 +154,7 @@ class AdaMLP(nn.Module):
             "step_mult": self.step_mult,
             "exp_mult": self.exp_mult,
             "update": self.update,
+            "ada_features": self.ada_features,
         }
 
     def _reset(self, generator: torch.Generator | None) -> None:
@@ -175,8 +174,12 @@ class AdaMLP(nn.Module):
         if parameters is None:
             parameters = {name: p.detach().unsqueeze(0) for name, p in self.named_parameters()}
         count = len(self.layers)
+        first, *others = (parameters[f"layers.{i}.weight"] for i in range(count))
+        if not self.ada_features:
+            first = first.clone()
+            first[..., self.num_inputs + 1 : -ada.NUM_TIME_FEATURES] = 0
         return Network(
-            weights=tuple(parameters[f"layers.{i}.weight"] for i in range(count)),
+            weights=(first, *others),
             biases=tuple(parameters[f"layers.{i}.bias"] for i in range(count)),
             decays=ada.decay_complements(*(parameters[f"decays.{k}"] for k in ("momentum", "rms", "factored"))),
             num_inputs=self.num_inputs,
@@ -196,7 +199,7 @@ class AdaMLP(nn.Module):
             FileExistsError: there is such a file, and not `overwrite`.
             WeightsError: a weight is not finite.
         """
-        write_file(path, FORMAT, self, dict(self.named_parameters()), overwrite)
+        write_file(path, FORMAT, self.config, self.card, dict(self.named_parameters()), overwrite)
 
     @classmethod
     def load(cls, path: str | Path) -> AdaMLP:
@@ -211,7 +214,9 @@ class AdaMLP(nn.Module):
             >>> AdaMLP.load(AdaMLP.bundled_path("default")).inputs
             'mean'
         """
-        network, tensors = read_file(path, FORMAT, parameter_shapes)
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"There is no weights file {path}. Bundled names are {cls.bundled_names()}.")
+        network, tensors = read_file(path, FORMAT, cls, parameter_shapes)
         network.load_state_dict(tensors, assign=True)
         return network
 
@@ -244,100 +249,3 @@ class AdaMLP(nn.Module):
 def parameter_shapes(network: AdaMLP) -> dict[str, tuple[int, ...]]:
     """The shape of each meta-parameter, by name."""
     return {name: tuple(p.shape) for name, p in network.named_parameters()}
-
-
-def write_file(
-    path: str | Path, file_format: str, network: AdaMLP, tensors: Mapping[str, Tensor], overwrite: bool
-) -> None:
-    """Write tensors with the configuration and the card of a network; the arguments and errors are those of `save`."""
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists already, and is left as it is. Choose another name, or overwrite=True.")
-    tensors = {name: t.detach().float().contiguous().cpu() for name, t in tensors.items()}
-    _check_finite(tensors, f"This network cannot be saved to {path}")
-    metadata = {
-        "format": file_format,
-        "version": VERSION,
-        "config": json.dumps(network.config, sort_keys=True),
-        "card": json.dumps(network.card, sort_keys=True),
-        "sha256": _sha256(tensors, network.config, network.card),
-    }
-    part = path.with_name(f"{path.name}.part")  # so that a kill leaves the old file or the new one
-    save_file(tensors, str(part), metadata=metadata)
-    part.replace(path)
-
-
-def read_file(
-    path: str | Path, file_format: str, shapes: Callable[[AdaMLP], Mapping[str, tuple[int, ...]]]
-) -> tuple[AdaMLP, dict[str, Tensor]]:
-    """What `write_file` wrote; the errors are those of `AdaMLP.load`.
-
-    Args:
-        path: of the file.
-        file_format: expected.
-        shapes: of the tensors that a file with this network holds.
-
-    Returns:
-        The network, without memory for its weights, and the tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no weights file {path}. Bundled names are {AdaMLP.bundled_names()}.")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            network, sha256 = _read_header(path, file, file_format, shapes)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except WeightsError:
-        raise
-    except (SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(
-            f"{path} is not a readable safetensors file ({error}). It may be truncated: copy it again."
-        ) from error
-    _check_finite(tensors, f"{path} cannot be used")
-    if sha256 not in (None, _sha256(tensors, network.config, network.card)):
-        raise WeightsError(f"{path} is damaged: its content does not fit its checksum. Copy it again.")
-    return network, tensors
-
-
-def _read_header(
-    path: Path, file: Any, file_format: str, shapes: Callable[[AdaMLP], Mapping[str, tuple[int, ...]]]
-) -> tuple[AdaMLP, str | None]:
-    """The network that a file describes, still without memory for its weights, and the file's checksum."""
-    metadata = file.metadata() or {}
-    found = metadata.get("format"), metadata.get("version")
-    if found != (file_format, VERSION):
-        raise WeightsError(
-            f"{path} is not a file that fits here: it says format {found[0]!r} version {found[1]!r}, expected "
-            f"{file_format!r} version {VERSION!r}."
-        )
-    if unknown := sorted(metadata.keys() - {"format", "version", "config", "card", "sha256"}):
-        raise WeightsError(f"{path} has metadata that this version does not know: {unknown}.")
-    try:
-        with torch.device("meta"):  # the configuration may ask for any amount of memory
-            network = AdaMLP(**json.loads(metadata["config"]), card=json.loads(metadata.get("card", "{}")))
-    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise WeightsError(f"{path} has a configuration that cannot be used: {error}") from error
-    expected = {name: ("F32", *shape) for name, shape in shapes(network).items()}
-    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    held = {name: (s.get_dtype(), *s.get_shape()) for name, s in slices.items()}
-    if held != expected:
-        wrong = sorted(k for k in {*held, *expected} if held.get(k) != expected.get(k))
-        raise WeightsError(
-            f"{path} does not hold the tensors of its configuration. "
-            + "; ".join(f"{k}: {held.get(k, 'missing')}, expected {expected.get(k, 'none')}" for k in wrong)
-        )
-    return network, metadata.get("sha256")
-
-
-def _sha256(tensors: Mapping[str, Tensor], config: Mapping[str, Any], card: Mapping[str, Any]) -> str:
-    """A checksum of all that a weights file holds."""
-    digest = hashlib.sha256(json.dumps([config, card], sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
-    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if bad:
-        raise WeightsError(f"{what}: {', '.join(bad)} holds values that are not finite.")

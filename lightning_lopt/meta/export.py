@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from lightning_lopt.meta.base import Tensors
-from lightning_lopt.network import AdaMLP, WeightsError, parameter_shapes, read_file, write_file
+from lightning_lopt.network import AdaMLP, parameter_shapes
+from lightning_lopt.weights_file import WeightsError, read_file, write_file
 
 FORMAT = "lightning_lopt.MetaTraining"
 MOMENTS = {"first": "exp_avg", "second": "exp_avg_sq"}  # our names and torch's
@@ -59,7 +60,7 @@ class Export:
         """Write the export to a safetensors file; arguments and errors are those of `AdaMLP.save`."""
         tensors = {f"{kind}.{name}": t for kind, moments in self.moments.items() for name, t in moments.items()}
         tensors |= {"iterations": torch.tensor(float(self.iterations)), **dict(self.network.named_parameters())}
-        write_file(path, FORMAT, self.network, tensors, overwrite)
+        write_file(path, FORMAT, self.network.config, self.network.card, tensors, overwrite)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -69,7 +70,7 @@ class Export:
             FileNotFoundError: there is no such file.
             WeightsError: the file is no export, is damaged, or holds numbers that no meta-training has.
         """
-        network, tensors = read_file(path, FORMAT, _shapes)
+        network, tensors = read_file(path, FORMAT, AdaMLP, _shapes)
         iterations = tensors.pop("iterations").item()
         moments = {
             kind: {name: tensors.pop(f"{kind}.{name}") for name in parameter_shapes(network)} for kind in MOMENTS
