@@ -9,9 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch.distributed as dist
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 ENVIRONMENT = dict(os.environ)
+
+
+@pytest.fixture(autouse=True)
+def _start_nothing(monkeypatch):
+    """A Trainer for several devices would start this process's command again: all tests, once more."""
+
+    launch = _SubprocessScriptLauncher._call_children_scripts
+
+    def refuse(self):
+        assert self.num_processes == 1, "A Trainer in the process of the tests is about to start others."
+        launch(self)
+
+    monkeypatch.setattr(_SubprocessScriptLauncher, "_call_children_scripts", refuse)
 
 
 @pytest.fixture(autouse=True)

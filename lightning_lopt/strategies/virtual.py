@@ -65,14 +65,14 @@ class VirtualWorkersStrategy(CheckpointingStrategy):
     # -- setup ----------------------------------------------------------------------------------------------------
 
     @override
-    def setup_environment(self) -> None:
+    def _configure_launcher(self) -> None:  # called by the Trainer's constructor, before any process is started
         if self._at_once > 1 and self.num_nodes * self.num_processes > 1:
             raise MisconfigurationException(
                 f"virtual_workers={self._at_once} live in one process, and this Trainer has "
                 f"{self.num_nodes * self.num_processes}. Use Trainer(devices=1, num_nodes=1), or leave virtual_workers "
                 "out: each process is a worker then."
             )
-        super().setup_environment()
+        super()._configure_launcher()
 
     def _make_rounds(
         self, make: Callable[..., Rounds], module: pl.LightningModule, optimizer: Optimizer, comm: Communicator

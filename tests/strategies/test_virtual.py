@@ -225,7 +225,6 @@ class _TakesIterator(Classifier):
 @pytest.mark.parametrize(
     ("options", "module", "error", "match"),
     [
-        ({"devices": 2}, Classifier, MisconfigurationException, "live in one process"),
         ({"accumulate_grad_batches": 2}, Classifier, ValueError, "take a step with every batch"),
         ({"callbacks": [BatchNormReestimation()]}, Classifier, MisconfigurationException, "leave it out"),
         ({"sync_batchnorm": True}, Classifier, ValueError, "SyncBatchNorm needs real processes"),
@@ -238,6 +237,12 @@ def test_what_has_no_turns_is_refused(options, module, error, match, monkeypatch
     )
     with pytest.raises(error, match=match):
         run.fit(module(seed=0), loader())
+
+
+@pytest.mark.parametrize("processes", [{"devices": 2}, {"devices": 1, "num_nodes": 2}])
+def test_several_processes_are_refused_before_any_is_started(processes):
+    with pytest.raises(MisconfigurationException, match="live in one process, and this Trainer has 2"):
+        trainer(LocalSGD(4, virtual_workers=2), **processes)
 
 
 @pytest.mark.parametrize(
