@@ -38,11 +38,15 @@ class Epsilons(NamedTuple):
 
 
 class Decays(NamedTuple):
-    """Complements `1 - decay`, which is what float32 can hold: momentum [P, 3], rms [P, 1], factored [P, 3]."""
+    """Complements `1 - decay`, which is what float32 can hold: momentum [P, 3], rms [P, 1], factored [P, 3].
+
+    And what the first momentum is multiplied with before it is advanced, [P]; None leaves it as it is.
+    """
 
     momentum: Tensor
     rms: Tensor
     factored: Tensor
+    shrink: Tensor | None = None
 
 
 def decay_complements(momentum: Tensor, rms: Tensor, factored: Tensor) -> Decays:
@@ -140,12 +144,14 @@ class AdaState:
         second: v, [P, B, a, b].
         row: R_i, [P, 3, B, size of d1]; for vectors D_i, [P, 3, 1, n].
         col: C_i, [P, 3, B, size of d0]; unused for vectors.
+        square: |g|² of the round before, [P]; 0 before the first.
     """
 
     momentum: Tensor
     second: Tensor
     row: Tensor
     col: Tensor
+    square: Tensor
 
     @classmethod
     def zeros(cls, shape: tuple[int, ...], num_particles: int, dtype: torch.dtype, device: torch.device) -> AdaState:
@@ -161,6 +167,7 @@ class AdaState:
             second=new(*factors.shape),
             row=new(3, batch, sides[factors.row_axis]),
             col=new(3, batch, sides[factors.col_axis]),
+            square=new(),
         )
 
 
@@ -226,6 +233,8 @@ def update_moments(momentum: Tensor, second: Tensor, grad: Tensor, decays: Decay
 
     Source: arXiv 2312.02204, appendix.
     """
+    if decays.shrink is not None:
+        momentum[:, :1].mul_(decays.shrink[:, None, None, None, None])
     momentum.lerp_(grad, decays.momentum[:, :, None, None, None])
     second.lerp_(grad.square(), decays.rms[:, :, None, None, None])
 
@@ -233,8 +242,26 @@ def update_moments(momentum: Tensor, second: Tensor, grad: Tensor, decays: Decay
 def row_means(state: AdaState) -> Tensor:
     """Means of R_i over the tensor, [P, 3]: running means of g²."""
     rows = state.row.flatten(2)
+    return _sum(rows) / rows.shape[2]
+
+
+def norm_ratio(state: AdaState, sums: tuple[Tensor, Tensor]) -> Tensor:
+    """|g| over the |g| of the round before, [P], infinite after 0; |g|² is remembered for the next one.
+
+    Args:
+        state: the accumulators.
+        sums: the result of `factored_sums`.
+    """
+    square = _sum(sums[0].flatten(1).unsqueeze(1)).squeeze(1)
+    ratio = ((square + SQUARE_EPS) / state.square).sqrt_()
+    state.square.copy_(square)
+    return ratio
+
+
+def _sum(rows: Tensor) -> Tensor:
+    """[P, X, n] -> [P, X], each part of the sum by one thread."""
     parts = rows.split(max(1, SUM_BLOCK // rows[..., 0].numel()), dim=2)
-    return torch.stack([part.sum(2) for part in parts]).sum(0) / rows.shape[2]
+    return torch.stack([part.sum(2) for part in parts]).sum(0)
 
 
 def epsilons(state: AdaState, *, relative: bool) -> Epsilons:

@@ -21,7 +21,7 @@ from lightning_lopt.functional.ada import AdaState, Factoring
 from lightning_lopt.functional.blocks import Grid, block_shape, cut, over
 from lightning_lopt.functional.layers import Layers, Moments, Network, separate
 from lightning_lopt.functional.orthogonal import orthogonalise
-from lightning_lopt.functional.updates import UPDATES, Base, nesterov, warmed_up
+from lightning_lopt.functional.updates import UPDATES, Base, decays_of_round, nesterov
 
 # Elements per block, over all particles. A thread needs 2 x 32 floats for each: on a CPU larger blocks fall out of
 # the cache and smaller ones cost more in dispatch; a GPU wants few large launches. Tens of MB, whatever the model.
@@ -242,10 +242,12 @@ def step(
     """
     if param.numel() == 0:
         return
-    if UPDATES[network.update].relative:
-        network = network._replace(decays=warmed_up(network.decays, round_idx))
     factors = ada.factoring(tuple(param.shape[1:]))
-    ada.update_factors(state, ada.factored_sums(factors.matrices(grad), factors), network.decays, factors)
+    sums = ada.factored_sums(factors.matrices(grad), factors)
+    if UPDATES[network.update].relative:
+        decays = decays_of_round(network.decays, round_idx, ada.norm_ratio(state, sums))
+        network = network._replace(decays=decays)
+    ada.update_factors(state, sums, network.decays, factors)
     eps = ada.epsilons(state, relative=UPDATES[network.update].relative)
     operands = _Operands.of(param, grad, worker_grads, state, eps, factors)
     moments = accumulate(operands, network)

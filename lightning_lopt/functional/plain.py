@@ -12,7 +12,7 @@ from lightning_lopt.functional import ada
 from lightning_lopt.functional.ada import AdaState, Epsilons, Factoring
 from lightning_lopt.functional.layers import Network
 from lightning_lopt.functional.orthogonal import orthogonalise
-from lightning_lopt.functional.updates import UPDATES, Base, nesterov, warmed_up
+from lightning_lopt.functional.updates import UPDATES, Base, decays_of_round, nesterov
 
 
 def features(
@@ -104,8 +104,6 @@ def step(
     if param.numel() == 0:
         return
     kind, base = UPDATES[network.update], None
-    if kind.relative:
-        network = network._replace(decays=warmed_up(network.decays, round_idx))
     factors = ada.factoring(tuple(param.shape[1:]))
     p, g = factors.matrices(param), factors.matrices(grad)
     inputs = g
@@ -113,6 +111,9 @@ def step(
         inputs = torch.cat([factors.matrices(worker) for worker in worker_grads.unbind(1)], 1)
     squares = g.square().squeeze(1)
     sums = squares.sum(factors.col_axis), squares.sum(factors.row_axis)
+    if kind.relative:
+        decays = decays_of_round(network.decays, round_idx, ada.norm_ratio(state, sums))
+        network = network._replace(decays=decays)
     ada.update_factors(state, sums, network.decays, factors)
     ada.update_moments(state.momentum, state.second.unsqueeze(1), g, network.decays)
 

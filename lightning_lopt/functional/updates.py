@@ -61,28 +61,32 @@ def gated(output: Tensor, base: Base | None) -> Tensor:
     return correction.add_(gate.clamp_(*GATE_RANGE).exp_().mul_(base.step))
 
 
-def warmed_up(decays: Decays, round_idx: Tensor) -> Decays:
-    r"""The decays of round t, with a first momentum that grows to its own from none.
+def decays_of_round(decays: Decays, round_idx: Tensor, norm_ratio: Tensor) -> Decays:
+    r"""The decays of round t for an update with a base step, whose first momentum is
 
-    .. math:: 1 - \beta_t = \max\Big(1 - \beta_1, \frac{4}{t + 4}\Big)
+    .. math:: m_1 \leftarrow \beta_t \min\Big(1, \frac{|g_t|}{|g_{t-1}|}\Big) m_1 + (1 - \beta_t) g_t,\quad
+        1 - \beta_t = \max\Big(1 - \beta_1, \frac{4}{t + 4}\Big)
 
-    In the first rounds there is little to remember: the first accumulator is g itself in round 0, then for a while a
-    mean over about the last quarter of the rounds. It has no bias towards 0.
+    In the first rounds there is little to remember: it is g itself in round 0, then for a while a mean over about the
+    last quarter of the rounds. And where the pseudo-gradient becomes smaller, as with a learning rate that decays, what
+    is remembered does so, too.
 
     Args:
         decays: of the network.
         round_idx: t, from 0, [P].
+        norm_ratio: of the tensor's pseudo-gradients in this round and the one before, [P].
 
     Source: Shamir and Zhang 2013, arXiv 1212.1824: polynomial-decay averaging with η = 3, until it is as slow as β_1.
 
     Example:
-        >>> decays = Decays(*torch.full((3, 1, 3), 0.1))
-        >>> [round(1 - warmed_up(decays, torch.tensor([t])).momentum[0, 0].item(), 2) for t in (0, 4, 12, 99)]
+        >>> decays, ones = Decays(*torch.full((3, 1, 3), 0.1)), torch.ones(1)
+        >>> [round(1 - decays_of_round(decays, t * ones, ones).momentum[0, 0].item(), 2) for t in (0, 4, 12, 99)]
         [0.0, 0.5, 0.75, 0.9]
     """
     first, others = decays.momentum.tensor_split([1], 1)
     floor = MOMENTUM_WARMUP / (round_idx[:, None].to(first) + MOMENTUM_WARMUP)
-    return decays._replace(momentum=torch.cat([torch.maximum(first, floor), others], 1))
+    momentum = torch.cat([torch.maximum(first, floor), others], 1)
+    return decays._replace(momentum=momentum, shrink=norm_ratio.clamp(max=1))
 
 
 def nesterov(grad: Tensor, momentum: Tensor, decays: Decays) -> Tensor:

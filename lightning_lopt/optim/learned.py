@@ -60,7 +60,7 @@ class LearnedOptimizer(Optimizer):
         >>> p.grad = torch.randn(4, 3)
         >>> outer.step()
         >>> sorted(outer.state[p]), tuple(outer.state[p]["row"].shape)
-        (['col', 'momentum', 'row', 'second', 'step'], (1, 3, 1, 3))
+        (['col', 'momentum', 'row', 'second', 'square', 'step'], (1, 3, 1, 3))
     """
 
     needs_whole_tensors = True

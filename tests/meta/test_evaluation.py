@@ -24,9 +24,9 @@ def evaluation(name: str = "small", **keywords) -> Evaluation:
 
 @pytest.fixture
 def diloco(monkeypatch) -> AdaMLP:
-    """The base step with nothing orthogonalised or warmed up: Nesterov momentum 0.9 with the rate 0.7."""
+    """The base step with nothing orthogonalised and a momentum that stays: Nesterov momentum 0.9 with the rate 0.7."""
     monkeypatch.setattr(learned, "orthogonalise", lambda step: step)
-    monkeypatch.setattr(learned, "warmed_up", lambda decays, round_idx: decays)
+    monkeypatch.setattr(learned, "decays_of_round", lambda decays, round_idx, norm_ratio: decays)
     return AdaMLP.base_step(lr=0.7, momentum=0.9)
 
 
