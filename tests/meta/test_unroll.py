@@ -53,5 +53,5 @@ def repeat(network, num_particles):
     return network._replace(
         weights=tuple(map(copies, network.weights)),
         biases=tuple(map(copies, network.biases)),
-        decays=type(network.decays)(*map(copies, network.decays)),
+        decays=type(network.decays)(*map(copies, network.decays[:3])),
     )
