@@ -136,8 +136,24 @@ class Communicator:
         received = flat.new_empty(sum(receive))
         if self._group is not None:
             self._count(flat, 1 - send[self.rank] / max(1, len(flat)))
-            self._dist.all_to_all_single(received, flat, list(receive), list(send), group=self._group)
+            if self._dist is dist and flat.device.type == "cpu":
+                self._swap_slices(flat.split(list(send)), received.split(list(receive)))
+            else:
+                self._dist.all_to_all_single(received, flat, list(receive), list(send), group=self._group)
         return self._share(received)
+
+    def _swap_slices(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> None:
+        """An all-to-all in K-1 turns; in each, every worker sends to one and receives from one, both at once.
+
+        gloo's own says that it is ready to receive behind what it sends, so that the two directions take turns.
+        """
+        incoming[self.rank].copy_(outgoing[self.rank])
+        for turn in range(1, self.num_workers):
+            to, source = (self.rank + turn) % self.num_workers, (self.rank - turn) % self.num_workers
+            arrival = dist.irecv(incoming[source], group=self._group, group_src=source)
+            assert arrival is not None  # this worker is in the group
+            dist.send(outgoing[to], group=self._group, group_dst=to)
+            arrival.wait()
 
     def total(self, values: Sequence[float], device: torch.device) -> list[float]:
         """The sum of each number over the workers."""
