@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -192,10 +194,12 @@ class Rounds:
     def _choose_local_steps(self) -> int:
         lr = max(float(group.get("lr", 0.0)) for group in self._optimizer.param_groups)
         info = RoundInfo(self.round_idx, self.step_idx, self.total_steps, lr)
-        local_steps = self._schedule(info)
-        if not isinstance(local_steps, int) or local_steps < 1:
+        returned, local_steps = self._schedule(info), 0
+        with suppress(TypeError):
+            local_steps = operator.index(returned)  # NumPy's integers, too
+        if isinstance(returned, bool) or local_steps < 1:
             raise ValueError(
-                f"The schedule {self._schedule!r} returned {local_steps!r} local steps for {info}; "
+                f"The schedule {self._schedule!r} returned {returned!r} local steps for {info}; "
                 "it must be an integer >= 1."
             )
         turns = self._travel.picks.num_turns

@@ -63,6 +63,9 @@ class RandomCoordinates:
     Raises:
         ValueError: `density` outside (0, 1].
 
+    Memory: 8 bytes per coordinate that is sent, for its index. Sends density × 2(K-1)/K × 4 bytes per parameter and
+    round. Fails when workers drift apart on what is seldom sent.
+
     Source: arXiv 2605.20866 (LOSCAR-SGD); SPARTA.
 
     Example:
@@ -96,10 +99,13 @@ class Fragments:
     `local_steps` are a fragment's own period: with 4 fragments and H = 100 there is a sync every 25 steps.
 
     Args:
-        num_fragments: P >= 1, at most the number of tensors.
+        num_fragments: P >= 1, at most the number of tensors; 4 is a start.
 
     Raises:
-        ValueError: `num_fragments` < 1, or more fragments than tensors.
+        ValueError: `num_fragments` is not an integer >= 1, or there are fewer tensors.
+
+    Memory: none. Sends 1/P × 2(K-1)/K × 4 bytes per parameter in each of its P syncs. Fails with one tensor that is
+    most of the model, whose turn sends as much as everything, and with P so large that H/P steps hide no transfer.
 
     Source: arXiv 2501.18512 (streaming DiLoCo).
 
@@ -112,8 +118,8 @@ class Fragments:
     num_fragments: int
 
     def __post_init__(self) -> None:
-        if self.num_fragments < 1:
-            raise ValueError(f"num_fragments must be >= 1, not {self.num_fragments!r}.")
+        if isinstance(self.num_fragments, bool) or not isinstance(self.num_fragments, int) or self.num_fragments < 1:
+            raise ValueError(f"num_fragments must be an integer >= 1, not {self.num_fragments!r}.")
 
     whole_tensors = True
 

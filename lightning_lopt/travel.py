@@ -49,6 +49,8 @@ class Travel:
     sharded: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.selection, type) or not hasattr(self.picks, "pick"):
+            raise ValueError(f"selection must be Fragments(...) or any Selection, not {self.selection!r}.")
         if self.selection is not None and self.density != 1:
             raise ValueError("density is short for selection=RandomCoordinates(density): give one of the two.")
         if isinstance(self.overlap_steps, bool) or not isinstance(self.overlap_steps, int) or self.overlap_steps < 0:

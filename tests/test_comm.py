@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 import torch
 
@@ -50,6 +52,29 @@ def test_collectives_are_between_workers(ranks_per_worker, workers):
             0.0,
             [0, 1, 2, 3] if rank == 0 else None,
         )
+
+
+def _unequal_slices(rank):
+    send = [[0, 2, 1], [1, 0, 3], [0, 0, 0]]  # by sender and receiver
+    comm = Communicator()
+    slices = 10 * rank + torch.arange(sum(send[rank]), dtype=torch.uint8)
+    return comm.all_to_all(slices, send[rank], [lengths[rank] for lengths in send]).tolist(), comm.bytes_sent
+
+
+def test_slices_may_be_unequal_and_empty():
+    assert run_workers(_unequal_slices, 3) == [([10], 3), ([0, 1], 4), ([2, 11, 12, 13], 0)]
+
+
+def _lost(rank):
+    comm = Communicator(timedelta(seconds=3))
+    if rank == 0:
+        with pytest.raises(RuntimeError, match="gloo"):  # the strategies say which worker this may be
+            comm.all_to_all(torch.zeros(200_000), [100_000] * 2, [100_000] * 2)
+    return True
+
+
+def test_an_all_to_all_without_a_partner_ends():
+    assert run_workers(_lost, 2) == [True, True]
 
 
 def _disagree(rank):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from functools import partial
 
@@ -389,11 +390,18 @@ def test_nothing_to_train():
         Rounds(model, torch.optim.SGD(model.parameters(), lr=1.0), 1)
 
 
-def test_a_schedule_that_returns_nonsense():
+@pytest.mark.parametrize("wrong", [0, -1, 2.0, True, None, math.nan])
+def test_a_schedule_that_returns_nonsense(wrong):
     model = nn.Linear(1, 1)
-    rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=1.0), lambda info: 0)
-    with pytest.raises(ValueError, match="returned 0 local steps"):
+    rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=1.0), lambda info: wrong)
+    with pytest.raises(ValueError, match=f"returned {wrong} local steps"):
         rounds.step()
+
+
+def test_a_schedule_may_return_any_kind_of_integer():
+    model = nn.Linear(1, 1)
+    rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=1.0), lambda info: torch.tensor(2))
+    assert [rounds.step(), rounds.step(), type(rounds.last_report.local_steps)] == [False, True, int]
 
 
 def test_a_state_of_another_outer_optimizer():

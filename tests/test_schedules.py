@@ -75,7 +75,23 @@ def test_wrong_local_steps(wrong):
         as_schedule(wrong)
 
 
-def test_wrong_qsr():
-    with pytest.raises(ValueError, match="alpha > 0"):
-        QSR(alpha=0.0, base_steps=4)
+@pytest.mark.parametrize(
+    "wrong", [{"alpha": 0.0}, {"alpha": math.inf}, {"base_steps": 2.5}, {"base_steps": 0}], ids=str
+)
+def test_wrong_qsr(wrong):
+    with pytest.raises(ValueError, match="alpha > 0, an integer base_steps"):
+        QSR(**{"alpha": 0.1, "base_steps": 4, **wrong})
+
+
+@pytest.mark.parametrize("lr", [1e-300, 5e-324])
+def test_learning_rates_next_to_zero_are_zero(lr):
+    assert QSR(alpha=1.0, base_steps=2)(RoundInfo(0, 90, 100, lr=lr)) == 10
+
+
+def test_a_learning_rate_that_is_not_a_number():
+    with pytest.raises(ValueError, match="is not a number"):
+        QSR(alpha=1.0, base_steps=2)(RoundInfo(0, 0, None, lr=math.nan))
+
+
+def test_numbers_become_schedules():
     assert as_schedule(16) == Constant(16)

@@ -60,7 +60,8 @@ def test_errors():
     for density in (0.0, 1.1):
         with pytest.raises(ValueError, match="density must be in"):
             RandomCoordinates(density)
-    with pytest.raises(ValueError, match=">= 1"):
-        Fragments(0)
+    for number in (0, 2.5, True):
+        with pytest.raises(ValueError, match="an integer >= 1"):
+            Fragments(number)
     with pytest.raises(ValueError, match="2 tensors cannot make 3 fragments"):
         Fragments(3).pick([4, 5], 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_lopt import Fragments, LearnedOptimizer, RandomCoordinates, Rounds, Travel
+from lightning_lopt import Fragments, LearnedOptimizer, RandomCoordinates, Rounds, TopK, Travel
 
 
 @pytest.mark.parametrize(
@@ -13,7 +13,11 @@ from lightning_lopt import Fragments, LearnedOptimizer, RandomCoordinates, Round
     [
         ({"density": 0.0}, "density"),
         ({"density": 0.5, "selection": Fragments(2)}, "one of the two"),
+        ({"selection": 4}, "selection must be"),
+        ({"selection": Fragments}, "selection must be"),
         ({"compression": "int4"}, "compression must be"),
+        ({"compression": 8}, "compression must be"),
+        ({"compression": TopK}, "compression must be"),
         ({"overlap_steps": -1}, "overlap_steps"),
         ({"overlap_steps": True}, "overlap_steps"),
         ({"merge": "average"}, "merge must be"),

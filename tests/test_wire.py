@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_lopt import AdaMLP, LearnedOptimizer, Rounds, SlowMomentum, TopK, Travel
+from lightning_lopt.bench.namespaces import run_linked, why_not
+from lightning_lopt.comm import Communicator
 from tests.processes import run_command, run_workers
 
 K = 3
@@ -85,6 +88,26 @@ def test_counted_bytes_are_the_kernels():
         assert results[0][name][0] == pytest.approx(counted, rel=0.05), name
 
 
+def _swaps():
+    """Print the seconds of all-to-alls of 3 MB each way, as one of two workers."""
+    dist.init_process_group("gloo")
+    comm, half, seconds = Communicator(), 750_000, []
+    for _ in range(7):
+        comm.max_(torch.zeros(1))
+        start = time.perf_counter()
+        comm.all_to_all(torch.zeros(2 * half), [half] * 2, [half] * 2)
+        seconds.append(time.perf_counter() - start)
+    print(statistics.median(seconds), flush=True)
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(why_not() is not None, reason="there is no right to limit a link")
+def test_an_all_to_all_uses_both_directions_at_once(capfd):
+    """0.25 s each way, at 100 Mbit/s."""
+    run_linked(["-m", "tests.test_wire", "swaps"], num_workers=2, mbit=100)
+    assert max(map(float, capfd.readouterr().out.split())) < 0.4
+
+
 def test_local_steps_hide_the_transfer():
     """0.8 s of transfer, beside 24 steps that take 1.2 s."""
     limit = "tc qdisc add dev lo root tbf rate 200mbit burst 256kb latency 1s"
@@ -94,4 +117,8 @@ def test_local_steps_hide_the_transfer():
 
 
 if __name__ == "__main__":
-    print(json.dumps(run_workers(_syncs, K) if sys.argv[1] == "bytes" else run_workers(_rounds_on_a_slow_link, 2, 24)))
+    if sys.argv[1] == "swaps":
+        _swaps()
+    else:
+        slow = partial(run_workers, _rounds_on_a_slow_link, 2, 24)
+        print(json.dumps(run_workers(_syncs, K) if sys.argv[1] == "bytes" else slow()))

@@ -28,6 +28,8 @@ class SlowMomentum(Optimizer):
     Raises:
         ValueError: an argument out of its range.
 
+    Memory: one number per coordinate, u.
+
     Source: arXiv 1910.00643, algorithm 1.
 
     Example:

@@ -50,7 +50,8 @@ class LocalSGD(VirtualWorkersStrategy):
     which any optimizer stepped, so that a GAN's two optimizers share their rounds.
 
     Args:
-        local_steps: H >= 1 in optimizer steps, or a schedule (`QSR`, or a callable from `RoundInfo` to an integer).
+        local_steps: H >= 1 in optimizer steps, or a schedule (`QSR`, or a callable from `RoundInfo` to an integer);
+            begin with 16, or the least with which a sync costs a tenth of the time.
         outer_optimizer: makes a torch optimizer from parameter groups, whose `.grad` is the averaged
             pseudo-gradient, e.g. `partial(torch.optim.AdamW, lr=1e-3)`; None averages.
         density: share of the coordinates that a sync sends, in (0, 1], drawn anew in every round.
@@ -85,8 +86,10 @@ class LocalSGD(VirtualWorkersStrategy):
         TypeError: `outer_optimizer` cannot be called with parameters.
         MisconfigurationException: a plugin of FSDP or DeepSpeed.
 
-    Memory: 4 bytes per parameter for the anchor, 4 more during a sync. Sends 2(K-1)/K × 4 bytes per parameter and
-    round. Fails when H is so large that workers drift into different basins: watch `RoundMonitor`'s drift.
+    Memory: 4 bytes per parameter for the anchor and what the outer optimizer has, 4 more during a sync, 8 with overlap;
+    4 for error feedback, and 4 more in its syncs. Sends 2(K-1)/K × 4 bytes per parameter and round, or what `density`,
+    `selection` and `compression` leave of it. Fails when H is so large that workers drift into different basins: watch
+    `RoundMonitor`'s drift.
 
     Source: McMahan et al. 1602.05629; Stich 1805.09767.
 

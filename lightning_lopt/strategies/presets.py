@@ -27,9 +27,10 @@ class SlowMo(LocalSGD):
         momentum: β in [0, 1); the authors suggest .2 for 4 workers, .5 for 8, .6 for 16.
         **kwargs: those of `LocalSGD`.
 
-    Memory: 4 bytes per parameter on top of `LocalSGD`; the same bytes per round.
+    Memory: 4 bytes per parameter on top of `LocalSGD`; the same bytes per round. Fails where β is too large
+    for so few workers: the steps overshoot.
 
-    Source: arXiv 1910.00643.
+    Source: arXiv 1910.00643, algorithm 1.
 
     Example:
         >>> SlowMo(local_steps=16, momentum=0.5).strategy_name
@@ -58,11 +59,12 @@ class DiLoCo(LocalSGD):
 
     Args:
         local_steps: H >= 1, or a schedule; the paper has 500.
-        outer_lr: η > 0.
-        momentum: μ in [0, 1); 0 is plain SGD.
+        outer_lr: η > 0; the paper has 0.7.
+        momentum: μ in [0, 1); the paper has 0.9, and 0 is plain SGD.
         **kwargs: those of `LocalSGD`.
 
-    Memory: 4 bytes per parameter on top of `LocalSGD`; the same bytes per round.
+    Memory: 4 bytes per parameter on top of `LocalSGD`; the same bytes per round. Fails with momentum in the local
+    optimizer at a large rate, where the usual setting can diverge: lower η and μ.
 
     Source: arXiv 2311.08105.
 
@@ -97,7 +99,7 @@ class LOSCAR(LocalSGD):
     With density 1 this is CoCoD-SGD, with overlap 0 and one local step SPARTA, with density 1 and overlap 0 Local SGD.
 
     Args:
-        local_steps: H, all local steps of a round, or a schedule; a round of at most Q steps overlaps all but one.
+        local_steps: H >= 1, all local steps of a round, or a schedule; a round of at most Q steps overlaps all but one.
         overlap_steps: Q >= 0, less than H; best as many steps as the transfer takes.
         density: share of the coordinates, in (0, 1]; 0.1 is a start.
         **kwargs: those of `LocalSGD`.
