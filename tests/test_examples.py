@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_lopt import AdaMLP, WeightsError
-from tests.processes import run_command
+from tests.processes import run_command, run_workers
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 METHODS = ["LocalSGD", "SlowMo", "DiLoCo", "LearnedLocalSGD"]
@@ -21,6 +25,29 @@ def run(command: list[str], limit: float = 240) -> str:
     return "".join(run_command([sys.executable, *command], limit, {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}))
 
 
+def run_here(script: str, *arguments: object) -> None:
+    """Run an example in this process, which has imported everything already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        patch.setattr(torch, "set_num_threads", lambda count: None)
+        patch.setenv("MPLBACKEND", "agg")
+        patch.syspath_prepend(EXAMPLES)
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+
+
+def _printed(rank: int, script: str, *arguments: object) -> str:
+    """What an example prints as one of the workers that torchrun has started."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run_here(script, *arguments)
+    return printed.getvalue()
+
+
+def _printed_alone(rank: int, script: str, *arguments: object) -> str:
+    """The same without torchrun."""
+    del os.environ["TORCHELASTIC_RUN_ID"]
+    return _printed(rank, script, *arguments)
+
+
 def check_report(output: str, methods: list[str], rounds: int, plot: Path) -> None:
     """The table has a row per method with as many rounds, and the plot is a PNG."""
     for method in methods:
@@ -28,43 +55,50 @@ def check_report(output: str, methods: list[str], rounds: int, plot: Path) -> No
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("script", "saved"), [("finetune_vit", "vit_backbone.pt"), ("finetune_lm", "gpt.pt")])
-def test_fine_tuning(script: str, saved: str, tmp_path: Path):
-    output = run([str(EXAMPLES / f"{script}.py"), *TINY, "--out", str(tmp_path)])
+def check_fine_tuning(output: str, folder: Path, script: str, saved: str) -> None:
     assert "Phase 1" in output
-    assert (tmp_path / saved).is_file()
-    check_report(output, METHODS, rounds=2, plot=tmp_path / f"{script}.png")
+    assert (folder / saved).is_file()
+    check_report(output, METHODS, rounds=2, plot=folder / f"{script}.png")
 
 
-@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]])
-def test_plain_loop(launcher: list[str], tmp_path: Path):
-    output = run([*launcher, str(EXAMPLES / "plain_loop.py"), *TINY, "--out", str(tmp_path)])
+def test_fine_tuning_of_a_transformer_for_images(tmp_path: Path):
+    output = run([str(EXAMPLES / "finetune_vit.py"), *TINY, "--out", str(tmp_path)])
+    check_fine_tuning(output, tmp_path, "finetune_vit", "vit_backbone.pt")
+
+
+def test_fine_tuning_of_a_language_model(tmp_path: Path):
+    output, _ = run_workers(_printed, 2, "finetune_lm.py", *TINY, "--out", tmp_path, connect=False, limit=240)
+    check_fine_tuning(output, tmp_path, "finetune_lm", "gpt.pt")
+
+
+def test_plain_loop_of_two_workers(tmp_path: Path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    output = run([*torchrun, str(EXAMPLES / "plain_loop.py"), *TINY, "--out", str(tmp_path)])
     check_report(output, ["average", "slow momentum", "learned"], rounds=2, plot=tmp_path / "plain_loop.png")
 
 
-def test_meta_training(tmp_path: Path):
-    output = run([str(EXAMPLES / "meta_train.py"), "--steps", "1", "--out", str(tmp_path)])
-    for curve in ("averaging", "diloco", "before meta-training", "learned"):
-        assert re.search(rf"^{curve} +final loss 0\.\d+$", output, re.MULTILINE), output
-    assert AdaMLP.load(tmp_path / "network.safetensors").card["meta_iterations"] == 1
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+def test_plain_loop_of_one_worker(tmp_path: Path):
+    (output,) = run_workers(_printed_alone, 1, "plain_loop.py", *TINY, "--out", tmp_path, connect=False)
+    check_report(output, ["average", "slow momentum", "learned"], rounds=2, plot=tmp_path / "plain_loop.png")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_meta_training_goes_on_from_an_export_and_overwrites_nothing(tmp_path: Path, monkeypatch, capsys):
-    def main(*arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["meta_train.py", *map(str, arguments)])
-        runpy.run_path(str(EXAMPLES / "meta_train.py"), run_name="__main__")
+def test_meta_training_goes_on_from_an_export_and_overwrites_nothing(tmp_path: Path, capsys):
+    def main(*arguments: object) -> str:
+        run_here("meta_train.py", *arguments)
+        return capsys.readouterr().out
 
     def refused(*arguments: object) -> str:
         with pytest.raises((SystemExit, WeightsError)) as error:
             main(*arguments)
         return f"{error.value} {capsys.readouterr().err}"
 
-    monkeypatch.syspath_prepend(EXAMPLES)
-    monkeypatch.setattr("torch.set_num_threads", lambda count: None)
     first, second, export = tmp_path / "first", tmp_path / "second", tmp_path / "first" / "export.safetensors"
-    main("--out", first, "--steps", 1)
+    output = main("--out", first, "--steps", 1)
+    for curve in ("averaging", "diloco", "before meta-training", "learned"):
+        assert re.search(rf"^{curve} +final loss 0\.\d+$", output, re.MULTILINE), output
+    assert AdaMLP.load(first / "network.safetensors").card["meta_iterations"] == 1
+    assert (first / "curves.png").read_bytes().startswith(b"\x89PNG")
     main("--out", second, "--steps", 3, "--init", export)
     assert AdaMLP.load(second / "network.safetensors").card["meta_iterations"] == 3
     content = export.read_bytes()

@@ -22,6 +22,7 @@ from lightning_lopt.comm import Communicator
 from tests.processes import run_command, run_workers
 
 K = 3
+LIMIT = "tc qdisc add dev lo root tbf rate 200mbit burst 256kb latency 1s"
 LAGG = partial(LearnedOptimizer, network=AdaMLP(K, seed=0))
 CASES = {
     "everything": (Travel(), None),
@@ -70,18 +71,19 @@ def _rounds_on_a_slow_link(rank, overlap_steps):
     return rounds.last_report.transfer_seconds, rounds.last_report.waited_seconds
 
 
-def _in_namespace(setup, name):
-    """The JSON that a function of this module makes in a network namespace after a shell command."""
-    namespace = ["unshare", "--net", "sh", "-c", f'ip link set lo up && {setup} && exec "$@"', "-"]
+@pytest.fixture(scope="module")
+def measured():
+    """The JSON that this module makes in a network namespace of its own."""
+    namespace = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "-"]
     if not shutil.which("unshare") or subprocess.run([*namespace, "true"], capture_output=True).returncode:
         pytest.skip("no right to make a network namespace; a shared interface has other traffic and no limit")
-    command = [*namespace, sys.executable, "-m", "tests.test_wire", name]
-    printed, _ = run_command(command, 200, folder=Path(__file__).parents[1])
+    command = [*namespace, sys.executable, "-m", "tests.test_wire"]
+    printed, _ = run_command(command, 250, folder=Path(__file__).parents[1])
     return json.loads(printed)
 
 
-def test_counted_bytes_are_the_kernels():
-    results = _in_namespace("true", "bytes")
+def test_counted_bytes_are_the_kernels(measured):
+    results = measured["bytes"]
     for name in CASES:
         counted = sum(worker[name][1] for worker in results)
         assert counted > 10e6, name
@@ -108,17 +110,17 @@ def test_an_all_to_all_uses_both_directions_at_once(capfd):
     assert max(map(float, capfd.readouterr().out.split())) < 0.4
 
 
-def test_local_steps_hide_the_transfer():
+def test_local_steps_hide_the_transfer(measured):
     """0.8 s of transfer, beside 24 steps that take 1.2 s."""
-    limit = "tc qdisc add dev lo root tbf rate 200mbit burst 256kb latency 1s"
-    for transfer, waited in _in_namespace(limit, "slow"):
+    for transfer, waited in measured["slow"]:
         assert transfer > 0.5
         assert waited < 0.1 * transfer
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "swaps":
+    if sys.argv[1:] == ["swaps"]:
         _swaps()
     else:
-        slow = partial(run_workers, _rounds_on_a_slow_link, 2, 24)
-        print(json.dumps(run_workers(_syncs, K) if sys.argv[1] == "bytes" else slow()))
+        results = {"bytes": run_workers(_syncs, K)}
+        subprocess.run(LIMIT.split(), check=True)
+        print(json.dumps({**results, "slow": run_workers(_rounds_on_a_slow_link, 2, 24)}))

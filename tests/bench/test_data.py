@@ -12,6 +12,12 @@ datasets = pytest.importorskip("datasets")
 image = pytest.importorskip("PIL.Image")
 
 
+@pytest.fixture(autouse=True)
+def _no_sleep(monkeypatch):
+    """Streams that end early sleep for five seconds before they leave their threads."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+
+
 def write_images(folder, column: str, side: int, shards: int) -> None:
     """Files of 80 images each, those of one class of a colour that says which."""
     folder.mkdir()
