@@ -8,12 +8,14 @@ import os
 import re
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_lopt import AdaMLP, WeightsError
+from lightning_lopt.meta import Evaluation
 from tests.processes import run_command, run_workers
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -83,7 +85,9 @@ def test_plain_loop_of_one_worker(tmp_path: Path):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_meta_training_goes_on_from_an_export_and_overwrites_nothing(tmp_path: Path, capsys):
+def test_meta_training_goes_on_from_an_export_and_overwrites_nothing(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr("lightning_lopt.meta.Evaluation", partial(Evaluation, num_rounds=30))
+
     def main(*arguments: object) -> str:
         run_here("meta_train.py", *arguments)
         return capsys.readouterr().out
