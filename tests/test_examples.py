@@ -29,12 +29,15 @@ def run(command: list[str], limit: float = 240) -> str:
 
 def run_here(script: str, *arguments: object) -> None:
     """Run an example in this process, which has imported everything already."""
+    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script, *map(str, arguments)])
-        patch.setattr(torch, "set_num_threads", lambda count: None)
         patch.setenv("MPLBACKEND", "agg")
         patch.syspath_prepend(EXAMPLES)
-        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        try:
+            runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _printed(rank: int, script: str, *arguments: object) -> str:
