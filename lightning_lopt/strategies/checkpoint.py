@@ -298,22 +298,44 @@ class CheckpointingStrategy(DDPStrategy):
             _Loop.restarting.__set__(loop, False)  # its own setter says True with max_steps
         for loader in loop._combined_loader.flattened:
             _set_sampler_epoch(loader, loop.epoch_progress.current.processed)
+        self._pass_over_validation()
         iter(loop._data_fetcher)
         if loop.restarted_mid_epoch or loop.restarted_on_epoch_end:
             loop.reset_restart_stage()  # else Lightning does not count the new epoch, nor calls its first hooks
             self._at_epoch_start = True
 
+    def _pass_over_validation(self) -> None:
+        """Draw the seeds of a validation that came after the save, as Lightning does, but only where there was one."""
+        trainer, epoch_loop = self._trainer, self._trainer.fit_loop.epoch_loop
+        every, epochs, batches = trainer.val_check_batch, trainer.check_val_every_n_epoch, epoch_loop.batch_progress
+        count = batches.total.ready if epochs is None else batches.current.ready
+        due = epochs is None or trainer.fit_loop.epoch_progress.current.processed % epochs == 0
+        due = due and (every == float("inf") or (every is not None and count % every == 0))
+        if due and trainer.enable_validation and epoch_loop.restarted_on_train_batch_end:
+            epoch_loop.val_loop.increment_progress_to_evaluation_end()
+        # Lightning looks at the epoch that begins, at batch -1
+        epoch_loop.val_loop.increment_progress_to_evaluation_end = int
+
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
+        val_loop = self._trainer.fit_loop.epoch_loop.val_loop
+        vars(val_loop).pop("increment_progress_to_evaluation_end", None)
         if self._at_epoch_start:  # Lightning does so before it runs the last epoch's validation
-            self._trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset()
+            val_loop.batch_progress.total.reset()
             self._at_epoch_start = False
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if name == "train_dataloader()":  # Lightning has asked for new ones
+            self._loaders.unwrap()
+        super().barrier(name)
 
     @override
     def teardown(self) -> None:
         self._own = None
         self._loaders.unwrap()
+        self._loaders.load_state_dicts([], 0)
         super().teardown()
 
     @property

@@ -131,6 +131,7 @@ class ResumableLoaders:
         for entry, state in zip(self._loaders, self._states, strict=False):
             if entry is not None and state is not None:
                 entry[2].set_generators(state["generators"])
+        self._states = []  # loaders that are made later begin their epochs
 
     def state_dicts(self, consumed: int, *, cycle: bool) -> list[dict[str, Any] | None]:
         """One state per loader, after `consumed` batches of the epoch.

@@ -171,6 +171,22 @@ EVERY_STEP = {
         {"limit_val_batches": 0, "max_steps": 17, "max_epochs": -1, "everywhere": True},
         short,
     ),
+    "epochs that end unvalidated": (partial(SlowMo, 4), {"val_check_interval": 4, "everywhere": True}, short),
+    "every other epoch is validated": (
+        partial(SlowMo, 4),
+        {"check_val_every_n_epoch": 2, "everywhere": True, "max_epochs": 4},
+        short,
+    ),
+    "new loaders in every epoch": (
+        partial(SlowMo, 4),
+        {"reload_dataloaders_every_n_epochs": 1, "everywhere": True, "max_epochs": 4},
+        short,
+    ),
+    "the same loader in every epoch": (
+        partial(SlowMo, 4),
+        {"reload_dataloaders_every_n_epochs": 1, "use_distributed_sampler": False, "max_epochs": 4},
+        partial(loader, 24),
+    ),
     "mid-accumulation": (partial(SlowMo, 2), {"accumulate_grad_batches": 3, "everywhere": True}, partial(loader, 56)),
     "two loaders": (partial(SlowMo, 4), {"module": TwoLoaders}, _two_loaders),
     "stateful loader": (partial(SlowMo, 4), {}, CountingLoader),
