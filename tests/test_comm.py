@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import glob
+import os
 from datetime import timedelta
+from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
+from lightning_lopt import DiLoCo
 from lightning_lopt.comm import Communicator, DisagreementError
 from tests.processes import run_workers
+from tests.strategies_support import Classifier, loader, trainer
 
 
 def _collectives(rank, ranks_per_worker):
@@ -91,3 +97,31 @@ def test_ranks_of_one_worker_that_disagree_are_an_error():
 def test_ranks_that_do_not_divide():
     with pytest.raises(ValueError, match="1 processes cannot be workers of 2 ranks"):
         Communicator(ranks_per_worker=2)
+
+
+def _addresses(rank):
+    """Of this process's sockets while it trains: local addresses of those of IPv4 or IPv6, but for torch's store."""
+    found = set()
+
+    class Look(pl.Callback):
+        def on_train_end(self, trainer, module):
+            own = {os.readlink(fd) for fd in glob.glob("/proc/self/fd/*") if os.path.islink(fd)}
+            for table in "/proc/self/net/tcp", "/proc/self/net/tcp6":
+                for line in Path(table).read_text().splitlines()[1:]:
+                    fields = line.split()
+                    address, port = fields[1].split(":")
+                    if f"socket:[{fields[9]}]" in own and int(port, 16) != int(os.environ["MASTER_PORT"]):
+                        found.add(address)
+
+    trainer(DiLoCo(2, overlap_steps=1, worker_speeds=[2, 1]), max_epochs=1, callbacks=[Look()]).fit(
+        Classifier(seed=0), loader(32)
+    )
+    return found
+
+
+def test_collectives_bind_to_the_interface_that_the_user_names():
+    """`GLOO_SOCKET_IFNAME=lo` is set for all tests: every group of a strategy keeps to it."""
+    loopback = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+    for found in run_workers(_addresses, 2, connect=False):
+        assert found
+        assert found <= loopback, found
