@@ -15,7 +15,8 @@ class Shards:
     """Whole tensors, each owned by one worker, so that all own about as much.
 
     Whole tensors, not slices: what needs whole matrices (an orthogonalised step, statistics of rows and columns) is
-    exact without a further reduction, and any outer optimizer works as it is. A tensor larger than 1/K of the model unbalances the shares.
+    exact without a further reduction, and any outer optimizer works as it is. A tensor larger than 1/K of the model
+    unbalances the shares.
 
     Args:
         comm: the collectives.
