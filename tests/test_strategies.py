@@ -313,7 +313,8 @@ def test_modules_that_are_refused(module, error, match):
         (lambda: LearnedLocalSGD(network=3), TypeError, "must be an AdaMLP"),
         (lambda: LocalSGD(outer_optimizer="adam"), TypeError, "make an optimizer from parameters"),
         (lambda: SlowMo(momentum=1.0), ValueError, "momentum"),
-        (lambda: DiLoCo(outer_lr=-1.0), ValueError, "learning rate"),
+        (lambda: DiLoCo(outer_lr=-1.0), ValueError, "outer_lr > 0"),
+        (lambda: DiLoCo(momentum=math.nan), ValueError, r"momentum in \[0, 1\)"),
         (
             lambda: trainer(LocalSGD(precision_plugin=FSDPPrecision("32-true")), 1, max_epochs=1).fit(
                 Classifier(), loader()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -63,6 +64,9 @@ class DiLoCo(LocalSGD):
         momentum: μ in [0, 1); the paper has 0.9, and 0 is plain SGD.
         **kwargs: those of `LocalSGD`.
 
+    Raises:
+        ValueError: η or μ out of its range.
+
     Memory: 4 bytes per parameter on top of `LocalSGD`; the same bytes per round. Fails with momentum in the local
     optimizer at a large rate, where the usual setting can diverge: lower η and μ.
 
@@ -83,8 +87,9 @@ class DiLoCo(LocalSGD):
         **kwargs: Any,
     ) -> None:
         _refuse_outer_optimizer(self, kwargs)
+        if not (0 < outer_lr < math.inf and 0 <= momentum < 1):
+            raise ValueError(f"DiLoCo needs outer_lr > 0 and momentum in [0, 1), not {outer_lr} and {momentum}.")
         factory = partial(torch.optim.SGD, lr=outer_lr, momentum=momentum, nesterov=momentum > 0)
-        factory([torch.zeros(1)])
         super().__init__(local_steps=local_steps, outer_optimizer=factory, **kwargs)
 
 
