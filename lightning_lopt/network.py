@@ -94,14 +94,14 @@ class AdaMLP(nn.Module):
 
     @classmethod
     def base_step(
-        cls, lr: float = 0.75, momentum: float = 0.85, hidden: tuple[int, int] = (8, 8), seed: int | None = None
+        cls, lr: float = 0.9, momentum: float = 0.85, hidden: tuple[int, int] = (8, 8), seed: int | None = None
     ) -> AdaMLP:
         r"""A network that takes the step which meta-training of ``"orthogonal_nesterov"`` starts from.
 
         .. math:: m \leftarrow \beta_t \rho_t m + (1 - \beta_t) g,\quad
             p \leftarrow p - \mathrm{lr}\; O\Big(g + \frac{\beta_t}{1-\beta_t} m\Big)
 
-            1 - \beta_t = \max\Big(1 - \beta, \frac{4}{t + 4}\Big),\quad
+            1 - \beta_t = \max\Big(1 - \beta, \frac{2}{t + 2}\Big),\quad
             \rho_t = \min\Big(1, \frac{|g_t|}{|g_{t-1}|}\Big)
 
         in round t, from 0: Nesterov momentum that grows to its β, and shrinks with the pseudo-gradient. O makes the

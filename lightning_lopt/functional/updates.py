@@ -12,7 +12,7 @@ from lightning_lopt.functional.ada import Decays
 
 GATE_RANGE = (-4.0, 0.5)  # of a gate's exponent: it damps more than it pushes
 MAX_CORRECTION = 1.0  # in units of the base step
-MOMENTUM_WARMUP = 4.0
+MOMENTUM_WARMUP = 2.0
 
 
 class Base(NamedTuple):
@@ -65,10 +65,10 @@ def decays_of_round(decays: Decays, round_idx: Tensor, norm_ratio: Tensor) -> De
     r"""The decays of round t for an update with a base step, whose first momentum is
 
     .. math:: m_1 \leftarrow \beta_t \min\Big(1, \frac{|g_t|}{|g_{t-1}|}\Big) m_1 + (1 - \beta_t) g_t,\quad
-        1 - \beta_t = \max\Big(1 - \beta_1, \frac{4}{t + 4}\Big)
+        1 - \beta_t = \max\Big(1 - \beta_1, \frac{2}{t + 2}\Big)
 
     In the first rounds there is little to remember: it is g itself in round 0, then for a while a mean over about the
-    last quarter of the rounds. And where the pseudo-gradient becomes smaller, as with a learning rate that decays, what
+    last half of the rounds. And where the pseudo-gradient becomes smaller, as with a learning rate that decays, what
     is remembered does so, too.
 
     Args:
@@ -76,12 +76,12 @@ def decays_of_round(decays: Decays, round_idx: Tensor, norm_ratio: Tensor) -> De
         round_idx: t, from 0, [P].
         norm_ratio: of the tensor's pseudo-gradients in this round and the one before, [P].
 
-    Source: Shamir and Zhang 2013, arXiv 1212.1824: polynomial-decay averaging with η = 3, until it is as slow as β_1.
+    Source: Shamir and Zhang 2013, arXiv 1212.1824: polynomial-decay averaging with η = 1, until it is as slow as β_1.
 
     Example:
         >>> decays, ones = Decays(*torch.full((3, 1, 3), 0.1)), torch.ones(1)
         >>> [round(1 - decays_of_round(decays, t * ones, ones).momentum[0, 0].item(), 2) for t in (0, 4, 12, 99)]
-        [0.0, 0.5, 0.75, 0.9]
+        [0.0, 0.67, 0.86, 0.9]
     """
     first, others = decays.momentum.tensor_split([1], 1)
     floor = MOMENTUM_WARMUP / (round_idx[:, None].to(first) + MOMENTUM_WARMUP)
