@@ -17,7 +17,7 @@ from lightning_lopt.agreement import Standing, Told, tell
 from lightning_lopt.buffers import maxima
 from lightning_lopt.comm import Communicator
 from lightning_lopt.functional.compression import Codec
-from lightning_lopt.functional.outliers import outliers
+from lightning_lopt.functional.outliers import Norms, outliers
 from lightning_lopt.packing import Part, Wire
 from lightning_lopt.parameters import wire_dtype
 from lightning_lopt.sharding import Shards
@@ -83,7 +83,7 @@ class Exchange:
         gather: whether every worker's bodies are wanted, not only their mean.
         codec: compresses the bodies of the wires.
         shards: sends each worker its share of the sorted wires only.
-        norms_before: of the pseudo-gradients that the round before took the mean of.
+        norms_before: of the pseudo-gradients that earlier rounds took the mean of.
         parts: of all wires.
         arrived: the buffers that somebody changed, by position: their mean or maximum.
         states: the means.
@@ -109,7 +109,7 @@ class Exchange:
         self.gather = False
         self.codec: Codec | None = None
         self.shards: Shards | None = None
-        self.norms_before: Sequence[float] = ()
+        self.norms_before = Norms()
         self.told = Told()
         self.left_out: list[int] = []
         self.arrived: dict[int, Tensor] = {}

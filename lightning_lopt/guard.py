@@ -7,7 +7,7 @@ import warnings
 
 from lightning_lopt.comm import Communicator
 from lightning_lopt.exchange import Exchange
-from lightning_lopt.functional.outliers import FACTOR
+from lightning_lopt.functional.outliers import FACTOR, Norms
 from lightning_lopt.parameters import Parameters
 
 CHECK_EVERY = 100  # syncs
@@ -21,14 +21,14 @@ class Guard:
         parameters: with the anchors.
 
     Attributes:
-        norms: of the pseudo-gradients that the last sync took the mean of.
+        norms: of the pseudo-gradients that syncs took the mean of.
     """
 
     def __init__(self, comm: Communicator, parameters: Parameters) -> None:
         self._comm, self._parameters = comm, parameters
         self._num_checksums = 0
         self._warned = False
-        self.norms: list[float] = []
+        self.norms = Norms()
 
     def checksum(self) -> int:
         """What workers with the same anchors agree on; computed in the first two syncs and two of each `CHECK_EVERY`.
@@ -42,7 +42,7 @@ class Guard:
     def see(self, exchange: Exchange, round_idx: int) -> None:
         """Remember the norms of a sync; on rank 0 say, once, whom it left out."""
         if not exchange.skipped:
-            self.norms = exchange.kept_norms
+            self.norms = self.norms.then(exchange.kept_norms)
         if exchange.left_out and self._comm.rank == 0 and not self._warned:
             self._warned = True
             warnings.warn(_explanation(exchange, round_idx), stacklevel=3)
@@ -54,8 +54,8 @@ def _explanation(exchange: Exchange, round_idx: int) -> str:
     kept = f", the others' up to {max(exchange.kept_norms):.3g}" if exchange.kept_norms else ""
     return (
         f"Round {round_idx} {'is skipped: it ' * exchange.skipped}leaves out {who}; in brackets the norm of the "
-        f"pseudo-gradient{kept}. One that is not finite, or over {FACTOR:g} times the median, is of a worker that has "
-        "diverged. It goes on from the global weights and forgets its local optimizer's state and what compression had "
+        f"pseudo-gradient{kept}. One that is not finite, or over {FACTOR:g} times the median and all that recent "
+        "rounds have taken, is of a worker that has diverged. It goes on from the global weights and forgets its local optimizer's state and what compression had "
         "not sent. If it happens often (RoundMonitor logs rounds/left_out; this is said once), lower the local "
         "learning rate, clip gradients, or look at that worker's data."
     )

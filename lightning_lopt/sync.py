@@ -26,6 +26,7 @@ from lightning_lopt.comm import Communicator
 from lightning_lopt.exchange import Exchange
 from lightning_lopt.flight import Flight
 from lightning_lopt.functional.merge import merge
+from lightning_lopt.functional.outliers import Norms
 from lightning_lopt.guard import Guard
 from lightning_lopt.outer import OuterFactory, OuterStep
 from lightning_lopt.packing import Part, pack
@@ -299,7 +300,7 @@ class Sync:
             "buffers": self._buffers.synced_state(),
             "outer": None if self._step is None else self._step.state_dict(alone=alone),
             "outer_kind": type(self.outer).__name__,
-            "norms": self._guard.norms,
+            "norms": self._guard.norms._asdict(),
             "common": self.common,
             "flight": self._flight.state_dict() if not alone and self._flight is not None else None,
         }
@@ -338,7 +339,7 @@ class Sync:
         self._buffers.load_synced_state(state["buffers"])
         if self._step is not None:
             self._step.load_state_dict(state["outer"])
-        self._guard.norms, self.common, flight = state["norms"], state["common"], state["flight"]
+        self._guard.norms, self.common, flight = Norms(**state["norms"]), state["common"], state["flight"]
         self._flight = None
         if flight is not None:
             exchange = self._exchange(self._cargo.parts(tracked, flight["round_idx"], everything=False), {})

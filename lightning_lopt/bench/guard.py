@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lightning_lopt.functional.outliers import outliers
+from lightning_lopt.functional.outliers import Norms, outliers
 from lightning_lopt.meta.base import Tensors
 from lightning_lopt.meta.local import LocalState
 
@@ -23,7 +23,7 @@ class Guard:
 
     def __init__(self, num_runs: int) -> None:
         self.left_out = [0] * num_runs
-        self._norms: list[list[float]] = [[] for _ in range(num_runs)]
+        self._norms = [Norms()] * num_runs
 
     def check(self, anchor: Tensors, workers: Tensors, state: LocalState) -> None:
         """Mend a round's workers and their optimizers' state in place.
@@ -39,7 +39,7 @@ class Guard:
             left_out = outliers(own, self._norms[run])
             kept = [k for k in range(len(own)) if k not in left_out]
             if kept:
-                self._norms[run] = [own[k] for k in kept]
+                self._norms[run] = self._norms[run].then([own[k] for k in kept])
             if left_out:
                 self.left_out[run] += len(left_out)
                 for name, w in workers.items():

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from lightning_lopt.functional.outliers import outliers
+from lightning_lopt.functional.outliers import Norms, outliers
 
 INF, NAN = float("inf"), float("nan")
 
@@ -15,7 +15,7 @@ def test_a_change_that_all_share_leaves_nobody_out():
     draw = random.Random(0)
     for _ in range(2000):
         num_workers = draw.randint(1, 9)
-        before = [10 ** draw.uniform(-6, 6) for _ in range(draw.randint(0, 9))]
+        before = Norms([10 ** draw.uniform(-6, 6) for _ in range(draw.randint(0, 9))])
         scale = 10 ** draw.uniform(-6, 6)
         norms = [scale * draw.uniform(1, 9.9) for _ in range(num_workers)]
         norms[draw.randrange(num_workers)] *= draw.choice([1, 0])  # one may stand still
@@ -27,8 +27,8 @@ def test_one_wild_worker_of_three_needs_no_history():
     draw = random.Random(0)
     for _ in range(500):
         norms = [draw.uniform(1, 2) for _ in range(draw.randint(2, 9))]
-        assert outliers([*norms, 21.0], []) == [len(norms)]
-        assert outliers([9.9, *norms], []) == []
+        assert outliers([*norms, 21.0], Norms()) == [len(norms)]
+        assert outliers([9.9, *norms], Norms()) == []
 
 
 @pytest.mark.parametrize(
@@ -45,4 +45,14 @@ def test_one_wild_worker_of_three_needs_no_history():
     ],
 )
 def test_cases(norms, before, expected):
-    assert outliers(norms, before) == expected
+    assert outliers(norms, Norms(before)) == expected
+
+
+def test_what_recent_rounds_took_is_taken_again():
+    """A hard example where the loss is nearly 0; but not what is larger than ever, nor for ever."""
+    before = Norms().then([3.0, 2.0]).then([0.01, 0.02])
+    assert outliers([0.01, 2.9], before) == []
+    assert outliers([0.01, 3.1], before) == [1]
+    for _ in range(200):
+        before = before.then([0.01, 0.02])
+    assert outliers([0.01, 2.9], before) == [1]
