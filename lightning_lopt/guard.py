@@ -55,7 +55,7 @@ def _explanation(exchange: Exchange, round_idx: int) -> str:
     return (
         f"Round {round_idx} {'is skipped: it ' * exchange.skipped}leaves out {who}; in brackets the norm of the "
         f"pseudo-gradient{kept}. One that is not finite, or over {FACTOR:g} times the median and all that recent "
-        "rounds have taken, is of a worker that has diverged. It goes on from the global weights and forgets its local optimizer's state and what compression had "
-        "not sent. If it happens often (RoundMonitor logs rounds/left_out; this is said once), lower the local "
-        "learning rate, clip gradients, or look at that worker's data."
+        "rounds took, is of a worker that has diverged. It goes on from the global weights and forgets its local "
+        "optimizer's state and what compression had not sent. If it happens often (RoundMonitor logs rounds/left_out; "
+        "this is said once), lower the local learning rate, clip gradients, or look at that worker's data."
     )
