@@ -144,9 +144,14 @@ class AdaMLP(nn.Module):
         return self.inputs if isinstance(self.inputs, int) else 1
 
     @property
+    def relative(self) -> bool:
+        """Whether the update starts from a base step."""
+        return UPDATES[self.update].relative
+
+    @property
     def num_features(self) -> int:
         shared = ada.NUM_SHARED_FEATURES + ada.NUM_TIME_FEATURES
-        return self.num_inputs + shared + (NUM_TENSOR_FEATURES if UPDATES[self.update].relative else 0)
+        return self.num_inputs + shared + (NUM_TENSOR_FEATURES if self.relative else 0)
 
     @property
     def config(self) -> dict[str, Any]:

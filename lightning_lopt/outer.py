@@ -56,6 +56,8 @@ class OuterStep:
         self._comm, self._groups, self._shards = comm, groups, shards
         self.optimizer = factory([{"params": [t.anchor for t in group]} for group in groups])
         self.gathers: bool = getattr(self.optimizer, "needs_worker_grads", False)
+        if hasattr(self.optimizer, "total"):
+            self.optimizer.total = self._totals
         needed = getattr(self.optimizer, "num_workers", None)
         if needed not in (None, comm.num_workers):
             raise ValueError(
@@ -70,9 +72,13 @@ class OuterStep:
 
     def _total(self, value: float) -> float:
         """Its sum over the workers, each of whom has the value of its own tensors."""
+        return float(self._totals(torch.tensor(value, dtype=torch.float64)))
+
+    def _totals(self, values: Tensor) -> Tensor:
         if self._shards is None:
-            return value
-        return self._comm.total([value], self.optimizer.param_groups[0]["params"][0].device)[0]
+            return values
+        total = self._comm.total(values.flatten().tolist(), self.optimizer.param_groups[0]["params"][0].device)
+        return values.new_tensor(total).view_as(values)
 
     def state_dict(self, *, alone: bool) -> dict[str, Any]:
         """The optimizer's; of all tensors on rank 0, of all that it steps on another worker, or if `alone`."""

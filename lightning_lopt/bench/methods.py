@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
-from lightning_lopt.bench.guard import Guard
 from lightning_lopt.meta.base import AbstractTask, Batch, Tensors
+from lightning_lopt.meta.guard import Guard
 from lightning_lopt.meta.local import LocalOptimizer
 from lightning_lopt.meta.outer import Outer, averaging, learning, stepping, views
 from lightning_lopt.meta.unroll import local_round
@@ -126,7 +126,7 @@ class Local(Method):
     ) -> None:
         self._task, self._anchor, self._num_workers = task, anchor, num_workers
         self._optimizer, self._outer = optimizer, outer
-        self._guard = Guard(len(next(iter(anchor.values()))))
+        self._guard = Guard(len(next(iter(anchor.values()))), num_workers)
         self.left_out = self._guard.left_out
         self._state = optimizer.init({name: a.repeat_interleave(num_workers, 0) for name, a in anchor.items()})
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_lopt.functional import ada
 from lightning_lopt.functional.ada import AdaState, Factoring
 from lightning_lopt.functional.blocks import Grid, block_shape, cut, over
+from lightning_lopt.functional.damping import damped
 from lightning_lopt.functional.layers import Layers, Moments, Network, separate
 from lightning_lopt.functional.orthogonal import orthogonalise
 from lightning_lopt.functional.updates import UPDATES, Base, decays_of_round, nesterov
@@ -217,6 +218,7 @@ def step(
     network: Network,
     round_idx: Tensor,
     worker_grads: Tensor | None = None,
+    damping: Tensor | None = None,
 ) -> None:
     r"""One outer step of the learned optimizer, in place on `param` and `state`.
 
@@ -229,6 +231,7 @@ def step(
         network: meta-parameters, same dtype.
         round_idx: number of steps already taken, from 0, [P].
         worker_grads: each worker's pseudo-gradient in fixed order, [P, K, *S]; for networks with K inputs.
+        damping: what an update with a base step multiplies all pseudo-gradients with, [P]; None for 1.
 
     Source: arXiv 2312.02204, section 3 and appendix.
 
@@ -242,13 +245,15 @@ def step(
     """
     if param.numel() == 0:
         return
-    factors = ada.factoring(tuple(param.shape[1:]))
+    factors, relative = ada.factoring(tuple(param.shape[1:])), UPDATES[network.update].relative
+    if relative and damping is not None:
+        grad, worker_grads = damped(grad, damping), None if worker_grads is None else damped(worker_grads, damping)
     sums = ada.factored_sums(factors.matrices(grad), factors)
-    if UPDATES[network.update].relative:
-        decays = decays_of_round(network.decays, round_idx, ada.norm_ratio(state, sums))
+    if relative:
+        decays = decays_of_round(network.decays, round_idx, ada.norm_ratio(state, sums, damping))
         network = network._replace(decays=decays)
     ada.update_factors(state, sums, network.decays, factors)
-    eps = ada.epsilons(state, relative=UPDATES[network.update].relative)
+    eps = ada.epsilons(state, relative=relative)
     operands = _Operands.of(param, grad, worker_grads, state, eps, factors)
     moments = accumulate(operands, network)
     apply(operands, separate(network, state, moments, eps, round_idx, factors), moments, network)

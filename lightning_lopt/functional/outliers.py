@@ -60,7 +60,8 @@ def outliers(norms: Sequence[float], before: Norms) -> list[int]:
         []
     """
     now = [n for n in norms if math.isfinite(n) and n > 0]
-    pool = sorted(now + sorted(before.last)[len(before.last) - min(len(before.last), len(now)) :])
+    history = sorted((n for n in before.last if n > 0), reverse=True)
+    pool = sorted(now + history[: len(now)])
     limit = max(FACTOR * pool[len(pool) // 2], before.peak) if pool else math.inf
     return [k for k, norm in enumerate(norms) if not math.isfinite(norm) or norm > limit]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_lopt.functional import ada
 from lightning_lopt.functional.ada import AdaState, Epsilons, Factoring
+from lightning_lopt.functional.damping import damped
 from lightning_lopt.functional.layers import Network
 from lightning_lopt.functional.orthogonal import orthogonalise
 from lightning_lopt.functional.updates import UPDATES, Base, decays_of_round, nesterov
@@ -87,6 +88,7 @@ def step(
     network: Network,
     round_idx: Tensor,
     worker_grads: Tensor | None = None,
+    damping: Tensor | None = None,
 ) -> None:
     """`functional.learned.step`, in the plain form; same arguments.
 
@@ -105,6 +107,8 @@ def step(
         return
     kind, base = UPDATES[network.update], None
     factors = ada.factoring(tuple(param.shape[1:]))
+    if kind.relative and damping is not None:
+        grad, worker_grads = damped(grad, damping), None if worker_grads is None else damped(worker_grads, damping)
     p, g = factors.matrices(param), factors.matrices(grad)
     inputs = g
     if worker_grads is not None:
@@ -112,7 +116,7 @@ def step(
     squares = g.square().squeeze(1)
     sums = squares.sum(factors.col_axis), squares.sum(factors.row_axis)
     if kind.relative:
-        decays = decays_of_round(network.decays, round_idx, ada.norm_ratio(state, sums))
+        decays = decays_of_round(network.decays, round_idx, ada.norm_ratio(state, sums, damping))
         network = network._replace(decays=decays)
     ada.update_factors(state, sums, network.decays, factors)
     ada.update_moments(state.momentum, state.second.unsqueeze(1), g, network.decays)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_lopt.meta.base import AbstractTask, Tensors
+from lightning_lopt.meta.guard import Guard
 from lightning_lopt.meta.local import LocalTraining
 from lightning_lopt.meta.outer import Outer, averaging, learning, stepping, views
 from lightning_lopt.meta.particles import seeded
@@ -87,6 +88,7 @@ class Evaluation:
         sample = tuple(part.flatten(0, 1).expand(self.num_runs, -1, *part.shape[2:]) for part in sample)
         per_worker = {name: a.repeat_interleave(training.num_workers, 0) for name, a in anchor.items()}
         local, step = training.optimizer.init(per_worker), outer(anchor)
+        guard = Guard(self.num_runs, training.num_workers)
         local_steps = training.steps[len(training.steps) // 2]
         losses = [task.loss(anchor, sample)]
         for round_idx in range(self.num_rounds):
@@ -96,6 +98,7 @@ class Evaluation:
             places = drawn.unflatten(1, (local_steps, -1)).unbind(1)
             batches = (task.read(place.flatten(0, 1).to(task.device)) for place in places)
             workers, _ = local_round(task, anchor, batches, rates, training.num_workers, training.optimizer, local)
+            guard.check(anchor, workers, local)
             step(workers, rates, round_idx)
             losses.append(task.loss(anchor, sample))
         return torch.stack(losses)

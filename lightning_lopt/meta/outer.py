@@ -34,7 +34,7 @@ def learning(anchor: Tensors, networks: Sequence[AdaMLP]) -> Outer:
     whole = {name: p.expand(len(some), *p.shape[1:]) for name, p in stacked.items()}
     theta, states = networks[0].functional(whole), zero_states(anchor)
     rounds = some.new_zeros(len(some), dtype=torch.long)
-    return lambda workers, rates, round_idx: outer_step(anchor, workers, states, theta, rounds + round_idx)
+    return lambda workers, rates, round_idx: outer_step(anchor, workers, states, theta, rounds + round_idx, rates)
 
 
 def stepping(anchor: Tensors, optimizer: Optimizer) -> Outer:

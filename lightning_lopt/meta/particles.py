@@ -12,12 +12,13 @@ from torch import Tensor
 
 from lightning_lopt.functional.learned import Network
 from lightning_lopt.meta.base import AbstractTask, Tensors
+from lightning_lopt.meta.guard import Guard
 from lightning_lopt.meta.local import LocalTraining
 from lightning_lopt.meta.truncation import LogUniform
 from lightning_lopt.meta.unroll import local_round, outer_step, zero_states
 
 MetaLoss = Literal["local", "updated", "validation"]
-VERSION = 2  # of the state
+VERSION = 3  # of the state
 
 
 def seeded(*counters: int | str) -> torch.Generator:
@@ -78,6 +79,7 @@ class Particles:
         self.anchor = _both_signs(starts)
         self.states = zero_states(self.anchor)
         self.local = training.optimizer.init(self._per_worker(self.anchor))
+        self.guard = Guard(2 * own, training.num_workers, task.device)
         self.round_idx = torch.zeros(own, dtype=torch.long)
         self.length = torch.cat([unroll_length.draw_first(1, generator) for generator in generators])
         rates = [training.draw_lr(generator) for generator in generators]
@@ -139,7 +141,9 @@ class Particles:
         workers, loss = local_round(
             self.task, self.anchor, batches, local_lr, training.num_workers, training.optimizer, self.local
         )
-        outer_step(self.anchor, workers, self.states, network, self.round_idx.to(device).repeat(2))
+        self.guard.check(self.anchor, workers, self.local)
+        round_idx = self.round_idx.to(device).repeat(2)
+        outer_step(self.anchor, workers, self.states, network, round_idx, local_lr * local_steps)
         self.round_idx += 1
         return loss if self.meta_loss == "local" else self._anchor_loss(generators)
 
@@ -183,8 +187,12 @@ class Particles:
             neg.copy_(pos)
 
     def _memory(self) -> dict[str, Any]:
-        """What the optimizers remember of each unroll, the outer and the local ones; zero at its start."""
-        return {"states": {name: vars(state) for name, state in self.states.items()}, "local": vars(self.local)}
+        """What the optimizers and the guard remember of each unroll; zero at its start."""
+        return {
+            "states": {name: vars(state) for name, state in self.states.items()},
+            "local": vars(self.local),
+            "guard": {"last": self.guard.last, "peak": self.guard.peak},
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next round of this process's particles depends on; their dimension is the first of each."""

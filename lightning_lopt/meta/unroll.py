@@ -9,7 +9,9 @@ from torch import Tensor
 
 from lightning_lopt.functional import learned
 from lightning_lopt.functional.ada import AdaState
+from lightning_lopt.functional.damping import damping
 from lightning_lopt.functional.learned import Network
+from lightning_lopt.functional.updates import UPDATES
 from lightning_lopt.meta.base import AbstractTask, Batch, Tensors
 from lightning_lopt.meta.local import LocalOptimizer, LocalState
 
@@ -55,7 +57,12 @@ def zero_states(anchor: Tensors) -> dict[str, AdaState]:
 
 @torch.no_grad()
 def outer_step(
-    anchor: Tensors, workers: Tensors, states: dict[str, AdaState], network: Network, round_idx: Tensor
+    anchor: Tensors,
+    workers: Tensors,
+    states: dict[str, AdaState],
+    network: Network,
+    round_idx: Tensor,
+    local_scale: Tensor | None = None,
 ) -> None:
     r"""Apply the learned optimizer to the workers' pseudo-gradients, in place on `anchor` and `states`.
 
@@ -67,7 +74,13 @@ def outer_step(
         states: the accumulators of `anchor`.
         network: meta-parameters of each particle.
         round_idx: [P], from 0.
+        local_scale: γH of the round, [P]; None where it does not change.
     """
+    grads = {name: a - workers[name].mean(1) for name, a in anchor.items()}
+    factor = None
+    if UPDATES[network.update].relative:
+        scale = torch.zeros_like(round_idx, dtype=torch.float) if local_scale is None else local_scale
+        factor = damping(grads.values(), [states[name] for name in grads], [scale] * len(grads))
     for name, a in anchor.items():
         worker_grads = a.unsqueeze(1) - workers[name] if network.num_inputs > 1 else None
-        learned.step(a, a - workers[name].mean(1), states[name], network, round_idx, worker_grads)
+        learned.step(a, grads[name], states[name], network, round_idx, worker_grads, factor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from lightning_lopt.functional import learned
 from lightning_lopt.functional.ada import AdaState
+from lightning_lopt.functional.damping import damping
 from lightning_lopt.functional.learned import Network
 from lightning_lopt.network import AdaMLP
 
@@ -47,6 +48,7 @@ class LearnedOptimizer(Optimizer):
         needs_worker_grads: whether `p.worker_grads` must be set.
         num_workers: the K that the network belongs to, or None for any.
         needs_whole_tensors: its statistics of rows and columns are undefined on random coordinates.
+        total: makes sums over the parameters here sums over those of all shards; whoever shards them sets it.
         max_update_ratio: a sync falls back to averaging when a step is more than this many times the averaged one.
 
     Raises:
@@ -60,7 +62,7 @@ class LearnedOptimizer(Optimizer):
         >>> p.grad = torch.randn(4, 3)
         >>> outer.step()
         >>> sorted(outer.state[p]), tuple(outer.state[p]["row"].shape)
-        (['col', 'momentum', 'row', 'second', 'square', 'step'], (1, 3, 1, 3))
+        (['col', 'local_scale', 'momentum', 'row', 'second', 'square', 'step'], (1, 3, 1, 3))
     """
 
     needs_whole_tensors = True
@@ -69,6 +71,7 @@ class LearnedOptimizer(Optimizer):
     def __init__(self, params: ParamsT, network: AdaMLP | str | Path | None = None) -> None:
         self.network = resolve_network(network)
         self._functional: dict[tuple[torch.device, torch.dtype], Network] = {}
+        self.total: Callable[[Tensor], Tensor] = lambda sums: sums
         super().__init__(params, {})
 
     @property
@@ -94,37 +97,48 @@ class LearnedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._step_one(p)
+        pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        factor = self._damping(pairs)
+        for p, _ in pairs:
+            self._step_one(p, factor)
         return loss
 
-    def _step_one(self, p: Tensor) -> None:
-        assert p.grad is not None
-        if p.grad.is_sparse or p.is_complex():
-            raise ValueError("LearnedOptimizer takes dense real parameters and gradients only.")
-        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+    def _damping(self, pairs: Sequence[tuple[Tensor, dict[str, Any]]]) -> Tensor | None:
+        if not self.network.relative:
+            return None
+        grads, states, scales = [], [], []
+        for p, group in pairs:
+            grads.append(_grad(p))
+            states.append(self._accumulators(p))
+            scales.append(p.new_tensor([group.get("local_lr", 0.0) * group.get("local_steps", 1)]))
+        return damping(grads, states, scales, self.total)
+
+    def _accumulators(self, p: Tensor) -> AdaState:
         state = self.state[p]
         if not state:
-            ada_state = AdaState.zeros(tuple(p.shape), 1, dtype, p.device)
+            ada_state = AdaState.zeros(tuple(p.shape), 1, _working_dtype(p), p.device)
             state.update(vars(ada_state), step=torch.zeros(1, dtype=torch.long))
+        return AdaState(**{name: state[name] for name in AdaState.__dataclass_fields__})
+
+    def _step_one(self, p: Tensor, factor: Tensor | None) -> None:
         workers = getattr(p, "worker_grads", None) if self.needs_worker_grads else None
         if self.needs_worker_grads and (workers is None or len(workers) != self.num_workers):
             raise ValueError(
                 f"This network belongs to {self.num_workers} workers: set p.worker_grads to their stacked "
                 "pseudo-gradients before step(), or use a network with inputs='mean'."
             )
-        work = p.to(dtype).unsqueeze(0)
+        grad = _grad(p)
+        work, accumulators = p.to(grad.dtype).unsqueeze(0), self._accumulators(p)
         learned.step(
             work,
-            p.grad.to(dtype).unsqueeze(0),
-            AdaState(**{name: state[name] for name in AdaState.__dataclass_fields__}),
-            self._network_for(p.device, dtype),
-            state["step"].to(p.device),
-            None if workers is None else workers.to(dtype).unsqueeze(0),
+            grad,
+            accumulators,
+            self._network_for(p.device, grad.dtype),
+            self.state[p]["step"].to(p.device),
+            None if workers is None else workers.to(grad.dtype).unsqueeze(0),
+            factor,
         )
-        state["step"] += 1
+        self.state[p]["step"] += 1
         if work.data_ptr() != p.data_ptr():
             p.copy_(work[0])
 
@@ -145,3 +159,15 @@ class LearnedOptimizer(Optimizer):
             self.state[p].update(
                 {name: v.to("cpu" if name == "step" else p.device, copy=True) for name, v in saved.items()}
             )
+
+
+def _working_dtype(p: Tensor) -> torch.dtype:
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def _grad(p: Tensor) -> Tensor:
+    """[1, *S], in the type of the accumulators."""
+    assert p.grad is not None
+    if p.grad.is_sparse or p.is_complex():
+        raise ValueError("LearnedOptimizer takes dense real parameters and gradients only.")
+    return p.grad.to(_working_dtype(p)).unsqueeze(0)

@@ -9,6 +9,7 @@ import torch
 
 from lightning_lopt import AdaMLP, LearnedOptimizer
 from lightning_lopt.functional import ada, blocks, learned, plain
+from lightning_lopt.functional.damping import GROWTH
 from lightning_lopt.functional.updates import UPDATES
 
 SHAPES = {
@@ -40,7 +41,8 @@ def steps(form, shape, network: AdaMLP, num_particles=1, num_steps=3, dtype=torc
     for t in range(num_steps):
         workers = rand(num_particles, theta.num_inputs, *shape)
         rounds = torch.arange(num_particles) + t
-        form(param, workers.mean(1), state, theta, rounds, workers if theta.num_inputs > 1 else None)
+        damping = torch.rand(num_particles, generator=generator, dtype=dtype)
+        form(param, workers.mean(1), state, theta, rounds, workers if theta.num_inputs > 1 else None, damping)
     return param, state
 
 
@@ -140,14 +142,16 @@ def test_a_network_whose_output_is_zero_takes_the_base_step(shape):
     with the pseudo-gradient; of matrices the polar factor, nearly, at the same norm."""
     param, mean = torch.nn.Parameter(torch.zeros(shape)), torch.zeros(shape)
     outer = LearnedOptimizer([param], AdaMLP.base_step(lr=0.5, momentum=0.6))
-    norm = torch.tensor(1.0)
+    norm = torch.tensor(0.0)
     for share in (1.0, 2 / 3, 0.5, 0.4, 0.4, 0.4):
         param.grad = torch.randn(shape)
-        mean, norm = mean * min(1, param.grad.norm() / norm), param.grad.norm()
+        damping = min(1.0, float(GROWTH * norm / param.grad.norm()) or 1.0) ** 2
+        grad, expected = damping * param.grad, norm or param.grad.norm()
+        mean, norm = mean * min(1, grad.norm() / expected), damping**0.5 * param.grad.norm()
         before = param.detach().clone()
         outer.step()
-        mean.lerp_(param.grad, share)
-        step, plain_step = before - param.detach(), 0.5 * (param.grad + (1 - share) / share * mean)
+        mean.lerp_(grad, share)
+        step, plain_step = before - param.detach(), 0.5 * (grad + (1 - share) / share * mean)
         torch.testing.assert_close(step.norm(), plain_step.norm())
         if len(shape) == 1:
             torch.testing.assert_close(step, plain_step)

@@ -8,7 +8,7 @@ import torch
 
 from lightning_lopt import AdaMLP
 from lightning_lopt.functional import learned
-from lightning_lopt.meta import Evaluation, ImageMLP, LocalOptimizer, LocalTraining
+from lightning_lopt.meta import Evaluation, ImageMLP, LocalOptimizer, LocalTraining, unroll
 from tests.meta.test_module import make, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -24,9 +24,10 @@ def evaluation(name: str = "small", **keywords) -> Evaluation:
 
 @pytest.fixture
 def diloco(monkeypatch) -> AdaMLP:
-    """The base step with nothing orthogonalised and a momentum that stays: Nesterov momentum 0.9 with the rate 0.7."""
+    """The base step, undamped, with nothing orthogonalised and a momentum that stays: Nesterov 0.9, rate 0.7."""
     monkeypatch.setattr(learned, "orthogonalise", lambda step: step)
     monkeypatch.setattr(learned, "decays_of_round", lambda decays, round_idx, norm_ratio: decays)
+    monkeypatch.setattr(unroll, "damping", lambda *args: None)
     return AdaMLP.base_step(lr=0.7, momentum=0.9)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from lightning_lopt.bench.guard import Guard
 from lightning_lopt.bench.methods import Local
+from lightning_lopt.meta.guard import Guard
 from lightning_lopt.meta.local import LocalOptimizer
 from lightning_lopt.meta.outer import averaging
 from lightning_lopt.meta.tasks import ImageMLP
@@ -26,7 +26,7 @@ def _check(guard, anchor, grads):
 
 
 def test_the_others_mean_takes_the_place_of_who_is_left_out():
-    guard = Guard(2)
+    guard = Guard(2, 3)
     workers, state = _check(guard, [10.0, 0.0], [[1.0, NAN, 3.0], [-1.0, -2.0, -50.0]])
     assert workers == [[9.0, 8.0, 7.0], [1.0, 2.0, 1.5]]
     assert state.steps.tolist() == [1, 0, 1, 1, 1, 0]
@@ -35,7 +35,7 @@ def test_the_others_mean_takes_the_place_of_who_is_left_out():
 
 
 def test_the_norms_of_the_round_before_count():
-    guard = Guard(2)
+    guard = Guard(2, 3)
     _check(guard, [0.0, 0.0], [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
     workers, _ = _check(guard, [0.0, 0.0], [[1.0, 20.0, 20.0], [20.0, 20.0, 20.0]])
     assert workers == [[-1.0, -1.0, -1.0], [-20.0, -20.0, -20.0]]  # in the second run all have changed alike
@@ -43,7 +43,7 @@ def test_the_norms_of_the_round_before_count():
 
 
 def test_a_round_that_all_fail_keeps_the_anchor():
-    guard = Guard(2)
+    guard = Guard(2, 3)
     workers, _ = _check(guard, [5.0, 6.0], [[NAN, NAN, NAN], [1.0, 1.0, 1.0]])
     assert workers == [[5.0, 5.0, 5.0], [5.0, 5.0, 5.0]]
     assert guard.left_out == [3, 0]

@@ -16,14 +16,19 @@ class Guard:
 
     Args:
         num_runs: P >= 1.
+        num_workers: K >= 1.
+        device: of what is remembered.
 
     Attributes:
+        last: norms in the round before, [P, K]; 0 for those left out, and before the first.
+        peak: the largest of earlier rounds, as `Norms` has it, [P].
         left_out: how many workers the rounds of each run left out so far.
     """
 
-    def __init__(self, num_runs: int) -> None:
+    def __init__(self, num_runs: int, num_workers: int, device: torch.device | None = None) -> None:
+        self.last = torch.zeros(num_runs, num_workers, dtype=torch.float64, device=device)
+        self.peak = torch.zeros(num_runs, dtype=torch.float64, device=device)
         self.left_out = [0] * num_runs
-        self._norms = [Norms()] * num_runs
 
     def check(self, anchor: Tensors, workers: Tensors, state: LocalState) -> None:
         """Mend a round's workers and their optimizers' state in place.
@@ -35,13 +40,17 @@ class Guard:
         """
         squares = [(a.unsqueeze(1) - workers[name]).flatten(2).square().sum(2) for name, a in anchor.items()]
         norms = torch.stack(squares).sum(0).sqrt().tolist()
+        last, peak = self.last.tolist(), self.peak.tolist()
         for run, own in enumerate(norms):
-            left_out = outliers(own, self._norms[run])
+            before = Norms(last[run], peak[run])
+            left_out = outliers(own, before)
             kept = [k for k in range(len(own)) if k not in left_out]
             if kept:
-                self._norms[run] = self._norms[run].then([own[k] for k in kept])
+                last[run], peak[run] = before.then([0.0 if k in left_out else norm for k, norm in enumerate(own)])
             if left_out:
                 self.left_out[run] += len(left_out)
                 for name, w in workers.items():
                     w[run, left_out] = w[run, kept].mean(0) if kept else anchor[name][run]
                 state.forget([run * len(own) + k for k in left_out])
+        self.last.copy_(torch.tensor(last, dtype=torch.float64))
+        self.peak.copy_(torch.tensor(peak, dtype=torch.float64))
