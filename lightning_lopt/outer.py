@@ -57,7 +57,7 @@ class OuterStep:
         self.optimizer = factory([{"params": [t.anchor for t in group]} for group in groups])
         self.gathers: bool = getattr(self.optimizer, "needs_worker_grads", False)
         if hasattr(self.optimizer, "total"):
-            self.optimizer.total = self._totals
+            self.optimizer.total = self._totals  # pyright: ignore[reportAttributeAccessIssue]
         needed = getattr(self.optimizer, "num_workers", None)
         if needed not in (None, comm.num_workers):
             raise ValueError(
