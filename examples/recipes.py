@@ -172,5 +172,6 @@ RECIPES: dict[str, Maker] = {
     "lopt_a_short": published("mean", 500, **SHORT),
     "lagg_a_short": published(8, 500, **SHORT),
     "lopt_short": published("mean", 500, ada_features=False, **SHORT),
+    "lagg_short": published(8, 500, ada_features=False, **SHORT),
     "default": default,
 }

@@ -105,8 +105,8 @@ class AdaMLP(nn.Module):
             \rho_t = \min\Big(1, \frac{|g_t|}{|g_{t-1}|}\Big)
 
         in round t, from 0: Nesterov momentum that grows to its β, and shrinks with the pseudo-gradient. O makes the
-        singular values of a matrix nearly equal and keeps its norm, and leaves a vector as it is. The last layer's
-        weights are 0.
+        singular values of a matrix nearly equal and keeps its norm, and leaves a vector as it is. A pseudo-gradient
+        that has grown by more than half is first multiplied with its `damping`. The last layer's weights are 0.
 
         Args:
             lr: in [0.02, 1.64].
@@ -117,7 +117,7 @@ class AdaMLP(nn.Module):
         Raises:
             ValueError: an argument out of its range.
 
-        Source: `lightning_lopt.functional.orthogonal`, `lightning_lopt.functional.updates`.
+        Source: `lightning_lopt.functional`: `orthogonal`, `updates`, `damping`.
 
         Example:
             >>> from lightning_lopt import LearnedOptimizer
