@@ -38,10 +38,10 @@ class LearnedOptimizer(Optimizer):
 
     There is nothing to tune. ``p.grad`` is the averaged pseudo-gradient; a network with K inputs also needs
     ``p.worker_grads`` [K, *S]. The state is float32 (float64 for float64 parameters) whatever the parameter's type:
-    ``momentum`` (3 per coordinate), ``second`` (1), ``row`` and ``col`` (3 per row and column), ``step``, ``square`` and
-    ``local_scale`` (1 each). With an update that has a base step, as the default has, a pseudo-gradient that grows by
-    more than half from one step to the next is damped (`lightning_lopt.functional.damping`), unless ``local_lr`` times
-    ``local_steps``, which the strategies write into each group, has grown as much.
+    ``momentum`` (3 per coordinate), ``second`` (1), ``row`` and ``col`` (3 per row and column), ``square``,
+    ``local_scale`` and ``step``. With an update that has a base step, as the default has, a pseudo-gradient that grows
+    by more than half from one step to the next is damped (`lightning_lopt.functional.damping`), unless ``local_lr``
+    times ``local_steps``, which the strategies write into each group, has grown as much.
 
     Args:
         params: anchors, or groups of them.

@@ -5,10 +5,12 @@ muLO multiplies the learned step of every matrix whose inputs grew by base width
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lightning_lopt import AdaMLP
 from lightning_lopt.bench.clients import Shared
@@ -16,7 +18,7 @@ from lightning_lopt.bench.data import fashion_mnist
 from lightning_lopt.bench.methods import Local
 from lightning_lopt.bench.simulate import _losses
 from lightning_lopt.meta import ImageMLP
-from lightning_lopt.meta.base import Batch, Tensors
+from lightning_lopt.meta.base import Tensors
 from lightning_lopt.meta.outer import Outer, averaging, learning, stepping, views
 from lightning_lopt.meta.unroll import SGD
 
@@ -27,7 +29,7 @@ def learned(name: str, scale: float, anchor: Tensors) -> Outer:
     """The step of a bundled network, times `scale` on all matrices but the first."""
     inner = learning(anchor, [AdaMLP.bundled(name)])
 
-    def step(workers: Tensors, rates: torch.Tensor, round_idx: int) -> None:
+    def step(workers: Tensors, rates: Tensor, round_idx: int) -> None:
         before = {key: a.clone() for key, a in anchor.items()}
         inner(workers, rates, round_idx)
         for key, a in anchor.items():
@@ -43,37 +45,43 @@ def diloco(anchor: Tensors) -> Outer:
     return stepping(anchor, torch.optim.SGD(groups, lr=0.5, momentum=0.9, nesterov=True))
 
 
+def methods(width: int) -> dict[str, Callable[[Tensors], Outer]]:
+    """By name, what makes an outer step for anchors."""
+    found: dict[str, Callable[[Tensors], Outer]] = {"local_sgd": averaging, "diloco": diloco}
+    for name in ("default", "lopt_a_short"):
+        found[name] = partial(learned, name, 1.0)
+        if width > BASE:
+            found[f"{name}, muLO"] = partial(learned, name, BASE / width)
+    return found
+
+
+def train(task: ImageMLP, outer: Callable[[Tensors], Outer]) -> Tensor:
+    """The losses before the first round and after each, [rounds + 1, seeds]."""
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    starts = [task.init(1, generator) for generator in generators]
+    anchor = {key: torch.cat([start[key] for start in starts]) for key in starts[0]}
+    data, rates = Shared(task), torch.full((len(SEEDS),), LOCAL_LR)
+    local, losses = Local(task, anchor, NUM_WORKERS, SGD, outer(anchor)), [_losses(task, anchor)]
+    for round_idx in range(NUM_ROUNDS):
+        drawn = torch.stack([data.draw(LOCAL_STEPS, NUM_WORKERS, generator) for generator in generators], 1)
+        local.round((task.read(places.flatten()) for places in drawn), rates, round_idx)
+        losses.append(_losses(task, anchor))
+    return torch.stack(losses)
+
+
 @torch.no_grad()
 def main(folder: Path, out: Path) -> None:
     torch.set_num_threads(1)
     images, labels = fashion_mnist("train", folder)
     for width in (BASE, 8 * BASE):
         task = ImageMLP(images, labels, hidden=(width, width), batch_size=128)
-        methods = {"local_sgd": averaging, "diloco": diloco}
-        for name in ("default", "lopt_a_short"):
-            methods[name] = lambda anchor, name=name: learned(name, 1.0, anchor)
-            if width > BASE:
-                methods[f"{name}, muLO"] = lambda anchor, name=name: learned(name, BASE / width, anchor)
-        for method, outer in methods.items():
-            generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-            starts = [task.init(1, generator) for generator in generators]
-            anchor = {key: torch.cat([start[key] for start in starts]) for key in starts[0]}
-            local = Local(task, anchor, NUM_WORKERS, SGD, outer(anchor))
-
-            def batches() -> Iterator[Batch]:
-                drawn = [Shared(task).draw(LOCAL_STEPS, NUM_WORKERS, generator) for generator in generators]
-                return (task.read(places.flatten()) for places in torch.stack(drawn, 1))
-
-            losses = [_losses(task, anchor)]
-            for round_idx in range(NUM_ROUNDS):
-                local.round(batches(), torch.full((len(SEEDS),), LOCAL_LR), round_idx)
-                losses.append(_losses(task, anchor))
+        for method, outer in methods(width).items():
+            losses = train(task, outer)
             with out.open("a") as file:
-                for seed, curve in zip(SEEDS, torch.stack(losses, 1).tolist(), strict=True):
+                for seed, curve in zip(SEEDS, losses.T.tolist(), strict=True):
                     row = {"width": width, "method": method, "seed": seed, "losses": [float(f"{x:.5g}") for x in curve]}
                     file.write(json.dumps(row) + "\n")
-            final = torch.stack(losses)[-5:].mean(0)
-            print(f"{width:5d} {method:20s}", *(f"{x:.3f}" for x in sorted(final.tolist())), flush=True)
+            print(f"{width:5d} {method:20s}", *(f"{x:.4f}" for x in sorted(losses[-5:].mean(0).tolist())), flush=True)
 
 
 main(Path(sys.argv[1]), Path(sys.argv[2]))
