@@ -159,7 +159,7 @@ def default(data: Sequence[Images], seed: int) -> Recipe:
         "final_lr": 2e-4,
     }
     network = AdaMLP.base_step(seed=seed)
-    return Recipe(tasks, network, steps=300, windows=len(tasks), options=options)
+    return Recipe(tasks, network, steps=150, windows=len(tasks), options=options)
 
 
 SHORT: dict[str, Any] = {"batch_size": 64, "num_particles": 2, "truncation": 25}  # a sixteenth of the work
