@@ -144,7 +144,7 @@ class AdaState:
         second: v, [P, B, a, b].
         row: R_i, [P, 3, B, size of d1]; for vectors D_i, [P, 3, 1, n].
         col: C_i, [P, 3, B, size of d0]; unused for vectors.
-        square: |g|² of the round before, times its `damping`, [P]; 0 before the first.
+        square: |g|² of the last round in which it was not 0, times its `damping`, [P]; 0 before the first.
         local_scale: γH of the last round in which it was known, [P].
     """
 
@@ -249,7 +249,7 @@ def row_means(state: AdaState) -> Tensor:
 
 
 def norm_ratio(state: AdaState, sums: tuple[Tensor, Tensor], damping: Tensor | None) -> Tensor:
-    """The damped |g| over `state.square`'s root, [P], infinite after 0; remembers `state.square` for the next round.
+    """The damped |g| over `state.square`'s root, [P], infinite after 0; remembers `state.square` unless nothing is left.
 
     Args:
         state: the accumulators.
@@ -258,7 +258,8 @@ def norm_ratio(state: AdaState, sums: tuple[Tensor, Tensor], damping: Tensor | N
     """
     square = _sum(sums[0].flatten(1).unsqueeze(1)).squeeze(1)
     ratio = ((square + SQUARE_EPS) / state.square).sqrt_()
-    state.square.copy_(square if damping is None else square / damping)
+    undamped = square if damping is None else square / damping
+    state.square.copy_(torch.where(square > 0, undamped, state.square))
     return ratio
 
 
