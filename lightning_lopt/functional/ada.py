@@ -144,7 +144,8 @@ class AdaState:
         second: v, [P, B, a, b].
         row: R_i, [P, 3, B, size of d1]; for vectors D_i, [P, 3, 1, n].
         col: C_i, [P, 3, B, size of d0]; unused for vectors.
-        square: |g|² of the last round in which it was not 0, times its `damping`, [P]; 0 before the first.
+        square: |g|² of the round before, [P]; 0 before the first.
+        limit: of |g|, from which on it is damped, [P]; 0 for none yet.
         local_scale: γH of the last round in which it was known, [P].
     """
 
@@ -153,6 +154,7 @@ class AdaState:
     row: Tensor
     col: Tensor
     square: Tensor
+    limit: Tensor
     local_scale: Tensor
 
     @classmethod
@@ -170,6 +172,7 @@ class AdaState:
             row=new(3, batch, sides[factors.row_axis]),
             col=new(3, batch, sides[factors.col_axis]),
             square=new(),
+            limit=new(),
             local_scale=new(),
         )
 
@@ -248,24 +251,22 @@ def row_means(state: AdaState) -> Tensor:
     return _sum(rows) / rows.shape[2]
 
 
-def norm_ratio(state: AdaState, sums: tuple[Tensor, Tensor], damping: Tensor | None) -> Tensor:
-    """The damped |g| over `state.square`'s root, [P], infinite after 0; remembers `state.square` unless nothing is left.
+def norm_ratio(state: AdaState, sums: tuple[Tensor, Tensor]) -> Tensor:
+    """|g| over the |g| of the round before, [P], infinite after 0; |g|² is remembered for the next one.
 
     Args:
         state: the accumulators.
         sums: the result of `factored_sums`.
-        damping: what g has been multiplied with, [P]; None for 1.
     """
     square = _sum(sums[0].flatten(1).unsqueeze(1)).squeeze(1)
     ratio = ((square + SQUARE_EPS) / state.square).sqrt_()
-    undamped = square if damping is None else square / damping
-    state.square.copy_(torch.where(square > 0, undamped, state.square))
+    state.square.copy_(square)
     return ratio
 
 
 def squared_norm(tensor: Tensor) -> Tensor:
     """[P, *S] -> [P], in an order that does not depend on the number of threads."""
-    parts = tensor.flatten(1).split(max(1, SUM_BLOCK // len(tensor)), dim=1)
+    parts = tensor.reshape(len(tensor), -1).split(max(1, SUM_BLOCK // len(tensor)), dim=1)
     return torch.stack([part.square().sum(1) for part in parts]).sum(0)
 
 

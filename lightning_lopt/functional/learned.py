@@ -250,7 +250,7 @@ def step(
         grad, worker_grads = damped(grad, damping), None if worker_grads is None else damped(worker_grads, damping)
     sums = ada.factored_sums(factors.matrices(grad), factors)
     if relative:
-        decays = decays_of_round(network.decays, round_idx, ada.norm_ratio(state, sums, damping))
+        decays = decays_of_round(network.decays, round_idx, ada.norm_ratio(state, sums))
         network = network._replace(decays=decays)
     ada.update_factors(state, sums, network.decays, factors)
     eps = ada.epsilons(state, relative=relative)

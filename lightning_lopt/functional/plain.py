@@ -116,7 +116,7 @@ def step(
     squares = g.square().squeeze(1)
     sums = squares.sum(factors.col_axis), squares.sum(factors.row_axis)
     if kind.relative:
-        decays = decays_of_round(network.decays, round_idx, ada.norm_ratio(state, sums, damping))
+        decays = decays_of_round(network.decays, round_idx, ada.norm_ratio(state, sums))
         network = network._replace(decays=decays)
     ada.update_factors(state, sums, network.decays, factors)
     ada.update_moments(state.momentum, state.second.unsqueeze(1), g, network.decays)

@@ -64,10 +64,10 @@ def gated(output: Tensor, base: Base | None) -> Tensor:
 def decays_of_round(decays: Decays, round_idx: Tensor, norm_ratio: Tensor) -> Decays:
     r"""The decays of round t for an update with a base step, whose first momentum is
 
-    .. math:: m_1 \leftarrow \beta_t \min\Big(1, \frac{|g_t|}{n_{t-1}}\Big) m_1 + (1 - \beta_t) g_t,\quad
+    .. math:: m_1 \leftarrow \beta_t \min\Big(1, \frac{|g_t|}{|g_{t-1}|}\Big) m_1 + (1 - \beta_t) g_t,\quad
         1 - \beta_t = \max\Big(1 - \beta_1, \frac{2}{t + 2}\Big)
 
-    with g already damped, and n as in `damping`: the norm of g in the round before, unless it was damped.
+    with g already damped.
 
     In the first rounds there is little to remember: it is g itself in round 0, then for a while a mean over about the
     last half of the rounds. And where the pseudo-gradient becomes smaller, as with a learning rate that decays, what
@@ -76,7 +76,7 @@ def decays_of_round(decays: Decays, round_idx: Tensor, norm_ratio: Tensor) -> De
     Args:
         decays: of the network.
         round_idx: t, from 0, [P].
-        norm_ratio: |g_t| / n_{t-1} of the tensor, [P].
+        norm_ratio: of the tensor's pseudo-gradients in this round and the one before, [P].
 
     Source: Shamir and Zhang 2013, arXiv 1212.1824: polynomial-decay averaging with η = 1, until it is as slow as β_1.
 

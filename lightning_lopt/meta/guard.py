@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from lightning_lopt.functional.outliers import Norms, outliers
 from lightning_lopt.meta.base import Tensors
@@ -38,7 +39,7 @@ class Guard:
             workers: {[P, K, *S]}.
             state: of P * K replicas.
         """
-        squares = [(a.unsqueeze(1) - workers[name]).flatten(2).square().sum(2) for name, a in anchor.items()]
+        squares = [_squares(a.unsqueeze(1) - workers[name]) for name, a in anchor.items()]
         norms = torch.stack(squares).sum(0).sqrt().tolist()
         last, peak = self.last.tolist(), self.peak.tolist()
         for run, own in enumerate(norms):
@@ -54,3 +55,8 @@ class Guard:
                 state.forget([run * len(own) + k for k in left_out])
         self.last.copy_(torch.tensor(last, dtype=torch.float64))
         self.peak.copy_(torch.tensor(peak, dtype=torch.float64))
+
+
+def _squares(tensor: Tensor) -> Tensor:
+    """[P, K, *S] -> [P, K]."""
+    return tensor.reshape(*tensor.shape[:2], -1).square().sum(2)

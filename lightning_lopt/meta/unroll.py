@@ -80,7 +80,8 @@ def outer_step(
     factor = None
     if UPDATES[network.update].relative:
         scale = torch.zeros_like(round_idx, dtype=torch.float) if local_scale is None else local_scale
-        factor = damping(grads.values(), [states[name] for name in grads], [scale] * len(grads))
+        own = [states[name] for name in grads]
+        factor = damping([*grads.values()], own, [round_idx] * len(grads), [scale] * len(grads))
     for name, a in anchor.items():
         worker_grads = a.unsqueeze(1) - workers[name] if network.num_inputs > 1 else None
         learned.step(a, grads[name], states[name], network, round_idx, worker_grads, factor)

@@ -39,9 +39,9 @@ class LearnedOptimizer(Optimizer):
     There is nothing to tune. ``p.grad`` is the averaged pseudo-gradient; a network with K inputs also needs
     ``p.worker_grads`` [K, *S]. The state is float32 (float64 for float64 parameters) whatever the parameter's type:
     ``momentum`` (3 per coordinate), ``second`` (1), ``row`` and ``col`` (3 per row and column), ``square``,
-    ``local_scale`` and ``step``. With an update that has a base step, as the default has, a pseudo-gradient that grows
-    by more than half from one step to the next is damped (`lightning_lopt.functional.damping`), unless ``local_lr``
-    times ``local_steps``, which the strategies write into each group, has grown as much.
+    ``limit``, ``local_scale`` and ``step``. With an update that has a base step, as the default has, a pseudo-gradient
+    that grows by more than half is damped (`lightning_lopt.functional.damping`), unless ``local_lr`` times
+    ``local_steps``, which the strategies write into each group, has grown as much.
 
     Args:
         params: anchors, or groups of them.
@@ -65,7 +65,7 @@ class LearnedOptimizer(Optimizer):
         >>> p.grad = torch.randn(4, 3)
         >>> outer.step()
         >>> sorted(outer.state[p]), tuple(outer.state[p]["row"].shape)
-        (['col', 'local_scale', 'momentum', 'row', 'second', 'square', 'step'], (1, 3, 1, 3))
+        (['col', 'limit', 'local_scale', 'momentum', 'row', 'second', 'square', 'step'], (1, 3, 1, 3))
     """
 
     needs_whole_tensors = True
@@ -109,12 +109,13 @@ class LearnedOptimizer(Optimizer):
     def _damping(self, pairs: Sequence[tuple[Tensor, dict[str, Any]]]) -> Tensor | None:
         if not self.network.relative:
             return None
-        grads, states, scales = [], [], []
+        grads, states, rounds, scales = [], [], [], []
         for p, group in pairs:
             grads.append(_grad(p))
             states.append(self._accumulators(p))
+            rounds.append(self.state[p]["step"].to(p.device))
             scales.append(p.new_tensor([group.get("local_lr", 0.0) * group.get("local_steps", 1)]))
-        return damping(grads, states, scales, self.total)
+        return damping(grads, states, rounds, scales, self.total)
 
     def _accumulators(self, p: Tensor) -> AdaState:
         state = self.state[p]

@@ -14,14 +14,13 @@ from lightning_lopt.functional.damping import GROWTH, damping
 CPU = torch.device("cpu")
 
 
-def run(norms, scales=None):
-    """The damping of each round of one vector, whose state follows as in a step."""
+def run(norms, scales=None, first_round=2):
+    """The damping of each round of one vector."""
     state, seen = AdaState.zeros((3,), 1, torch.float64, CPU), []
-    for norm, scale in zip(norms, scales or [0.0] * len(norms), strict=True):
+    for t, (norm, scale) in enumerate(zip(norms, scales or [0.0] * len(norms), strict=True)):
         grad = norm * torch.tensor([[0.6, 0.0, 0.8]], dtype=torch.float64)
-        factor = damping([grad], [state], [torch.tensor([scale], dtype=torch.float64)])
-        state.square.copy_(norm**2 * factor)
-        seen.append(factor.item())
+        local_scale = torch.tensor([scale], dtype=torch.float64)
+        seen.append(damping([grad], [state], [torch.tensor([first_round + t])], [local_scale]).item())
     return seen
 
 
@@ -30,7 +29,9 @@ def test_what_shrinks_or_grows_slowly_counts_in_full():
 
 
 def test_nothing_to_compare_with_counts_in_full():
-    assert run([1e6, 0.0, 1e6]) == [1.0] * 3
+    assert run([0.0, 0.0, 1e6]) == [1.0] * 3
+    assert run([1.0, 8.0, 8.0, 80.0], first_round=0)[:3] == [1.0] * 3
+    assert run([1.0, 8.0, 8.0, 80.0], first_round=0)[3] < 1.0
 
 
 @pytest.mark.parametrize("factor", [3.0, 100.0, 1e6])
@@ -40,13 +41,18 @@ def test_one_wild_round_moves_less_the_wilder_it_is(factor):
     assert (before, after) == (1.0, 1.0)
 
 
-@pytest.mark.parametrize("factor", [2.0, 30.0, 1e4])
+@pytest.mark.parametrize("factor", [2.0, 30.0, 1e4, 1e30])
 def test_what_stays_large_counts_again(factor):
     needed = math.ceil(math.log(factor) / math.log(GROWTH))
     seen = run([1.0] + [factor] * (needed + 1))
     assert seen[1:] == sorted(seen[1:])
     assert seen[-1] == 1.0
     assert seen[1] < 1.0
+
+
+def test_rare_examples_count():
+    """Where nearly all rounds have nothing to teach, one of 300 does."""
+    assert run(([1.0] + [1e-4] * 299) * 4) == [1.0] * 1200
 
 
 @pytest.mark.parametrize("rise", [2.0, 16.0, 1000.0])
@@ -59,27 +65,28 @@ def test_more_steps_or_a_higher_rate_are_no_growth(rise):
 
 def test_all_tensors_share_one_factor_and_new_ones_do_not_count():
     shared = {"dtype": torch.float64, "device": CPU, "num_particles": 2}
-    states = [AdaState.zeros((2,), **shared), AdaState.zeros((5,), **shared), AdaState.zeros((2,), **shared)]
-    states[0].square[:] = torch.tensor([3.0, 30.0])
-    states[1].square[:] = torch.tensor([1.0, 10.0])
-    grads = [torch.full((2, 2), 4.0), torch.zeros(2, 5), torch.full((2, 2), 1e9)]
-    factor = damping([g.double() for g in grads], states, [torch.zeros(2)] * 3)
-    assert factor.tolist() == [pytest.approx(GROWTH**2 * 4 / 32), 1.0]
+    states = [AdaState.zeros((2,), **shared), AdaState.zeros((5,), **shared), AdaState.zeros((), **shared)]
+    states[0].limit[:] = torch.tensor([3.0, 30.0])
+    states[1].limit[:] = torch.tensor([1.0, 10.0])
+    grads = [torch.full((2, 2), 4.0), torch.zeros(2, 5), torch.full((2,), 1e9)]
+    rounds = [torch.tensor([9, 9])] * 3
+    factor = damping([g.double() for g in grads], states, rounds, [torch.zeros(2)] * 3)
+    assert factor.tolist() == [pytest.approx(10 / 32), 1.0]
 
 
 def test_sums_over_shards_are_those_over_all_tensors():
     def states():
         both = [AdaState.zeros((2,), 1, torch.float64, CPU) for _ in range(2)]
         for i, state in enumerate(both):
-            state.square[:] = i + 1.0
+            state.limit[:] = i + 1.0
         return both
 
     grads, unknown = [torch.tensor([[3.0, 4.0]]).double(), torch.tensor([[0.0, 5.0]]).double()], torch.zeros(1)
-    seen = []
+    seen, late = [], torch.tensor([9])
     for grad, state in zip(grads, states(), strict=True):
-        damping([grad], [state], [unknown], total=lambda sums: seen.append(sums) or sums)
-    whole = damping(grads, states(), [unknown] * 2)
-    assert damping([], [], [], total=lambda sums: sums + seen[0] + seen[1]).item() == whole.item()
+        damping([grad], [state], [late], [unknown], total=lambda sums: seen.append(sums) or sums)
+    whole = damping(grads, states(), [late] * 2, [unknown] * 2)
+    assert damping([], [], [], [], total=lambda sums: sums + seen[0] + seen[1]).item() == whole.item() < 1
 
 
 @pytest.mark.parametrize("wild", [1e3, 1e9, 1e25])
@@ -95,3 +102,12 @@ def test_a_wild_round_hardly_moves_an_optimizer(wild):
     param.grad = torch.ones(4, 3)
     outer.step()
     assert 0.1 < (before - param).norm() < 10
+
+
+def test_the_same_wild_gradient_thrice_is_still_damped():
+    param = torch.nn.Parameter(torch.zeros(3))
+    outer = LearnedOptimizer([param], AdaMLP.base_step())
+    for size in (1e-5, 1e-5, 1e15, 1e15, 1e15):
+        param.grad = size * torch.ones(3)
+        outer.step()
+    assert param.abs().max() < 1e-4

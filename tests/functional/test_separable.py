@@ -9,7 +9,7 @@ import torch
 
 from lightning_lopt import AdaMLP, LearnedOptimizer
 from lightning_lopt.functional import ada, blocks, learned, plain
-from lightning_lopt.functional.damping import GROWTH
+from lightning_lopt.functional.damping import FORGET, GROWTH
 from lightning_lopt.functional.updates import UPDATES
 
 SHAPES = {
@@ -142,12 +142,14 @@ def test_a_network_whose_output_is_zero_takes_the_base_step(shape):
     with the pseudo-gradient; of matrices the polar factor, nearly, at the same norm."""
     param, mean = torch.nn.Parameter(torch.zeros(shape)), torch.zeros(shape)
     outer = LearnedOptimizer([param], AdaMLP.base_step(lr=0.5, momentum=0.6))
-    norm = torch.tensor(0.0)
-    for share in (1.0, 2 / 3, 0.5, 0.4, 0.4, 0.4):
+    norm, limit = torch.tensor(1.0), 0.0
+    for t, share in enumerate((1.0, 2 / 3, 0.5, 0.4, 0.4, 0.4)):
         param.grad = torch.randn(shape)
-        damping = min(1.0, float(GROWTH * norm / param.grad.norm()) or 1.0) ** 2
-        grad, expected = damping * param.grad, norm or param.grad.norm()
-        mean, norm = mean * min(1, grad.norm() / expected), damping**0.5 * param.grad.norm()
+        kept = min(1.0, limit / float(param.grad.norm())) if limit else 1.0
+        if t:
+            limit = max(GROWTH * kept * float(param.grad.norm()), FORGET * limit)
+        grad = kept**2 * param.grad
+        mean, norm = mean * min(1, grad.norm() / norm), grad.norm()
         before = param.detach().clone()
         outer.step()
         mean.lerp_(grad, share)
