@@ -66,11 +66,17 @@ def parse_args() -> argparse.Namespace:
     add("--minutes", type=float, help="stop after this time, even if --steps are not done")
     add("--resume", type=Path, help="checkpoint to go on from, e.g. OUT/checkpoints/step=40.ckpt")
     add("--init", type=Path, help="export to go on from, with fresh unrolls")
-    add("--out", type=Path, default=Path("outputs/meta_train"), help="folder for results (default: %(default)s)")
+    add("--out", type=Path, help="folder for results (default: outputs/meta_train, or that of the run to --resume)")
     add("--seed", type=int, default=0, help="of everything drawn (default: %(default)s)")
     args = parser.parse_args()
-    if not args.resume and any((args.out / name).exists() for name in (NETWORK, EXPORT)):
+    resumed = args.resume.resolve().parent.parent if args.resume else None
+    args.out = args.out or resumed or Path("outputs/meta_train")
+    if args.out.resolve() != resumed and any((args.out / name).exists() for name in (NETWORK, EXPORT)):
         parser.error(f"{args.out} holds the weights of another run. Choose another --out, or --resume that run.")
+    if args.steps is not None and args.steps < 1:
+        parser.error(f"--steps must be at least 1, not {args.steps}.")
+    if args.minutes is not None and not args.minutes > 0:
+        parser.error(f"--minutes must be positive, not {args.minutes}.")
     return args
 
 

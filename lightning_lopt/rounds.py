@@ -192,7 +192,7 @@ class Rounds:
         return self.local_step == 0 and self.sync.common
 
     def _choose_local_steps(self) -> int:
-        lr = max(float(group.get("lr", 0.0)) for group in self._optimizer.param_groups)
+        lr = max(float(group.get("lr") or 0.0) for group in self._optimizer.param_groups)  # None for some
         info = RoundInfo(self.round_idx, self.step_idx, self.total_steps, lr)
         returned, local_steps = self._schedule(info), 0
         with suppress(TypeError):

@@ -165,7 +165,8 @@ class Sync:
     def _lrs(self) -> list[float]:
         """What the outer optimizer must know of the local one's groups."""
         groups = [] if self._step is None else self._optimizer.param_groups
-        return [float(group.get("lr", math.nan)) for group in groups]
+        rates = [group.get("lr") for group in groups]
+        return [math.nan if rate is None else float(rate) for rate in rates]
 
     def _exchange(self, parts: list[Part], equal: Mapping[str, int | None], states: Sequence[Tensor] = ()) -> Exchange:
         """Pack these parts, and all buffers."""

@@ -111,6 +111,9 @@ def test_meta_training_goes_on_from_an_export_and_overwrites_nothing(tmp_path: P
     content = export.read_bytes()
     assert "holds the weights of another run" in refused("--out", first, "--steps", 2)
     assert export.read_bytes() == content
+    (second / "checkpoints").mkdir(exist_ok=True)
+    assert "holds the weights of another run" in refused("--out", first, "--resume", second / "checkpoints/step=1.ckpt")
+    assert "--steps must be at least 1" in refused("--out", tmp_path / "third", "--steps", 0)
     third = "--out", tmp_path / "third", "--init"
     assert "has 1 meta-iterations already" in refused(*third, export, "--steps", 1)
     assert "is not a file that fits here" in refused(*third, first / "network.safetensors")

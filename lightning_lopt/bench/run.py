@@ -64,6 +64,10 @@ class Runner:
         self.experiment = Experiment(
             args.num_workers, args.local_steps, args.rounds, LocalOptimizer(args.local_optimizer), args.decay
         )
+        if not all(lr > 0 for lr in args.local_lr):
+            raise ValueError(f"--local-lr must be positive, not {args.local_lr}.")
+        if len(set(args.seeds)) < len(args.seeds):
+            raise ValueError(f"--seeds {args.seeds} has one twice, which would count as two runs.")
         self._network, self._out = args.network, args.out
         self._common = {
             "task": args.task,
@@ -97,6 +101,10 @@ class Runner:
         experiment = replace(self.experiment, num_rounds=num_rounds or self.experiment.num_rounds)
         method = grid[0].method
         network = resolve_network(self._network).to(self.data.task.device) if method == "learned" else AdaMLP()
+        if network.num_inputs not in (1, experiment.num_workers):
+            raise ValueError(
+                f"{self._network} belongs to {network.num_inputs} workers, not to {experiment.num_workers}."
+            )
         print(f"{self.data.task}: {method}, {len(grid)} settings, {len(seeds)} seeds", flush=True)
         for group in groups(self.data.task, grid, self.experiment.num_workers * len(seeds)):
             start = time.perf_counter()

@@ -29,9 +29,12 @@ class Experiment:
     Attributes:
         num_workers: K >= 1.
         local_steps: H >= 1.
-        num_rounds: of each run.
+        num_rounds: of each run, >= 1.
         optimizer: of the workers.
         decay: whether γ falls to 0 along a cosine.
+
+    Raises:
+        ValueError: an argument out of its range.
     """
 
     num_workers: int = 8
@@ -39,6 +42,11 @@ class Experiment:
     num_rounds: int = 200
     optimizer: LocalOptimizer = SGD
     decay: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_workers", "local_steps", "num_rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
 
     def factor(self, round_idx: int) -> float:
         """Of γ in a round."""

@@ -146,7 +146,12 @@ class MetaTraining(L.LightningModule):
                 f"instead of {self.network.config}."
             )
         self.network.load_state_dict(self._start.network.state_dict())
-        for _, training in pairs:
+        for each, training in pairs:
+            if (own := next(self.network.parameters()).dtype) != each.dtype:
+                raise ValueError(
+                    f"{each} computes in {each.dtype} but the network in {own}. Convert the data or the module to "
+                    "float32, or the network to float64 (network=AdaMLP().double())."
+                )
             if self.network.num_inputs not in (1, training.num_workers):
                 raise ValueError(
                     f"The network sees {self.network.num_inputs} workers but there are "

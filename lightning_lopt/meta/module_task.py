@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -26,7 +27,7 @@ class ModuleTask(DataTask):
         data: tensors [N, *]: the inputs, then what else the loss takes. uint8 is read as float, divided by 255.
         loss: of (output, *targets), the mean over a batch: a scalar.
         batch_size: in [1, N - num_validation].
-        max_loss: where losses are clipped; default: 1.5 times the loss of new parameters.
+        max_loss: > 0, where losses are clipped, as they are at 0; default: 1.5 times the loss of new parameters.
         num_validation: examples held out; 0 or at least batch_size.
         name: in messages and checkpoints; default: that of the module's class.
 
@@ -34,7 +35,8 @@ class ModuleTask(DataTask):
         Parameters of R replicas: those of the module by name, [R, *S].
 
     Raises:
-        ValueError: the data is empty or uneven, an argument out of its range, or the module keeps running statistics.
+        ValueError: the data is empty or uneven, an argument out of its range, a loss of new parameters that is not
+            positive and finite, or the module keeps running statistics.
 
     Example:
         >>> x = torch.rand(64, 3)
@@ -64,6 +66,11 @@ class ModuleTask(DataTask):
         self._buffers = dict(self._module.named_buffers())
         self._name = name or type(self._module).__name__
         self._max_loss = self._start_loss() * CLIP if max_loss is None else max_loss
+        if not 0 < self._max_loss < math.inf:
+            raise ValueError(
+                f"Losses of {self} are clipped to [0, max_loss], but max_loss is {self._max_loss}. It must be positive "
+                "and finite: check the data, or make the loss positive."
+            )
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self._module.parameters())

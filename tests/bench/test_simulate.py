@@ -183,3 +183,21 @@ def test_run_then_plot(tmp_path, capsys):
 def test_missing_data_says_where_it_was_looked_for(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"--data"):
         bench.main(["run", str(tmp_path / "x"), "--task", "cifar10", "--methods", "local_sgd", "--data", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-workers", "0"], "num_workers must be at least 1, not 0"),
+        (["--local-steps", "0"], "local_steps must be at least 1"),
+        (["--rounds", "0"], "num_rounds must be at least 1"),
+        (["--local-lr", "0.1", "-1"], "--local-lr must be positive"),
+        (["--seeds", "0", "0"], "has one twice"),
+        (["--network", "lagg_a_short", "--num-workers", "2", "--methods", "learned"], "belongs to 8 workers, not to 2"),
+    ],
+)
+def test_what_cannot_run_is_refused_and_writes_nothing(tmp_path, arguments, message):
+    out = tmp_path / "rows.jsonl"
+    with pytest.raises(ValueError, match=message):
+        bench.main(["run", str(out), *arguments])
+    assert not out.exists()

@@ -205,6 +205,9 @@ def test_a_network_for_k_workers_needs_that_k():
 
 
 def test_bad_trainers_and_arguments_are_named():
+    images = ImageMLP(torch.rand(20, 4).double(), torch.arange(20) % 2, hidden=(3,), batch_size=4)
+    with pytest.raises(ValueError, match=r"computes in torch\.float64 but the network in torch\.float32"):
+        MetaTraining(task=images, num_workers=2)
     with pytest.raises(ValueError, match="at least one task"):
         make(tasks=0)
     with pytest.raises(ValueError, match="max_steps"):

@@ -97,3 +97,16 @@ def test_bad_input_is_named(keywords, message):
     good = {"make": lambda: nn.Linear(2, 1), "data": (torch.zeros(8, 2), torch.zeros(8, 1)), "batch_size": 2}
     with pytest.raises(ValueError, match=message):
         ModuleTask(**{**good, "loss": F.mse_loss, **keywords})
+
+
+@pytest.mark.parametrize("max_loss", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_limit_that_clips_all_losses_is_refused(max_loss):
+    data = torch.rand(8, 3), torch.rand(8, 1)
+    with pytest.raises(ValueError, match="must be positive and finite"):
+        ModuleTask(lambda: nn.Linear(3, 1), data, nn.functional.mse_loss, 4, max_loss=max_loss)
+
+
+def test_data_that_are_not_finite_are_refused():
+    data = torch.full((8, 3), float("nan")), torch.rand(8, 1)
+    with pytest.raises(ValueError, match="check the data"):
+        ModuleTask(lambda: nn.Linear(3, 1), data, nn.functional.mse_loss, 4)

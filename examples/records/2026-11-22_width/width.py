@@ -22,7 +22,7 @@ from lightning_lopt.meta.base import Tensors
 from lightning_lopt.meta.outer import Outer, averaging, learning, stepping, views
 from lightning_lopt.meta.unroll import SGD
 
-BASE, NUM_WORKERS, LOCAL_STEPS, NUM_ROUNDS, LOCAL_LR, SEEDS = 128, 8, 4, 60, 0.5, (0, 1, 2)
+BASE, NUM_WORKERS, LOCAL_STEPS, NUM_ROUNDS, LOCAL_LR, SEEDS = 128, 8, 4, 40, 0.5, (0, 1, 2)
 
 
 def learned(name: str, scale: float, anchor: Tensors) -> Outer:
