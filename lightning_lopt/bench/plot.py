@@ -200,18 +200,20 @@ class Key(NamedTuple):
     decay: bool
     clients: int | None
     alpha: float | None
+    num_rounds: int
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Key:
         defaults = {"local_optimizer": "sgd", "decay": False, "clients": None, "alpha": None}
-        return cls(**{name: row.get(name, defaults.get(name)) for name in cls._fields})
+        row = {**defaults, **row, "num_rounds": len(row["losses"]) - 1}
+        return cls(**{name: row[name] for name in cls._fields})
 
     def __str__(self) -> str:
         parts = [self.task, f"K = {self.num_workers}", f"H = {self.local_steps}"]
         parts += [] if self.local_optimizer == "sgd" else [self.local_optimizer]
         parts += ["decay"] if self.decay else []
         parts += [f"{self.clients} clients", f"alpha = {self.alpha}"] if self.clients else []
-        return ", ".join(parts)
+        return ", ".join([*parts, f"{self.num_rounds} rounds"])
 
     @property
     def file_name(self) -> str:

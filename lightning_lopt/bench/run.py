@@ -138,6 +138,8 @@ def main(args: argparse.Namespace) -> None:
     """Run the simulations of one task."""
     runner = Runner(args)
     best = _best(args.best_of) if args.best_of else {}
+    if args.best_of and (missing := [method for method in args.methods if method not in best]):
+        raise ValueError(f"{args.best_of} has no settings of {missing}. Name its methods: --methods {' '.join(best)}.")
     for method in args.methods:
         runner.run(best.get(method, []) if args.best_of else settings(method, args.local_lr), args.seeds)
     print(f"{args.out}: {machine()}")

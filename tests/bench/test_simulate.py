@@ -174,10 +174,12 @@ def test_run_then_plot(tmp_path, capsys):
     bench.main(["run", str(second), *sizes, *methods, "--best-of", str(first), "--seeds", "0", "1"])
     assert len(first.read_text().splitlines()) == 2 + 2 + 60
     assert len(second.read_text().splitlines()) == 2 + 2 + 2
+    with pytest.raises(ValueError, match=r"has no settings of \['slowmo'\]"):
+        bench.main(["run", str(second), *sizes, "--methods", "slowmo", "--best-of", str(first)])
     bench.main(["plot", str(second), "--png", str(tmp_path / "loss.png"), "--json", str(tmp_path / "table.json")])
-    assert "digits, K = 2, H = 1" in capsys.readouterr().out
-    assert (tmp_path / "loss_digits_k2_h1.png").stat().st_size > 1000
-    assert len(json.loads((tmp_path / "table.json").read_text())["digits, K = 2, H = 1"]) == 3
+    assert "digits, K = 2, H = 1, 3 rounds" in capsys.readouterr().out
+    assert (tmp_path / "loss_digits_k2_h1_3_rounds.png").stat().st_size > 1000
+    assert len(json.loads((tmp_path / "table.json").read_text())["digits, K = 2, H = 1, 3 rounds"]) == 3
 
 
 def test_missing_data_says_where_it_was_looked_for(tmp_path):

@@ -33,8 +33,8 @@ def test_the_best_settings_go_on(tmp_path, capsys):
     assert stages["final", "learned"][0]["local_lr"] == 0.5
     assert sum(n for (stage, method), n in counts.items() if stage == "final" and method != "learned") <= 2 * (2 + 3)
     bench.main(["plot", str(out), "--png", str(tmp_path / "loss.svg")])
-    assert "digits, K = 2, H = 1" in capsys.readouterr().out
-    assert "MB sent" in (tmp_path / "loss_digits_k2_h1.svg").read_text()
+    assert "digits, K = 2, H = 1, 10 rounds" in capsys.readouterr().out
+    assert "MB sent" in (tmp_path / "loss_digits_k2_h1_10_rounds.svg").read_text()
 
 
 def test_clients_decay_and_adamw_have_a_table_of_their_own(tmp_path, capsys):
@@ -45,8 +45,8 @@ def test_clients_decay_and_adamw_have_a_table_of_their_own(tmp_path, capsys):
     bench.main(["run", str(out), *common, *more])
     bench.main(["plot", str(out)])
     printed = capsys.readouterr().out
-    assert "digits, K = 2, H = 1\n" in printed
-    assert "digits, K = 2, H = 1, adamw, decay, 4 clients, alpha = 1.0\n" in printed
+    assert "digits, K = 2, H = 1, 3 rounds\n" in printed
+    assert "digits, K = 2, H = 1, adamw, decay, 4 clients, alpha = 1.0, 3 rounds\n" in printed
 
 
 def test_tuning_needs_local_sgd(tmp_path):
