@@ -134,8 +134,7 @@ class Local(Method):
         workers, _ = local_round(
             self._task, self._anchor, batches, rates, self._num_workers, self._optimizer, self._state
         )
-        self._guard.check(self._anchor, workers, self._state)
-        self._outer(workers, rates, round_idx)
+        self._outer(workers, rates, round_idx, self._guard.check(self._anchor, workers, self._state))
 
 
 def outer(particles: Sequence[Setting], anchor: Tensors, network: AdaMLP) -> Outer:

@@ -98,7 +98,6 @@ class Evaluation:
             places = drawn.unflatten(1, (local_steps, -1)).unbind(1)
             batches = (task.read(place.flatten(0, 1).to(task.device)) for place in places)
             workers, _ = local_round(task, anchor, batches, rates, training.num_workers, training.optimizer, local)
-            guard.check(anchor, workers, local)
-            step(workers, rates, round_idx)
+            step(workers, rates, round_idx, guard.check(anchor, workers, local))
             losses.append(task.loss(anchor, sample))
         return torch.stack(losses)

@@ -31,23 +31,29 @@ class Guard:
         self.peak = torch.zeros(num_runs, dtype=torch.float64, device=device)
         self.left_out = [0] * num_runs
 
-    def check(self, anchor: Tensors, workers: Tensors, state: LocalState) -> None:
+    def check(self, anchor: Tensors, workers: Tensors, state: LocalState) -> list[int]:
         """Mend a round's workers and their optimizers' state in place.
 
         Args:
             anchor: {[P, *S]}.
             workers: {[P, K, *S]}.
             state: of P * K replicas.
+
+        Returns:
+            The runs all of whose workers are left out, whose outer step is to be skipped.
         """
         squares = [_squares(a.unsqueeze(1) - workers[name]) for name, a in anchor.items()]
         norms = torch.stack(squares).sum(0).sqrt().tolist()
         last, peak = self.last.tolist(), self.peak.tolist()
+        skipped = []
         for run, own in enumerate(norms):
             before = Norms(last[run], peak[run])
             left_out = outliers(own, before)
             kept = [k for k in range(len(own)) if k not in left_out]
             if kept:
                 last[run], peak[run] = before.then([0.0 if k in left_out else norm for k, norm in enumerate(own)])
+            else:
+                skipped.append(run)
             if left_out:
                 self.left_out[run] += len(left_out)
                 for name, w in workers.items():
@@ -55,6 +61,7 @@ class Guard:
                 state.forget([run * len(own) + k for k in left_out])
         self.last.copy_(torch.tensor(last, dtype=torch.float64))
         self.peak.copy_(torch.tensor(peak, dtype=torch.float64))
+        return skipped
 
 
 def _squares(tensor: Tensor) -> Tensor:

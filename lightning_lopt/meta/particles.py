@@ -141,9 +141,9 @@ class Particles:
         workers, loss = local_round(
             self.task, self.anchor, batches, local_lr, training.num_workers, training.optimizer, self.local
         )
-        self.guard.check(self.anchor, workers, self.local)
+        skipped = self.guard.check(self.anchor, workers, self.local)
         round_idx = self.round_idx.to(device).repeat(2)
-        outer_step(self.anchor, workers, self.states, network, round_idx, local_lr * local_steps)
+        outer_step(self.anchor, workers, self.states, network, round_idx, local_lr * local_steps, skipped)
         self.round_idx += 1
         return loss if self.meta_loss == "local" else self._anchor_loss(generators)
 

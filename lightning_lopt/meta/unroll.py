@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -63,6 +63,7 @@ def outer_step(
     network: Network,
     round_idx: Tensor,
     local_scale: Tensor | None = None,
+    skipped: Sequence[int] = (),
 ) -> None:
     r"""Apply the learned optimizer to the workers' pseudo-gradients, in place on `anchor` and `states`.
 
@@ -75,7 +76,10 @@ def outer_step(
         network: meta-parameters of each particle.
         round_idx: [P], from 0.
         local_scale: γH of the round, [P]; None where it does not change.
+        skipped: particles that take no step.
     """
+    tensors = [*anchor.values(), *(part for state in states.values() for part in vars(state).values())]
+    kept = [tensor[list(skipped)] for tensor in tensors] if skipped else []
     grads = {name: a - workers[name].mean(1) for name, a in anchor.items()}
     factor = None
     if UPDATES[network.update].relative:
@@ -85,3 +89,6 @@ def outer_step(
     for name, a in anchor.items():
         worker_grads = a.unsqueeze(1) - workers[name] if network.num_inputs > 1 else None
         learned.step(a, grads[name], states[name], network, round_idx, worker_grads, factor)
+    if skipped:
+        for tensor, before in zip(tensors, kept, strict=True):
+            tensor[list(skipped)] = before

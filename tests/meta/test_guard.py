@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from lightning_lopt import AdaMLP
+from lightning_lopt.bench import methods
 from lightning_lopt.bench.methods import Local
 from lightning_lopt.meta.guard import Guard
 from lightning_lopt.meta.local import LocalOptimizer
@@ -47,6 +50,33 @@ def test_a_round_that_all_fail_keeps_the_anchor():
     workers, _ = _check(guard, [5.0, 6.0], [[NAN, NAN, NAN], [1.0, 1.0, 1.0]])
     assert workers == [[5.0, 5.0, 5.0], [5.0, 5.0, 5.0]]
     assert guard.left_out == [3, 0]
+
+
+@pytest.mark.parametrize("method", ["slowmo", "diloco", "fedadam", "learned"])
+def test_a_round_that_all_fail_moves_nothing_and_is_not_remembered(method):
+    """As if it had not been, in one of two runs; the other one goes on."""
+
+    def train(fail):
+        generator = torch.Generator().manual_seed(0)
+        task = ImageMLP(torch.rand(60, 2, 3, generator=generator), torch.arange(60) % 3, hidden=(5,), batch_size=4)
+        anchor = {name: torch.cat([p, p]) for name, p in task.init(1, generator).items()}
+        options = {"learned": {}, "fedadam": {"lr": 0.01}}.get(method, {"lr": 0.5, "momentum": 0.9})
+        outer = methods.outer([methods.Setting(method, 0.1, options)] * 2, anchor, AdaMLP.base_step())
+        local, rates = Local(task, anchor, 2, LocalOptimizer("sgd"), outer), torch.full((2,), 0.1)
+        for round_idx in range(4):
+            images, labels = task.batch(4, generator)
+            before = {name: a.clone() for name, a in anchor.items()}
+            if round_idx == 2:
+                if not fail:
+                    continue
+                images[:2] = NAN
+            local.round(iter([(images, labels)]), rates, round_idx)
+            for name, a in anchor.items():
+                assert torch.equal(a[0], before[name][0]) == (round_idx == 2)
+                assert not torch.equal(a[1], before[name][1])
+        return {name: a[0] for name, a in anchor.items()}
+
+    torch.testing.assert_close(train(True), train(False))
 
 
 def test_a_batch_of_nan_costs_its_worker_a_round_and_no_more():

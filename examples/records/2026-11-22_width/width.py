@@ -5,7 +5,7 @@ muLO multiplies the learned step of every matrix whose inputs grew by base width
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,9 +29,9 @@ def learned(name: str, scale: float, anchor: Tensors) -> Outer:
     """The step of a bundled network, times `scale` on all matrices but the first."""
     inner = learning(anchor, [AdaMLP.bundled(name)])
 
-    def step(workers: Tensors, rates: Tensor, round_idx: int) -> None:
+    def step(workers: Tensors, rates: Tensor, round_idx: int, skipped: Sequence[int]) -> None:
         before = {key: a.clone() for key, a in anchor.items()}
-        inner(workers, rates, round_idx)
+        inner(workers, rates, round_idx, skipped)
         for key, a in anchor.items():
             if a.dim() == 3 and key != "layers.0.weight":
                 a.copy_(before[key].lerp_(a, scale))
