@@ -66,4 +66,4 @@ class Guard:
 
 def _squares(tensor: Tensor) -> Tensor:
     """[P, K, *S] -> [P, K]."""
-    return tensor.reshape(*tensor.shape[:2], -1).square().sum(2)
+    return torch.linalg.vector_norm(tensor.reshape(*tensor.shape[:2], -1), dim=2).square()
