@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import inspect
 import random
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from lightning_lopt import AdaMLP
 from lightning_lopt.meta import AbstractTask, ImageMLP, LocalOptimizer, LocalTraining, LogUniform, ModuleTask
 from lightning_lopt.meta.local import OptimizerKind
+from lightning_lopt.meta.tasks import resize
 
 Images = tuple[Tensor, Tensor]
 Pairs = Sequence[tuple[AbstractTask, LocalTraining]]
@@ -46,7 +48,7 @@ class Recipe:
 Maker = Callable[[Sequence[Images], int], Recipe]  # of the data and a seed
 
 
-def regression(sizes: Sequence[int], batch_size: int, noise: float, seed: int) -> ModuleTask:
+def regression(sizes: Sequence[int], batch_size: int, noise: float, seed: int, spread: float = 0.7) -> ModuleTask:
     """A ReLU MLP fits a teacher with inputs of unequal scale and noise, by mean squared error; targets have variance 1.
 
     Args:
@@ -54,10 +56,11 @@ def regression(sizes: Sequence[int], batch_size: int, noise: float, seed: int) -
         batch_size: samples per local step.
         noise: standard deviation added to the targets.
         seed: of the data.
+        spread: standard deviation of the logarithm of an input's scale.
     """
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(2000, sizes[0], generator=generator)
-    inputs *= torch.exp(0.7 * torch.randn(sizes[0], generator=generator))
+    inputs *= torch.exp(spread * torch.randn(sizes[0], generator=generator))
     teacher = torch.randn(sizes[0], 6, generator=generator) * sizes[0] ** -0.5
     targets = torch.tanh(2 * inputs @ teacher).sum(1, keepdim=True)
     targets += noise * torch.randn(targets.shape, generator=generator)
@@ -68,6 +71,51 @@ def regression(sizes: Sequence[int], batch_size: int, noise: float, seed: int) -
 
     name = f"regression {'-'.join(map(str, sizes))}"
     return ModuleTask(make, (inputs, targets / targets.std()), F.mse_loss, batch_size, max_loss=3.0, name=name)
+
+
+class LowRank(nn.Module):
+    """A frozen linear layer plus a product of two factors of rank 2, of which the second begins at 0, as in LoRA."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("weight", linear.weight.detach())
+        self.register_buffer("bias", linear.bias.detach())
+        self.down = nn.Parameter(torch.randn(2, linear.in_features) * linear.in_features**-0.5)
+        self.up = nn.Parameter(torch.zeros(linear.out_features, 2))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.linear(inputs, self.weight, self.bias) + inputs @ self.down.T @ self.up.T
+
+
+def fine_tuning(data: Images, batch_size: int, low_rank: bool = False) -> ModuleTask:
+    """An MLP that has learned half of the images, at 8×8, goes on with the others, mirrored.
+
+    Args:
+        data: images and labels.
+        batch_size: samples per local step.
+        low_rank: freeze the hidden layers and train `LowRank` changes of them.
+    """
+    images, labels = resize(data[0].float() / 255, 8).flatten(1), data[1].long()
+    half = len(images) // 2
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        hidden, head = (nn.Linear(64, 24), nn.Linear(24, 24)), nn.Linear(24, 10)
+        model = nn.Sequential(hidden[0], nn.ReLU(), hidden[1], nn.ReLU(), head)
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        for _ in range(400):
+            chosen = torch.randint(half, (64,))
+            optimizer.zero_grad()
+            F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
+            optimizer.step()
+        if low_rank:
+            model = nn.Sequential(LowRank(hidden[0]), nn.ReLU(), LowRank(hidden[1]), nn.ReLU(), head)
+    mirrored = images.unflatten(1, (8, 8)).flip(2).flatten(1)
+    name = "low-rank fine-tuning" if low_rank else "fine-tuning"
+    rest = mirrored[half:], labels[half:]
+    return ModuleTask(lambda: copy.deepcopy(model), rest, F.cross_entropy, batch_size, max_loss=3.5, name=name)
 
 
 def source_code(hidden: Sequence[int]) -> ImageMLP:
@@ -125,10 +173,15 @@ def default(data: Sequence[Images], seed: int) -> Recipe:
         return ImageMLP(data[0][:count], data[1][:count], hidden=hidden, batch_size=batch_size, size=8)
 
     def local(
-        num_workers: int, local_steps: int, low: float, high: float, kind: OptimizerKind = "sgd"
+        num_workers: int,
+        local_steps: int,
+        low: float,
+        high: float,
+        kind: OptimizerKind = "sgd",
+        scale: tuple[float, float] = (0.5, 2.0),
     ) -> LocalTraining:
         optimizer = LocalOptimizer(kind, weight_decay=0.01 if kind == "adamw" else 0.0)
-        return LocalTraining(num_workers, local_steps, (low, high), 0.5, optimizer, initial_scale=(0.5, 2.0))
+        return LocalTraining(num_workers, local_steps, (low, high), 0.5, optimizer, scale)
 
     tasks = [
         (images(fashion, (16,), 16), local(4, 4, 0.05, 1.0)),
@@ -141,12 +194,16 @@ def default(data: Sequence[Images], seed: int) -> Recipe:
         (images(fashion, (16, 16), 8), local(4, 8, 3e-4, 1e-2, "adamw")),
         (images(cifar, (32,), 8, 1000), local(2, 16, 3e-4, 3e-3, "adamw")),
         (source_code((24,)), local(4, 4, 1e-3, 1e-2, "adamw")),
-        (images(fashion, (16,), 8), local(4, 4, 0.005, 0.1, "momentum")),
-        (images(cifar, (16, 16), 16), local(2, 8, 0.005, 0.1, "momentum")),
+        (images(fashion, (16,), 8), local(4, 4, 0.005, 0.2, "momentum")),
+        (images(cifar, (16, 16), 16), local(2, 8, 0.005, 0.2, "momentum")),
         (regression((8, 16, 1), 16, noise=0.3, seed=5), local(4, 4, 0.01, 0.2)),
         (regression((16, 16, 16, 1), 8, noise=0.3, seed=6), local(2, 8, 0.01, 0.2)),
         (regression((8, 16, 1), 8, noise=0.0, seed=7), local(4, 2, 1e-3, 1e-2, "adamw")),
         (regression((8, 16, 1), 16, noise=0.5, seed=8), local(2, 4, 0.001, 0.02, "momentum")),
+        (regression((8, 16, 1), 16, noise=0.3, seed=9, spread=3.0), local(4, 8, 1e-3, 1e-2, "adamw")),
+        (fine_tuning(fashion, 16), local(2, 16, 3e-4, 3e-3, "adamw", scale=(1.0, 1.0))),
+        (fine_tuning(fashion, 16, low_rank=True), local(4, 8, 0.03, 0.5, scale=(1.0, 1.0))),
+        (fine_tuning(cifar, 16, low_rank=True), local(2, 8, 1e-3, 2e-2, "adamw", scale=(1.0, 1.0))),
     ]
     options = {
         "log_floor": 0.1,
@@ -155,13 +212,13 @@ def default(data: Sequence[Images], seed: int) -> Recipe:
         "unroll_length": LogUniform(10, 400),
         "sigma": 0.02,
         "max_window_norm": 30.0,
-        "lr": 3e-3,
+        "lr": 5e-3,
         "decays_lr": 5e-4,
         "warmup_steps": 10,
         "final_lr": 2e-4,
     }
     network = AdaMLP.base_step(seed=seed)
-    return Recipe(tasks, network, steps=150, windows=len(tasks), options=options)
+    return Recipe(tasks, network, steps=100, windows=len(tasks), options=options)
 
 
 SHORT: dict[str, Any] = {"batch_size": 64, "num_particles": 2, "truncation": 25}  # a sixteenth of the work

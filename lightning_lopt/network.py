@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_lopt.functional import ada
 from lightning_lopt.functional.layers import NUM_TENSOR_FEATURES, Network
-from lightning_lopt.functional.updates import GATE_RANGE, NUM_OUTPUTS, UPDATES
+from lightning_lopt.functional.updates import GATE_RANGE, UPDATES
 from lightning_lopt.weights_file import WeightsError, read_file, write_file
 
 FORMAT = "lightning_lopt.AdaMLP"
@@ -33,8 +33,8 @@ class AdaMLP(nn.Module):
         hidden: widths of the two hidden layers.
         step_mult: λ1 > 0, the size of the step.
         exp_mult: λ2 >= 0, the range of the magnitude.
-        update: how the output becomes a step: ``"published"`` (the paper's) or ``"orthogonal_nesterov"``, which
-            also sees 11 features of the tensor as a whole (see `lightning_lopt.functional.updates`).
+        update: how the output becomes a step: ``"published"`` (the paper's) or ``"blended_nesterov"``, which also
+            sees 11 features of the tensor as a whole (see `lightning_lopt.functional.updates`).
         ada_features: False hides all features but the pseudo-gradients, the parameter and the time: the paper's
             ablation, LOpt and LAgg. They are computed all the same.
         card: provenance, anything JSON can hold; saved with the weights.
@@ -84,7 +84,7 @@ class AdaMLP(nn.Module):
         self.update = update
         self.ada_features = bool(ada_features)
         self.card = dict(card or {})
-        sizes = (self.num_features, *self.hidden, NUM_OUTPUTS)
+        sizes = (self.num_features, *self.hidden, UPDATES[update].num_outputs)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.decays = nn.ParameterDict(
             {
@@ -97,47 +97,58 @@ class AdaMLP(nn.Module):
 
     @classmethod
     def base_step(
-        cls, lr: float = 0.9, momentum: float = 0.85, hidden: tuple[int, int] = (8, 8), seed: int | None = None
+        cls,
+        lr: float = 1.1,
+        momentum: float = 0.85,
+        shares: tuple[float, float, float] = (0.05, 0.5, 0.45),
+        hidden: tuple[int, int] = (8, 8),
+        seed: int | None = None,
     ) -> AdaMLP:
-        r"""A network that takes the step which meta-training of ``"orthogonal_nesterov"`` starts from.
+        r"""A network that takes the step which meta-training of ``"blended_nesterov"`` starts from.
 
         .. math:: m \leftarrow \beta_t \rho_t m + (1 - \beta_t) g,\quad
-            p \leftarrow p - \mathrm{lr}\; O\Big(g + \frac{\beta_t}{1-\beta_t} m\Big)
+            s = g + \frac{\beta_t}{1-\beta_t} m,\quad p \leftarrow p - \mathrm{lr}\; (w_1 s + w_2 O(s) + w_3 W(s))
 
             1 - \beta_t = \max\Big(1 - \beta, \frac{2}{t + 2}\Big),\quad
             \rho_t = \min\Big(1, \frac{|g_t|}{|g_{t-1}|}\Big)
 
         in round t, from 0: Nesterov momentum that grows to its β, and shrinks with the pseudo-gradient. O makes the
-        singular values of a matrix nearly equal and keeps its norm, and leaves a vector as it is. A pseudo-gradient
-        that has grown by more than half is first multiplied with its `damping`. The last layer's weights are 0.
+        singular values of a matrix nearly equal, and leaves a vector as it is; W whitens by recent pseudo-gradients;
+        both keep the norm. A pseudo-gradient that has grown by more than half is first multiplied with its `damping`.
+        The last layer's weights are 0.
 
         Args:
             lr: in [0.02, 1.64].
             momentum: β in (0, 1).
+            shares: w, each > 0, of sum 1.
             hidden: widths of the two hidden layers.
             seed: of their weights.
 
         Raises:
             ValueError: an argument out of its range.
 
-        Source: `lightning_lopt.functional`: `orthogonal`, `updates`, `damping`.
+        Source: `lightning_lopt.functional`: `orthogonal`, `whitening`, `updates`, `damping`.
 
         Example:
             >>> from lightning_lopt import LearnedOptimizer
             >>> p = torch.nn.Parameter(torch.zeros(2))
             >>> p.grad = torch.tensor([1.0, -2.0])
-            >>> LearnedOptimizer([p], AdaMLP.base_step(lr=0.5, momentum=0.9)).step()
-            >>> [round(x, 4) for x in p.tolist()]  # in the first round there is no momentum yet
-            [-0.5, 1.0]
+            >>> LearnedOptimizer([p], AdaMLP.base_step(lr=0.5, shares=(0.5, 0.3, 0.2))).step()
+            >>> [round(x, 3) for x in p.tolist()]  # in the first round there is no momentum yet
+            [-0.558, 0.959]
         """
         low, high = (math.exp(end) for end in GATE_RANGE)
         if not (low <= lr <= high and 0 < momentum < 1):
             raise ValueError(f"lr must be in [{low:.2f}, {high:.2f}] and momentum in (0, 1), not {lr} and {momentum}.")
-        network = cls("mean", hidden, 1.0, 1.0, "orthogonal_nesterov", seed=seed)
+        if not (len(shares) == 3 and min(shares) > 0 and math.isclose(sum(shares), 1)):
+            raise ValueError(f"shares must be three positive numbers whose sum is 1, not {shares!r}.")
+        network = cls("mean", hidden, 1.0, 1.0, "blended_nesterov", seed=seed)
         last = network.layers[-1]
         assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.weight)
-        nn.init.constant_(last.bias[1:], math.log(lr))
+        with torch.no_grad():
+            last.bias[1] = math.log(lr)
+            last.bias[2:] = torch.tensor([share / shares[0] for share in shares[1:]]).log()
         nn.init.constant_(network.decays["momentum"][:1], math.log((1 - momentum) / (1 - ada.MOMENTUM_INIT[0])) / 10)
         return network
 

@@ -21,7 +21,8 @@ OUTERS = {
     "SlowMo": SlowMomentum,
     "DiLoCo": partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True),
     "AdamW": partial(torch.optim.AdamW, lr=1e-3),
-    "learned": partial(LearnedOptimizer, network=AdaMLP(seed=0)),
+    "learned": partial(LearnedOptimizer, network=AdaMLP.base_step(seed=0)),
+    "LOpt-A": partial(LearnedOptimizer, network=AdaMLP(seed=0)),
     "LAgg-A": partial(LearnedOptimizer, network=AdaMLP(K, seed=0)),
 }
 CASES: list[tuple[str, Travel, float, float, float]] = [  # sent in a sync, held between syncs, held in flight
@@ -29,7 +30,8 @@ CASES: list[tuple[str, Travel, float, float, float]] = [  # sent in a sync, held
     ("SlowMo", Travel(), RING, 8, 0),
     ("DiLoCo", Travel(), RING, 8, 0),
     ("AdamW", Travel(), RING, 4 + 8, 0),
-    ("learned", Travel(), RING, 20, 0),
+    ("learned", Travel(), RING, 20 + 2 * 4, 0),  # two Gram matrices of as many numbers as a square matrix has
+    ("LOpt-A", Travel(), RING, 20, 0),
     ("LAgg-A", Travel(), (K - 1) * 4, 20, 0),
     ("LAgg-A", Travel(compression="int8"), (K - 1) * 1, 20 + 4, 0),
     ("LAgg-A", Travel(sharded=True), RING, 4 + 16 / K, 0),

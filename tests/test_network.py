@@ -17,12 +17,12 @@ from lightning_lopt.network import FORMAT
 @pytest.fixture
 def saved(tmp_path):
     path = tmp_path / "weights.safetensors"
-    AdaMLP(inputs=3, hidden=(16, 8), update="orthogonal_nesterov", card={"hours": 1.5}, seed=0).save(path)
+    AdaMLP(inputs=3, hidden=(16, 8), update="blended_nesterov", card={"hours": 1.5}, seed=0).save(path)
     return path
 
 
 def test_round_trip(saved):
-    network, again = AdaMLP(inputs=3, hidden=(16, 8), update="orthogonal_nesterov", seed=0), AdaMLP.load(saved)
+    network, again = AdaMLP(inputs=3, hidden=(16, 8), update="blended_nesterov", seed=0), AdaMLP.load(saved)
     assert again.config == network.config
     assert again.card == {"hours": 1.5}
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True))
@@ -192,7 +192,7 @@ def test_the_ablation_is_saved_with_the_network(tmp_path):
     AdaMLP(ada_features=False).save(tmp_path / "lopt.safetensors")
     assert not AdaMLP.load(tmp_path / "lopt.safetensors").ada_features
     with pytest.raises(ValueError, match="ada_features must be True"):
-        AdaMLP(update="orthogonal_nesterov", ada_features=False)
+        AdaMLP(update="blended_nesterov", ada_features=False)
 
 
 @pytest.mark.parametrize("options", [{"lr": 0}, {"lr": 10}, {"momentum": 0}, {"momentum": 1}])

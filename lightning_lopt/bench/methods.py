@@ -52,7 +52,7 @@ def _fedadam(local_lr: float) -> Iterator[dict[str, float]]:
     return ({"lr": lr} for lr in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2))
 
 
-def _orthogonal(local_lr: float) -> Iterator[dict[str, float]]:
+def _base_step(local_lr: float) -> Iterator[dict[str, float]]:
     for lr, momentum in product((0.3, 0.5, 0.7, 1.0, 1.4), (0.5, 0.7, 0.8, 0.9)):
         yield {"lr": lr, "momentum": momentum}
 
@@ -63,7 +63,7 @@ GRIDS: dict[str, Callable[[float], Iterator[dict[str, float]]]] = {
     "slowmo": _slowmo,
     "diloco": _diloco,
     "fedadam": _fedadam,
-    "orthogonal": _orthogonal,
+    "base_step": _base_step,
     "parallel_sgd": lambda local_lr: iter([{}]),
     "parallel_adam": lambda local_lr: iter([{}]),
 }
@@ -144,7 +144,7 @@ def outer(particles: Sequence[Setting], anchor: Tensors, network: AdaMLP) -> Out
         return averaging(anchor)
     if method == "learned":
         return learning(anchor, [network])
-    if method == "orthogonal":
+    if method == "base_step":
         options = [setting.options for setting in particles]
         return learning(anchor, [AdaMLP.base_step(each["lr"], each["momentum"]) for each in options])
     groups = [

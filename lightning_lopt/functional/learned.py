@@ -21,8 +21,8 @@ from lightning_lopt.functional.ada import AdaState, Factoring
 from lightning_lopt.functional.blocks import Grid, block_shape, cut, over
 from lightning_lopt.functional.damping import damped
 from lightning_lopt.functional.layers import Layers, Moments, Network, separate
-from lightning_lopt.functional.orthogonal import orthogonalise
-from lightning_lopt.functional.updates import UPDATES, Base, decays_of_round, nesterov
+from lightning_lopt.functional.updates import UPDATES, Base, base_forms, decays_of_round, nesterov
+from lightning_lopt.functional.whitening import update_grams
 
 # Elements per block, over all particles. A thread needs 2 x 32 floats for each: on a CPU larger blocks fall out of
 # the cache and smaller ones cost more in dispatch; a GPU wants few large launches. Tens of MB, whatever the model.
@@ -176,17 +176,17 @@ def accumulate(operands: _Operands, network: Network) -> Moments:
     return Moments(features, base, products, operands.grad[0].numel())
 
 
-def apply(operands: _Operands, layers: Layers, moments: Moments, network: Network) -> None:
-    """Run the network over all coordinates and move `operands.param`, in place."""
+def apply(operands: _Operands, layers: Layers, moments: Moments, network: Network, forms: Tensor | None) -> None:
+    """Run the network over all coordinates and move `operands.param`, in place; `forms` are those of its base step."""
     kind = UPDATES[network.update]
     *hidden_weights, last_weight = layers.weights
     grid, block = operands.grid, operands.block
     constants = layers.tiled.expand(-1, -1, *grid), layers.bias, *layers.thresholds
     constant_blocks = list(zip(*(cut(tensor, grid, block) for tensor in constants), strict=True))
     bases = [None] * len(constant_blocks)
-    if kind.relative:
+    if forms is not None:
         base_rms = (moments.base / moments.numel).sqrt_()[..., None, None, None]
-        bases = [Base(step, base_rms) for step in cut(_base_step(operands, network), grid, block)]
+        bases = [Base(part, base_rms) for part in cut(forms, grid, block)]
 
     def work(blocks: Sequence[tuple[_Operands, Base | None, tuple[Tensor, ...]]]) -> list[None]:
         workspace = _Workspace(operands, layers.tiled.shape[1], [weight.shape[1] for weight in layers.weights])
@@ -203,11 +203,6 @@ def apply(operands: _Operands, layers: Layers, moments: Moments, network: Networ
         return []
 
     over(list(zip(operands.blocks(), bases, constant_blocks, strict=True)), work, operands.grad.device)
-
-
-def _base_step(operands: _Operands, network: Network) -> Tensor:
-    step = nesterov(operands.grad, operands.momentum, network.decays)
-    return orthogonalise(step) if operands.factored else step
 
 
 @torch.no_grad()
@@ -245,17 +240,22 @@ def step(
     """
     if param.numel() == 0:
         return
-    factors, relative = ada.factoring(tuple(param.shape[1:])), UPDATES[network.update].relative
-    if relative and damping is not None:
+    factors, kind = ada.factoring(tuple(param.shape[1:])), UPDATES[network.update]
+    if kind.relative and damping is not None:
         grad, worker_grads = damped(grad, damping), None if worker_grads is None else damped(worker_grads, damping)
     sums = ada.factored_sums(factors.matrices(grad), factors)
-    if relative:
+    if kind.relative:
         decays = decays_of_round(network.decays, round_idx, ada.norm_ratio(state, sums))
         network = network._replace(decays=decays)
+        update_grams(state, grad)
     ada.update_factors(state, sums, network.decays, factors)
-    eps = ada.epsilons(state, relative=relative)
+    eps = ada.epsilons(state, relative=kind.relative)
     operands = _Operands.of(param, grad, worker_grads, state, eps, factors)
     moments = accumulate(operands, network)
-    apply(operands, separate(network, state, moments, eps, round_idx, factors), moments, network)
+    forms = None
+    if kind.relative:
+        base_step = nesterov(operands.grad, operands.momentum, network.decays)
+        forms = base_forms(base_step, state, factors, param)
+    apply(operands, separate(network, state, moments, eps, round_idx, factors), moments, network, forms)
     if operands.param.data_ptr() != param.data_ptr():  # the permuted view was a copy
         param.copy_(factors.restore(operands.param, param))

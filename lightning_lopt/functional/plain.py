@@ -12,8 +12,8 @@ from lightning_lopt.functional import ada
 from lightning_lopt.functional.ada import AdaState, Epsilons, Factoring
 from lightning_lopt.functional.damping import damped
 from lightning_lopt.functional.layers import Network
-from lightning_lopt.functional.orthogonal import orthogonalise
-from lightning_lopt.functional.updates import UPDATES, Base, decays_of_round, nesterov
+from lightning_lopt.functional.updates import UPDATES, Base, base_forms, decays_of_round, nesterov
+from lightning_lopt.functional.whitening import update_grams
 
 
 def features(
@@ -118,6 +118,7 @@ def step(
     if kind.relative:
         decays = decays_of_round(network.decays, round_idx, ada.norm_ratio(state, sums))
         network = network._replace(decays=decays)
+        update_grams(state, grad)
     ada.update_factors(state, sums, network.decays, factors)
     ada.update_moments(state.momentum, state.second.unsqueeze(1), g, network.decays)
 
@@ -128,6 +129,6 @@ def step(
         seen = torch.cat([seen, context[:, :, None, None, None].expand(-1, -1, *g.shape[2:])], 1)
         base_step = nesterov(g, state.momentum, network.decays)
         rms = base_step.square().mean((2, 3, 4), keepdim=True).sqrt()
-        base = Base(orthogonalise(base_step) if factors.factored else base_step, rms)
+        base = Base(base_forms(base_step, state, factors, param), rms)
     change = kind.step(evaluate(seen, network), base)
     param.copy_(factors.restore(p - change, param))

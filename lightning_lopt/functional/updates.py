@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lopt.functional.ada import Decays
+from lightning_lopt.functional.ada import AdaState, Decays, Factoring
+from lightning_lopt.functional.orthogonal import orthogonalise
+from lightning_lopt.functional.whitening import whiten
 
 GATE_RANGE = (-4.0, 0.5)  # of a gate's exponent: it damps more than it pushes
 MAX_CORRECTION = 1.0  # in units of the base step
@@ -19,11 +21,11 @@ class Base(NamedTuple):
     """A hand-made step that an update starts from.
 
     Attributes:
-        step: per coordinate, [P, 1, *].
-        rms: its root mean square over the tensor, [P, 1, *] with trailing dimensions of size 1.
+        forms: the step in its three forms, per coordinate, [P, 3, *].
+        rms: the root mean square over the tensor that all of them have, [P, 1, *] with trailing dimensions of size 1.
     """
 
-    step: Tensor
+    forms: Tensor
     rms: Tensor
 
 
@@ -42,23 +44,26 @@ def published(output: Tensor, base: Base | None) -> Tensor:
 
 
 def gated(output: Tensor, base: Base | None) -> Tensor:
-    r"""A gate on a hand-made base step, plus a correction in its units:
-    :math:`b \exp(\lambda_2 m) + \mathrm{rms}(b)\,\lambda_1 d`.
+    r"""A gate on a mean of the three forms b_i of a hand-made base step, plus a correction in its units:
 
-    A zero output is the base step itself; the step anneals with the pseudo-gradient. The exponent is clamped to
+    .. math:: e^{\lambda_2 m} \sum_i \mathrm{softmax}(0, \lambda_2 l)_i\, b_i + \mathrm{rms}(b)\,\lambda_1 d
+
+    A zero output is the mean of all forms; the step anneals with the pseudo-gradient. The exponent is clamped to
     `GATE_RANGE` and λ1 d to ±`MAX_CORRECTION`, which bounds the step by a multiple of the base step.
 
     Args:
-        output: (λ1 d, λ2 m), [P, 2, *]; overwritten.
+        output: (λ1 d, λ2 m, λ2 l), with two l, [P, 4, *]; overwritten.
         base: the base step.
 
     Returns:
         What is subtracted from the parameter, [P, 1, *].
     """
     assert base is not None
-    correction, gate = output.split(1, dim=1)
+    correction, gate, logits = output.split([1, 1, 2], dim=1)
+    shares = torch.cat([torch.zeros_like(gate), logits], 1).softmax(1)
+    step = shares.mul_(base.forms).sum(1, keepdim=True)
     correction.clamp_(-MAX_CORRECTION, MAX_CORRECTION).mul_(base.rms)
-    return correction.add_(gate.clamp_(*GATE_RANGE).exp_().mul_(base.step))
+    return correction.add_(gate.clamp_(*GATE_RANGE).exp_().mul_(step))
 
 
 def decays_of_round(decays: Decays, round_idx: Tensor, norm_ratio: Tensor) -> Decays:
@@ -111,13 +116,34 @@ class Update(NamedTuple):
 
     Attributes:
         step: how the network's output becomes the step.
-        relative: whether it starts from a base step: the orthogonalised Nesterov step of a matrix, the plain one of a
-            vector. The network then sees the statistics of the tensor, and no feature changes with the scale of g.
+        relative: whether it starts from a base step, in three forms, which take Gram matrices. The network then sees
+            the statistics of the tensor, and no feature changes with the scale of g.
+        num_outputs: of the network: direction and magnitude; or correction, gate, and what decides between the forms.
     """
 
     step: Callable[[Tensor, Base | None], Tensor]
     relative: bool
+    num_outputs: int
 
 
-NUM_OUTPUTS = 2  # of the network: direction and magnitude, or correction and gate
-UPDATES = {"published": Update(published, relative=False), "orthogonal_nesterov": Update(gated, relative=True)}
+UPDATES = {
+    "published": Update(published, relative=False, num_outputs=2),
+    "blended_nesterov": Update(gated, relative=True, num_outputs=4),
+}
+
+
+def base_forms(step: Tensor, state: AdaState, factors: Factoring, like: Tensor) -> Tensor:
+    """A Nesterov step as it is, orthogonalised (a vector as it is) and whitened.
+
+    Args:
+        step: [P, 1, B, a, b].
+        state: the accumulators, already advanced.
+        factors: the factoring of the parameter.
+        like: a tensor of the parameter's shape, [P, *S].
+
+    Returns:
+        [P, 3, B, a, b].
+    """
+    whole = factors.restore(step, like)
+    orthogonal = factors.matrices(orthogonalise(whole)) if factors.factored else step
+    return torch.cat([step, orthogonal, factors.matrices(whiten(whole, state))], 1)

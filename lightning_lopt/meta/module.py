@@ -174,7 +174,7 @@ class MetaTraining(L.LightningModule):
         self._estimators = []
         for index, (each, training) in enumerate(pairs):
             own_seed = seed + 1_000_003 * index + 10_007 * self.start_iterations
-            particles = Particles(each, training, num_particles, lengths, meta_loss, own_seed)
+            particles = Particles(each, training, num_particles, lengths, meta_loss, own_seed, self.network.update)
             self._estimators.append(Estimator(particles, estimator, truncation, sigma, log_floor, own_seed))
 
     def _check_arguments(self, pairs: Sequence[tuple[AbstractTask, LocalTraining]]) -> None:

@@ -33,7 +33,7 @@ def learning(anchor: Tensors, networks: Sequence[AdaMLP]) -> Outer:
     named = [dict(network.named_parameters()) for network in networks]
     stacked = {name: torch.stack([own[name].detach() for own in named]).to(some.device) for name in named[0]}
     whole = {name: p.expand(len(some), *p.shape[1:]) for name, p in stacked.items()}
-    theta, states = networks[0].functional(whole), zero_states(anchor)
+    theta, states = networks[0].functional(whole), zero_states(anchor, networks[0].update)
     rounds = some.new_zeros(len(some), dtype=torch.long)
     return lambda workers, rates, round_idx, skipped: outer_step(
         anchor, workers, states, theta, rounds + round_idx, rates, skipped

@@ -18,7 +18,7 @@ from lightning_lopt.meta.truncation import LogUniform
 from lightning_lopt.meta.unroll import local_round, outer_step, zero_states
 
 MetaLoss = Literal["local", "updated", "validation"]
-VERSION = 3  # of the state
+VERSION = 4  # of the state
 
 
 def seeded(*counters: int | str) -> torch.Generator:
@@ -40,6 +40,7 @@ class Particles:
         meta_loss: what a round gives: the mean local training loss (``"local"``), or the loss of the updated anchor on
             K fresh batches (``"updated"``), or on K validation batches (``"validation"``).
         seed: of everything drawn.
+        update: of the networks.
         rank: of this process, which holds its share of the particles.
         num_processes: that divides P.
 
@@ -55,6 +56,7 @@ class Particles:
         unroll_length: LogUniform,
         meta_loss: MetaLoss,
         seed: int,
+        update: str = "published",
         rank: int = 0,
         num_processes: int = 1,
     ) -> None:
@@ -74,10 +76,11 @@ class Particles:
         self.unroll_length = unroll_length
         self.meta_loss: MetaLoss = meta_loss
         self._seed = seed
+        self._update = update
         generators = self.generators("start")
         starts = [training.init(task, generator) for generator in generators]
         self.anchor = _both_signs(starts)
-        self.states = zero_states(self.anchor)
+        self.states = zero_states(self.anchor, update)
         self.local = training.optimizer.init(self._per_worker(self.anchor))
         self.guard = Guard(2 * own, training.num_workers, task.device)
         self.round_idx = torch.zeros(own, dtype=torch.long)
@@ -96,6 +99,7 @@ class Particles:
             self.unroll_length,
             self.meta_loss,
             self._seed,
+            self._update,
             rank,
             num_processes,
         )

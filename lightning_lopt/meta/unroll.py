@@ -50,9 +50,10 @@ def local_round(
     return {name: w.unflatten(0, (-1, num_workers)) for name, w in workers.items()}, loss
 
 
-def zero_states(anchor: Tensors) -> dict[str, AdaState]:
-    """Accumulators before the first round, one per tensor."""
-    return {name: AdaState.zeros(tuple(p.shape[1:]), len(p), p.dtype, p.device) for name, p in anchor.items()}
+def zero_states(anchor: Tensors, update: str) -> dict[str, AdaState]:
+    """Accumulators before the first round, one per tensor, for a kind of update."""
+    grams = UPDATES[update].relative
+    return {name: AdaState.zeros(tuple(p.shape[1:]), len(p), p.dtype, p.device, grams) for name, p in anchor.items()}
 
 
 @torch.no_grad()

@@ -39,9 +39,10 @@ class LearnedOptimizer(Optimizer):
     There is nothing to tune. ``p.grad`` is the averaged pseudo-gradient; a network with K inputs also needs
     ``p.worker_grads`` [K, *S]. The state is float32 (float64 for float64 parameters) whatever the parameter's type:
     ``momentum`` (3 per coordinate), ``second`` (1), ``row`` and ``col`` (3 per row and column), ``square``,
-    ``limit``, ``local_scale`` and ``step``. With an update that has a base step, as the default has, a pseudo-gradient
-    that grows by more than half is damped (`lightning_lopt.functional.damping`), unless ``local_lr`` times
-    ``local_steps``, which the strategies write into each group, has grown as much.
+    ``limit``, ``local_scale``, ``left`` and ``right`` (the default's Gram matrices) and ``step``. With an update that
+    has a base step, as the default has, a pseudo-gradient that grows by more than half is damped
+    (`lightning_lopt.functional.damping`), unless ``local_lr`` times ``local_steps``, which the strategies write into
+    each group, has grown as much.
 
     Args:
         params: anchors, or groups of them.
@@ -65,7 +66,7 @@ class LearnedOptimizer(Optimizer):
         >>> p.grad = torch.randn(4, 3)
         >>> outer.step()
         >>> sorted(outer.state[p]), tuple(outer.state[p]["row"].shape)
-        (['col', 'limit', 'local_scale', 'momentum', 'row', 'second', 'square', 'step'], (1, 3, 1, 3))
+        (['col', 'left', 'limit', 'local_scale', 'momentum', 'right', 'row', 'second', 'square', 'step'], (1, 3, 1, 3))
     """
 
     needs_whole_tensors = True
@@ -74,8 +75,12 @@ class LearnedOptimizer(Optimizer):
     def __init__(self, params: ParamsT, network: AdaMLP | str | Path | None = None) -> None:
         self.network = resolve_network(network)
         self._functional: dict[tuple[torch.device, torch.dtype], Network] = {}
-        self.total: Callable[[Tensor], Tensor] = lambda sums: sums
+        self.total: Callable[[Tensor], Tensor] = _own
         super().__init__(params, {})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which step for themselves: torch's leaves out what is not its own."""
+        return {**super().__getstate__(), "network": self.network, "_functional": {}, "total": _own}
 
     @property
     def num_workers(self) -> int | None:
@@ -120,7 +125,7 @@ class LearnedOptimizer(Optimizer):
     def _accumulators(self, p: Tensor) -> AdaState:
         state = self.state[p]
         if not state:
-            ada_state = AdaState.zeros(tuple(p.shape), 1, _working_dtype(p), p.device)
+            ada_state = AdaState.zeros(tuple(p.shape), 1, _working_dtype(p), p.device, self.network.relative)
             state.update(vars(ada_state), step=torch.zeros(1, dtype=torch.long))
         return AdaState(**{name: state[name] for name in AdaState.__dataclass_fields__})
 
@@ -173,6 +178,10 @@ class LearnedOptimizer(Optimizer):
             self.state[p].update(
                 {name: v.to("cpu" if name == "step" else p.device, copy=True) for name, v in saved.items()}
             )
+
+
+def _own(sums: Tensor) -> Tensor:
+    return sums
 
 
 def _working_dtype(p: Tensor) -> torch.dtype:

@@ -141,9 +141,10 @@ class LearnedLocalSGD(LocalSGD):
 
     .. math:: a \leftarrow a - \mathrm{step}(\mathrm{MLP}(\text{Ada features of } a, g))
 
-    There is nothing to tune: the bundled weights are the default. They give each coordinate a gate and a correction of
-    an orthogonalised Nesterov step s (`AdaMLP.base_step`): :math:`\mathrm{step} = e^m O(s) + d\,\mathrm{rms}(s)`. A
-    step that is not finite, or more than 100 times the averaged one, is replaced by averaging, with a warning.
+    There is nothing to tune: the bundled weights are the default. For each coordinate they weigh three forms of a
+    Nesterov step s, plain, orthogonalised and whitened (`AdaMLP.base_step`), and gate and correct their mean:
+    :math:`\mathrm{step} = e^m (w_1 s + w_2 O(s) + w_3 W(s)) + d\,\mathrm{rms}(s)`. A step that is not finite, or more
+    than 100 times the averaged one, is replaced by averaging, with a warning.
 
     Args:
         local_steps: H >= 1, or a schedule.
@@ -154,9 +155,10 @@ class LearnedLocalSGD(LocalSGD):
         WeightsError: a weights file that cannot be used.
         ValueError: a network that belongs to another number of workers.
 
-    Memory: 16 bytes per parameter and a little per row and column on top of `LocalSGD`; the same bytes per round
-    (LAgg-A: K-1 all-gathered payloads instead of an all-reduce, and K times the memory during a sync; an all-reduce's
-    bytes and 1/K of the state with `sharded=True`).
+    Memory: 16 bytes per parameter and a little per row and column on top of `LocalSGD`, and for the default's Gram
+    matrices 3 to 6 more in usual models (of a matrix n × m at most 4 min(4, 512/n) + 4 min(4, 512/m)); the same bytes
+    per round (LAgg-A: K-1 all-gathered payloads instead of an all-reduce, and K times the memory during a sync; an
+    all-reduce's bytes and 1/K of the state with `sharded=True`).
 
     When it fails: with momentum in the local optimizer at a large rate, where momentum in the outer step can diverge;
     on low-rank factors (LoRA) at a large rate; on inputs of very unlike scales.

@@ -28,7 +28,7 @@ def task():
 
 def runs(task, settings, seeds=(0, 1), **kwargs):
     experiment = Experiment(**{"num_workers": 2, "local_steps": 3, "num_rounds": 4, **kwargs})
-    network = AdaMLP(seed=0, update="orthogonal_nesterov")
+    network = AdaMLP(seed=0, update="blended_nesterov")
     return simulate.simulate(Shared(task), settings, seeds, experiment, network)
 
 
@@ -38,7 +38,7 @@ def losses(*args, **kwargs):
 
 def test_settings_and_seeds_do_not_mix(task):
     momentum = {"lr": 0.5, "momentum": 0.3}
-    for method, options in (("local_sgd", {}), ("learned", {}), ("slowmo", momentum), ("orthogonal", momentum)):
+    for method, options in (("local_sgd", {}), ("learned", {}), ("slowmo", momentum), ("base_step", momentum)):
         settings = [Setting(method, lr, options) for lr in (0.5, 0.1)]
         together = losses(task, settings)
         assert together.shape == (2, 2, 5)
@@ -111,7 +111,7 @@ def test_grids():
         "slowmo": 220,
         "diloco": 60,
         "fedadam": 12,
-        "orthogonal": 40,
+        "base_step": 40,
         "parallel_sgd": 11,
         "parallel_adam": 11,
     }

@@ -8,32 +8,27 @@ from torch.nn import functional as F
 
 from lightning_lopt.functional.orthogonal import COEFFICIENTS, ITERATIONS, orthogonalise
 
-SHAPES = [(1, 5, 7), (1, 7, 5), (1, 6, 6), (9, 4, 3), (9, 40, 3), (1, 1, 8), (3, 1, 1)]
-
-
-def _matrices(step: torch.Tensor) -> torch.Tensor:
-    """[P, 1, B, a, b] -> [P, a, B b]."""
-    return torch.cat(step.squeeze(1).unbind(1), 2)
+SHAPES = [(5, 7), (7, 5), (6, 6), (4, 3, 3, 3), (40, 3, 9), (1, 8), (1, 3, 1)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_singular_values_go_through_the_polynomial_and_the_norm_stays(shape):
-    step = torch.randn(2, 1, *shape, dtype=torch.float64)
+    step = torch.randn(2, *shape, dtype=torch.float64)
     result = orthogonalise(step)
     assert result.shape == step.shape
-    u, values, v = torch.linalg.svd(_matrices(step), full_matrices=False)
+    u, values, v = torch.linalg.svd(step.flatten(2), full_matrices=False)
     norm, (a, b, c) = torch.linalg.vector_norm(values, dim=-1, keepdim=True), COEFFICIENTS
     values = values / norm
     for _ in range(ITERATIONS):
         values = a * values + b * values**3 + c * values**5
     values *= norm / torch.linalg.vector_norm(values, dim=-1, keepdim=True)
-    torch.testing.assert_close(_matrices(result), u * values.unsqueeze(1) @ v)
+    torch.testing.assert_close(result.flatten(2), u * values.unsqueeze(1) @ v)
 
 
 def test_well_conditioned_values_become_nearly_equal():
     u, _, v = torch.linalg.svd(torch.randn(20, 30), full_matrices=False)
-    step = (u * torch.linspace(0.1, 1, 20) @ v).view(1, 1, 1, 20, 30)
-    values = torch.linalg.svdvals(orthogonalise(step)[0, 0, 0])
+    step = (u * torch.linspace(0.1, 1, 20) @ v).unsqueeze(0)
+    values = torch.linalg.svdvals(orthogonalise(step)[0])
     assert values.max() < 1.8 * values.min()
 
 
@@ -44,11 +39,11 @@ def test_the_direction_is_that_of_muon(shape):
     muon = torch.optim.Muon([param], lr=1, weight_decay=0, momentum=0)
     param.grad = torch.randn(shape)
     muon.step()
-    ours = orthogonalise(param.grad.view(1, 1, 1, *shape))
+    ours = orthogonalise(param.grad.unsqueeze(0))
     assert F.cosine_similarity(ours.flatten(), -param.detach().flatten(), dim=0) > 0.999
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-15, 1e15])
+@pytest.mark.parametrize("scale", [0.0, 1e-25, 1e15, 1e30])
 def test_any_scale(scale):
-    step = torch.randn(1, 1, 1, 4, 5)
+    step = torch.randn(1, 4, 5)
     torch.testing.assert_close(orthogonalise(scale * step), scale * orthogonalise(step), rtol=1e-4, atol=0)

@@ -35,7 +35,7 @@ def make(update: str, inputs):
 
 def simulated(update: str, inputs) -> dict[str, torch.Tensor]:
     task, network, anchor, batches = make(update, inputs)
-    states, meta = zero_states(anchor), network.functional()
+    states, meta = zero_states(anchor, network.update), network.functional()
     for t, batches_of_round in enumerate(batches):
         local_lr = torch.tensor([LOCAL_LR], dtype=torch.float64)
         workers, _ = local_round(task, anchor, batches_of_round, local_lr, NUM_WORKERS)
@@ -121,7 +121,8 @@ def trained(rank: int) -> list[float]:
 @pytest.mark.filterwarnings("ignore")
 def test_the_default_in_a_trainer_follows_its_simulated_curve():
     task, anchor, batches = digits()
-    states, meta, simulation = zero_states(anchor), AdaMLP.bundled().functional(), []
+    network = AdaMLP.bundled()
+    states, meta, simulation = zero_states(anchor, network.update), network.functional(), []
     for t, batches_of_round in enumerate(batches):
         workers, _ = local_round(task, anchor, batches_of_round, torch.tensor([LOCAL_LR]), NUM_WORKERS)
         outer_step(anchor, workers, states, meta, torch.tensor([t]))

@@ -26,7 +26,7 @@ def test_rounds_equal_the_authors_in_every_particle(vectors, name):
     labels = torch.from_numpy(data["batches_y"]).long()
     task = ImageMLP(images.flatten(0, 3), labels.flatten(), hidden=(10, 7), batch_size=8, num_classes=4)
     anchor = {key: torch.stack([p] * num_particles) for key, p in golden_params(data, 0).items()}
-    states = zero_states(anchor)
+    states = zero_states(anchor, "published")
     local_lr = torch.full((num_particles,), float(data["gamma"]), dtype=torch.float64)
     network = None if name == "local_sgd" else repeat(golden_network(data, torch.float64), num_particles)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -108,6 +109,21 @@ def test_a_state_of_another_version_is_refused_and_changes_nothing(missing):
     with pytest.raises(ValueError, match=r"but LearnedOptimizer's now has .*: another version wrote it"):
         outer.load_state_dict(state)
     assert outer.state[params[0]]["step"] == 2
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda outer: pickle.loads(pickle.dumps(outer))])
+def test_copies_step_as_the_original(again):
+    param = torch.nn.Parameter(torch.zeros(4, 3))
+    outer, other = LearnedOptimizer([param]), None
+    for _ in range(3):
+        param.grad = torch.randn(4, 3)
+        other = other or again(outer)
+        outer.step()
+        copied = other.param_groups[0]["params"][0]
+        copied.grad = param.grad.clone()
+        other.step()
+        assert torch.equal(copied, param)
+        assert copied is not param
 
 
 def test_parameters_without_gradient_stay():
