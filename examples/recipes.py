@@ -212,13 +212,13 @@ def default(data: Sequence[Images], seed: int) -> Recipe:
         "unroll_length": LogUniform(10, 400),
         "sigma": 0.02,
         "max_window_norm": 30.0,
-        "lr": 5e-3,
-        "decays_lr": 5e-4,
+        "lr": 3e-3,
+        "decays_lr": 5e-5,
         "warmup_steps": 10,
         "final_lr": 2e-4,
     }
     network = AdaMLP.base_step(seed=seed)
-    return Recipe(tasks, network, steps=100, windows=len(tasks), options=options)
+    return Recipe(tasks, network, steps=90, windows=len(tasks), options=options)
 
 
 SHORT: dict[str, Any] = {"batch_size": 64, "num_particles": 2, "truncation": 25}  # a sixteenth of the work

@@ -100,7 +100,7 @@ class AdaMLP(nn.Module):
         cls,
         lr: float = 1.1,
         momentum: float = 0.85,
-        shares: tuple[float, float, float] = (0.05, 0.5, 0.45),
+        shares: tuple[float, float, float] = (0.05, 0.45, 0.5),
         hidden: tuple[int, int] = (8, 8),
         seed: int | None = None,
     ) -> AdaMLP:
