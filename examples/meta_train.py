@@ -1,7 +1,7 @@
 """Meta-train a learned outer optimizer on small images, then compare it with averaging.
 
 python examples/meta_train.py                                              scikit-learn's digits, minutes on a laptop
-python examples/meta_train.py --recipe default --data fashion cifar10      the bundled weights, twenty minutes
+python examples/meta_train.py --recipe default --data fashion cifar10      the bundled weights, half an hour
 python examples/meta_train.py --recipe paper --data fashion                LOpt-A as published, for a GPU
 python examples/meta_train.py --recipe lopt_a_short --data fashion         a sixteenth of its work, 500 steps
 

@@ -69,12 +69,12 @@ class Told:
     Attributes:
         workers: where they stand.
         changed: the buffers that somebody changed, by position.
-        lrs: the largest learning rate of each parameter group.
+        settings: of the local optimizers' parameter groups, of each the largest.
     """
 
     workers: list[Standing] = field(default_factory=list)
     changed: list[int] = field(default_factory=list)
-    lrs: list[float] = field(default_factory=list)
+    settings: list[float] = field(default_factory=list)
 
     @property
     def met(self) -> bool:
@@ -88,13 +88,13 @@ class Told:
 
     def state_dict(self) -> list[list[Any]]:
         """As types that `torch.load(weights_only=True)` accepts."""
-        return [[[*vars(worker).values()] for worker in self.workers], self.changed, self.lrs]
+        return [[[*vars(worker).values()] for worker in self.workers], self.changed, self.settings]
 
     @classmethod
     def of(cls, state: Sequence[Any]) -> Told:
         """Restore what `state_dict` returned."""
-        workers, changed, lrs = state
-        return cls([Standing(*values) for values in workers], changed, lrs)
+        workers, changed, settings = state
+        return cls([Standing(*values) for values in workers], changed, settings)
 
 
 def tell(
@@ -103,7 +103,7 @@ def tell(
     equal: Mapping[str, int | None],
     own: Standing,
     changed: Sequence[bool] = (),
-    lrs: Sequence[float] = (),
+    settings: Sequence[float] = (),
 ) -> Told:
     """One small integer all-reduce: check what must be equal, and learn where everyone is.
 
@@ -112,32 +112,33 @@ def tell(
         device: where the process group communicates.
         equal: named integers, the same on all workers; None is equal to any.
         own: where this worker stands.
-        changed: which buffers it changed; as many on all workers, as the learning rates.
-        lrs: of its parameter groups.
+        changed: which buffers it changed; as many on all workers, as the settings.
+        settings: of its local optimizer's parameter groups.
 
     Raises:
         DisagreementError: one of the integers differs, or workers wait at different places.
 
     Example:
-        >>> tell(Communicator(), torch.device("cpu"), {"round": 0}, Standing(16), [False, True], [0.1])
-        Told(workers=[Standing(local_steps=16, place='sync', share=1.0, seconds=0.0, norm=0.0)], changed=[1], lrs=[0.1])
+        >>> told = tell(Communicator(), torch.device("cpu"), {"round": 0}, Standing(16), [False, True], [0.1])
+        >>> told.workers, told.changed, told.settings
+        ([Standing(local_steps=16, place='sync', share=1.0, seconds=0.0, norm=0.0)], [1], [0.1])
     """
     num = comm.num_workers
     rows = [0] * (NUM_ROWS * num)
     rates = [own.share, own.seconds, own.norm]
     rows[comm.rank :: num] = [own.local_steps, PLACES.index(own.place), *map(to_integer, rates)]
-    largest = comm.agree(device, equal, [*rows, *map(int, changed), *map(to_integer, lrs)])
+    largest = comm.agree(device, equal, [*rows, *map(int, changed), *map(to_integer, settings)])
     workers = []
     for k in range(num):
         steps, place, *rest = largest[k : NUM_ROWS * num : num]
         workers.append(Standing(steps, PLACES[place], *map(from_integer, rest)))
     _check_places(workers)
     flags, rest = largest[NUM_ROWS * num :][: len(changed)], largest[NUM_ROWS * num + len(changed) :]
-    decoded = [from_integer(lr) for lr in rest]
+    decoded = [from_integer(value) for value in rest]
     return Told(
         workers,
         [i for i, flag in enumerate(flags) if flag],
-        [math.nan if math.isinf(lr) else lr for lr in decoded],  # an optimizer without one
+        [math.nan if math.isinf(value) else value for value in decoded],  # an optimizer without one
     )
 
 

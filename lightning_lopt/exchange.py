@@ -79,7 +79,7 @@ class Exchange:
 
     Attributes:
         own: where this worker stands, but for the norm.
-        lrs: of its parameter groups.
+        settings: of its local optimizer's parameter groups.
         gather: whether every worker's bodies are wanted, not only their mean.
         codec: compresses the bodies of the wires.
         shards: sends each worker its share of the sorted wires only.
@@ -105,7 +105,7 @@ class Exchange:
         self._comm, self._equal, self._changed = comm, equal, changed
         self.wires, self.buffers, self.states = wires, buffers, list(states)
         self.own = Standing(0)
-        self.lrs: Sequence[float] = ()
+        self.settings: Sequence[float] = ()
         self.gather = False
         self.codec: Codec | None = None
         self.shards: Shards | None = None
@@ -160,7 +160,7 @@ class Exchange:
     def _run(self, device: torch.device) -> None:
         start, bytes_before = time.perf_counter(), self._comm.bytes_sent
         norm = math.sqrt(sum(float(wire.square) for wire in self.wires.values()))
-        self.told = tell(self._comm, device, self._equal, replace(self.own, norm=norm), self._changed, self.lrs)
+        self.told = tell(self._comm, device, self._equal, replace(self.own, norm=norm), self._changed, self.settings)
         self.left_out = outliers(self.told.norms, self.norms_before)
         if not self.told.met and not self.skipped:
             self._send_all(self.told.changed)

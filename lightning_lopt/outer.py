@@ -44,7 +44,7 @@ class OuterStep:
         shards: which tensors this worker steps; None for all.
 
     Attributes:
-        optimizer: before each step its groups hold `round_idx`, `local_steps` and `local_lr`.
+        optimizer: before each step its groups hold `round_idx`, `local_steps`, `local_lr` and `local_momentum`.
         gathers: whether it needs each worker's pseudo-gradient.
 
     Raises:
@@ -98,14 +98,21 @@ class OuterStep:
                 self.optimizer.state.pop(t.anchor, None)
 
     def step(
-        self, wires: Iterable[Wire], keys: dict[str, int], lrs: Sequence[float], *, scratch: bool
+        self,
+        wires: Iterable[Wire],
+        keys: dict[str, int],
+        rates: Sequence[float],
+        momenta: Sequence[float],
+        *,
+        scratch: bool,
     ) -> tuple[float, bool]:
         """Step the anchors.
 
         Args:
             wires: as they arrived.
             keys: what to write into the parameter groups.
-            lrs: the local learning rate of each group, which goes there, too.
+            rates: the local learning rate of each group, which goes there, too.
+            momenta: and its heavy-ball momentum.
             scratch: whether the workers' own parameters may be overwritten.
 
         Returns:
@@ -120,8 +127,8 @@ class OuterStep:
                     continue
                 pairs.append((part, grad))
                 workers.append(per_worker)
-        for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
-            group.update(keys, local_lr=lr)
+        for group, rate, momentum in zip(self.optimizer.param_groups, rates, momenta, strict=True):
+            group.update(keys, local_lr=rate, local_momentum=momentum)
         square = self._total(sum(float(grad.square().sum()) for _, grad in pairs))
         limit: float | None = getattr(self.optimizer, "max_update_ratio", None)
         with narrowed(self.optimizer, [part for part, _ in pairs]), _gradients(pairs, workers):

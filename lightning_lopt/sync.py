@@ -140,7 +140,7 @@ class Sync:
         equal = dict(zip(EQUAL, values, strict=True))
         exchange = self._exchange(parts, equal, states)
         exchange.fill(differences=self._step is not None or self._codec is not None)
-        exchange.own, exchange.lrs = own, self._lrs()
+        exchange.own, exchange.settings = own, self._settings()
         exchange.shards = self._shards
         exchange.gather = self._step is not None and self._step.gathers
         if not everything and all(t.known for t in tracked):
@@ -160,13 +160,15 @@ class Sync:
         """
         self.wait()
         equal = dict.fromkeys(EQUAL)
-        tell(self._comm, self.device, equal, Standing(0, place), [False] * self._buffers.number, self._lrs())
+        tell(self._comm, self.device, equal, Standing(0, place), [False] * self._buffers.number, self._settings())
 
-    def _lrs(self) -> list[float]:
-        """What the outer optimizer must know of the local one's groups."""
+    def _settings(self) -> list[float]:
+        """What the outer optimizer must know of the local one's groups: rates, then momenta that last over a sync."""
         groups = [] if self._step is None else self._optimizer.param_groups
         rates = [group.get("lr") for group in groups]
-        return [math.nan if rate is None else float(rate) for rate in rates]
+        keeps = self._travel.local_state != "reset"
+        momenta = [float(group.get("momentum") or 0.0) if keeps else 0.0 for group in groups]
+        return [*(math.nan if rate is None else float(rate) for rate in rates), *momenta]
 
     def _exchange(self, parts: list[Part], equal: Mapping[str, int | None], states: Sequence[Tensor] = ()) -> Exchange:
         """Pack these parts, and all buffers."""
@@ -226,7 +228,8 @@ class Sync:
             told = flight.exchange.told
             keys = {"round_idx": flight.round_idx, "local_steps": max(w.local_steps for w in told.workers)}
             scratch = flight.launched is None and isinstance(rule, str)
-            square, fell_back = self._step.step(wires, keys, told.lrs, scratch=scratch)
+            rates, momenta = told.settings[: len(told.settings) // 2], told.settings[len(told.settings) // 2 :]
+            square, fell_back = self._step.step(wires, keys, rates, momenta, scratch=scratch)
         if self._shards is not None:
             for wire in wires:
                 self._shards.spread(wire)

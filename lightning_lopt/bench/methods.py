@@ -137,16 +137,16 @@ class Local(Method):
         self._outer(workers, rates, round_idx, self._guard.check(self._anchor, workers, self._state))
 
 
-def outer(particles: Sequence[Setting], anchor: Tensors, network: AdaMLP) -> Outer:
-    """What moves the anchor after local training."""
+def outer(particles: Sequence[Setting], anchor: Tensors, network: AdaMLP, carried: float = 0.0) -> Outer:
+    """What moves the anchor after local training, of whose momentum a share is `carried` over a round."""
     method = particles[0].method
     if method == "local_sgd":
         return averaging(anchor)
     if method == "learned":
-        return learning(anchor, [network])
+        return learning(anchor, [network], carried)
     if method == "base_step":
         options = [setting.options for setting in particles]
-        return learning(anchor, [AdaMLP.base_step(each["lr"], each["momentum"]) for each in options])
+        return learning(anchor, [AdaMLP.base_step(each["lr"], each["momentum"]) for each in options], carried)
     groups = [
         {"params": params, "local_lr": setting.local_lr, **setting.options}
         for params, setting in zip(views(anchor), particles, strict=True)

@@ -72,7 +72,7 @@ def _method(
     name = particles[0].method
     if name in PARALLEL:
         return Parallel(task, anchor, PARALLEL[name])
-    step = outer(particles, anchor, network)
+    step = outer(particles, anchor, network, experiment.optimizer.carried(experiment.local_steps))
     return Local(task, anchor, experiment.num_workers, experiment.optimizer, step)
 
 

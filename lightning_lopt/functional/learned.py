@@ -214,6 +214,7 @@ def step(
     round_idx: Tensor,
     worker_grads: Tensor | None = None,
     damping: Tensor | None = None,
+    carried: Tensor | None = None,
 ) -> None:
     r"""One outer step of the learned optimizer, in place on `param` and `state`.
 
@@ -227,6 +228,8 @@ def step(
         round_idx: number of steps already taken, from 0, [P].
         worker_grads: each worker's pseudo-gradient in fixed order, [P, K, *S]; for networks with K inputs.
         damping: what an update with a base step multiplies all pseudo-gradients with, [P]; None for 1.
+        carried: the share of their momentum that the workers keep over a round, [P], which such an update does not
+            remember again; None for 0.
 
     Source: arXiv 2312.02204, section 3 and appendix.
 
@@ -245,7 +248,7 @@ def step(
         grad, worker_grads = damped(grad, damping), None if worker_grads is None else damped(worker_grads, damping)
     sums = ada.factored_sums(factors.matrices(grad), factors)
     if kind.relative:
-        decays = decays_of_round(network.decays, round_idx, ada.norm_ratio(state, sums))
+        decays = decays_of_round(network.decays, round_idx, ada.norm_ratio(state, sums), carried)
         network = network._replace(decays=decays)
         update_grams(state, grad)
     ada.update_factors(state, sums, network.decays, factors)

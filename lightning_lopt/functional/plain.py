@@ -89,6 +89,7 @@ def step(
     round_idx: Tensor,
     worker_grads: Tensor | None = None,
     damping: Tensor | None = None,
+    carried: Tensor | None = None,
 ) -> None:
     """`functional.learned.step`, in the plain form; same arguments.
 
@@ -116,7 +117,7 @@ def step(
     squares = g.square().squeeze(1)
     sums = squares.sum(factors.col_axis), squares.sum(factors.row_axis)
     if kind.relative:
-        decays = decays_of_round(network.decays, round_idx, ada.norm_ratio(state, sums))
+        decays = decays_of_round(network.decays, round_idx, ada.norm_ratio(state, sums), carried)
         network = network._replace(decays=decays)
         update_grams(state, grad)
     ada.update_factors(state, sums, network.decays, factors)

@@ -66,22 +66,24 @@ def gated(output: Tensor, base: Base | None) -> Tensor:
     return correction.add_(gate.clamp_(*GATE_RANGE).exp_().mul_(step))
 
 
-def decays_of_round(decays: Decays, round_idx: Tensor, norm_ratio: Tensor) -> Decays:
+def decays_of_round(decays: Decays, round_idx: Tensor, norm_ratio: Tensor, carried: Tensor | None = None) -> Decays:
     r"""The decays of round t for an update with a base step, whose first momentum is
 
     .. math:: m_1 \leftarrow \beta_t \min\Big(1, \frac{|g_t|}{|g_{t-1}|}\Big) m_1 + (1 - \beta_t) g_t,\quad
-        1 - \beta_t = \max\Big(1 - \beta_1, \frac{2}{t + 2}\Big)
+        1 - \beta_t = \max\Big(1 - (1 - \kappa)\,\beta_1, \frac{2}{t + 2}\Big)
 
     with g already damped.
 
     In the first rounds there is little to remember: it is g itself in round 0, then for a while a mean over about the
     last half of the rounds. And where the pseudo-gradient becomes smaller, as with a learning rate that decays, what
-    is remembered does so, too.
+    is remembered does so, too. What the workers' own momentum keeps from round to round is not remembered again: with
+    heavy-ball momentum μ and H local steps that is a share κ = μ^H of its velocity.
 
     Args:
         decays: of the network.
         round_idx: t, from 0, [P].
         norm_ratio: of the tensor's pseudo-gradients in this round and the one before, [P].
+        carried: κ in [0, 1], [P]; None for 0.
 
     Source: Shamir and Zhang 2013, arXiv 1212.1824: polynomial-decay averaging with η = 1, until it is as slow as β_1.
 
@@ -91,6 +93,8 @@ def decays_of_round(decays: Decays, round_idx: Tensor, norm_ratio: Tensor) -> De
         [0.0, 0.67, 0.86, 0.9]
     """
     first, others = decays.momentum.tensor_split([1], 1)
+    if carried is not None:
+        first = first + carried[:, None].to(first) * (1 - first)
     floor = MOMENTUM_WARMUP / (round_idx[:, None].to(first) + MOMENTUM_WARMUP)
     momentum = torch.cat([torch.maximum(first, floor), others], 1)
     return decays._replace(momentum=momentum, shrink=norm_ratio.clamp(max=1))

@@ -58,9 +58,14 @@ class Evaluation:
                 f"An evaluation needs at least one round and one run, not {self.num_rounds} and {self.num_runs}."
             )
 
+    @property
+    def _local_steps(self) -> int:
+        return self.training.steps[len(self.training.steps) // 2]
+
     def losses(self, network: AdaMLP) -> Tensor:
         """The loss of the global weights on a fixed sample before the first round and after each, [rounds + 1, N]."""
-        return self._losses(partial(learning, networks=[network]))
+        carried = self.training.optimizer.carried(self._local_steps)
+        return self._losses(partial(learning, networks=[network], carried=carried))
 
     @cached_property
     def baselines(self) -> dict[str, Tensor]:
@@ -89,13 +94,12 @@ class Evaluation:
         per_worker = {name: a.repeat_interleave(training.num_workers, 0) for name, a in anchor.items()}
         local, step = training.optimizer.init(per_worker), outer(anchor)
         guard = Guard(self.num_runs, training.num_workers)
-        local_steps = training.steps[len(training.steps) // 2]
         losses = [task.loss(anchor, sample)]
         for round_idx in range(self.num_rounds):
             cosine = 0.5 * (1 + math.cos(math.pi * round_idx / self.num_rounds))
             rates = (base_lr * torch.where(decays.bool(), cosine, 1.0)).to(task.device, task.dtype)
-            drawn = torch.stack([task.draw(local_steps * training.num_workers, g) for g in generators])
-            places = drawn.unflatten(1, (local_steps, -1)).unbind(1)
+            drawn = torch.stack([task.draw(self._local_steps * training.num_workers, g) for g in generators])
+            places = drawn.unflatten(1, (self._local_steps, -1)).unbind(1)
             batches = (task.read(place.flatten(0, 1).to(task.device)) for place in places)
             workers, _ = local_round(task, anchor, batches, rates, training.num_workers, training.optimizer, local)
             step(workers, rates, round_idx, guard.check(anchor, workers, local))

@@ -84,6 +84,10 @@ class LocalOptimizer:
         return state
 
     @torch.no_grad()
+    def carried(self, local_steps: int) -> float:
+        """The share of heavy-ball momentum that is left of it after some steps; 0 for optimizers without."""
+        return MOMENTUM**local_steps if self.kind == "momentum" else 0.0
+
     def step(self, task: AbstractTask, params: Tensors, batch: Batch, local_lr: Tensor, state: LocalState) -> Tensor:
         """One step of every replica, in place on `params` and `state`.
 

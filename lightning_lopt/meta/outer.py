@@ -27,8 +27,8 @@ def averaging(anchor: Tensors) -> Outer:
     return step
 
 
-def learning(anchor: Tensors, networks: Sequence[AdaMLP]) -> Outer:
-    """The step of a network: of one for all runs, or of one for each."""
+def learning(anchor: Tensors, networks: Sequence[AdaMLP], carried: float = 0.0) -> Outer:
+    """The step of a network: of one for all runs, or of one for each; `carried` is that of `unroll.outer_step`."""
     some = next(iter(anchor.values()))
     named = [dict(network.named_parameters()) for network in networks]
     stacked = {name: torch.stack([own[name].detach() for own in named]).to(some.device) for name in named[0]}
@@ -36,7 +36,7 @@ def learning(anchor: Tensors, networks: Sequence[AdaMLP]) -> Outer:
     theta, states = networks[0].functional(whole), zero_states(anchor, networks[0].update)
     rounds = some.new_zeros(len(some), dtype=torch.long)
     return lambda workers, rates, round_idx, skipped: outer_step(
-        anchor, workers, states, theta, rounds + round_idx, rates, skipped
+        anchor, workers, states, theta, rounds + round_idx, rates, skipped, carried
     )
 
 

@@ -147,7 +147,8 @@ class Particles:
         )
         skipped = self.guard.check(self.anchor, workers, self.local)
         round_idx = self.round_idx.to(device).repeat(2)
-        outer_step(self.anchor, workers, self.states, network, round_idx, local_lr * local_steps, skipped)
+        scale, carried = local_lr * local_steps, training.optimizer.carried(local_steps)
+        outer_step(self.anchor, workers, self.states, network, round_idx, scale, skipped, carried)
         self.round_idx += 1
         return loss if self.meta_loss == "local" else self._anchor_loss(generators)
 

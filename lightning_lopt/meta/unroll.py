@@ -65,6 +65,7 @@ def outer_step(
     round_idx: Tensor,
     local_scale: Tensor | None = None,
     skipped: Sequence[int] = (),
+    carried: float = 0.0,
 ) -> None:
     r"""Apply the learned optimizer to the workers' pseudo-gradients, in place on `anchor` and `states`.
 
@@ -78,6 +79,7 @@ def outer_step(
         round_idx: [P], from 0.
         local_scale: γH of the round, [P]; None where it does not change.
         skipped: particles that take no step.
+        carried: the share of their momentum that the workers keep over a round.
     """
     tensors = [*anchor.values(), *(part for state in states.values() for part in vars(state).values())]
     kept = [tensor[list(skipped)] for tensor in tensors] if skipped else []
@@ -87,9 +89,10 @@ def outer_step(
         scale = torch.zeros_like(round_idx, dtype=torch.float) if local_scale is None else local_scale
         own = [states[name] for name in grads]
         factor = damping([*grads.values()], own, [round_idx] * len(grads), [scale] * len(grads))
+    kept_by_workers = torch.full(round_idx.shape, carried, device=round_idx.device)
     for name, a in anchor.items():
         worker_grads = a.unsqueeze(1) - workers[name] if network.num_inputs > 1 else None
-        learned.step(a, grads[name], states[name], network, round_idx, worker_grads, factor)
+        learned.step(a, grads[name], states[name], network, round_idx, worker_grads, factor, kept_by_workers)
     if skipped:
         for tensor, before in zip(tensors, kept, strict=True):
             tensor[list(skipped)] = before

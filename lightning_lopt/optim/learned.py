@@ -41,8 +41,9 @@ class LearnedOptimizer(Optimizer):
     ``momentum`` (3 per coordinate), ``second`` (1), ``row`` and ``col`` (3 per row and column), ``square``,
     ``limit``, ``local_scale``, ``left`` and ``right`` (the default's Gram matrices) and ``step``. With an update that
     has a base step, as the default has, a pseudo-gradient that grows by more than half is damped
-    (`lightning_lopt.functional.damping`), unless ``local_lr`` times ``local_steps``, which the strategies write into
-    each group, has grown as much.
+    (`lightning_lopt.functional.damping`), unless ``local_lr`` times ``local_steps`` has grown as much, and what the
+    workers' ``local_momentum`` keeps over a round is not remembered again (`functional.updates.decays_of_round`). The
+    strategies write these three into each group.
 
     Args:
         params: anchors, or groups of them.
@@ -107,8 +108,9 @@ class LearnedOptimizer(Optimizer):
                 loss = closure()
         pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         factor = self._damping(pairs)
-        for p, _ in pairs:
-            self._step_one(p, factor)
+        for p, group in pairs:
+            carried = group.get("local_momentum", 0.0) ** group.get("local_steps", 1)
+            self._step_one(p, factor, p.new_tensor([carried]))
         return loss
 
     def _damping(self, pairs: Sequence[tuple[Tensor, dict[str, Any]]]) -> Tensor | None:
@@ -129,7 +131,7 @@ class LearnedOptimizer(Optimizer):
             state.update(vars(ada_state), step=torch.zeros(1, dtype=torch.long))
         return AdaState(**{name: state[name] for name in AdaState.__dataclass_fields__})
 
-    def _step_one(self, p: Tensor, factor: Tensor | None) -> None:
+    def _step_one(self, p: Tensor, factor: Tensor | None, carried: Tensor) -> None:
         workers = getattr(p, "worker_grads", None) if self.needs_worker_grads else None
         if self.needs_worker_grads and (workers is None or len(workers) != self.num_workers):
             raise ValueError(
@@ -146,6 +148,7 @@ class LearnedOptimizer(Optimizer):
             self.state[p]["step"].to(p.device),
             None if workers is None else workers.to(grad.dtype).unsqueeze(0),
             factor,
+            carried,
         )
         self.state[p]["step"] += 1
         if work.data_ptr() != p.data_ptr():

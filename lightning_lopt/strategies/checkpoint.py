@@ -35,7 +35,7 @@ from lightning_lopt.strategies.loaders import ResumableLoaders, random_state, se
 from lightning_lopt.strategies.parts import load_part, merged, part_file, remove_parts
 
 CHECKPOINT_KEY = "lightning_lopt"
-CHECKPOINT_VERSION = 7
+CHECKPOINT_VERSION = 8
 GATHER_BYTES = 2**27  # parameters of all workers together; more are not gathered
 T = TypeVar("T")
 

@@ -26,7 +26,7 @@ def evaluation(name: str = "small", **keywords) -> Evaluation:
 def diloco(monkeypatch) -> AdaMLP:
     """The base step, undamped, always plain, and with a momentum that stays: Nesterov 0.9, rate 0.7."""
     monkeypatch.setattr(learned, "base_forms", lambda step, *_: torch.cat([step] * 3, 1))
-    monkeypatch.setattr(learned, "decays_of_round", lambda decays, round_idx, norm_ratio: decays)
+    monkeypatch.setattr(learned, "decays_of_round", lambda decays, *_: decays)
     monkeypatch.setattr(unroll, "damping", lambda *args: None)
     return AdaMLP.base_step(lr=0.7, momentum=0.9)
 
