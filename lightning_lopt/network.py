@@ -118,9 +118,9 @@ class AdaMLP(nn.Module):
         The last layer's weights are 0.
 
         Args:
-            lr: in [0.02, 1.64].
+            lr: in [0.02, 1.65].
             momentum: β in (0, 1).
-            shares: w, each > 0, of sum 1.
+            shares: w, each at least 1e-6, of sum 1.
             hidden: widths of the two hidden layers.
             seed: of their weights.
 
@@ -140,8 +140,10 @@ class AdaMLP(nn.Module):
         low, high = (math.exp(end) for end in GATE_RANGE)
         if not (low <= lr <= high and 0 < momentum < 1):
             raise ValueError(f"lr must be in [{low:.2f}, {high:.2f}] and momentum in (0, 1), not {lr} and {momentum}.")
-        if not (len(shares) == 3 and min(shares) > 0 and math.isclose(sum(shares), 1)):
-            raise ValueError(f"shares must be three positive numbers whose sum is 1, not {shares!r}.")
+        if not (
+            isinstance(shares, Sequence) and len(shares) == 3 and min(shares) >= 1e-6 and abs(sum(shares) - 1) < 1e-6
+        ):
+            raise ValueError(f"shares must be three numbers of at least 1e-6 whose sum is 1, not {shares!r}.")
         network = cls("mean", hidden, 1.0, 1.0, "blended_nesterov", seed=seed)
         last = network.layers[-1]
         assert isinstance(last, nn.Linear)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import pairwise
 from typing import TypeVar
 
@@ -13,6 +15,24 @@ from torch import Tensor
 Grid = tuple[int, int, int]
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+_threads: ContextVar[int] = ContextVar("threads", default=0)  # that `over` may use; 0: as many as torch
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let only `over` use as many threads as torch may, and torch's operations one.
+
+    Where other processes share the cores, an operation on some thousands of elements waits a thousand times as long for
+    its threads as it computes.
+    """
+    threads = torch.get_num_threads()
+    token = _threads.set(threads)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        _threads.reset(token)
 
 
 def block_shape(grid: Grid, size: int) -> Grid:
@@ -63,16 +83,17 @@ def over(jobs: Sequence[Job], work: Callable[[Sequence[Job]], list[Result]], dev
     other after each of them is slow beyond measure when other processes share the cores. Results do not depend on
     the number of threads.
     """
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
+    threads = _threads.get() or before
     if threads == 1 or device.type != "cpu":
         return work(jobs)
     try:
+        torch.set_num_threads(1)
         if len(jobs) < 2 * threads:
-            torch.set_num_threads(1)
             return work(jobs)
         cuts = [round(i * len(jobs) / threads) for i in range(threads + 1)]
         parts = [jobs[start:stop] for start, stop in pairwise(cuts)]
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return [result for results in pool.map(torch.no_grad()(work), parts) for result in results]
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)

@@ -13,6 +13,7 @@ from lightning_lopt.functional.products import as_matrix, grafted, norm, product
 KEEP = 0.7  # of the Gram matrices, from round to round
 FLOOR = 0.005  # of their eigenvalues, in units of their norm
 ITERATIONS = 3
+GROUP = 1 << 20  # elements of the blocks whose roots are in memory together
 
 
 def update_grams(state: AdaState, grad: Tensor) -> None:
@@ -41,7 +42,7 @@ def whiten(step: Tensor, state: AdaState) -> Tensor:
         \cdot \frac{|S|}{|\cdot|}
 
     The roots are those of three coupled Newton-Schulz iterations: their eigenvalues are right up to a factor between
-    0.7 and 1.2. A vector is divided by the root of its L alone.
+    0.68 and 1.2. A vector is divided by the root of its L alone.
 
     Args:
         step: S, [P, *S].
@@ -76,10 +77,13 @@ def _blocks(matrix: Tensor, gram: Tensor) -> Tensor:
 
 def _conditioned(matrix: Tensor, gram: Tensor) -> Tensor:
     """Each block of rows by the inverse root of its Gram matrix."""
-    scale = norm(gram).clamp(min=torch.finfo(gram.dtype).tiny)
-    root = inverse_root((gram / scale).flatten(0, 1))
-    blocks = _blocks(matrix, gram)
-    rows = root * blocks if root.shape[1] == 1 else product(root, blocks)
+    scale = norm(gram).clamp(min=torch.finfo(gram.dtype).tiny).expand(-1, gram.shape[1], -1, -1)
+    blocks, side = _blocks(matrix, gram), gram.shape[2]
+    if side == 1:
+        rows = inverse_root((gram / scale).flatten(0, 1)) * blocks
+    else:
+        parts = (tensor.split(max(1, GROUP // side**2)) for tensor in (gram.flatten(0, 1), scale.flatten(0, 1), blocks))
+        rows = torch.cat([product(inverse_root(part / size), rows) for part, size, rows in zip(*parts, strict=True)])
     return rows.view(len(matrix), -1, matrix.shape[2])[:, : matrix.shape[1]]
 
 
@@ -89,11 +93,15 @@ def inverse_root(grams: Tensor) -> Tensor:
     shifted = grams + FLOOR * eye
     if len(eye) == 1:
         return shifted.rsqrt_()
-    root, inverse = shifted, eye.expand_as(shifted)  # these two commute; in the end the root of A and its inverse
-    for iteration in range(ITERATIONS):
-        both = product(inverse, root) if iteration else root
-        factor = COEFFICIENTS[1] * both + COEFFICIENTS[2] * product(both, both) + COEFFICIENTS[0] * eye
-        inverse = product(factor, inverse) if iteration else factor
+
+    def polynomial(x: Tensor) -> Tensor:
+        return COEFFICIENTS[1] * x + COEFFICIENTS[2] * product(x, x) + COEFFICIENTS[0] * eye
+
+    inverse = polynomial(shifted)
+    root = product(shifted, inverse)  # these two commute
+    for iteration in range(1, ITERATIONS):
+        factor = polynomial(product(inverse, root))
+        inverse = product(factor, inverse)
         if iteration < ITERATIONS - 1:
             root = product(root, factor)
     return inverse

@@ -204,7 +204,7 @@ class Particles:
         replicas = {"anchor": self.anchor, **self._memory()}
         return {
             "version": VERSION,
-            "task": f"{self.task}, {self.training}, meta_loss={self.meta_loss!r}",
+            "task": f"{self.task}, {self.training}, meta_loss={self.meta_loss!r}, update={self._update!r}",
             "replicas": _map(lambda t: t.unflatten(0, (2, len(self), -1)).transpose(0, 1), replicas),
             "unrolls": {name: getattr(self, name) for name in ("round_idx", "length", "base_lr", "decays")},
         }

@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from lightning_lopt.functional import learned
 from lightning_lopt.functional.ada import AdaState
+from lightning_lopt.functional.blocks import one_thread
 from lightning_lopt.functional.damping import damping
 from lightning_lopt.functional.learned import Network
 from lightning_lopt.network import AdaMLP
@@ -107,10 +108,11 @@ class LearnedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        factor = self._damping(pairs)
-        for p, group in pairs:
-            carried = group.get("local_momentum", 0.0) ** group.get("local_steps", 1)
-            self._step_one(p, factor, p.new_tensor([carried]))
+        with one_thread():
+            factor = self._damping(pairs)
+            for p, group in pairs:
+                carried = group.get("local_momentum", 0.0) ** group.get("local_steps", 1)
+                self._step_one(p, factor, p.new_tensor([carried]))
         return loss
 
     def _damping(self, pairs: Sequence[tuple[Tensor, dict[str, Any]]]) -> Tensor | None:
@@ -173,9 +175,18 @@ class LearnedOptimizer(Optimizer):
                     f"This state holds {sorted(saved)} but LearnedOptimizer's now has {sorted(names)}: another version "
                     "wrote it, or another optimizer. Load it with that one, or begin with a fresh state."
                 )
-        super().load_state_dict(state_dict)
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(indices, params, strict=False):
+            saved = {name: tuple(v.shape) for name, v in state_dict["state"].get(i, {}).items() if name != "step"}
+            own = AdaState.zeros(tuple(p.shape), 1, torch.float32, torch.device("meta"), self.network.relative)
+            if saved and saved != (shapes := {name: tuple(v.shape) for name, v in vars(own).items()}):
+                raise ValueError(
+                    f"This state of a parameter of shape {tuple(p.shape)} has shapes {saved}, but with the update "
+                    f"{self.network.update!r} it is {shapes}: another network wrote it, or it is of another model. "
+                    "Load it with that network, or begin with a fresh state."
+                )
+        super().load_state_dict(state_dict)
         for i, p in zip(indices, params, strict=True):
             saved = state_dict["state"].get(i, {})
             self.state[p].update(

@@ -44,7 +44,8 @@ def steps(form, shape, network: AdaMLP, num_particles=1, num_steps=3, dtype=torc
         workers = rand(num_particles, theta.num_inputs, *shape)
         rounds = torch.arange(num_particles) + t
         damping = torch.rand(num_particles, generator=generator, dtype=dtype)
-        form(param, workers.mean(1), state, theta, rounds, workers if theta.num_inputs > 1 else None, damping)
+        carried = torch.rand(num_particles, generator=generator, dtype=dtype)
+        form(param, workers.mean(1), state, theta, rounds, workers if theta.num_inputs > 1 else None, damping, carried)
     return param, state
 
 
@@ -118,6 +119,20 @@ def test_the_number_of_threads_does_not_matter(shape, update):
     (one, one_state), (two, two_state) = results
     assert torch.equal(one, two)
     assert all(torch.equal(a, b) for a, b in zip(vars(one_state).values(), vars(two_state).values(), strict=True))
+
+
+def test_one_thread_for_all_but_the_jobs():
+    threads, seen = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(2)
+        with blocks.one_thread():
+            assert torch.get_num_threads() == 1
+            blocks.over(range(8), lambda jobs: seen.append(len(jobs)) or [], torch.device("cpu"))
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == [4, 4]
 
 
 def test_the_number_of_threads_is_restored():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_lopt.functional import ada
+from lightning_lopt.functional import ada, whitening
 from lightning_lopt.functional.orthogonal import COEFFICIENTS
 from lightning_lopt.functional.whitening import FLOOR, ITERATIONS, KEEP, inverse_root, update_grams, whiten
 
@@ -93,6 +93,14 @@ def test_sides_that_are_too_long_are_cut_into_blocks(monkeypatch):
     wanted = torch.stack([left @ matrix @ right for left, matrix, right in pairs])
     wanted *= (step.flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)).view(2, 1, 1)
     torch.testing.assert_close(whiten(step, state), wanted)
+
+
+def test_groups_of_blocks_do_not_matter(monkeypatch):
+    grads = [torch.randn(2, 30, 3, dtype=torch.float64) for _ in range(2)]
+    state, step = accumulated(grads), torch.randn(2, 30, 3, dtype=torch.float64)
+    whole = whiten(step, state)
+    monkeypatch.setattr(whitening, "GROUP", 150)
+    torch.testing.assert_close(whiten(step, state), whole, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(1000, 2), (3, 500), (2000,), (768, 3072), (50_000, 64)], ids=str)

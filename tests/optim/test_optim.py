@@ -111,6 +111,30 @@ def test_a_state_of_another_version_is_refused_and_changes_nothing(missing):
     assert outer.state[params[0]]["step"] == 2
 
 
+@pytest.mark.parametrize("old", [AdaMLP(seed=0), AdaMLP.base_step(seed=0)], ids=["published", "blended"])
+def test_a_state_of_another_kind_of_network_is_refused(old):
+    new = AdaMLP.base_step(seed=0) if old.update == "published" else AdaMLP(seed=0)
+    first, second = (LearnedOptimizer(_parameters(torch.float32), network) for network in (old, new))
+    _steps(first, first.param_groups[0]["params"], 0, 1)
+    with pytest.raises(ValueError, match=f"but with the update '{new.update}' it is .*: another network wrote it"):
+        second.load_state_dict(first.state_dict())
+    assert not second.state
+
+
+def test_local_momentum_takes_the_place_of_outer_momentum():
+    """After μ^H of it is kept by the workers: a momentum β of (1 - 0.5^2) 0.8 = 0.6 on g = 1, from round 5 on."""
+    param = torch.nn.Parameter(torch.zeros(1))
+    outer = LearnedOptimizer([param], AdaMLP.base_step(lr=1.0, momentum=0.8))
+    outer.param_groups[0].update(local_momentum=0.5, local_steps=2)
+    mean = 0.0
+    for t in range(12):
+        share = max(0.4, 2 / (t + 2))
+        mean += share * (1.0 - mean)
+        param.grad, before = torch.ones(1), param.detach().clone()
+        outer.step()
+        torch.testing.assert_close(before - param.detach(), torch.tensor([1.0 + (1 - share) / share * mean]))
+
+
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda outer: pickle.loads(pickle.dumps(outer))])
 def test_copies_step_as_the_original(again):
     param = torch.nn.Parameter(torch.zeros(4, 3))
