@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_lopt import AdaMLP, LearnedLocalSGD, LearnedOptimizer, Rounds
 from lightning_lopt.bench.data import load_task
 from lightning_lopt.functional.learned import UPDATES
+from lightning_lopt.meta.local import MOMENTUM, LocalOptimizer
 from lightning_lopt.meta.tasks import ImageMLP
 from lightning_lopt.meta.unroll import local_round, outer_step, zero_states
 from tests.processes import run_workers
@@ -89,8 +90,9 @@ def digits():
 class Replay(pl.LightningModule):
     """Trains on given batches; records the loss of the global weights on a sample after every sync."""
 
-    def __init__(self) -> None:
+    def __init__(self, momentum: float) -> None:
         super().__init__()
+        self.momentum = momentum
         self.task, anchor, self.batches = digits()
         self.model, self.losses = mlp(self.task, anchor), []
 
@@ -108,26 +110,29 @@ class Replay(pl.LightningModule):
             self.losses.append(nn.functional.cross_entropy(logits, self.task.labels[:1024]).item())
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=LOCAL_LR)
+        return torch.optim.SGD(self.parameters(), lr=LOCAL_LR * (1 - self.momentum), momentum=self.momentum)
 
 
-def trained(rank: int) -> list[float]:
+def trained(rank: int, momentum: float) -> list[float]:
     run = trainer(LearnedLocalSGD(LOCAL_STEPS), NUM_WORKERS, max_epochs=1, use_distributed_sampler=False)
-    module = Replay()
+    module = Replay(momentum)
     run.fit(module)
     return module.losses
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_default_in_a_trainer_follows_its_simulated_curve():
+@pytest.mark.parametrize(("kind", "momentum"), [("sgd", 0.0), ("momentum", MOMENTUM)])
+def test_the_default_in_a_trainer_follows_its_simulated_curve(kind, momentum):
     task, anchor, batches = digits()
+    optimizer, rate = LocalOptimizer(kind), torch.tensor([LOCAL_LR * (1 - momentum)])
+    state = optimizer.init({name: p.repeat_interleave(NUM_WORKERS, 0) for name, p in anchor.items()})
     network = AdaMLP.bundled()
     states, meta, simulation = zero_states(anchor, network.update), network.functional(), []
     for t, batches_of_round in enumerate(batches):
-        workers, _ = local_round(task, anchor, batches_of_round, torch.tensor([LOCAL_LR]), NUM_WORKERS)
-        outer_step(anchor, workers, states, meta, torch.tensor([t]))
+        workers, _ = local_round(task, anchor, batches_of_round, rate, NUM_WORKERS, optimizer, state)
+        outer_step(anchor, workers, states, meta, torch.tensor([t]), carried=optimizer.carried(LOCAL_STEPS))
         sample = task.images[None, :1024], task.labels[None, :1024]
         simulation.append(task.loss(anchor, sample).item())
-    for losses in run_workers(trained, NUM_WORKERS):
+    for losses in run_workers(trained, NUM_WORKERS, momentum):
         assert losses == pytest.approx(simulation, rel=1e-3)
     assert simulation[-1] < 0.2 * simulation[0]
