@@ -64,9 +64,9 @@ class Layers(NamedTuple):
 
     Attributes:
         weights: one [P, out, in] per layer: the first of the tiled and the per-coordinate features, the last scaled
-            by (λ1, λ2).
+            by λ1, and λ2 from the second output on.
         thresholds: one [P, out, B, a, 1] per hidden layer, whose output is max(x, threshold).
-        bias: of the last layer, [P, 2, B, a, 1].
+        bias: of the last layer, [P, outputs, B, a, 1].
         tiled: the features that are constant along a, [P, 6, B, 1, b].
     """
 

@@ -156,7 +156,7 @@ class LearnedLocalSGD(LocalSGD):
         ValueError: a network that belongs to another number of workers.
 
     Memory: 16 bytes per parameter and a little per row and column on top of `LocalSGD`, and for the default's Gram
-    matrices 3 to 6 more in usual models (of a matrix n × m at most 4 min(4, 512/n) + 4 min(4, 512/m)); the same bytes
+    matrices 3 to 16 more in usual models (of a matrix n × m at most 4 min(4, 512/n) + 4 min(4, 512/m)); the same bytes
     per round (LAgg-A: K-1 all-gathered payloads instead of an all-reduce, and K times the memory during a sync; an
     all-reduce's bytes and 1/K of the state with `sharded=True`).
 
