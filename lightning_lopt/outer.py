@@ -219,6 +219,31 @@ def _check_step(optimizer: Optimizer) -> None:
         )
 
 
+def local_settings(groups: Sequence[dict[str, Any]], power: float) -> list[float]:
+    """What an outer optimizer must know of the local one's groups: rates, nan where there is none, then momenta.
+
+    Args:
+        groups: of the local optimizer.
+        power: of the momenta: the turns from one sync of a tensor to the next, or infinite where a sync resets them.
+
+    Example:
+        >>> local_settings([{"lr": 0.1, "momentum": 0.9}, {"lr": None}], 1)
+        [0.1, nan, 0.9, 0.0]
+    """
+    rates = [group.get("lr") for group in groups]
+    momenta = [_momentum(group.get("momentum")) ** power for group in groups]
+    return [*(math.nan if rate is None else float(rate) for rate in rates), *momenta]
+
+
+def _momentum(value: Any) -> float:
+    """In [0, 1]; 0 for what is not a number, as some optimizers have."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return 0.0
+    return min(max(number, 0.0), 1.0) if math.isfinite(number) else 0.0
+
+
 def fingerprint(outer: Optimizer | None) -> int:
     """An integer that differs for outer optimizers of another kind, with other settings or another network."""
     settings = [] if outer is None else [{k: v for k, v in g.items() if k != "params"} for g in outer.param_groups]

@@ -163,12 +163,9 @@ class Sync:
         tell(self._comm, self.device, equal, Standing(0, place), [False] * self._buffers.number, self._settings())
 
     def _settings(self) -> list[float]:
-        """What the outer optimizer must know of the local one's groups: rates, then momenta that last over a sync."""
-        groups = [] if self._step is None else self._optimizer.param_groups
-        rates = [group.get("lr") for group in groups]
-        keeps = self._travel.local_state != "reset"
-        momenta = [float(group.get("momentum") or 0.0) if keeps else 0.0 for group in groups]
-        return [*(math.nan if rate is None else float(rate) for rate in rates), *momenta]
+        """What the outer optimizer must know of the local one's groups."""
+        power = math.inf if self._travel.local_state == "reset" else self._travel.picks.num_turns
+        return [] if self._step is None else outer.local_settings(self._optimizer.param_groups, power)
 
     def _exchange(self, parts: list[Part], equal: Mapping[str, int | None], states: Sequence[Tensor] = ()) -> Exchange:
         """Pack these parts, and all buffers."""

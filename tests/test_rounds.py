@@ -445,3 +445,32 @@ def test_state_dict_resumes_bitwise_from_every_step(stop, tmp_path):
     torch.save(state, tmp_path / "state.pt")
     _, resumed = _fresh(10, torch.load(tmp_path / "state.pt", weights_only=True))
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("momentum", "travel", "wanted"),
+    [
+        (0.9, Travel(), 0.9),
+        (None, Travel(), 0.0),
+        (0.9, Travel(local_state="reset"), 0.0),
+        (0.9, Travel(selection=Fragments(2)), 0.81),
+    ],
+)
+def test_the_outer_optimizer_is_told_the_local_momentum(momentum, travel, wanted):
+    """Of fragments each has twice the steps for it to fade."""
+    model, made = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)), []
+    if momentum is None:
+        local: torch.optim.Optimizer = torch.optim.AdamW(model.parameters())
+    else:
+        local = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
+
+    def outer(params):
+        made.append(torch.optim.SGD(params, lr=1.0))
+        return made[0]
+
+    rounds = Rounds(model, local, 4, outer, travel=travel)
+    for _ in range(4):
+        model(torch.randn(3, 2)).sum().backward()
+        local.step()
+        rounds.step()
+    assert made[0].param_groups[0]["local_momentum"] == pytest.approx(wanted)

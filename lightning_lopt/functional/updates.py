@@ -100,6 +100,16 @@ def decays_of_round(decays: Decays, round_idx: Tensor, norm_ratio: Tensor, carri
     return decays._replace(momentum=momentum, shrink=norm_ratio.clamp(max=1))
 
 
+def carried(momentum: float, local_steps: int) -> float:
+    """The share μ^H of heavy-ball momentum μ that is left of it after a round; 0 without momentum or steps.
+
+    Example:
+        >>> round(carried(0.9, 4), 4), carried(0.0, 0), carried(float("nan"), 4)
+        (0.6561, 0.0, 0.0)
+    """
+    return min(momentum, 1.0) ** local_steps if momentum > 0 and local_steps else 0.0
+
+
 def nesterov(grad: Tensor, momentum: Tensor, decays: Decays) -> Tensor:
     r"""Nesterov momentum: :math:`s = g + \frac{\beta}{1-\beta} m`, with the first momentum accumulator.
 

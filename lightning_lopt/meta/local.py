@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_lopt.functional.updates import carried
 from lightning_lopt.meta.base import AbstractTask, Batch, Tensors, column
 
 OptimizerKind = Literal["sgd", "momentum", "adamw"]
@@ -83,11 +84,11 @@ class LocalOptimizer:
             state.second = {name: torch.zeros_like(p) for name, p in params.items()}
         return state
 
-    @torch.no_grad()
     def carried(self, local_steps: int) -> float:
-        """The share of heavy-ball momentum that is left of it after some steps; 0 for optimizers without."""
-        return MOMENTUM**local_steps if self.kind == "momentum" else 0.0
+        """The share of heavy-ball momentum that is left of it after a round; 0 for optimizers without."""
+        return carried(MOMENTUM if self.kind == "momentum" else 0.0, local_steps)
 
+    @torch.no_grad()
     def step(self, task: AbstractTask, params: Tensors, batch: Batch, local_lr: Tensor, state: LocalState) -> Tensor:
         """One step of every replica, in place on `params` and `state`.
 

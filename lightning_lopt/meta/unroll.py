@@ -89,7 +89,7 @@ def outer_step(
         scale = torch.zeros_like(round_idx, dtype=torch.float) if local_scale is None else local_scale
         own = [states[name] for name in grads]
         factor = damping([*grads.values()], own, [round_idx] * len(grads), [scale] * len(grads))
-    kept_by_workers = torch.full(round_idx.shape, carried, device=round_idx.device)
+    kept_by_workers = torch.full(round_idx.shape, carried, dtype=torch.float64, device=round_idx.device)
     for name, a in anchor.items():
         worker_grads = a.unsqueeze(1) - workers[name] if network.num_inputs > 1 else None
         learned.step(a, grads[name], states[name], network, round_idx, worker_grads, factor, kept_by_workers)

@@ -16,6 +16,7 @@ from lightning_lopt.functional.ada import AdaState
 from lightning_lopt.functional.blocks import one_thread
 from lightning_lopt.functional.damping import damping
 from lightning_lopt.functional.learned import Network
+from lightning_lopt.functional.updates import carried
 from lightning_lopt.network import AdaMLP
 
 
@@ -111,8 +112,8 @@ class LearnedOptimizer(Optimizer):
         with one_thread():
             factor = self._damping(pairs)
             for p, group in pairs:
-                carried = group.get("local_momentum", 0.0) ** group.get("local_steps", 1)
-                self._step_one(p, factor, p.new_tensor([carried]))
+                kept = carried(group.get("local_momentum", 0.0), group.get("local_steps", 1))
+                self._step_one(p, factor, p.new_tensor([kept]))
         return loss
 
     def _damping(self, pairs: Sequence[tuple[Tensor, dict[str, Any]]]) -> Tensor | None:
@@ -133,7 +134,7 @@ class LearnedOptimizer(Optimizer):
             state.update(vars(ada_state), step=torch.zeros(1, dtype=torch.long))
         return AdaState(**{name: state[name] for name in AdaState.__dataclass_fields__})
 
-    def _step_one(self, p: Tensor, factor: Tensor | None, carried: Tensor) -> None:
+    def _step_one(self, p: Tensor, factor: Tensor | None, kept: Tensor) -> None:
         workers = getattr(p, "worker_grads", None) if self.needs_worker_grads else None
         if self.needs_worker_grads and (workers is None or len(workers) != self.num_workers):
             raise ValueError(
@@ -150,7 +151,7 @@ class LearnedOptimizer(Optimizer):
             self.state[p]["step"].to(p.device),
             None if workers is None else workers.to(grad.dtype).unsqueeze(0),
             factor,
-            carried,
+            kept,
         )
         self.state[p]["step"] += 1
         if work.data_ptr() != p.data_ptr():
