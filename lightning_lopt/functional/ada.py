@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_lopt.functional.blocks import block_shape, cut
+from lightning_lopt.functional.grams import gram_shapes
 
 MOMENTUM_INIT = (0.9, 0.99, 0.999)
 RMS_INIT = (0.999,)
@@ -135,33 +136,6 @@ def factoring(shape: tuple[int, ...]) -> Factoring:
     return Factoring((*others, first, second), (batch, shape[first], shape[second]), -2 if d1 == first else -1)
 
 
-MAX_SIDE = 512  # of a block of a Gram matrix: what is made of it costs its side cubed
-MAX_RATIO = 4  # of that side to the other side of the matrix: bounds the memory, in numbers per parameter
-
-
-@lru_cache(maxsize=4096)
-def gram_shapes(shape: tuple[int, ...]) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """The blocks of the two Gram matrices of a tensor, seen as a matrix of its first dimension by the rest.
-
-    A vector has blocks of one element on the left, and none on the right.
-
-    Returns:
-        (number, side, side) on the left and on the right.
-
-    Example:
-        >>> gram_shapes((128, 784)), gram_shapes((3000, 2)), gram_shapes((7,))
-        (((1, 128, 128), (2, 392, 392)), ((375, 8, 8), (1, 2, 2)), ((7, 1, 1), (0, 1, 1)))
-    """
-
-    def blocks(side: int, other: int) -> tuple[int, int, int]:
-        most = max(1, min(MAX_SIDE, MAX_RATIO * other))
-        size = -(-side // -(-side // most)) if side else 1
-        return -(-side // size), size, size
-
-    rows, columns = (math.prod(shape), 0) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
-    return blocks(rows, columns), blocks(columns, rows)
-
-
 @dataclass
 class AdaState:
     """Accumulators of one parameter tensor, updated in place.
@@ -174,7 +148,7 @@ class AdaState:
         square: |g|² of the round before, [P]; 0 before the first.
         limit: of |g|, from which on it is damped, [P]; 0 for none yet.
         local_scale: γH of the last round in which it was known, [P].
-        left, right: sums of recent G Gᵀ and Gᵀ G in diagonal blocks, each [P, *`gram_shapes`]; empty if not wanted.
+        left, right: sums of recent G Gᵀ and Gᵀ G in diagonal blocks, [P, *`grams.gram_shapes`]; empty if not wanted.
     """
 
     momentum: Tensor

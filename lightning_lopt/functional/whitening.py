@@ -22,7 +22,7 @@ def update_grams(state: AdaState, grad: Tensor) -> None:
     .. math:: L \leftarrow 0.7\,L + G G^T,\quad R \leftarrow 0.7\,R + G^T G
 
     Args:
-        state: the accumulators; of L and R only the diagonal blocks of `ada.gram_shapes` are kept.
+        state: the accumulators; of L and R only the diagonal blocks of `grams.gram_shapes` are kept.
         grad: averaged pseudo-gradient, [P, *S], G as a matrix of its first dimension by the rest.
 
     Source: Shi et al. 2023, arXiv 2309.06497: Shampoo with exponential averages.

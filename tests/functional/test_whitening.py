@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_lopt.functional import ada, whitening
+from lightning_lopt.functional import ada, grams, whitening
 from lightning_lopt.functional.orthogonal import COEFFICIENTS
 from lightning_lopt.functional.whitening import FLOOR, ITERATIONS, KEEP, inverse_root, update_grams, whiten
 
@@ -74,13 +74,13 @@ def test_eigenvalues_of_the_roots():
 
 def test_sides_that_are_too_long_are_cut_into_blocks(monkeypatch):
     """As if each block of rows and of columns were a matrix of its own, but for their common norm."""
-    monkeypatch.setattr(ada, "MAX_SIDE", 4)
-    ada.gram_shapes.cache_clear()
+    monkeypatch.setattr(grams, "MAX_SIDE", 4)
+    grams.gram_shapes.cache_clear()
     try:
         grads = [torch.randn(2, 7, 10, dtype=torch.float64) for _ in range(2)]
         state, step = accumulated(grads), torch.randn(2, 7, 10, dtype=torch.float64)
     finally:
-        ada.gram_shapes.cache_clear()
+        grams.gram_shapes.cache_clear()
     assert state.left.shape == (2, 2, 4, 4)
     assert state.right.shape == (2, 3, 4, 4)
 
@@ -105,8 +105,8 @@ def test_groups_of_blocks_do_not_matter(monkeypatch):
 
 @pytest.mark.parametrize("shape", [(1000, 2), (3, 500), (2000,), (768, 3072), (50_000, 64)], ids=str)
 def test_memory_is_bounded_by_a_multiple_of_the_parameters(shape):
-    sizes = [number * side * side for number, side, _ in ada.gram_shapes(shape)]
-    assert sum(sizes) <= (ada.MAX_RATIO + 1) * torch.Size(shape).numel()
+    sizes = [number * side * side for number, side, _ in grams.gram_shapes(shape)]
+    assert sum(sizes) <= (grams.MAX_RATIO + 1) * torch.Size(shape).numel()
 
 
 @pytest.mark.parametrize("scale", [1e-17, 1e-6, 1e6, 1e17])
