@@ -160,7 +160,8 @@ class LearnedLocalSGD(LocalSGD):
     per round (LAgg-A: K-1 all-gathered payloads instead of an all-reduce, and K times the memory during a sync; an
     all-reduce's bytes and 1/K of the state with `sharded=True`).
 
-    When it fails: on convolutions with momentum in the local optimizer, and on low-rank factors (LoRA) at a large rate; on inputs of very unlike scales.
+    When it fails: on convolutions with momentum in the local optimizer and on low-rank factors (LoRA), at a large rate;
+    on inputs of very unlike scales.
 
     Source: arXiv 2312.02204.
 
