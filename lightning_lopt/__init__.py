@@ -5,12 +5,12 @@ from lightning_lopt.comm import DisagreementError
 from lightning_lopt.functional.compression import TopK
 from lightning_lopt.network import AdaMLP
 from lightning_lopt.optim import LearnedOptimizer, SlowMomentum
-from lightning_lopt.report import RoundReport
 from lightning_lopt.rounds import Rounds
 from lightning_lopt.schedules import QSR, Constant, RoundInfo
 from lightning_lopt.selection import Fragments, RandomCoordinates
 from lightning_lopt.strategies import LOSCAR, DiLoCo, LearnedLocalSGD, LocalSGD, SlowMo
-from lightning_lopt.travel import Travel
+from lightning_lopt.sync.options import SyncOptions
+from lightning_lopt.sync.report import RoundReport
 from lightning_lopt.weights_file import WeightsError
 
 __version__ = "0.1.0"
@@ -33,7 +33,7 @@ __all__ = [
     "Rounds",
     "SlowMo",
     "SlowMomentum",
+    "SyncOptions",
     "TopK",
-    "Travel",
     "WeightsError",
 ]

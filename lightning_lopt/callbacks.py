@@ -19,9 +19,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Subset
 from typing_extensions import override
 
-from lightning_lopt.report import RoundReport
 from lightning_lopt.rounds import Rounds
 from lightning_lopt.strategies import LocalSGD
+from lightning_lopt.sync.report import RoundReport
 
 
 class RoundMonitor(Callback):

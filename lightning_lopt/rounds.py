@@ -10,14 +10,14 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_lopt.agreement import Place, Standing
 from lightning_lopt.comm import Communicator
-from lightning_lopt.outer import check_coordinatewise
-from lightning_lopt.pace import Pace, WorkerSpeeds
-from lightning_lopt.report import RoundReport
 from lightning_lopt.schedules import Constant, RoundInfo, Schedule, as_schedule
-from lightning_lopt.sync import EvalWeights, OuterFactory, Sync
-from lightning_lopt.travel import Travel
+from lightning_lopt.sync.options import SyncOptions
+from lightning_lopt.sync.outer_step import check_coordinatewise
+from lightning_lopt.sync.report import RoundReport
+from lightning_lopt.sync.status import SyncPoint, WorkerStatus
+from lightning_lopt.sync.sync import EvalWeights, OuterFactory, Sync
+from lightning_lopt.worker_speeds import Speeds, WorkerSpeeds
 
 _COUNTERS = ("round_idx", "step_idx", "local_step", "local_steps", "due")  # may differ on workers, but for the first
 
@@ -36,9 +36,9 @@ class Rounds:
             network=...)`; None averages.
         total_steps: local steps of the whole run, if known: the last round is cut so that it ends synced.
         comm: the collectives; by default a new process group.
-        travel: what a sync sends, how long it is in flight and how it lands; by default everything, at once.
+        options: what a sync sends, how long it is in flight and how it lands; by default everything, at once.
         worker_speeds: v, one number per worker, or `"measured"`: worker i takes H v_i / max v steps in a round, the
-            fastest H, see `Pace`. Then nobody waits, and numbers of steps differ. None is H for all.
+            fastest H, see `WorkerSpeeds`. Then nobody waits, and numbers of steps differ. None is H for all.
 
     Attributes:
         round_idx: rounds finished.
@@ -82,18 +82,18 @@ class Rounds:
         outer_optimizer: OuterFactory | None = None,
         total_steps: int | None = None,
         comm: Communicator | None = None,
-        travel: Travel | None = None,
-        worker_speeds: WorkerSpeeds = None,
+        options: SyncOptions | None = None,
+        worker_speeds: Speeds = None,
     ) -> None:
         self._schedule = as_schedule(local_steps)
         self._optimizer = optimizer
         self.total_steps = total_steps
         self.comm = comm or Communicator()
-        self._travel = travel or Travel()
-        check_combination(self._schedule, outer_optimizer, self._travel)
-        self.sync = Sync(model, optimizer, outer_optimizer, self.comm, self._travel)
-        self.pace = Pace(worker_speeds, self.comm.num_workers, self.comm.rank, self.sync.device)
-        self.in_step = not self.pace.unequal
+        self._options = options or SyncOptions()
+        check_combination(self._schedule, outer_optimizer, self._options)
+        self.sync = Sync(model, optimizer, outer_optimizer, self.comm, self._options)
+        self.speeds = WorkerSpeeds(worker_speeds, self.comm.num_workers, self.comm.rank, self.sync.device)
+        self.in_step = not self.speeds.unequal
         self.round_idx = 0
         self.step_idx = 0
         self.local_step = 0
@@ -117,11 +117,11 @@ class Rounds:
         return self._launch_or_end()
 
     def _begin_round(self) -> None:
-        self.local_steps = self.pace.steps(self._choose_local_steps())
+        self.local_steps = self.speeds.steps(self._choose_local_steps())
         ends_run = self.step_idx + self.local_steps == self.total_steps
-        overlap = 0 if ends_run else self.pace.overlap(self._travel.overlap_steps, self.local_steps)
+        overlap = 0 if ends_run else self.speeds.overlap(self._options.overlap_steps, self.local_steps)
         self.due = self.local_steps - overlap
-        self.pace.start(self.local_step + 1)
+        self.speeds.start(self.local_step + 1)
 
     def _launch_or_end(self) -> bool:
         if self.local_step != self.local_steps:
@@ -134,12 +134,12 @@ class Rounds:
         self._end_round()
         return True
 
-    def _launch(self, place: Place = "sync", *, everything: bool = False) -> None:
+    def _launch(self, place: SyncPoint = "sync", *, everything: bool = False) -> None:
         steps = self.local_steps if place == "launch" and self.local_steps is not None else self.local_step
-        own = Standing(steps, place, self.pace.share, self.pace.measure(self.local_step))
+        own = WorkerStatus(steps, place, self.speeds.share, self.speeds.measure(self.local_step))
         self.sync.launch(self.round_idx, own, everything=everything, same_steps=self.in_step)
 
-    def meet(self, place: Place = "epoch end", *, last: bool = False) -> None:
+    def join(self, place: SyncPoint = "epoch end", *, last: bool = False) -> None:
         """Wait until all workers have come to the same place; nothing else lets them be unequally far.
 
         Until then this worker takes part in the others' syncs, with what it has and no further steps. When all are
@@ -164,7 +164,7 @@ class Rounds:
         if len(steps) > 1 or (last and (steps != {0} or not self.sync.common)):
             self._launch(everything=last)
             self._end_round()
-            self.pace.forget()  # what comes now is not training
+            self.speeds.forget()  # what comes now is not training
 
     def finish_round(self) -> None:
         """Sync everything now, on all workers, even if the round is not over; nothing happens when all are synced."""
@@ -179,12 +179,12 @@ class Rounds:
         self.round_idx += 1
         self.local_step = 0
         self.local_steps = None
-        self.pace.start(0)
+        self.speeds.start(0)
         for listener in self.listeners:
             listener(self.last_report)
 
     def _hear(self) -> None:
-        self.pace.hear([worker.seconds for worker in self.sync.told])
+        self.speeds.hear([worker.seconds for worker in self.sync.told])
 
     @property
     def synced(self) -> bool:
@@ -202,7 +202,7 @@ class Rounds:
                 f"The schedule {self._schedule!r} returned {returned!r} local steps for {info}; "
                 "it must be an integer >= 1."
             )
-        turns = self._travel.picks.num_turns
+        turns = self._options.picks.num_turns
         turn = self.round_idx % turns
         local_steps = local_steps * (turn + 1) // turns - local_steps * turn // turns
         if local_steps < 1:
@@ -240,14 +240,14 @@ class Rounds:
             alone: do not talk to the other workers: see `Sync.state_dict`.
         """
         sync = self.sync.state_dict(alone=alone)
-        return {**self._counters(), "in_step": self.in_step, "seconds": [*self.pace.seconds], "sync": sync}
+        return {**self._counters(), "in_step": self.in_step, "seconds": [*self.speeds.seconds], "sync": sync}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._load_counters(state)
         self.in_step = self.in_step and state["in_step"]
         if len(state["seconds"]) == self.comm.num_workers:
-            self.pace.hear(state["seconds"])
+            self.speeds.hear(state["seconds"])
         self.sync.load_state_dict(state["sync"])
 
     def local_state(self) -> dict[str, Any]:
@@ -273,19 +273,19 @@ class Rounds:
             setattr(self, name, state[name])
 
 
-def check_combination(schedule: Schedule, outer_optimizer: OuterFactory | None, travel: Travel) -> None:
+def check_combination(schedule: Schedule, outer_optimizer: OuterFactory | None, options: SyncOptions) -> None:
     """Refuse what cannot be combined.
 
     Raises:
         ValueError: an outer optimizer that needs whole tensors with random coordinates, or a constant number of local
             steps that has no room for the overlap or for all fragments.
     """
-    if outer_optimizer is not None and not travel.picks.whole_tensors:
+    if outer_optimizer is not None and not options.picks.whole_tensors:
         check_coordinatewise(outer_optimizer)
-    turns = travel.picks.num_turns
-    if isinstance(schedule, Constant) and schedule.local_steps // turns <= travel.overlap_steps:
+    turns = options.picks.num_turns
+    if isinstance(schedule, Constant) and schedule.local_steps // turns <= options.overlap_steps:
         raise ValueError(
             f"With local_steps={schedule.local_steps} a sync comes every {schedule.local_steps // turns} steps"
             + (f" ({turns} fragments take turns)" if turns > 1 else "")
-            + f", which leaves no room for overlap_steps={travel.overlap_steps}: there must be at least one more."
+            + f", which leaves no room for overlap_steps={options.overlap_steps}: there must be at least one more."
         )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lopt import AdaMLP, Fragments, LearnedOptimizer, Rounds, SlowMomentum, TopK, Travel
+from lightning_lopt import AdaMLP, Fragments, LearnedOptimizer, Rounds, SlowMomentum, SyncOptions, TopK
 from tests.processes import run_workers
 
 K = 3
@@ -25,26 +25,26 @@ OUTERS = {
     "LOpt-A": partial(LearnedOptimizer, network=AdaMLP(seed=0)),
     "LAgg-A": partial(LearnedOptimizer, network=AdaMLP(K, seed=0)),
 }
-CASES: list[tuple[str, Travel, float, float, float]] = [  # sent in a sync, held between syncs, held in flight
-    ("averaging", Travel(), RING, 4, 0),
-    ("SlowMo", Travel(), RING, 8, 0),
-    ("DiLoCo", Travel(), RING, 8, 0),
-    ("AdamW", Travel(), RING, 4 + 8, 0),
-    ("learned", Travel(), RING, 20 + 2 * 4, 0),  # two Gram matrices of as many numbers as a square matrix has
-    ("LOpt-A", Travel(), RING, 20, 0),
-    ("LAgg-A", Travel(), (K - 1) * 4, 20, 0),
-    ("LAgg-A", Travel(compression="int8"), (K - 1) * 1, 20 + 4, 0),
-    ("LAgg-A", Travel(sharded=True), RING, 4 + 16 / K, 0),
-    ("averaging", Travel(density=0.1), 0.1 * RING, 4 + 8 * 0.1, 0),
-    ("averaging", Travel(density=0.1, overlap_steps=1), 0.1 * RING, 4 + 8 * 0.1, 4 + 24 * 0.1),
-    ("averaging", Travel(selection=Fragments(4)), RING / 4, 4, 0),
-    ("averaging", Travel(compression="bf16"), RING / 2, 4 + 4, 0),
-    ("SlowMo", Travel(compression="int8"), RING / 4, 8 + 4, 0),
-    ("averaging", Travel(compression=TopK(0.02)), (K - 1) * 0.02 * 6, 4 + 4, 0),
-    ("averaging", Travel(overlap_steps=1), RING, 4, 4 + 8),
-    ("averaging", Travel(overlap_steps=1, compression="int8"), RING / 4, 4 + 4, 4 + 4 + 12),
-    ("averaging", Travel(local_state="average"), RING + 2 * RING, 4, 0),  # Adam's two momenta
-    ("AdamW", Travel(sharded=True), RING, 4 + 8 / K, 0),
+CASES: list[tuple[str, SyncOptions, float, float, float]] = [  # sent in a sync, held between syncs, held in flight
+    ("averaging", SyncOptions(), RING, 4, 0),
+    ("SlowMo", SyncOptions(), RING, 8, 0),
+    ("DiLoCo", SyncOptions(), RING, 8, 0),
+    ("AdamW", SyncOptions(), RING, 4 + 8, 0),
+    ("learned", SyncOptions(), RING, 20 + 2 * 4, 0),  # two Gram matrices of as many numbers as a square matrix has
+    ("LOpt-A", SyncOptions(), RING, 20, 0),
+    ("LAgg-A", SyncOptions(), (K - 1) * 4, 20, 0),
+    ("LAgg-A", SyncOptions(compression="int8"), (K - 1) * 1, 20 + 4, 0),
+    ("LAgg-A", SyncOptions(sharded=True), RING, 4 + 16 / K, 0),
+    ("averaging", SyncOptions(density=0.1), 0.1 * RING, 4 + 8 * 0.1, 0),
+    ("averaging", SyncOptions(density=0.1, overlap_steps=1), 0.1 * RING, 4 + 8 * 0.1, 4 + 24 * 0.1),
+    ("averaging", SyncOptions(selection=Fragments(4)), RING / 4, 4, 0),
+    ("averaging", SyncOptions(compression="bf16"), RING / 2, 4 + 4, 0),
+    ("SlowMo", SyncOptions(compression="int8"), RING / 4, 8 + 4, 0),
+    ("averaging", SyncOptions(compression=TopK(0.02)), (K - 1) * 0.02 * 6, 4 + 4, 0),
+    ("averaging", SyncOptions(overlap_steps=1), RING, 4, 4 + 8),
+    ("averaging", SyncOptions(overlap_steps=1, compression="int8"), RING / 4, 4 + 4, 4 + 4 + 12),
+    ("averaging", SyncOptions(local_state="average"), RING + 2 * RING, 4, 0),  # Adam's two momenta
+    ("AdamW", SyncOptions(sharded=True), RING, 4 + 8 / K, 0),
 ]
 
 
@@ -69,12 +69,12 @@ def _held(rounds: Rounds, model: nn.Module, optimizer: torch.optim.Optimizer) ->
 
 def _costs(rank):
     found = []
-    for name, travel, *_ in CASES:
+    for name, options, *_ in CASES:
         model = nn.Sequential(*(nn.Linear(100, 100, bias=False) for _ in range(12)))
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-        rounds = Rounds(model, optimizer, 2 * travel.picks.num_turns, OUTERS[name], travel=travel)
+        rounds = Rounds(model, optimizer, 2 * options.picks.num_turns, OUTERS[name], options=options)
         before, in_flight = rounds.comm.bytes_sent, 0
-        while rounds.round_idx < 2 * travel.picks.num_turns:
+        while rounds.round_idx < 2 * options.picks.num_turns:
             for p in model.parameters():
                 p.grad = torch.randn_like(p)
             optimizer.step()

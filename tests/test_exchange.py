@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lightning_lopt.comm import Communicator
-from lightning_lopt.exchange import Background, compressed_mean
 from lightning_lopt.functional.compression import BF16, Int8, TopK
+from lightning_lopt.sync.background import Background
+from lightning_lopt.sync.compressed import compressed_mean
 from tests.processes import run_workers
 
 SIZES = [700, 0, 1, 299]

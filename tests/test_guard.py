@@ -10,20 +10,20 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lopt import AdaMLP, Fragments, LearnedOptimizer, Rounds, SlowMomentum, TopK, Travel
+from lightning_lopt import AdaMLP, Fragments, LearnedOptimizer, Rounds, SlowMomentum, SyncOptions, TopK
 from lightning_lopt.comm import DisagreementError
-from lightning_lopt.guard import CHECK_EVERY
+from lightning_lopt.sync.outliers import CHECK_EVERY
 from tests.processes import run_workers
 
 H = 3
 WORKERS = {
-    "average": (Travel(), None),
-    "optimizer": (Travel(), partial(SlowMomentum, momentum=0.5)),
-    "sharded": (Travel(sharded=True), partial(SlowMomentum, momentum=0.5)),
-    "in flight": (Travel(overlap_steps=1), partial(SlowMomentum, momentum=0.5)),
-    "int8": (Travel(compression="int8"), None),
-    "top-k": (Travel(compression=TopK(0.5)), None),
-    "average of states": (Travel(local_state="average"), None),
+    "average": (SyncOptions(), None),
+    "optimizer": (SyncOptions(), partial(SlowMomentum, momentum=0.5)),
+    "sharded": (SyncOptions(sharded=True), partial(SlowMomentum, momentum=0.5)),
+    "in flight": (SyncOptions(overlap_steps=1), partial(SlowMomentum, momentum=0.5)),
+    "int8": (SyncOptions(compression="int8"), None),
+    "top-k": (SyncOptions(compression=TopK(0.5)), None),
+    "average of states": (SyncOptions(local_state="average"), None),
 }
 
 
@@ -32,14 +32,14 @@ def _model():
     return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)).double()
 
 
-def _train(rank, travel, outer, num_workers, spoiled=(), num_rounds=3, spoil=math.nan, momentum=0.9):
+def _train(rank, options, outer, num_workers, spoiled=(), num_rounds=3, spoil=math.nan, momentum=0.9):
     """Rounds in which the gradients of some (round, worker) are spoiled; model, optimizer, rounds, warnings, reports.
 
     Worker k draws the data of `k % num_workers`.
     """
     model = _model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum)
-    rounds = Rounds(model, optimizer, H, outer, travel=travel)
+    rounds = Rounds(model, optimizer, H, outer, options=options)
     reports = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -68,14 +68,14 @@ def _state(rank, *args):
 @pytest.mark.parametrize("name", WORKERS)
 def test_the_others_go_on_as_if_it_were_not_there(name, spoil):
     """Worker 2 of 3 is spoiled in the last round: the mean is that of workers 0 and 1, up to what compression loses."""
-    travel, outer = WORKERS[name]
-    results = run_workers(_state, 3, travel, outer, 3, [(0, 2)], 1, spoil)
-    expected = run_workers(_state, 2, travel, outer, 3, [], 1)
-    atol = 0.02 if travel.compression else 1e-12
+    options, outer = WORKERS[name]
+    results = run_workers(_state, 3, options, outer, 3, [(0, 2)], 1, spoil)
+    expected = run_workers(_state, 2, options, outer, 3, [], 1)
+    atol = 0.02 if options.compression else 1e-12
     for (values, _, _, left_out), (reference, *_) in zip(results[:2], expected, strict=True):
         torch.testing.assert_close(values, reference, rtol=0, atol=atol)
         assert left_out == [1]
-    if not travel.overlap_steps:
+    if not options.overlap_steps:
         assert torch.equal(results[2][0], results[0][0])
     else:
         assert results[2][0].isfinite().all()
@@ -95,7 +95,7 @@ def _owned(optimizer):
     return [p for p in optimizer.param_groups[0]["params"] if p.grad is not None]
 
 
-def _lagg(rank, travel, spoiled):
+def _lagg(rank, options, spoiled):
     """The network's input of one round: every worker's pseudo-gradient of the first tensor, [K, *S]."""
     seen = []
     outer = partial(LearnedOptimizer, network=AdaMLP(3, seed=1))
@@ -107,14 +107,16 @@ def _lagg(rank, travel, spoiled):
             return step(self, closure)
 
         patch.setattr(LearnedOptimizer, "step", spy)
-        model, *_ = _train(rank, travel, outer, 3, spoiled, 1)
+        model, *_ = _train(rank, options, outer, 3, spoiled, 1)
     return seen, torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("travel", [Travel(), Travel(sharded=True), Travel(compression="bf16")], ids=str)
-def test_lagg_sees_the_mean_of_the_others_in_its_place(travel):
-    results = run_workers(_lagg, 3, travel, [(0, 1)])
-    healthy = run_workers(_lagg, 3, travel, [])
+@pytest.mark.parametrize(
+    "options", [SyncOptions(), SyncOptions(sharded=True), SyncOptions(compression="bf16")], ids=str
+)
+def test_lagg_sees_the_mean_of_the_others_in_its_place(options):
+    results = run_workers(_lagg, 3, options, [(0, 1)])
+    healthy = run_workers(_lagg, 3, options, [])
     for (seen, values), (before, _) in zip(results, healthy, strict=True):
         assert torch.equal(values, results[0][1])
         for (workers, mean), (whole, _) in zip(seen, before, strict=True):
@@ -124,9 +126,9 @@ def test_lagg_sees_the_mean_of_the_others_in_its_place(travel):
 
 
 def _skipped(rank, name):
-    travel, outer = WORKERS[name]
-    model, _, rounds, said, reports = _train(rank, travel, outer, 2, [(1, 0), (1, 1)], 2)
-    kept, *_ = _train(rank, travel, outer, 2, [], 1)
+    options, outer = WORKERS[name]
+    model, _, rounds, said, reports = _train(rank, options, outer, 2, [(1, 0), (1, 1)], 2)
+    kept, *_ = _train(rank, options, outer, 2, [], 1)
     equal = all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), kept.state_dict().values(), strict=True))
     return equal, rounds.synced, said, reports[-1]
 
@@ -214,7 +216,7 @@ def _resumed(rank, stop):
     def new():
         model = _model()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        return model, Rounds(model, optimizer, H, SlowMomentum, travel=Travel(overlap_steps=1)), optimizer
+        return model, Rounds(model, optimizer, H, SlowMomentum, options=SyncOptions(overlap_steps=1)), optimizer
 
     ends = []
     for resume in (False, True):
@@ -259,10 +261,10 @@ def test_anchors_that_silently_differ_are_an_error(at, noticed):
 
 
 def _in_fragments(rank):
-    travel = Travel(selection=Fragments(3), local_state="keep")
+    options = SyncOptions(selection=Fragments(3), local_state="keep")
     model = _model()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    rounds = Rounds(model, optimizer, 6, travel=travel)
+    rounds = Rounds(model, optimizer, 6, options=options)
     for step in range(24):
         optimizer.zero_grad()
         x = torch.randn(8, 6, generator=torch.Generator().manual_seed(10 * step + rank), dtype=torch.float64)

@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lopt import DisagreementError, Fragments, Rounds, SlowMomentum, Travel
-from lightning_lopt.pace import Pace
+from lightning_lopt import DisagreementError, Fragments, Rounds, SlowMomentum, SyncOptions
+from lightning_lopt.worker_speeds import WorkerSpeeds
 from tests.processes import run_workers
 
 CPU = torch.device("cpu")
-TRAVELS = {
-    "everything": Travel(),
-    "in flight": Travel(overlap_steps=2),
-    "loscar": Travel(overlap_steps=2, density=0.5),
-    "streaming": Travel(overlap_steps=1, selection=Fragments(2)),
-    "sharded": Travel(overlap_steps=1, sharded=True),
+OPTIONS = {
+    "everything": SyncOptions(),
+    "in flight": SyncOptions(overlap_steps=2),
+    "loscar": SyncOptions(overlap_steps=2, density=0.5),
+    "streaming": SyncOptions(overlap_steps=1, selection=Fragments(2)),
+    "sharded": SyncOptions(overlap_steps=1, sharded=True),
 }
 
 
@@ -36,9 +36,9 @@ TRAVELS = {
     ],
 )
 def test_steps_in_proportion_to_speed(speeds, local_steps, overlap, expected):
-    paces = [Pace(speeds, len(expected), rank, CPU) for rank in range(len(expected))]
-    steps = [pace.steps(local_steps) for pace in paces]
-    assert [(n, pace.overlap(overlap, n)) for n, pace in zip(steps, paces, strict=True)] == expected
+    paces = [WorkerSpeeds(speeds, len(expected), rank, CPU) for rank in range(len(expected))]
+    steps = [speeds.steps(local_steps) for speeds in paces]
+    assert [(n, speeds.overlap(overlap, n)) for n, speeds in zip(steps, paces, strict=True)] == expected
 
 
 @pytest.mark.parametrize(
@@ -48,34 +48,34 @@ def test_steps_in_proportion_to_speed(speeds, local_steps, overlap, expected):
 )
 def test_wrong_speeds(speeds):
     with pytest.raises(ValueError, match="must be a list of positive numbers, one per worker"):
-        Pace(speeds, 2, 0, CPU)
+        WorkerSpeeds(speeds, 2, 0, CPU)
 
 
 @pytest.mark.parametrize("speeds", [[1.0], (1, 2, 3)])
 def test_speeds_of_another_number_of_workers(speeds):
     with pytest.raises(ValueError, match=f"{len(speeds)} numbers, but there are 2 workers"):
-        Pace(speeds, 2, 0, CPU)
+        WorkerSpeeds(speeds, 2, 0, CPU)
 
 
 def test_measured_speed(monkeypatch):
     """3 s for 2 steps, then half as long; the other worker needs 1 s."""
     now = iter([10.0, 13.0, 20.0, 21.5, 30.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
-    pace = Pace("measured", 2, 1, CPU)
-    pace.start(1)
-    pace.start(2)  # it has begun
-    seconds = pace.measure(3)
+    speeds = WorkerSpeeds("measured", 2, 1, CPU)
+    speeds.start(1)
+    speeds.start(2)  # it has begun
+    seconds = speeds.measure(3)
     assert seconds == 1.5
-    assert pace.measure(3) == 0  # nothing more to tell, and nobody has heard
-    pace.hear([0.0, seconds])
-    assert pace.steps(12) == 12  # the other one is not known yet
-    pace.hear([1.0, seconds])
-    assert pace.steps(12) == 8
-    pace.start(0)
-    assert pace.measure(2) == (1.5 + 0.75) / 2
-    pace.start(0)
-    pace.forget()
-    assert pace.measure(9) == 1.5
+    assert speeds.measure(3) == 0  # nothing more to tell, and nobody has heard
+    speeds.hear([0.0, seconds])
+    assert speeds.steps(12) == 12  # the other one is not known yet
+    speeds.hear([1.0, seconds])
+    assert speeds.steps(12) == 8
+    speeds.start(0)
+    assert speeds.measure(2) == (1.5 + 0.75) / 2
+    speeds.start(0)
+    speeds.forget()
+    assert speeds.measure(9) == 1.5
 
 
 class _Recording(SlowMomentum):
@@ -90,10 +90,10 @@ class _Recording(SlowMomentum):
         return super().step(closure)
 
 
-def _new(local_steps, outer=None, speeds=None, travel=None, size=1):
+def _new(local_steps, outer=None, speeds=None, options=None, size=1):
     model = nn.ParameterList([torch.zeros(size, dtype=torch.float64) for _ in range(2)])
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    return model, optimizer, Rounds(model, optimizer, local_steps, outer, travel=travel, worker_speeds=speeds)
+    return model, optimizer, Rounds(model, optimizer, local_steps, outer, options=options, worker_speeds=speeds)
 
 
 def _flat(model):
@@ -117,7 +117,7 @@ def _run(rank, gradients, batches, epochs=1, **options):
     seen = []
     for epoch in range(epochs):
         seen += _epoch(model, optimizer, rounds, gradients[rank], batches[rank])
-        rounds.meet("epoch end", last=epoch == epochs - 1)
+        rounds.join("epoch end", last=epoch == epochs - 1)
     return seen, _flat(model), rounds.round_idx, rounds.step_idx
 
 
@@ -144,7 +144,7 @@ def test_closed_form_of_unequal_data():
 
 def _ends(rank, speeds, gradients, batches):
     make = partial(_run, local_steps=6, speeds=speeds, size=8)
-    return {name: make(rank, gradients, batches, 2, travel=travel)[1:3] for name, travel in TRAVELS.items()}
+    return {name: make(rank, gradients, batches, 2, options=options)[1:3] for name, options in OPTIONS.items()}
 
 
 @pytest.mark.parametrize("speeds", [None, [1, 4, 2, 3], "measured"], ids=str)
@@ -175,25 +175,25 @@ def _scheduled(rank):
     return _flat(model), rounds.sync.outer.seen
 
 
-def _together(rank, travel):
+def _together(rank, options):
     """Meetings and checks between two syncs; what they send, and what they change."""
-    model, optimizer, rounds = _new(4, travel=travel, size=4)
-    other, other_optimizer, others = _new(4, travel=travel, size=4)
+    model, optimizer, rounds = _new(4, options=options, size=4)
+    other, other_optimizer, others = _new(4, options=options, size=4)
     _epoch(other, other_optimizer, others, 1.0 + rank, 10)
     seen = []
     for num in (2, 1, 7):
         _epoch(model, optimizer, rounds, 1.0 + rank, num)
         before = rounds.comm.num_collectives
         rounds.sync.check("checkpoint")
-        if not travel.overlap_steps:
-            rounds.meet("validation")
+        if not options.overlap_steps:
+            rounds.join("validation")
         seen.append(rounds.comm.num_collectives - before)
     return seen, np.array_equal(_flat(model), _flat(other)), rounds.round_idx, rounds.in_step
 
 
-@pytest.mark.parametrize("travel", [Travel(), Travel(overlap_steps=2)], ids=["at once", "in flight"])
-def test_who_is_together_goes_on_as_if_nothing_had_been(travel):
-    for seen, equal, rounds, in_step in run_workers(_together, 2, travel):
+@pytest.mark.parametrize("options", [SyncOptions(), SyncOptions(overlap_steps=2)], ids=["at once", "in flight"])
+def test_who_is_together_goes_on_as_if_nothing_had_been(options):
+    for seen, equal, rounds, in_step in run_workers(_together, 2, options):
         assert equal
         assert (rounds, in_step) == (2, True)
         assert max(seen) <= 3  # a message each; the check waits for the agreement and transfer of what is in flight
@@ -202,7 +202,7 @@ def test_who_is_together_goes_on_as_if_nothing_had_been(travel):
 def _apart(rank, places):
     model, optimizer, rounds = _new(4)
     _epoch(model, optimizer, rounds, 1.0, 3)
-    come = rounds.sync.check if places[rank] == "checkpoint" else rounds.meet
+    come = rounds.sync.check if places[rank] == "checkpoint" else rounds.join
     with pytest.raises(DisagreementError) as error:
         come(places[rank]) if places[rank] != "sync" else rounds.step()
     return str(error.value)
@@ -220,7 +220,7 @@ def _left_out(rank, speeds, wild):
     seen = []
     for round_idx in range(2):
         spoil = 50.0 if round_idx == 1 and rank == wild else 1.0
-        _epoch(model, optimizer, rounds, spoil, rounds.pace.steps(200))
+        _epoch(model, optimizer, rounds, spoil, rounds.speeds.steps(200))
         seen.append(rounds.last_report.left_out)
     return seen
 
@@ -232,36 +232,36 @@ def test_a_fast_worker_is_not_an_outlier(wild):
     assert run_workers(_left_out, 4, [40, 1, 1, 1], wild) == [expected] * 4
 
 
-def _resumed(rank, speeds, stop, travel):
+def _resumed(rank, speeds, stop, options):
     """Two epochs, and the same stopped after some steps of the second and resumed; the next round's steps."""
-    parts = _new(6, speeds=speeds, travel=travel, size=3)
+    parts = _new(6, speeds=speeds, options=options, size=3)
     _epoch(*parts, 1.0 + rank, (8, 3)[rank])
-    parts[2].meet()
+    parts[2].join()
     if speeds == "measured":
-        parts[2].pace.hear([1.0, 3.0])
+        parts[2].speeds.hear([1.0, 3.0])
     done = min(stop, (12, 4)[rank])
     _epoch(*parts, 1.0 + rank, done)
     state, local = parts[2].state_dict(), parts[2].local_state()
-    again = _new(6, speeds=speeds, travel=travel, size=3)
+    again = _new(6, speeds=speeds, options=options, size=3)
     again[2].load_state_dict(state)
     again[2].load_local_state(local)
     ends = []
     for model, optimizer, rounds in (parts, again):
-        rounds.pace.measure = lambda step, rounds=rounds: rounds.pace.seconds[
+        rounds.speeds.measure = lambda step, rounds=rounds: rounds.speeds.seconds[
             rank
         ]  # what is measured is not repeatable
         _epoch(model, optimizer, rounds, 1.0 + rank, (12, 4)[rank] - done)
-        rounds.meet()
-        ends.append((_flat(model), rounds.round_idx, rounds.step_idx, rounds.pace.steps(6)))
+        rounds.join()
+        ends.append((_flat(model), rounds.round_idx, rounds.step_idx, rounds.speeds.steps(6)))
     return ends
 
 
 @pytest.mark.parametrize(
-    ("travel", "speeds", "stop"),
+    ("options", "speeds", "stop"),
     [("everything", [3, 1], 1), ("loscar", [3, 1], 0), ("everything", "measured", 0)],
 )
-def test_resume_takes_the_same_steps(speeds, stop, travel):
-    for rank, (whole, again) in enumerate(run_workers(_resumed, 2, speeds, stop, TRAVELS[travel])):
+def test_resume_takes_the_same_steps(speeds, stop, options):
+    for rank, (whole, again) in enumerate(run_workers(_resumed, 2, speeds, stop, OPTIONS[options])):
         assert np.array_equal(whole[0], again[0])
         assert whole[1:] == again[1:]
         assert whole[2:] == ((20, 6), (7, 2))[rank]

@@ -19,8 +19,8 @@ from lightning_lopt import (
     LearnedOptimizer,
     Rounds,
     SlowMomentum,
+    SyncOptions,
     TopK,
-    Travel,
 )
 from tests.processes import run_workers
 
@@ -211,9 +211,9 @@ def _lines(function):
 
 
 OPTIONS = {
-    "sparse, in flight": {"travel": Travel(density=0.5, overlap_steps=3, merge=0.5)},
-    "streaming": {"travel": Travel(selection=Fragments(2), compression=TopK(0.5), local_state="reset")},
-    "sharded": {"travel": Travel(sharded=True), "outer_optimizer": partial(LearnedOptimizer, network="default")},
+    "sparse, in flight": {"options": SyncOptions(density=0.5, overlap_steps=3, merge=0.5)},
+    "streaming": {"options": SyncOptions(selection=Fragments(2), compression=TopK(0.5), local_state="reset")},
+    "sharded": {"options": SyncOptions(sharded=True), "outer_optimizer": partial(LearnedOptimizer, network="default")},
     "measured": {"worker_speeds": "measured"},
     "schedule": {"local_steps": QSR(alpha=1.0, base_steps=8), "total_steps": 40},
 }
@@ -448,15 +448,15 @@ def test_state_dict_resumes_bitwise_from_every_step(stop, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("momentum", "travel", "wanted"),
+    ("momentum", "options", "wanted"),
     [
-        (0.9, Travel(), 0.9),
-        (None, Travel(), 0.0),
-        (0.9, Travel(local_state="reset"), 0.0),
-        (0.9, Travel(selection=Fragments(2)), 0.81),
+        (0.9, SyncOptions(), 0.9),
+        (None, SyncOptions(), 0.0),
+        (0.9, SyncOptions(local_state="reset"), 0.0),
+        (0.9, SyncOptions(selection=Fragments(2)), 0.81),
     ],
 )
-def test_the_outer_optimizer_is_told_the_local_momentum(momentum, travel, wanted):
+def test_the_outer_optimizer_is_told_the_local_momentum(momentum, options, wanted):
     """Of fragments each has twice the steps for it to fade."""
     model, made = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)), []
     if momentum is None:
@@ -468,7 +468,7 @@ def test_the_outer_optimizer_is_told_the_local_momentum(momentum, travel, wanted
         made.append(torch.optim.SGD(params, lr=1.0))
         return made[0]
 
-    rounds = Rounds(model, local, 4, outer, travel=travel)
+    rounds = Rounds(model, local, 4, outer, options=options)
     for _ in range(4):
         model(torch.randn(3, 2)).sum().backward()
         local.step()

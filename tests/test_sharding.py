@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lopt import AdaMLP, Fragments, LearnedOptimizer, Rounds, SlowMomentum, Travel
+from lightning_lopt import AdaMLP, Fragments, LearnedOptimizer, Rounds, SlowMomentum, SyncOptions
 from tests.processes import run_workers
 
 K = 3
@@ -22,17 +22,17 @@ OUTERS = {
 }
 
 
-def _run(rank, outer, travel, resume_at=None):
+def _run(rank, outer, options, resume_at=None):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 6), nn.BatchNorm1d(6), nn.Linear(6, 1)).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    rounds = Rounds(model, optimizer, 4, OUTERS[outer], 11, travel=travel)
+    rounds = Rounds(model, optimizer, 4, OUTERS[outer], 11, options=options)
     for step in range(11):
         if step == resume_at:
             state, own = rounds.state_dict(), rounds.sync.local_state()
             model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 6), nn.BatchNorm1d(6), nn.Linear(6, 1)).double()
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            rounds = Rounds(model, optimizer, 4, OUTERS[outer], 11, travel=travel)
+            rounds = Rounds(model, optimizer, 4, OUTERS[outer], 11, options=options)
             rounds.load_state_dict(state)
             rounds.sync.load_local_state(own)
         torch.manual_seed(10 * step + rank)
@@ -52,8 +52,8 @@ def _run(rank, outer, travel, resume_at=None):
 def test_sharded_equals_unsharded(outer, options):
     if outer in ("learned", "lagg", "default") and "density" in options:
         pytest.skip("a learned step needs whole tensors")
-    sharded = run_workers(_run, K, outer, Travel(sharded=True, **options))
-    plain = run_workers(_run, K, outer, Travel(**options))
+    sharded = run_workers(_run, K, outer, SyncOptions(sharded=True, **options))
+    plain = run_workers(_run, K, outer, SyncOptions(**options))
     for a, b in zip(sharded, plain, strict=True):
         torch.testing.assert_close(a[0], b[0], rtol=1e-9, atol=1e-12)
         assert a[2] == pytest.approx(b[2], rel=1e-9)
@@ -64,17 +64,17 @@ def test_sharded_equals_unsharded(outer, options):
 
 @pytest.mark.parametrize("outer", ["adam", "lagg"])
 def test_sharded_rounds_resume_bitwise(outer):
-    travel = Travel(sharded=True, overlap_steps=2)
-    whole = run_workers(_run, K, outer, travel)
+    options = SyncOptions(sharded=True, overlap_steps=2)
+    whole = run_workers(_run, K, outer, options)
     for resume_at in (3, 5):
-        resumed = run_workers(_run, K, outer, travel, resume_at)
+        resumed = run_workers(_run, K, outer, options, resume_at)
         assert all(torch.equal(a[0], b[0]) for a, b in zip(whole, resumed, strict=True))
 
 
 def _traffic(rank, sharded):
     model = nn.Sequential(*(nn.Linear(100, 100, bias=False) for _ in range(6)))
     outer = OUTERS["lagg"]
-    rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=0.1), 1, outer, travel=Travel(sharded=sharded))
+    rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=0.1), 1, outer, options=SyncOptions(sharded=sharded))
     rounds.step()
     return rounds.last_report.bytes_sent / (4 * 60_000)
 
@@ -87,4 +87,4 @@ def test_lagg_at_the_price_of_an_all_reduce():
 
 def test_compression_is_refused():
     with pytest.raises(ValueError, match="excludes compression"):
-        Travel(sharded=True, compression="int8")
+        SyncOptions(sharded=True, compression="int8")

@@ -13,11 +13,20 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lopt import AdaMLP, Fragments, LearnedOptimizer, RandomCoordinates, Rounds, SlowMomentum, TopK, Travel
-from lightning_lopt.agreement import Standing
+from lightning_lopt import (
+    AdaMLP,
+    Fragments,
+    LearnedOptimizer,
+    RandomCoordinates,
+    Rounds,
+    SlowMomentum,
+    SyncOptions,
+    TopK,
+)
 from lightning_lopt.comm import Communicator
 from lightning_lopt.strategies.joint import JointOptimizer
 from lightning_lopt.sync import Sync
+from lightning_lopt.sync.status import WorkerStatus
 from tests.conftest import SHARED
 from tests.processes import run_workers
 
@@ -53,20 +62,20 @@ def _golden(rank, case, merge, dtype):
     model = Point(x0)
     optimizer = torch.optim.SGD(model.parameters(), lr=float(data["eta"]))
     selection = Given(data[f"{case}/mask"].tolist())
-    travel = Travel(selection=selection, overlap_steps=int(data[f"{case}/Q"].max()), merge=merge)
-    sync = Sync(model, optimizer, None, Communicator(), travel)
+    options = SyncOptions(selection=selection, overlap_steps=int(data[f"{case}/Q"].max()), merge=merge)
+    sync = Sync(model, optimizer, None, Communicator(), options)
     xyz = []
     for t in range(len(noise)):
         for h in range(before + overlap):
             if h == before:
-                sync.launch(t, Standing(before + overlap, "launch"), same_steps=False)
+                sync.launch(t, WorkerStatus(before + overlap, "launch"), same_steps=False)
                 y = model.x.detach().clone()
             model.x.grad = curvature[rank] * (model.x.detach() - center[rank]) + noise[t, rank, h]
             optimizer.step()
         z = model.x.detach().clone()
         if not overlap:
             y = z
-            sync.launch(t, Standing(before), same_steps=False)
+            sync.launch(t, WorkerStatus(before), same_steps=False)
         sync.finish()
         xyz.append(torch.stack([model.x.detach(), y, z]))
     return torch.stack(xyz, 1)
@@ -105,11 +114,11 @@ def _move(rounds, model, rank, steps):
     return torch.stack(seen)
 
 
-def _run(rank, travel, steps=12, outer=None, local_steps=4, total=None, finish=False, optimizer=None):
+def _run(rank, options, steps=12, outer=None, local_steps=4, total=None, finish=False, optimizer=None):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).double()
     local = (optimizer or partial(torch.optim.SGD, lr=0.1))(model.parameters())
-    rounds = Rounds(model, local, local_steps, outer, total, travel=travel)
+    rounds = Rounds(model, local, local_steps, outer, total, options=options)
     seen = _move(rounds, model, rank, steps)
     if finish:
         rounds.finish_round()
@@ -123,14 +132,14 @@ def _compare(first, second, workers=2):
 
 
 def test_all_random_coordinates_are_local_sgd():
-    for a, b in _compare((Travel(selection=RandomCoordinates(1.0)),), (Travel(),)):
+    for a, b in _compare((SyncOptions(selection=RandomCoordinates(1.0)),), (SyncOptions(),)):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("overlap", [0, 2])
 def test_the_final_round_sends_everything_at_once(overlap):
-    travel = Travel(density=0.3, overlap_steps=overlap, compression=TopK(0.1), merge=0.5)
-    (a, rounds, _), (b, _, _) = run_workers(_run, 2, travel, 10, None, 4, 10)
+    options = SyncOptions(density=0.3, overlap_steps=overlap, compression=TopK(0.1), merge=0.5)
+    (a, rounds, _), (b, _, _) = run_workers(_run, 2, options, 10, None, 4, 10)
     assert rounds == 3
     assert torch.equal(a[-1], b[-1])
     assert not torch.equal(a[7], b[7])
@@ -138,14 +147,14 @@ def test_the_final_round_sends_everything_at_once(overlap):
 
 @pytest.mark.parametrize("steps", [8, 10, 11])  # right after a sync, before a launch, in flight
 def test_an_unforeseen_end_syncs_everything(steps):
-    travel = Travel(density=0.3, overlap_steps=1, compression="int8")
-    (a, *_), (b, *_) = run_workers(_run, 2, travel, steps, None, 4, None, True)
+    options = SyncOptions(density=0.3, overlap_steps=1, compression="int8")
+    (a, *_), (b, *_) = run_workers(_run, 2, options, steps, None, 4, None, True)
     assert torch.equal(a[-1], b[-1])
     torch.testing.assert_close(a[-1], (a[-2] + b[-2]) / 2, rtol=0, atol=0.3)  # residuals are in it, too
 
 
 def test_sparta_shares_random_coordinates_after_every_step():
-    a, b = (seen for seen, *_ in run_workers(_run, 2, Travel(density=0.3), 6, None, 1))
+    a, b = (seen for seen, *_ in run_workers(_run, 2, SyncOptions(density=0.3), 6, None, 1))
     equal = a == b
     assert all(row.sum() >= round(0.3 * a.shape[1]) for row in equal)
     assert not torch.equal(equal[0], equal[1])
@@ -155,35 +164,35 @@ def test_sparta_shares_random_coordinates_after_every_step():
 @pytest.mark.parametrize(
     "changed",
     [
-        Travel(density=0.5),
-        Travel(selection=Fragments(2)),
-        Travel(selection=RandomCoordinates(0.5, seed=1)),
-        Travel(compression="bf16"),
-        Travel(compression="int8"),
-        Travel(compression=TopK(0.3)),
-        Travel(compression=TopK(0.6)),
-        Travel(overlap_steps=2),
-        Travel(overlap_steps=1),
-        Travel(overlap_steps=2, merge="overwrite"),
-        Travel(overlap_steps=2, merge=0.5),
-        Travel(overlap_steps=2, merge=0.25),
-        Travel(local_state="reset"),
-        Travel(local_state="average"),
+        SyncOptions(density=0.5),
+        SyncOptions(selection=Fragments(2)),
+        SyncOptions(selection=RandomCoordinates(0.5, seed=1)),
+        SyncOptions(compression="bf16"),
+        SyncOptions(compression="int8"),
+        SyncOptions(compression=TopK(0.3)),
+        SyncOptions(compression=TopK(0.6)),
+        SyncOptions(overlap_steps=2),
+        SyncOptions(overlap_steps=1),
+        SyncOptions(overlap_steps=2, merge="overwrite"),
+        SyncOptions(overlap_steps=2, merge=0.5),
+        SyncOptions(overlap_steps=2, merge=0.25),
+        SyncOptions(local_state="reset"),
+        SyncOptions(local_state="average"),
     ],
     ids=str,
 )
 def test_every_argument_changes_something(changed):
     heavy = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
     others = {
-        "seed": Travel(selection=RandomCoordinates(0.5)),
-        "merge='overwrite'": Travel(overlap_steps=2),
-        "merge=0.5": Travel(overlap_steps=2),
-        "merge=0.25": Travel(overlap_steps=2, merge=0.5),
-        "density=0.6": Travel(compression=TopK(0.3)),
+        "seed": SyncOptions(selection=RandomCoordinates(0.5)),
+        "merge='overwrite'": SyncOptions(overlap_steps=2),
+        "merge=0.5": SyncOptions(overlap_steps=2),
+        "merge=0.25": SyncOptions(overlap_steps=2, merge=0.5),
+        "density=0.6": SyncOptions(compression=TopK(0.3)),
     }
     plain = next((other for key, other in others.items() if key in str(changed) and "seed=0" not in str(changed)), None)
     options = (10, None, 4, None, False, heavy)
-    (a, b), _ = _compare((changed, *options), (plain or Travel(), *options))
+    (a, b), _ = _compare((changed, *options), (plain or SyncOptions(), *options))
     assert not torch.allclose(a, b, rtol=0, atol=1e-6)
 
 
@@ -191,7 +200,7 @@ def _average_states(rank, joint):
     model = Point(torch.zeros(3))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     local = JointOptimizer([optimizer]) if joint else optimizer
-    rounds = Rounds(model, local, 2, travel=Travel(local_state="average"))
+    rounds = Rounds(model, local, 2, options=SyncOptions(local_state="average"))
     for _ in range(2):
         model.x.grad = torch.tensor([1.0, 2.0, 3.0]) * (rank + 1)
         optimizer.step()
@@ -223,7 +232,7 @@ def test_outer_steps_on_random_coordinates(outer, reference):
     masks[:, 0], masks[:, 1] = True, False
     model = Point(torch.randn(2, 4, dtype=torch.float64))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    sync = Sync(model, optimizer, outer, Communicator(), Travel(selection=Given(masks.tolist())))
+    sync = Sync(model, optimizer, outer, Communicator(), SyncOptions(selection=Given(masks.tolist())))
     a, u, v = model.x.detach().flatten().clone(), torch.zeros(8).double(), torch.zeros(8).double()
     for t, mask in enumerate(masks):
         y = torch.randn(8, dtype=torch.float64)
@@ -239,7 +248,7 @@ def test_outer_steps_on_random_coordinates(outer, reference):
             step = 0.1 * (u / (1 - 0.9 ** (t + 1))) / ((v / (1 - 0.999 ** (t + 1))).sqrt() + 1e-8)
         a = torch.where(mask, a - step, a)
         model.x.data = y.view(2, 4).clone()
-        sync.launch(t, Standing(1))
+        sync.launch(t, WorkerStatus(1))
         sync.finish()
         torch.testing.assert_close(model.x.detach().flatten(), torch.where(mask, a, y), rtol=0, atol=1e-12)
     states = [s for s in sync.outer.state[sync.outer.param_groups[0]["params"][0]].values() if s.numel() > 1]
@@ -252,13 +261,13 @@ def test_outer_steps_on_random_coordinates(outer, reference):
 )
 def test_outer_steps_that_need_whole_tensors_are_refused(outer, what):
     with pytest.raises(ValueError, match=f"cannot step random coordinates of a tensor: {what}"):
-        _run(0, Travel(density=0.5), outer=outer)
+        _run(0, SyncOptions(density=0.5), outer=outer)
 
 
 def _fragments(rank, outer):
     model = nn.ParameterList([torch.zeros(3), torch.zeros(2)])
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    rounds = Rounds(model, optimizer, 5, outer, travel=Travel(selection=Fragments(2)))
+    rounds = Rounds(model, optimizer, 5, outer, options=SyncOptions(selection=Fragments(2)))
     seen = []
     for _ in range(10):
         for p in model:
@@ -288,7 +297,7 @@ def test_fragments_step_only_their_own_tensors():
 
 def _late(rank):
     model = Point(torch.zeros(4))
-    rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=1.0), 3, travel=Travel(overlap_steps=2))
+    rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=1.0), 3, options=SyncOptions(overlap_steps=2))
     seconds = []
     for step in range(3):
         if rank == 1 and step == 0:
@@ -307,25 +316,28 @@ def test_nobody_waits_at_the_launch():
     assert report.transfer_seconds > 0.5
 
 
-TRAVELS = {
-    "loscar": (Travel(density=0.5, overlap_steps=2, compression="int8"), partial(SlowMomentum, momentum=0.5)),
-    "fragments": (Travel(selection=Fragments(2), overlap_steps=1), partial(LearnedOptimizer, network=AdaMLP(seed=1))),
-    "lagg": (Travel(overlap_steps=2, compression="bf16"), partial(LearnedOptimizer, network=AdaMLP(2, seed=1))),
-    "topk": (Travel(compression=TopK(0.2), merge=0.5, overlap_steps=3), partial(torch.optim.Adam, lr=0.1)),
-    "average": (Travel(local_state="average"), None),
+OPTIONS = {
+    "loscar": (SyncOptions(density=0.5, overlap_steps=2, compression="int8"), partial(SlowMomentum, momentum=0.5)),
+    "fragments": (
+        SyncOptions(selection=Fragments(2), overlap_steps=1),
+        partial(LearnedOptimizer, network=AdaMLP(seed=1)),
+    ),
+    "lagg": (SyncOptions(overlap_steps=2, compression="bf16"), partial(LearnedOptimizer, network=AdaMLP(2, seed=1))),
+    "topk": (SyncOptions(compression=TopK(0.2), merge=0.5, overlap_steps=3), partial(torch.optim.Adam, lr=0.1)),
+    "average": (SyncOptions(local_state="average"), None),
 }
 
 
 def _resumed(rank, name, steps=11):
     """The last parameters of a run that is stopped and resumed after each of its steps, and of one that is not."""
-    travel, outer = TRAVELS[name]
+    options, outer = OPTIONS[name]
     state, ends = None, []
     for stop in (1,) * steps, (steps,):
         for num in stop:
             torch.manual_seed(0)
             model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-            rounds = Rounds(model, optimizer, 4, outer, travel=travel)
+            rounds = Rounds(model, optimizer, 4, outer, options=options)
             if state is not None:
                 state.seek(0)
                 loaded = torch.load(state, weights_only=True)
@@ -347,7 +359,7 @@ def _resumed(rank, name, steps=11):
     return ends
 
 
-@pytest.mark.parametrize("name", TRAVELS)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_resumes_bitwise_from_every_step(name):
     ends = run_workers(_resumed, 2, name)
     for resumed, whole in ends:
@@ -357,7 +369,7 @@ def test_resumes_bitwise_from_every_step(name):
 
 def _disagree(rank):
     with pytest.raises(RuntimeError, match="how parameters travel"):
-        _run(rank, Travel(density=(rank + 1) / 2))
+        _run(rank, SyncOptions(density=(rank + 1) / 2))
     return True
 
 
@@ -368,9 +380,9 @@ def test_workers_with_other_settings_are_an_error():
 def _other_coordinates(rank):
     model = Point(torch.zeros(4))
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    sync = Sync(model, optimizer, None, Communicator(), Travel(density=0.5))
+    sync = Sync(model, optimizer, None, Communicator(), SyncOptions(density=0.5))
     sync._cargo.picks = RandomCoordinates(0.5, seed=rank)
-    sync.launch(0, Standing(1, "launch"))
+    sync.launch(0, WorkerStatus(1, "launch"))
     with pytest.raises(RuntimeError, match="coordinates to send"):
         sync.finish()
     return True
@@ -385,7 +397,7 @@ def _evaluated(rank):
     torch.manual_seed(0)
     model = Point(torch.zeros(5, dtype=torch.float64))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    rounds = Rounds(model, optimizer, 4, travel=Travel(density=0.5, overlap_steps=2, compression="int8"))
+    rounds = Rounds(model, optimizer, 4, options=SyncOptions(density=0.5, overlap_steps=2, compression="int8"))
     own = _move(rounds, model, rank, 3)[-1]
     rounds.swap_in("mean")
     seen = model.x.detach().clone()
@@ -397,7 +409,7 @@ def _evaluated(rank):
 def _unevaluated(rank):
     model = Point(torch.zeros(5, dtype=torch.float64))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    rounds = Rounds(model, optimizer, 4, travel=Travel(density=0.5, overlap_steps=2, compression="int8"))
+    rounds = Rounds(model, optimizer, 4, options=SyncOptions(density=0.5, overlap_steps=2, compression="int8"))
     return _move(rounds, model, rank, 6)[3:]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_lopt import Fragments, LearnedOptimizer, RandomCoordinates, Rounds, TopK, Travel
+from lightning_lopt import Fragments, LearnedOptimizer, RandomCoordinates, Rounds, SyncOptions, TopK
 
 
 @pytest.mark.parametrize(
@@ -30,26 +30,31 @@ from lightning_lopt import Fragments, LearnedOptimizer, RandomCoordinates, Round
 )
 def test_wrong_arguments(options, match):
     with pytest.raises(ValueError, match=match):
-        Travel(**options)
+        SyncOptions(**options)
 
 
 @pytest.mark.parametrize(
-    ("local_steps", "outer", "travel", "match"),
+    ("local_steps", "outer", "options", "match"),
     [
-        (4, None, Travel(overlap_steps=4), "no room for overlap_steps=4"),
-        (8, None, Travel(overlap_steps=4, selection=Fragments(2)), "2 fragments take turns"),
-        (1, None, Travel(selection=Fragments(2)), "no room"),
-        (4, LearnedOptimizer, Travel(density=0.5), "cannot step random coordinates"),
-        (lambda info: 1, None, Travel(selection=Fragments(2)), "must be at least as many"),
+        (4, None, SyncOptions(overlap_steps=4), "no room for overlap_steps=4"),
+        (8, None, SyncOptions(overlap_steps=4, selection=Fragments(2)), "2 fragments take turns"),
+        (1, None, SyncOptions(selection=Fragments(2)), "no room"),
+        (4, LearnedOptimizer, SyncOptions(density=0.5), "cannot step random coordinates"),
+        (lambda info: 1, None, SyncOptions(selection=Fragments(2)), "must be at least as many"),
     ],
 )
-def test_wrong_combinations(local_steps, outer, travel, match):
+def test_wrong_combinations(local_steps, outer, options, match):
     model = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match=match):
-        Rounds(model, torch.optim.SGD(model.parameters(), lr=0.1), local_steps, outer, travel=travel).step()
+        Rounds(model, torch.optim.SGD(model.parameters(), lr=0.1), local_steps, outer, options=options).step()
 
 
 def test_fingerprints_tell_settings_apart():
-    settings = [Travel(), Travel(density=0.5), Travel(selection=RandomCoordinates(0.5, 1)), Travel(merge=0.5)]
-    assert len({travel.fingerprint for travel in settings}) == len(settings)
-    assert Travel(density=0.5).fingerprint == Travel(density=0.5).fingerprint
+    settings = [
+        SyncOptions(),
+        SyncOptions(density=0.5),
+        SyncOptions(selection=RandomCoordinates(0.5, 1)),
+        SyncOptions(merge=0.5),
+    ]
+    assert len({options.fingerprint for options in settings}) == len(settings)
+    assert SyncOptions(density=0.5).fingerprint == SyncOptions(density=0.5).fingerprint

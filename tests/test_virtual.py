@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_lopt.comm import Communicator, DisagreementError
-from lightning_lopt.virtual import Meeting, VirtualGroup
+from lightning_lopt.virtual.thread_group import ThreadGroup, VirtualGroup
 from tests.processes import run_workers
 
 
@@ -29,9 +29,9 @@ def _collectives(rank, make_comm=Communicator):
 
 
 def _virtually(function, num_workers=2):
-    meeting = Meeting(num_workers)
-    groups = [VirtualGroup(k, num_workers, meeting) for k in range(num_workers)]
-    return meeting.run([partial(function, k, partial(Communicator, backend=g)) for k, g in enumerate(groups)])
+    group = ThreadGroup(num_workers)
+    groups = [VirtualGroup(k, num_workers, group) for k in range(num_workers)]
+    return group.run([partial(function, k, partial(Communicator, backend=g)) for k, g in enumerate(groups)])
 
 
 def test_collectives():

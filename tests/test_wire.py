@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_lopt import AdaMLP, LearnedOptimizer, Rounds, SlowMomentum, TopK, Travel
+from lightning_lopt import AdaMLP, LearnedOptimizer, Rounds, SlowMomentum, SyncOptions, TopK
 from lightning_lopt.bench.namespaces import run_linked, why_not
 from lightning_lopt.comm import Communicator
 from tests.processes import run_command, run_workers
@@ -25,13 +25,13 @@ K = 3
 LIMIT = "tc qdisc add dev lo root tbf rate 200mbit burst 256kb latency 1s"
 LAGG = partial(LearnedOptimizer, network=AdaMLP(K, seed=0))
 CASES = {
-    "everything": (Travel(), None),
-    "random coordinates": (Travel(density=0.9), None),
-    "bf16": (Travel(compression="bf16"), None),
-    "int8": (Travel(compression="int8"), SlowMomentum),
-    "top-k": (Travel(compression=TopK(0.3)), None),
-    "all workers": (Travel(), LAGG),
-    "sharded": (Travel(sharded=True), LAGG),
+    "everything": (SyncOptions(), None),
+    "random coordinates": (SyncOptions(density=0.9), None),
+    "bf16": (SyncOptions(compression="bf16"), None),
+    "int8": (SyncOptions(compression="int8"), SlowMomentum),
+    "top-k": (SyncOptions(compression=TopK(0.3)), None),
+    "all workers": (SyncOptions(), LAGG),
+    "sharded": (SyncOptions(sharded=True), LAGG),
 }
 
 
@@ -44,9 +44,9 @@ def _sent_by_kernel() -> int:
 def _syncs(rank):
     """For each case the bytes of one sync, as the kernel and as this worker count them."""
     measured = {}
-    for name, (travel, outer) in CASES.items():
+    for name, (sync_options, outer) in CASES.items():
         model = nn.Sequential(*(nn.Linear(1300, 1300) for _ in range(3)))  # 20 MB
-        rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=0.1), 1, outer, travel=travel)
+        rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=0.1), 1, outer, options=sync_options)
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.01 * torch.randn_like(p))
@@ -63,8 +63,8 @@ def _syncs(rank):
 def _rounds_on_a_slow_link(rank, overlap_steps):
     """Seconds of a second round's transfer and of waiting for it; a local step is 50 ms of somebody else's work."""
     model = nn.Sequential(*(nn.Linear(1100, 1100) for _ in range(2)))  # 9.7 MB
-    travel = Travel(overlap_steps=overlap_steps)
-    rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=0.1), 32, travel=travel)
+    sync_options = SyncOptions(overlap_steps=overlap_steps)
+    rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=0.1), 32, options=sync_options)
     for _ in range(64):
         time.sleep(0.05)
         rounds.step()

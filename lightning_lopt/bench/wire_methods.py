@@ -13,8 +13,8 @@ from torch import nn
 from lightning_lopt.bench.link import Round, all_gather, all_reduce, all_to_all, data_parallel
 from lightning_lopt.network import AdaMLP
 from lightning_lopt.optim import LearnedOptimizer
-from lightning_lopt.pace import Pace, WorkerSpeeds
-from lightning_lopt.travel import Travel
+from lightning_lopt.sync.options import SyncOptions
+from lightning_lopt.worker_speeds import Speeds, WorkerSpeeds
 
 DDP = "DDP"
 
@@ -24,7 +24,7 @@ class Method:
     """A way to synchronise.
 
     Attributes:
-        options: of `Travel`, but for the overlap.
+        options: of `SyncOptions`, but for the overlap.
         overlap: share of the H local steps that run beside the transfer.
         outer: makes the outer optimizer for K workers; None averages.
         pace: steps of each worker in proportion to its speed, `"given"` or `"measured"`; None is H for all.
@@ -35,26 +35,28 @@ class Method:
     outer: Callable[[int], Any] | None = None
     pace: Literal["given", "measured"] | None = None
 
-    def travel(self, local_steps: int) -> Travel:
+    def sync_options(self, local_steps: int) -> SyncOptions:
         """How parameters travel in rounds of H steps."""
-        return Travel(overlap_steps=int(self.overlap * local_steps), **self.options)
+        return SyncOptions(overlap_steps=int(self.overlap * local_steps), **self.options)
 
-    def speeds(self, step_seconds: Sequence[float]) -> WorkerSpeeds:
+    def speeds(self, step_seconds: Sequence[float]) -> Speeds:
         """What `Rounds` takes, for workers whose local steps take these times."""
         return [1 / seconds for seconds in step_seconds] if self.pace == "given" else self.pace
 
     def round(self, local_steps: int, parameters: int, step_seconds: Sequence[float], rank: int) -> Round:
         """The model of a round of one of the workers whose local steps take these times."""
-        travel, num_workers = self.travel(local_steps), len(step_seconds)
-        pace = Pace(self.pace and [1 / seconds for seconds in step_seconds], num_workers, rank, torch.device("cpu"))
+        sync_options, num_workers = self.sync_options(local_steps), len(step_seconds)
+        pace = WorkerSpeeds(
+            self.pace and [1 / seconds for seconds in step_seconds], num_workers, rank, torch.device("cpu")
+        )
         own_steps = pace.steps(local_steps)
-        a_round = partial(Round, own_steps, pace.overlap(travel.overlap_steps, own_steps))
-        if travel.sharded:
+        a_round = partial(Round, own_steps, pace.overlap(sync_options.overlap_steps, own_steps))
+        if sync_options.sharded:
             half = all_to_all(4 * parameters, num_workers)
             return a_round(half, exposed=half)
-        if travel.compression == "int8":
+        if sync_options.compression == "int8":
             return a_round(all_to_all(parameters, num_workers) + all_gather(parameters / num_workers, num_workers))
-        return a_round(all_reduce(4 * travel.density * parameters, num_workers))
+        return a_round(all_reduce(4 * sync_options.density * parameters, num_workers))
 
 
 def _lopt(num_workers: int) -> Any:

@@ -172,7 +172,13 @@ class Training:
             outer = None if method.outer is None else method.outer(setup.num_workers)
             speeds = method.speeds(setup.stretched)
             self.rounds = Rounds(
-                self.model, self._optimizer, steps, outer, comm=comm, travel=method.travel(steps), worker_speeds=speeds
+                self.model,
+                self._optimizer,
+                steps,
+                outer,
+                comm=comm,
+                options=method.sync_options(steps),
+                worker_speeds=speeds,
             )
 
     def local_step(self, seconds: float = 0.0) -> float:
@@ -212,7 +218,7 @@ class Training:
         while not self.rounds.step():
             self.local_step()
         seconds, steps = time.perf_counter() - start, self.rounds.step_idx - before
-        self.rounds.pace.forget()  # what comes now is not training
+        self.rounds.speeds.forget()  # what comes now is not training
         assert self.rounds.last_report is not None
         report = asdict(self.rounds.last_report)
         kept = ("bytes_sent", "transfer_seconds", "waited_seconds", "outer_seconds", "sync_seconds", "drift")

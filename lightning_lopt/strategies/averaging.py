@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lightning_lopt.rounds import Rounds
-from lightning_lopt.strategies.faults import explained
+from lightning_lopt.strategies.signals import explained
 
 
 def refuse_averaging(trainer: Any, processes: int, virtual_workers: int) -> None:
@@ -49,7 +49,7 @@ def refuse_averaging(trainer: Any, processes: int, virtual_workers: int) -> None
             )
 
 
-def average_averages(trainer: Any, rounds: Rounds | None) -> None:
+def sync_weight_averages(trainer: Any, rounds: Rounds | None) -> None:
     """Give every worker's averaging callbacks the mean over the workers; all of them must call it in a fit."""
     if rounds is None or trainer.interrupted or trainer.state.fn != TrainerFn.FITTING:
         return

@@ -22,22 +22,22 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lopt.agreement import Place
 from lightning_lopt.comm import Communicator
 from lightning_lopt.functional.compression import Codec
 from lightning_lopt.functional.merge import MergeRule
-from lightning_lopt.pace import WorkerSpeeds, check_speeds
 from lightning_lopt.rounds import Rounds, check_combination
 from lightning_lopt.schedules import RoundInfo, as_schedule
 from lightning_lopt.selection import Selection
 from lightning_lopt.strategies.averaging import refuse_averaging
-from lightning_lopt.strategies.faults import SignalCallback, Signals, explained
 from lightning_lopt.strategies.joint import JointOptimizer
 from lightning_lopt.strategies.loaders import ResumableLoaders
-from lightning_lopt.strategies.rendezvous import Rendezvous, RoundCallback
+from lightning_lopt.strategies.signals import SignalCallback, Signals, explained
+from lightning_lopt.strategies.uneven import RoundCallback, UnevenInputs
 from lightning_lopt.strategies.virtual import VirtualWorkersStrategy
-from lightning_lopt.sync import EvalWeights
-from lightning_lopt.travel import LocalState, Travel
+from lightning_lopt.sync.options import LocalState, SyncOptions
+from lightning_lopt.sync.status import SyncPoint
+from lightning_lopt.sync.sync import EvalWeights
+from lightning_lopt.worker_speeds import Speeds, check_speeds
 
 
 class LocalSGD(VirtualWorkersStrategy):
@@ -146,9 +146,9 @@ class LocalSGD(VirtualWorkersStrategy):
             raise ValueError(f"eval_weights must be 'anchor', 'mean' or None, not {eval_weights!r}.")
         self._schedule = as_schedule(local_steps)
         self._outer_optimizer = outer_optimizer
-        self._travel = Travel(density, selection, compression, overlap_steps, merge, local_state, sharded)
-        check_combination(self._schedule, outer_optimizer, self._travel)
-        mean = outer_optimizer is None or self._travel.picks.partial
+        self._options = SyncOptions(density, selection, compression, overlap_steps, merge, local_state, sharded)
+        check_combination(self._schedule, outer_optimizer, self._options)
+        mean = outer_optimizer is None or self._options.picks.partial
         self._eval_weights: EvalWeights = eval_weights or ("mean" if mean else "anchor")
         if ranks_per_worker != "node" and (not isinstance(ranks_per_worker, int) or ranks_per_worker < 1):
             raise ValueError(f"ranks_per_worker must be an integer >= 1 or 'node', not {ranks_per_worker!r}.")
@@ -161,10 +161,10 @@ class LocalSGD(VirtualWorkersStrategy):
                 "virtual_workers take turns, a step each, so that none is faster than another: leave worker_speeds out."
             )
         self._ranks_per_worker: int | Literal["node"] = ranks_per_worker
-        self._worker_speeds: WorkerSpeeds = worker_speeds
+        self._worker_speeds: Speeds = worker_speeds
         check_speeds(worker_speeds)
         self.signals: Signals | None = None
-        self._rendezvous: Rendezvous | None = None
+        self._uneven: UnevenInputs | None = None
 
     # -- setup ----------------------------------------------------------------------------------------------------
 
@@ -196,11 +196,11 @@ class LocalSGD(VirtualWorkersStrategy):
             Rounds,
             local_steps=self._schedule,
             outer_optimizer=self._outer_optimizer,
-            travel=self._travel,
+            options=self._options,
             worker_speeds=self._worker_speeds,
         )
         self.rounds = self._make_rounds(make, module, local, self._comm)
-        self._rendezvous = None
+        self._uneven = None
         if not module.automatic_optimization:
             for optimizer in optimizers:  # sees those who step torch's own optimizer, too
                 optimizer.register_step_post_hook(self._note_step)
@@ -233,13 +233,13 @@ class LocalSGD(VirtualWorkersStrategy):
         assert self.rounds is not None
         if not self._resumed:
             self.rounds.step_idx = self._steps_so_far(trainer)
-        self._rendezvous = Rendezvous(trainer, self.rounds)
-        self.rounds.total_steps = self._rendezvous.total_steps()
+        self._uneven = UnevenInputs(trainer, self.rounds)
+        self.rounds.total_steps = self._uneven.total_steps()
         if self.rounds.comm.num_workers == 1:
             rank_zero_info(
                 "There is one worker (K = 1): nothing is communicated, and a round ends with the outer step alone."
             )
-        self.signals = Signals(trainer, self.broadcast(uuid.uuid4().hex), self._rendezvous.clock)
+        self.signals = Signals(trainer, self.broadcast(uuid.uuid4().hex), self._uneven.clock)
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
@@ -282,13 +282,13 @@ class LocalSGD(VirtualWorkersStrategy):
 
     # -- global weights -------------------------------------------------------------------------------------------
 
-    def meet(self, place: Place) -> None:
+    def join(self, place: SyncPoint) -> None:
         """Wait for the other workers, if they may be unequally far."""
-        if self._rendezvous is None:
+        if self._uneven is None:
             return
         if self._trainer.state.fn == TrainerFn.FITTING and not self._trainer.interrupted:
             with explained(self._timeout):
-                self._rendezvous.meet(place)
+                self._uneven.join(place)
 
     def swap_in_global_weights(self) -> None:
         """Show the global weights to whoever evaluates or saves, until `on_validation_end`."""
@@ -306,7 +306,7 @@ class LocalSGD(VirtualWorkersStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         if self.rounds is None or self.rounds.sync.swap.active:
             return super().lightning_module_state_dict()
-        self.meet("checkpoint")
+        self.join("checkpoint")
         self.swap_in_global_weights()
         try:
             return super().lightning_module_state_dict()
@@ -323,12 +323,12 @@ class LocalSGD(VirtualWorkersStrategy):
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        self.meet("collective within a batch")
+        self.join("collective within a batch")
         return super().reduce(tensor, group, reduce_op)
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        self.meet("collective within a batch")
+        self.join("collective within a batch")
         return super().broadcast(obj, src)
 
     @override

@@ -20,11 +20,11 @@ from torch.utils._pytree import tree_unflatten
 from typing_extensions import override
 
 from lightning_lopt.comm import Communicator
-from lightning_lopt.replicas import Replicas
 from lightning_lopt.rounds import Rounds
-from lightning_lopt.strategies.checkpoint import CheckpointingStrategy
-from lightning_lopt.strategies.dealing import Dealt, interleave
-from lightning_lopt.virtual import VirtualRounds
+from lightning_lopt.strategies.checkpoint.strategy import CheckpointingStrategy
+from lightning_lopt.virtual.rounds import VirtualRounds
+from lightning_lopt.virtual.shared_module import SharedModule
+from lightning_lopt.virtual.worker_batches import Dealt, interleave
 
 
 class VirtualWorkersStrategy(CheckpointingStrategy):
@@ -48,7 +48,7 @@ class VirtualWorkersStrategy(CheckpointingStrategy):
         if isinstance(virtual_workers, bool) or not isinstance(virtual_workers, int) or virtual_workers < 1:
             raise ValueError(f"virtual_workers must be an integer >= 1, not {virtual_workers!r}.")
         self._at_once = virtual_workers
-        self._replicas: Replicas | None = None
+        self._shared_module: SharedModule | None = None
         self._batches: list[Any] = []  # of each worker, in the present step
         self._outputs: dict[int, Any] = {}
 
@@ -78,7 +78,7 @@ class VirtualWorkersStrategy(CheckpointingStrategy):
         self, make: Callable[..., Rounds], module: pl.LightningModule, optimizer: Optimizer, comm: Communicator
     ) -> Rounds:
         """One worker's rounds, or those of all virtual ones."""
-        self._replicas = None
+        self._shared_module = None
         if self._at_once == 1:
             return make(module, optimizer, comm=comm)
         if any(isinstance(m, nn.SyncBatchNorm) for m in module.modules()):
@@ -86,14 +86,14 @@ class VirtualWorkersStrategy(CheckpointingStrategy):
         if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
             raise ValueError("virtual_workers cannot share a dataloader_iter: let training_step take a batch.")
         scaler = [(self.precision_plugin, "scaler")] if getattr(self.precision_plugin, "scaler", None) else []
-        self._replicas = Replicas(
+        self._shared_module = SharedModule(
             module,
             self.optimizers,
             self._at_once,
             gradients=not module.automatic_optimization,
             others=scaler,
         )
-        return cast(Rounds, VirtualRounds(make, self._replicas, optimizer, self._timeout))
+        return cast(Rounds, VirtualRounds(make, self._shared_module, optimizer, self._timeout))
 
     # -- data -----------------------------------------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ class VirtualWorkersStrategy(CheckpointingStrategy):
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        if self._replicas is None:
+        if self._shared_module is None:
             return
         module = self._trainer.lightning_module
         if module.automatic_optimization and self._trainer.accumulate_grad_batches != 1:
@@ -143,35 +143,35 @@ class VirtualWorkersStrategy(CheckpointingStrategy):
             )
         self._batches = self._deal(batch)
         if is_overridden("on_train_batch_start", module):
-            for rank in self._replicas.others():
+            for rank in self._shared_module.others():
                 args = self._batches[rank], batch_idx
                 call._call_lightning_module_hook(self._trainer, "on_train_batch_start", *args)
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        if self._replicas is None or not self._trainer.lightning_module.automatic_optimization:
+        if self._shared_module is None or not self._trainer.lightning_module.automatic_optimization:
             return super().optimizer_step(optimizer, closure, model, **kwargs)
         output = None
-        for _ in self._replicas.turns():  # each calls the closure, and that training_step
+        for _ in self._shared_module.turns():  # each calls the closure, and that training_step
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
         return output
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        if self._replicas is None:
+        if self._shared_module is None:
             return super().training_step(*args, **kwargs)
         if self._trainer.lightning_module.automatic_optimization:
             return self._training_step(*args, **kwargs)
         output, before = None, self._manual_progress()
-        for _ in self._replicas.turns():
+        for _ in self._shared_module.turns():
             self._set_manual_progress(before)
             output = self._training_step(*args, **kwargs)
         return output
 
     def _training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """The active worker's."""
-        assert self._replicas is not None
-        rank = self._replicas.active
+        assert self._shared_module is not None
+        rank = self._shared_module.active
         self._outputs[rank] = super().training_step(self._batches[rank] if rank else batch, *args, **kwargs)
         return self._outputs[rank]
 
@@ -190,8 +190,8 @@ class VirtualWorkersStrategy(CheckpointingStrategy):
     def end_batch(self, batch_idx: int) -> None:
         """Call `on_train_batch_end` of the module for all workers but the first, for whom Lightning calls it."""
         module = self._trainer.lightning_module
-        if self._replicas is not None and is_overridden("on_train_batch_end", module):
-            for rank in self._replicas.others():
+        if self._shared_module is not None and is_overridden("on_train_batch_end", module):
+            for rank in self._shared_module.others():
                 outputs = self._outputs[rank]
                 if module.automatic_optimization:
                     outputs = ClosureResult.from_training_step_output(outputs).asdict()
@@ -203,25 +203,25 @@ class VirtualWorkersStrategy(CheckpointingStrategy):
     def on_validation_start(self) -> None:
         super().on_validation_start()
         loop = self._trainer.fit_loop
-        if self._replicas is None or self._trainer.lightning_module.automatic_optimization:
+        if self._shared_module is None or self._trainer.lightning_module.automatic_optimization:
             return
         if self._trainer.validating and self._trainer.state.fn == TrainerFn.FITTING and not loop._should_accumulate():
-            for _ in self._replicas.others():  # the first worker's gradients are zero by now
+            for _ in self._shared_module.others():  # the first worker's gradients are zero by now
                 call._call_lightning_module_hook(self._trainer, "on_validation_model_zero_grad")
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     @override
     def _gather_workers(self, checkpoint: dict[str, Any]) -> list[dict[str, Any]] | None:
-        parts = super()._gather_workers(checkpoint) if self._replicas is None else [self._worker_state(checkpoint)]
-        if self._replicas is None or parts is None:
+        parts = super()._gather_workers(checkpoint) if self._shared_module is None else [self._worker_state(checkpoint)]
+        if self._shared_module is None or parts is None:
             return parts
         plugin = type(self.precision_plugin).__qualname__
-        for rank in self._replicas.others():
+        for rank in self._shared_module.others():
             own = {**parts[0]["checkpoint"], "optimizer_states": [o.state_dict() for o in self.optimizers]}
             if plugin in own:
                 own[plugin] = self.precision_plugin.state_dict()
-            gradients = self._replicas.gradients(rank) if parts[0]["gradients"] else {}
+            gradients = self._shared_module.gradients(rank) if parts[0]["gradients"] else {}
             local = self._virtual_rounds[rank].local_state()
             parts.append({**parts[0], "checkpoint": own, "local": local, "gradients": gradients})
         return parts
@@ -240,9 +240,9 @@ class VirtualWorkersStrategy(CheckpointingStrategy):
                 "anew from its weights: load_from_checkpoint."
             )
         super().load_optimizer_state_dict(checkpoint)
-        if self._replicas is None:
+        if self._shared_module is None:
             return
-        for rank in self._replicas.others():
+        for rank in self._shared_module.others():
             saved = checkpoint if self._own is None else self._own[rank]["checkpoint"]
             for optimizer, state in zip(self.optimizers, saved["optimizer_states"], strict=True):
                 optimizer.load_state_dict(copy.deepcopy(state))
@@ -257,5 +257,5 @@ class VirtualWorkersStrategy(CheckpointingStrategy):
         parts = self._own or []
         super().on_train_start()
         for rank, part in enumerate(parts):
-            if rank > 0 and part["gradients"] and self._replicas is not None:
-                self._replicas.set_gradients(rank, part["gradients"])
+            if rank > 0 and part["gradients"] and self._shared_module is not None:
+                self._shared_module.set_gradients(rank, part["gradients"])

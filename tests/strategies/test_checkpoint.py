@@ -15,9 +15,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
-import lightning_lopt.strategies.checkpoint as checkpoint_module
+import lightning_lopt.strategies.checkpoint.strategy as checkpoint_module
 from lightning_lopt import LOSCAR, QSR, AdaMLP, DiLoCo, Fragments, LearnedLocalSGD, LocalSGD, SlowMo, TopK
-from lightning_lopt.strategies.checkpoint import AtomicCheckpointIO
+from lightning_lopt.strategies.checkpoint.strategy import AtomicCheckpointIO
 from tests.processes import run_workers
 from tests.strategies.test_models import Accumulates, Gan
 from tests.strategies_support import Classifier, flat, loader, trainer

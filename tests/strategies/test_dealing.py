@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
-from lightning_lopt.strategies.dealing import Dealt, interleave
+from lightning_lopt.virtual.worker_batches import Dealt, interleave
 
 
 @pytest.mark.parametrize("batch_size", [3, None])

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lightning_lopt import SlowMo
-from lightning_lopt.strategies.faults import Signals
+from lightning_lopt.strategies.signals import Signals
 from tests.processes import free_port, run_workers
 from tests.strategies_support import Classifier, flat, loader, trainer
 
@@ -245,8 +245,8 @@ def _agent(rank, folder):
     """What torchrun does, but that its workers are forked from here, which spares them the seconds of their imports."""
     multiprocessing.current_process()._config["daemon"] = False  # it starts processes
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else gloo finds the dead workers' addresses
-    meeting = {"rdzv_backend": "c10d", "rdzv_endpoint": f"127.0.0.1:{free_port()}", "local_addr": "127.0.0.1"}
-    config = LaunchConfig(1, 1, nproc_per_node=4, max_restarts=1, start_method="fork", **meeting)
+    group = {"rdzv_backend": "c10d", "rdzv_endpoint": f"127.0.0.1:{free_port()}", "local_addr": "127.0.0.1"}
+    config = LaunchConfig(1, 1, nproc_per_node=4, max_restarts=1, start_method="fork", **group)
     return elastic_launch(config, _restarted)(folder)
 
 

@@ -8,8 +8,8 @@ import shutil
 import pytest
 import torch
 
-from lightning_lopt.strategies.atomic import AtomicCheckpointIO, CheckpointError
-from lightning_lopt.strategies.parts import load_part, merged, part_file
+from lightning_lopt.strategies.checkpoint.atomic import AtomicCheckpointIO, CheckpointError
+from lightning_lopt.strategies.checkpoint.worker_files import load_part, merged, part_file
 from tests.strategies_support import damaged
 
 TOKENS = ["first", "second"]

@@ -17,8 +17,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-import lightning_lopt.strategies.checkpoint as checkpoint_module
-import lightning_lopt.strategies.rendezvous as rendezvous_module
+import lightning_lopt.strategies.checkpoint.strategy as checkpoint_module
+import lightning_lopt.strategies.uneven as rendezvous_module
 from lightning_lopt import LOSCAR, DiLoCo, LocalSGD, RoundMonitor, SlowMo, TopK
 from lightning_lopt.comm import DisagreementError
 from tests.processes import run_workers

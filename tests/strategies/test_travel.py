@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
-from lightning_lopt import LOSCAR, AdaMLP, DiLoCo, Fragments, LearnedLocalSGD, LocalSGD, RoundMonitor, TopK, Travel
+from lightning_lopt import LOSCAR, AdaMLP, DiLoCo, Fragments, LearnedLocalSGD, LocalSGD, RoundMonitor, SyncOptions, TopK
 from tests.processes import run_workers
 from tests.strategies_support import Classifier, cli_trainer, flat, loader, trainer
 
@@ -138,9 +138,9 @@ def test_lightning_cli(tmp_path):
                   merge: 0.5
             """
     strategy = cli_trainer(tmp_path, config).strategy
-    travel = strategy._travel
-    assert (travel.picks, travel.codec) == (Fragments(4), TopK(0.05))
-    assert (travel.overlap_steps, travel.merge) == (4, 0.5)
+    options = strategy._options
+    assert (options.picks, options.codec) == (Fragments(4), TopK(0.05))
+    assert (options.overlap_steps, options.merge) == (4, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -157,4 +157,4 @@ def test_lightning_cli(tmp_path):
     ids=str,
 )
 def test_keywords_arrive(options):
-    assert LocalSGD(**options)._travel == Travel(**options) != Travel()
+    assert LocalSGD(**options)._options == SyncOptions(**options) != SyncOptions()

@@ -10,10 +10,10 @@ from typing import Literal
 
 import torch
 
-WorkerSpeeds = Sequence[float] | Literal["measured"] | None
+Speeds = Sequence[float] | Literal["measured"] | None
 
 
-class Pace:
+class WorkerSpeeds:
     r"""Steps in proportion to speed, so that fast workers do not wait for slow ones.
 
     .. math:: s_i = v_i / \max_k v_k, \qquad H_i = \max(1, \mathrm{round}(s_i H)), \qquad
@@ -36,11 +36,11 @@ class Pace:
     Source: H in proportion to speed: dynamic local updates of Liu et al. 2401.09135.
 
     Example:
-        >>> [Pace([3, 1], 2, rank, torch.device("cpu")).steps(48) for rank in range(2)]
+        >>> [WorkerSpeeds([3, 1], 2, rank, torch.device("cpu")).steps(48) for rank in range(2)]
         [48, 16]
     """
 
-    def __init__(self, speeds: WorkerSpeeds, num_workers: int, rank: int, device: torch.device) -> None:
+    def __init__(self, speeds: Speeds, num_workers: int, rank: int, device: torch.device) -> None:
         check_speeds(speeds)
         self.unequal = speeds is not None
         self._measures = speeds == "measured"
@@ -100,7 +100,7 @@ class Pace:
         return time.perf_counter()
 
 
-def check_speeds(speeds: WorkerSpeeds) -> None:
+def check_speeds(speeds: Speeds) -> None:
     """Refuse what cannot be speeds.
 
     Raises:

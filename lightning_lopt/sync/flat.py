@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lopt.parameters import Tracked, wire_dtype
+from lightning_lopt.sync.anchors import AnchoredParameter, flat_dtype
 
 
 @dataclass(frozen=True)
-class Part:
+class ParameterSlice:
     """What a sync sends of one parameter.
 
     Attributes:
@@ -21,7 +21,7 @@ class Part:
         index: ascending flat indices of the coordinates, None for all of them.
     """
 
-    tracked: Tracked
+    tracked: AnchoredParameter
     index: Tensor | None = None
 
     @property
@@ -45,7 +45,7 @@ class Part:
             full.put_(self.index, values.to(full.dtype))
 
 
-class Wire:
+class FlatBuffer:
     """One flat buffer of one type: every element of its parts once, a scalar, and room for passengers.
 
     Args:
@@ -65,7 +65,7 @@ class Wire:
         residual: what compression lost of this worker's body, [n], if it was compressed.
     """
 
-    def __init__(self, parts: Sequence[Part], room: int, like: Tensor) -> None:
+    def __init__(self, parts: Sequence[ParameterSlice], room: int, like: Tensor) -> None:
         self.parts = parts
         self.sizes = [part.shape.numel() for part in parts]
         num = sum(self.sizes)
@@ -84,7 +84,7 @@ class Wire:
         pieces = flat.split(self.sizes[parts], dim=-1)
         return [p.view((*flat.shape[:-1], *part.shape)) for p, part in zip(pieces, self.parts[parts], strict=True)]
 
-    def arrived(self) -> list[tuple[Part, Tensor, Tensor | None]]:
+    def arrived(self) -> list[tuple[ParameterSlice, Tensor, Tensor | None]]:
         """The parts that this worker steps: their means, and every worker's values [K, *S] if gathered."""
         parts, means = self.parts[self.own], self.views[self.own]
         workers = [None] * len(parts) if self.workers is None else self.split(self.workers, self.own)
@@ -131,18 +131,18 @@ class Wire:
         self.differences, self.workers, self.own = state["differences"], state["workers"], slice(*state["own"])
 
 
-def cut(tracked: Sequence[Tracked], choices: Sequence[bool | Tensor]) -> list[Part]:
+def cut(tracked: Sequence[AnchoredParameter], choices: Sequence[bool | Tensor]) -> list[ParameterSlice]:
     """What a `Selection` chose; all of those that have no anchor yet."""
     parts = []
     for t, choice in zip(tracked, choices, strict=True):
         if choice is True or not t.known:
-            parts.append(Part(t))
+            parts.append(ParameterSlice(t))
         elif isinstance(choice, Tensor) and len(choice):
-            parts.append(Part(t, choice.to(t.param.device)))
+            parts.append(ParameterSlice(t, choice.to(t.param.device)))
     return parts
 
 
-def pack(parts: Sequence[Part], passengers: Sequence[Tensor]) -> dict[torch.dtype, Wire]:
+def pack(parts: Sequence[ParameterSlice], passengers: Sequence[Tensor]) -> dict[torch.dtype, FlatBuffer]:
     """Empty wires, one per type.
 
     Args:
@@ -152,8 +152,8 @@ def pack(parts: Sequence[Part], passengers: Sequence[Tensor]) -> dict[torch.dtyp
     wires = {}
     for dtype in (torch.float32, torch.float64):
         of_type = [part for part in parts if part.tracked.dtype == dtype]
-        extra = [p for p in passengers if p.is_floating_point() and wire_dtype(p) == dtype]
+        extra = [p for p in passengers if p.is_floating_point() and flat_dtype(p) == dtype]
         if of_type or extra:
             like = of_type[0].tracked.anchor if of_type else extra[0]
-            wires[dtype] = Wire(of_type, sum(p.numel() for p in extra), like.new_empty(0, dtype=dtype))
+            wires[dtype] = FlatBuffer(of_type, sum(p.numel() for p in extra), like.new_empty(0, dtype=dtype))
     return wires

@@ -18,23 +18,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lopt import outer
-from lightning_lopt.agreement import EQUAL, Place, Standing, tell
-from lightning_lopt.buffers import Buffers
-from lightning_lopt.cargo import Cargo
 from lightning_lopt.comm import Communicator
-from lightning_lopt.exchange import Exchange
-from lightning_lopt.flight import Flight
 from lightning_lopt.functional.merge import merge
 from lightning_lopt.functional.outliers import Norms
-from lightning_lopt.guard import Guard
-from lightning_lopt.outer import OuterFactory, OuterStep
-from lightning_lopt.packing import Part, pack
-from lightning_lopt.parameters import Parameters, size
-from lightning_lopt.report import RoundReport
-from lightning_lopt.sharding import Shards
-from lightning_lopt.swap import Swap
-from lightning_lopt.travel import Travel
+from lightning_lopt.sync.anchors import AnchoredParameters, size
+from lightning_lopt.sync.buffers import Buffers
+from lightning_lopt.sync.cargo import Cargo
+from lightning_lopt.sync.exchange import Exchange
+from lightning_lopt.sync.flat import ParameterSlice, pack
+from lightning_lopt.sync.flight import Flight
+from lightning_lopt.sync.options import SyncOptions
+from lightning_lopt.sync.outer_step import OuterFactory, OuterStep, average, fingerprint, local_settings
+from lightning_lopt.sync.outliers import Guard
+from lightning_lopt.sync.report import RoundReport
+from lightning_lopt.sync.sharding import Shards
+from lightning_lopt.sync.status import EQUAL, SyncPoint, WorkerStatus, gather_status
+from lightning_lopt.sync.swap import Swap
 
 EvalWeights = Literal["anchor", "mean"]
 
@@ -50,7 +49,7 @@ class Sync:
         optimizer: the local optimizer, whose parameters are synchronised.
         outer_optimizer: makes a `torch.optim.Optimizer` from parameter groups of anchors; None averages.
         comm: the collectives.
-        travel: what is sent, and how it lands.
+        options: what is sent, and how it lands.
 
     Attributes:
         device: of the parameters.
@@ -70,18 +69,18 @@ class Sync:
         optimizer: Optimizer,
         outer_optimizer: OuterFactory | None,
         comm: Communicator,
-        travel: Travel,
+        options: SyncOptions,
     ) -> None:
-        self._parameters = Parameters(optimizer)
+        self._parameters = AnchoredParameters(optimizer)
         self._guard = Guard(comm, self._parameters)
         self._optimizer = optimizer
         self._comm = comm
-        self._travel, self._codec = travel, travel.codec
+        self._options, self._codec = options, options.codec
         self.device = next(t.param.device for t in self._parameters)
         self.swap = Swap()
         self._flight: Flight | None = None
         self.common = True
-        self.told: list[Standing] = []
+        self.told: list[WorkerStatus] = []
         named = [*model.named_parameters(), *model.named_buffers()]
         comm.check_same_shapes(named, self.device)
         comm.broadcast_([tensor for _, tensor in named])
@@ -89,16 +88,16 @@ class Sync:
             if t.param.requires_grad:
                 t.adopt(t.param)
         self._buffers = Buffers(model)
-        self._shards = Shards(comm) if travel.sharded else None
+        self._shards = Shards(comm) if options.sharded else None
         self._step = None
         if outer_optimizer is not None:
             self._step = OuterStep(outer_optimizer, self._parameters.groups, comm, self._shards)
-        self._cargo = Cargo(self._parameters, travel, self._step, self._shards)
+        self._cargo = Cargo(self._parameters, options, self._step, self._shards)
         comm.agree(
             self.device,
             {
-                "the outer optimizer (as a digest)": outer.fingerprint(self.outer),
-                "how parameters travel (as a digest)": travel.fingerprint,
+                "the outer optimizer (as a digest)": fingerprint(self.outer),
+                "how parameters travel (as a digest)": options.fingerprint,
             },
         )
 
@@ -108,7 +107,7 @@ class Sync:
         return None if self._step is None else self._step.optimizer
 
     @torch.no_grad()
-    def launch(self, round_idx: int, own: Standing, *, everything: bool = False, same_steps: bool = True) -> None:
+    def launch(self, round_idx: int, own: WorkerStatus, *, everything: bool = False, same_steps: bool = True) -> None:
         """Send this worker's present parameters.
 
         A sync that is still in flight is given up: wait for it, and use nothing of it. Where all workers wait at the
@@ -125,8 +124,8 @@ class Sync:
         self.wait()
         tracked = self._cargo.in_training()
         parts = self._cargo.parts(tracked, round_idx, everything=everything)
-        average = self._travel.local_state == "average"
-        states = self._parameters.local_states([part.tracked for part in parts]) if average else []
+        averages_states = self._options.local_state == "average"
+        states = self._parameters.local_states([part.tracked for part in parts]) if averages_states else []
         values = [
             round_idx,
             own.local_steps if same_steps and own.needs_sync else None,
@@ -152,7 +151,7 @@ class Sync:
         if not in_flight and exchange.told.met:
             self.told, self._flight = exchange.told.workers, None
 
-    def check(self, place: Place) -> None:
+    def check(self, place: SyncPoint) -> None:
         """Make sure that all workers are at the same place; leaves alone what is in flight.
 
         Raises:
@@ -160,14 +159,18 @@ class Sync:
         """
         self.wait()
         equal = dict.fromkeys(EQUAL)
-        tell(self._comm, self.device, equal, Standing(0, place), [False] * self._buffers.number, self._settings())
+        gather_status(
+            self._comm, self.device, equal, WorkerStatus(0, place), [False] * self._buffers.number, self._settings()
+        )
 
     def _settings(self) -> list[float]:
         """What the outer optimizer must know of the local one's groups."""
-        power = math.inf if self._travel.local_state == "reset" else self._travel.picks.num_turns
-        return [] if self._step is None else outer.local_settings(self._optimizer.param_groups, power)
+        power = math.inf if self._options.local_state == "reset" else self._options.picks.num_turns
+        return [] if self._step is None else local_settings(self._optimizer.param_groups, power)
 
-    def _exchange(self, parts: list[Part], equal: Mapping[str, int | None], states: Sequence[Tensor] = ()) -> Exchange:
+    def _exchange(
+        self, parts: list[ParameterSlice], equal: Mapping[str, int | None], states: Sequence[Tensor] = ()
+    ) -> Exchange:
         """Pack these parts, and all buffers."""
         changed = self._buffers.changed()
         buffers = self._buffers.snapshot(changed)
@@ -208,7 +211,7 @@ class Sync:
         self._guard.see(exchange, flight.round_idx)
         if self._comm.rank in exchange.left_out:
             self._come_back(flight)
-        leaves_common = self._travel.leaves_common_weights and not flight.leaves_drift
+        leaves_common = self._options.leaves_common_weights and not flight.leaves_drift
         self.common = flight.everything or exchange.skipped or leaves_common
         return flight.report(squares, (start, received), self._comm.bytes_sent - bytes_before, fell_back=fell_back)
 
@@ -216,9 +219,9 @@ class Sync:
         """Take up what arrived; return the workers' mean squared norm, that of their mean, and `fell_back`."""
         wires = flight.exchange.wires.values()
         local_square = sum(float(wire.square) for wire in wires)
-        rule = "overwrite" if flight.everything else self._travel.merge
+        rule = "overwrite" if flight.everything else self._options.merge
         if self._step is None:
-            square, fell_back = outer.average(wires), False
+            square, fell_back = average(wires), False
             if self._shards is not None:
                 (square,) = self._comm.total([square], self.device)
         else:
@@ -251,7 +254,7 @@ class Sync:
             flight.keep_lost()
         for state, mean in zip(flight.states, flight.exchange.states, strict=True):
             state.copy_(mean)
-        if self._travel.local_state == "reset":
+        if self._options.local_state == "reset":
             self._parameters.reset_local_states([part.tracked for part in flight.exchange.parts])
         self._buffers.land(flight.exchange.buffers, flight.exchange.arrived)
 
@@ -268,7 +271,7 @@ class Sync:
         tracked, exchange = [t for t in self._parameters if t.known], None
         if weights == "mean":
             self.wait()
-            exchange = self._exchange([Part(t) for t in tracked], {"parameters in training": size(tracked)})
+            exchange = self._exchange([ParameterSlice(t) for t in tracked], {"parameters in training": size(tracked)})
             exchange.fill(differences=False)
             exchange.start(self.device, background=False)
         if exchange is None or exchange.skipped:

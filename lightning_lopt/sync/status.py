@@ -12,7 +12,7 @@ import torch
 from lightning_lopt.comm import Communicator, DisagreementError
 from lightning_lopt.functional.outliers import from_integer, to_integer
 
-Place = Literal[
+SyncPoint = Literal[
     "sync",
     "launch",
     "validation",
@@ -24,7 +24,7 @@ Place = Literal[
 ]
 SYNCS = ("sync", "launch")
 ANSWERING = ("validation", "epoch end", "training end")  # where a worker takes part in the syncs of others
-PLACES: tuple[Place, ...] = get_args(Place)
+PLACES: tuple[SyncPoint, ...] = get_args(SyncPoint)
 EQUAL: tuple[str, ...] = (  # what workers at a sync agree on
     "round",
     "local steps",
@@ -38,7 +38,7 @@ NUM_ROWS = 5  # integers per worker
 
 
 @dataclass(frozen=True)
-class Standing:
+class WorkerStatus:
     """How far a worker is.
 
     Attributes:
@@ -51,7 +51,7 @@ class Standing:
     """
 
     local_steps: int
-    place: Place = "sync"
+    place: SyncPoint = "sync"
     share: float = 1.0
     seconds: float = 0.0
     norm: float = 0.0
@@ -63,7 +63,7 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Told:
+class GroupStatus:
     """What all workers told.
 
     Attributes:
@@ -72,7 +72,7 @@ class Told:
         settings: of the local optimizers' parameter groups, of each the largest.
     """
 
-    workers: list[Standing] = field(default_factory=list)
+    workers: list[WorkerStatus] = field(default_factory=list)
     changed: list[int] = field(default_factory=list)
     settings: list[float] = field(default_factory=list)
 
@@ -91,20 +91,20 @@ class Told:
         return [[[*vars(worker).values()] for worker in self.workers], self.changed, self.settings]
 
     @classmethod
-    def of(cls, state: Sequence[Any]) -> Told:
+    def of(cls, state: Sequence[Any]) -> GroupStatus:
         """Restore what `state_dict` returned."""
         workers, changed, settings = state
-        return cls([Standing(*values) for values in workers], changed, settings)
+        return cls([WorkerStatus(*values) for values in workers], changed, settings)
 
 
-def tell(
+def gather_status(
     comm: Communicator,
     device: torch.device,
     equal: Mapping[str, int | None],
-    own: Standing,
+    own: WorkerStatus,
     changed: Sequence[bool] = (),
     settings: Sequence[float] = (),
-) -> Told:
+) -> GroupStatus:
     """One small integer all-reduce: check what must be equal, and learn where everyone is.
 
     Args:
@@ -119,9 +119,11 @@ def tell(
         DisagreementError: one of the integers differs, or workers wait at different places.
 
     Example:
-        >>> told = tell(Communicator(), torch.device("cpu"), {"round": 0}, Standing(16), [False, True], [0.1])
+        >>> told = gather_status(
+        ...     Communicator(), torch.device("cpu"), {"round": 0}, WorkerStatus(16), [False, True], [0.1]
+        ... )
         >>> told.workers, told.changed, told.settings
-        ([Standing(local_steps=16, place='sync', share=1.0, seconds=0.0, norm=0.0)], [1], [0.1])
+        ([WorkerStatus(local_steps=16, place='sync', share=1.0, seconds=0.0, norm=0.0)], [1], [0.1])
     """
     num = comm.num_workers
     rows = [0] * (NUM_ROWS * num)
@@ -131,18 +133,18 @@ def tell(
     workers = []
     for k in range(num):
         steps, place, *rest = largest[k : NUM_ROWS * num : num]
-        workers.append(Standing(steps, PLACES[place], *map(from_integer, rest)))
+        workers.append(WorkerStatus(steps, PLACES[place], *map(from_integer, rest)))
     _check_places(workers)
     flags, rest = largest[NUM_ROWS * num :][: len(changed)], largest[NUM_ROWS * num + len(changed) :]
     decoded = [from_integer(value) for value in rest]
-    return Told(
+    return GroupStatus(
         workers,
         [i for i, flag in enumerate(flags) if flag],
         [math.nan if math.isinf(value) else value for value in decoded],  # an optimizer without one
     )
 
 
-def _check_places(workers: Sequence[Standing]) -> None:
+def _check_places(workers: Sequence[WorkerStatus]) -> None:
     """All that wait do so at the same place; while others are at a sync, only where workers answer those."""
     waiting = {worker.place: k for k, worker in enumerate(workers) if not worker.needs_sync}
     syncing = {worker.place: k for k, worker in enumerate(workers) if worker.needs_sync}

@@ -29,10 +29,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_lopt.rounds import Rounds
-from lightning_lopt.strategies.atomic import AtomicCheckpointIO, CheckpointError
-from lightning_lopt.strategies.faults import explained
+from lightning_lopt.strategies.checkpoint.atomic import AtomicCheckpointIO, CheckpointError
+from lightning_lopt.strategies.checkpoint.worker_files import load_part, merged, part_file, remove_parts
 from lightning_lopt.strategies.loaders import ResumableLoaders, random_state, set_random_state
-from lightning_lopt.strategies.parts import load_part, merged, part_file, remove_parts
+from lightning_lopt.strategies.signals import explained
 
 CHECKPOINT_KEY = "lightning_lopt"
 CHECKPOINT_VERSION = 8

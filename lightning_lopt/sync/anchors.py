@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
-class Tracked:
+class AnchoredParameter:
     """A parameter and its anchor, which is empty until the parameter is first trained.
 
     Attributes:
@@ -28,7 +28,7 @@ class Tracked:
         if param.is_complex() or param.is_sparse:
             raise ValueError(f"Parameters must be dense and real, not {param.dtype} ({param.layout}).")
         self.param = param
-        self.dtype = wire_dtype(param)
+        self.dtype = flat_dtype(param)
         self.anchor = torch.empty(0, dtype=self.dtype, device=param.device)
         self.known = False
         self.residual: Tensor | None = None
@@ -39,7 +39,7 @@ class Tracked:
         self.known = True
 
 
-class Parameters:
+class AnchoredParameters:
     """All parameters of a local optimizer, in its groups.
 
     Args:
@@ -54,24 +54,27 @@ class Parameters:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        self.groups: list[list[Tracked]] = []
+        self.groups: list[list[AnchoredParameter]] = []
         self.follow()
         if not any(t.param.requires_grad for t in self):
             raise ValueError(
                 "There is nothing to train: the local optimizer holds no parameter with requires_grad=True."
             )
 
-    def __iter__(self) -> Iterator[Tracked]:
+    def __iter__(self) -> Iterator[AnchoredParameter]:
         for group in self.groups:
             yield from group
 
-    def follow(self) -> list[list[Tracked]]:
+    def follow(self) -> list[list[AnchoredParameter]]:
         """Take up the groups that the optimizer was given since the last call; these."""
-        new = [[Tracked(p) for p in group["params"]] for group in self._optimizer.param_groups[len(self.groups) :]]
+        new = [
+            [AnchoredParameter(p) for p in group["params"]]
+            for group in self._optimizer.param_groups[len(self.groups) :]
+        ]
         self.groups += new
         return new
 
-    def in_training(self) -> list[Tracked]:
+    def in_training(self) -> list[AnchoredParameter]:
         """Those that were ever trained.
 
         Newcomers have no common value yet; their anchor is 0 until their first sync, which averages them.
@@ -82,7 +85,7 @@ class Parameters:
                 t.anchor.data = torch.zeros_like(t.param, dtype=t.dtype)
         return tracked
 
-    def local_states(self, tracked: Sequence[Tracked]) -> list[Tensor]:
+    def local_states(self, tracked: Sequence[AnchoredParameter]) -> list[Tensor]:
         """The local optimizer's states of these that belong to coordinates: momenta, second moments."""
         return [
             state
@@ -91,7 +94,7 @@ class Parameters:
             if isinstance(state, Tensor) and state.is_floating_point() and state.shape == t.param.shape
         ]
 
-    def reset_local_states(self, tracked: Sequence[Tracked]) -> None:
+    def reset_local_states(self, tracked: Sequence[AnchoredParameter]) -> None:
         """Forget the local optimizer's states of these."""
         for t in tracked:
             self._optimizer.state.get(t.param, {}).clear()
@@ -143,11 +146,11 @@ class Parameters:
             t.residual = None if residual is None else residual.to(t.param.device)
 
 
-def size(tracked: Sequence[Tracked]) -> int:
+def size(tracked: Sequence[AnchoredParameter]) -> int:
     """Number of coordinates."""
     return sum(t.param.numel() for t in tracked)
 
 
-def wire_dtype(tensor: Tensor) -> torch.dtype:
+def flat_dtype(tensor: Tensor) -> torch.dtype:
     """The type in which a tensor travels."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

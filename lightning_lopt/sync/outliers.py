@@ -6,9 +6,9 @@ import math
 import warnings
 
 from lightning_lopt.comm import Communicator
-from lightning_lopt.exchange import Exchange
 from lightning_lopt.functional.outliers import FACTOR, Norms
-from lightning_lopt.parameters import Parameters
+from lightning_lopt.sync.anchors import AnchoredParameters
+from lightning_lopt.sync.exchange import Exchange
 
 CHECK_EVERY = 100  # syncs
 
@@ -24,7 +24,7 @@ class Guard:
         norms: of the pseudo-gradients that syncs took the mean of.
     """
 
-    def __init__(self, comm: Communicator, parameters: Parameters) -> None:
+    def __init__(self, comm: Communicator, parameters: AnchoredParameters) -> None:
         self._comm, self._parameters = comm, parameters
         self._num_checksums = 0
         self._warned = False

@@ -15,7 +15,7 @@ LocalState = Literal["keep", "reset", "average"]
 
 
 @dataclass(frozen=True)
-class Travel:
+class SyncOptions:
     """How parameters travel between the workers; by default everything at once, as it is.
 
     The last sync of a run sends everything, uncompressed and with nothing in flight, whatever is said here.
@@ -36,7 +36,7 @@ class Travel:
         ValueError: an argument out of its range, or two that exclude each other.
 
     Example:
-        >>> Travel(density=0.1).picks
+        >>> SyncOptions(density=0.1).picks
         RandomCoordinates(density=0.1, seed=0)
     """
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from lightning_lopt.comm import Communicator
-from lightning_lopt.packing import Part, Wire
-from lightning_lopt.parameters import Tracked
+from lightning_lopt.sync.anchors import AnchoredParameter
+from lightning_lopt.sync.flat import FlatBuffer, ParameterSlice
 
 
 class Shards:
@@ -24,10 +24,10 @@ class Shards:
 
     def __init__(self, comm: Communicator) -> None:
         self._comm = comm
-        self._owners: dict[Tracked, int] = {}
+        self._owners: dict[AnchoredParameter, int] = {}
         self._loads = [0] * comm.num_workers
 
-    def assign(self, tracked: Sequence[Tracked]) -> None:
+    def assign(self, tracked: Sequence[AnchoredParameter]) -> None:
         """Find owners for those that have none; the others keep theirs."""
         new = [t for t in tracked if t not in self._owners]
         for t in sorted(new, key=lambda t: -t.param.numel()):
@@ -35,15 +35,15 @@ class Shards:
             self._owners[t] = owner
             self._loads[owner] += max(1, t.param.numel())
 
-    def owns(self, tracked: Tracked) -> bool:
+    def owns(self, tracked: AnchoredParameter) -> bool:
         """Whether this worker owns a tensor."""
         return self._owners.get(tracked) == self._comm.rank
 
-    def sort(self, parts: Sequence[Part]) -> list[Part]:
+    def sort(self, parts: Sequence[ParameterSlice]) -> list[ParameterSlice]:
         """By owner: then each worker's share of a wire is one slice."""
         return sorted(parts, key=lambda part: self._owners[part.tracked])
 
-    def collect(self, wire: Wire, *, gather: bool) -> None:
+    def collect(self, wire: FlatBuffer, *, gather: bool) -> None:
         """Send everybody its share of a sorted wire; of the own share, leave the mean over the workers in place.
 
         Summed in the order of the workers, and so the same in every run.
@@ -53,7 +53,7 @@ class Shards:
         torch.mean(received, 0, out=share)
         wire.workers = received if gather else None
 
-    def spread(self, wire: Wire) -> None:
+    def spread(self, wire: FlatBuffer) -> None:
         """Send the own anchors to all others, and take theirs."""
         counts, share = self._shares(wire)
         for part, view in zip(wire.parts[wire.own], wire.views[wire.own], strict=True):
@@ -62,7 +62,7 @@ class Shards:
         for part, view in zip(wire.parts, wire.views, strict=True):
             part.put(part.tracked.anchor, view)
 
-    def _shares(self, wire: Wire) -> tuple[list[int], torch.Tensor]:
+    def _shares(self, wire: FlatBuffer) -> tuple[list[int], torch.Tensor]:
         """The length of each worker's share, and this worker's; `wire.own` is set to the parts in it."""
         owners = [self._owners[part.tracked] for part in wire.parts]
         counts, num_parts = [0] * self._comm.num_workers, [0] * self._comm.num_workers

@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_lopt.comm import Communicator, digest
-from lightning_lopt.packing import Part, Wire
-from lightning_lopt.parameters import Tracked
-from lightning_lopt.sharding import Shards
+from lightning_lopt.sync.anchors import AnchoredParameter
+from lightning_lopt.sync.flat import FlatBuffer, ParameterSlice
+from lightning_lopt.sync.sharding import Shards
 
 OuterFactory = Callable[[Any], Optimizer]
-Pairs = list[tuple[Part, Tensor]]
+Pairs = list[tuple[ParameterSlice, Tensor]]
 
 
-def average(wires: Iterable[Wire]) -> float:
+def average(wires: Iterable[FlatBuffer]) -> float:
     """The anchors become the means that arrived; the squared norm of the pseudo-gradient that this amounts to."""
     square = 0.0
     for wire in wires:
@@ -52,7 +52,11 @@ class OuterStep:
     """
 
     def __init__(
-        self, factory: OuterFactory, groups: Sequence[Sequence[Tracked]], comm: Communicator, shards: Shards | None
+        self,
+        factory: OuterFactory,
+        groups: Sequence[Sequence[AnchoredParameter]],
+        comm: Communicator,
+        shards: Shards | None,
     ) -> None:
         self._comm, self._groups, self._shards = comm, groups, shards
         self.optimizer = factory([{"params": [t.anchor for t in group]} for group in groups])
@@ -68,7 +72,7 @@ class OuterStep:
                 "number."
             )
 
-    def add_group(self, group: Sequence[Tracked]) -> None:
+    def add_group(self, group: Sequence[AnchoredParameter]) -> None:
         """Follow a new group of the local optimizer."""
         self.optimizer.add_param_group({"params": [t.anchor for t in group]})
 
@@ -99,7 +103,7 @@ class OuterStep:
 
     def step(
         self,
-        wires: Iterable[Wire],
+        wires: Iterable[FlatBuffer],
         keys: dict[str, int],
         rates: Sequence[float],
         momenta: Sequence[float],
@@ -159,12 +163,12 @@ class OuterStep:
 
 
 @contextmanager
-def narrowed(optimizer: Optimizer, parts: Sequence[Part]) -> Iterator[None]:
+def narrowed(optimizer: Optimizer, parts: Sequence[ParameterSlice]) -> Iterator[None]:
     """Show an optimizer only the chosen coordinates of its parameters and of their states, as 1-D tensors.
 
     A state that the optimizer makes meanwhile is 0 at all other coordinates.
     """
-    wide: list[tuple[Part, Tensor, dict[str, Tensor]]] = []
+    wide: list[tuple[ParameterSlice, Tensor, dict[str, Tensor]]] = []
     for part in parts:
         if part.index is None:
             continue
@@ -265,7 +269,7 @@ def _gradients(pairs: Pairs, workers: Sequence[Tensor | None]) -> Iterator[None]
                 del part.tracked.anchor.worker_grads  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _kept(part: Part, *, scratch: bool) -> Tensor:
+def _kept(part: ParameterSlice, *, scratch: bool) -> Tensor:
     """A copy of the anchor, in the parameter itself where that may be and fits."""
     t = part.tracked
     if scratch and part.index is None and t.param.dtype == t.dtype:

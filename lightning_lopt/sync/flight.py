@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lopt.agreement import Told
-from lightning_lopt.exchange import Exchange
-from lightning_lopt.report import RoundReport
+from lightning_lopt.sync.exchange import Exchange
+from lightning_lopt.sync.report import RoundReport
+from lightning_lopt.sync.status import GroupStatus
 
 
 @dataclass
@@ -110,7 +110,7 @@ class Flight:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, in a flight of the same parts."""
         self._load_wires(state["wires"])
-        self.exchange.told, self.exchange.left_out = Told.of(state["told"]), state["left_out"]
+        self.exchange.told, self.exchange.left_out = GroupStatus.of(state["told"]), state["left_out"]
         self.exchange.arrived = {i: v.to(self.exchange.buffers[i].device) for i, v in state["arrived"].items()}
 
     def load_own_state(self, state: dict[str, Any]) -> None:

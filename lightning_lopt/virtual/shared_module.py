@@ -44,21 +44,21 @@ class _Model:
 class _Optimizer:
     """A local optimizer's groups and states, of one worker's parameters."""
 
-    def __init__(self, replicas: Replicas, rank: int, optimizer: Optimizer) -> None:
-        self._replicas, self._rank, self._optimizer = replicas, rank, optimizer
+    def __init__(self, shared_module: SharedModule, rank: int, optimizer: Optimizer) -> None:
+        self._shared_module, self._rank, self._optimizer = shared_module, rank, optimizer
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        own = self._replicas.own[self._rank]
+        own = self._shared_module.own[self._rank]
         return [{**group, "params": [own[p] for p in group["params"]]} for group in self._optimizer.param_groups]
 
     @property
     def state(self) -> dict[Tensor, dict[str, Any]]:
-        own = self._replicas.own[self._rank]
-        return {own[p]: s for state in self._replicas.states(self._rank) for p, s in state.items() if p in own}
+        own = self._shared_module.own[self._rank]
+        return {own[p]: s for state in self._shared_module.states(self._rank) for p, s in state.items() if p in own}
 
 
-class Replicas:
+class SharedModule:
     """K workers' weights, buffers, optimizer states and options, one of which is in the module at a time.
 
     Nothing is copied when the turn changes: tensors of the module are pointed to the next worker's. Options that
@@ -78,10 +78,10 @@ class Replicas:
     Example:
         >>> import torch
         >>> module = torch.nn.Linear(1, 1)
-        >>> replicas = Replicas(module, [torch.optim.SGD(module.parameters(), lr=0.1)], num_workers=2)
-        >>> for worker in replicas.turns():
+        >>> shared_module = SharedModule(module, [torch.optim.SGD(module.parameters(), lr=0.1)], num_workers=2)
+        >>> for worker in shared_module.turns():
         ...     _ = module.weight.data.fill_(worker)
-        >>> [replicas.own[k][module.weight].item() for k in range(2)]
+        >>> [shared_module.own[k][module.weight].item() for k in range(2)]
         [0.0, 1.0]
     """
 

@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_lopt.agreement import Place
 from lightning_lopt.rounds import Rounds
-from lightning_lopt.strategies.averaging import average_averages
+from lightning_lopt.strategies.averaging import sync_weight_averages
+from lightning_lopt.sync.status import SyncPoint
 
 
 class RoundCallback(Callback):
@@ -29,30 +29,30 @@ class RoundCallback(Callback):
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._strategy.meet("validation")
-        average_averages(trainer, self._strategy.rounds)
+        self._strategy.join("validation")
+        sync_weight_averages(trainer, self._strategy.rounds)
         self._strategy.swap_in_global_weights()
 
     @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        average_averages(trainer, self._strategy.rounds)
+        sync_weight_averages(trainer, self._strategy.rounds)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._strategy.meet("epoch end")
+        self._strategy.join("epoch end")
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._strategy.rounds is not None:
-            self._strategy.meet("training end")  # nobody may have foreseen it: early stopping, max_time
-            average_averages(trainer, self._strategy.rounds)
+            self._strategy.join("training end")  # nobody may have foreseen it: early stopping, max_time
+            sync_weight_averages(trainer, self._strategy.rounds)
             if self._strategy.rounds.last_report is None:
                 rank_zero_info("Nothing was synced in this fit: no optimizer took a step.")
 
 
-class Rendezvous:
+class UnevenInputs:
     """The meetings of one fit; creating one is collective.
 
     Workers whose loaders have the same known number of batches are at every place together, and need not meet. Those
@@ -79,11 +79,11 @@ class Rendezvous:
         own = [batches is None, batches or 0, -(batches or 0), rounds.step_idx, -rounds.step_idx]
         unknown, most, least, ahead, behind = rounds.comm.agree(self._device, {}, own)
         reasons = {
-            "worker_speeds": rounds.pace.unequal,
+            "worker_speeds": rounds.speeds.unequal,
             f"they have between {-least} and {most} batches": not unknown and most != -least,
             f"they have taken between {-behind} and {ahead} before": ahead != -behind,
         }
-        if rounds.pace.unequal and most == -least != 0:
+        if rounds.speeds.unequal and most == -least != 0:
             rank_zero_info(
                 f"With worker_speeds all workers have {most} batches in an epoch, so the fast ones wait at its end: "
                 "give each data in proportion to its speed, by an IterableDataset that knows its rank, or a sampler of "
@@ -112,7 +112,7 @@ class Rendezvous:
             total = trainer.max_steps
         return None if total in (-1, float("inf")) else int(total)
 
-    def meet(self, place: Place) -> None:
+    def join(self, place: SyncPoint) -> None:
         """Wait for all workers, if they may be unequally far; at the end of training, all are synced."""
         if not self._needed:
             if place == "training end":
@@ -128,7 +128,7 @@ class Rendezvous:
         else:
             signals = self._trainer.strategy.signals
             signals.pause()
-            self._rounds.meet(place, last=self._is_last(place))
+            self._rounds.join(place, last=self._is_last(place))
             if place == "epoch end" and self._rounds.comm.agree(self._device, {}, [signals.noted])[0]:
                 signals.obey()
 
@@ -147,7 +147,7 @@ class Rendezvous:
     def _out_of_data(self) -> bool:
         return self._trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
-    def _is_last(self, place: Place) -> bool:
+    def _is_last(self, place: SyncPoint) -> bool:
         """Whether training ends here, as far as can be foreseen."""
         loop = self._trainer.fit_loop
         if place == "validation" and not self._out_of_data:

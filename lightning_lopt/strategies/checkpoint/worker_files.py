@@ -12,7 +12,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from torch import Tensor
 
-from lightning_lopt.strategies.atomic import CheckpointError
+from lightning_lopt.strategies.checkpoint.atomic import CheckpointError
 
 
 def part_file(checkpoint_path: Any, token: str, rank: int) -> str:

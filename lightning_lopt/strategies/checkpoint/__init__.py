@@ -1,0 +1,1 @@
+"""Checkpoints that hold every worker's state."""

@@ -1,0 +1,83 @@
+"""The mean over the workers of compressed values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lightning_lopt.comm import Communicator
+from lightning_lopt.functional.compression import Codec
+
+
+def compressed_mean(
+    comm: Communicator, values: Tensor, sizes: Sequence[int], codec: Codec, *, gather: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    r"""The mean over the workers of what their codes say, and what they do not say.
+
+    Dense codes travel as an all-reduce does: slices are coded and sent to the worker that owns them, who averages and
+    codes the mean, which all gather. What that second code loses is K times added to the owner's residual, so that
+    nothing is lost for good: the mean of `values` is the mean that is returned plus the mean of the residuals.
+
+    Args:
+        values: [n].
+        sizes: the pieces that `values` are made of.
+        codec: makes the codes.
+        gather: whether every worker's values are wanted; all codes then go to all workers, as those of a sparse codec.
+
+    Returns:
+        The mean [n], this worker's residual [n], and all workers' decoded values [K, n] if `gather`.
+
+    Example:
+        >>> from lightning_lopt.functional.compression import TopK
+        >>> compressed_mean(Communicator(), torch.tensor([1.0, 3.0]), [2], TopK(0.5))[:2]
+        (tensor([0., 3.]), tensor([1., 0.]))
+    """
+    num_workers, width = comm.num_workers, values.dtype
+    if gather or codec.sparse:
+        received = comm.gather(_encode(codec, values, sizes))
+        residual = values - codec.decode(received[comm.rank], sizes).to(width)
+        if gather:
+            workers = torch.stack([codec.decode(code, sizes).to(width) for code in received])
+            return workers.mean(0), residual, workers
+        mean = torch.zeros_like(values)
+        for code in received:
+            mean += codec.decode(code, sizes)
+        return mean.div_(num_workers), residual, None
+    bounds = [len(values) * k // num_workers for k in range(num_workers + 1)]
+    pieces = _cut(sizes, bounds)
+    parts = values.split([high - low for low, high in pairwise(bounds)])
+    codes = _stack([_encode(codec, part, s) for part, s in zip(parts, pieces, strict=True)])
+    sent = torch.cat([codec.decode(code, s) for code, s in zip(codes, pieces, strict=True)])
+    own = pieces[comm.rank]
+    mean = torch.zeros(sum(own), device=values.device)
+    length = [codes.shape[1]] * num_workers
+    for code in comm.all_to_all(codes.flatten(), length, length).view_as(codes):
+        mean += codec.decode(code, own)
+    mean /= num_workers
+    coded = _encode(codec, mean, own)
+    gathered = comm.gather(pad(coded, (0, codes.shape[1] - len(coded))))
+    means = [codec.decode(code, s) for code, s in zip(gathered, pieces, strict=True)]
+    residual = values - sent.to(width)
+    residual[bounds[comm.rank] : bounds[comm.rank + 1]] += num_workers * (mean - means[comm.rank])
+    return torch.cat(means).to(width), residual, None
+
+
+def _encode(codec: Codec, values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The code, padded so that several of them in a row are aligned for any type."""
+    code = codec.encode(values.float(), sizes)
+    return pad(code, (0, -len(code) % 8))
+
+
+def _stack(codes: Sequence[Tensor]) -> Tensor:
+    longest = max(len(code) for code in codes)
+    return torch.stack([pad(code, (0, longest - len(code))) for code in codes])
+
+
+def _cut(sizes: Sequence[int], bounds: Sequence[int]) -> list[list[int]]:
+    """The sizes of the pieces between consecutive bounds, when consecutive pieces of `sizes` are cut there too."""
+    edges = sorted({0, *accumulate(sizes), *bounds})
+    return [[high - low for low, high in pairwise(edges) if start <= low < end] for start, end in pairwise(bounds)]
