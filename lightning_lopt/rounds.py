@@ -11,12 +11,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lopt.comm import Communicator
+from lightning_lopt.optim.outer import OuterFactory, check_coordinatewise
 from lightning_lopt.schedules import Constant, RoundInfo, Schedule, as_schedule
 from lightning_lopt.sync.options import SyncOptions
-from lightning_lopt.sync.outer_step import check_coordinatewise
 from lightning_lopt.sync.report import RoundReport
 from lightning_lopt.sync.status import SyncPoint, WorkerStatus
-from lightning_lopt.sync.sync import EvalWeights, OuterFactory, Sync
+from lightning_lopt.sync.sync import EvalWeights, Sync
 from lightning_lopt.worker_speeds import Speeds, WorkerSpeeds
 
 _COUNTERS = ("round_idx", "step_idx", "local_step", "local_steps", "due")  # may differ on workers, but for the first
@@ -46,7 +46,7 @@ class Rounds:
         local_step: local steps finished in the present round.
         local_steps: H of the present round on this worker, None before its first step.
         due: local step of the present round at which a sync is launched or finished.
-        in_step: whether all workers have taken as many steps, as far as they told each other.
+        equal_steps: whether all workers have taken as many steps, as far as they told each other.
         last_report: the `RoundReport` of the last sync.
         listeners: called with each `RoundReport`, at once.
 
@@ -93,7 +93,7 @@ class Rounds:
         check_combination(self._schedule, outer_optimizer, self._options)
         self.sync = Sync(model, optimizer, outer_optimizer, self.comm, self._options)
         self.speeds = WorkerSpeeds(worker_speeds, self.comm.num_workers, self.comm.rank, self.sync.device)
-        self.in_step = not self.speeds.unequal
+        self.equal_steps = not self.speeds.unequal
         self.round_idx = 0
         self.step_idx = 0
         self.local_step = 0
@@ -125,7 +125,7 @@ class Rounds:
 
     def _launch_or_end(self) -> bool:
         if self.local_step != self.local_steps:
-            self._launch("launch")
+            self._launch(SyncPoint.LAUNCH)
             assert self.local_steps is not None
             self.due = self.local_steps
             return False
@@ -134,12 +134,12 @@ class Rounds:
         self._end_round()
         return True
 
-    def _launch(self, place: SyncPoint = "sync", *, everything: bool = False) -> None:
-        steps = self.local_steps if place == "launch" and self.local_steps is not None else self.local_step
-        own = WorkerStatus(steps, place, self.speeds.share, self.speeds.measure(self.local_step))
-        self.sync.launch(self.round_idx, own, everything=everything, same_steps=self.in_step)
+    def _launch(self, point: SyncPoint = SyncPoint.SYNC, *, everything: bool = False) -> None:
+        steps = self.local_step if point is not SyncPoint.LAUNCH or self.local_steps is None else self.local_steps
+        status = WorkerStatus(steps, point, self.speeds.share, self.speeds.measure(self.local_step))
+        self.sync.launch(self.round_idx, status, everything=everything, same_steps=self.equal_steps)
 
-    def join(self, place: SyncPoint = "epoch end", *, last: bool = False) -> None:
+    def join(self, point: SyncPoint = SyncPoint.EPOCH_END, *, last: bool = False) -> None:
         """Wait until all workers have come to the same place; nothing else lets them be unequally far.
 
         Until then this worker takes part in the others' syncs, with what it has and no further steps. When all are
@@ -154,13 +154,13 @@ class Rounds:
         """
         if self.sync.in_flight:
             self._end_round()
-        self._launch(place)
+        self._launch(point)
         while self.sync.in_flight:  # somebody was at a sync
             self._end_round()
-            self._launch(place)
-        self._hear()
-        steps = {worker.local_steps for worker in self.sync.told}
-        self.in_step = self.in_step and len(steps) == 1
+            self._launch(point)
+        self._update_speeds()
+        steps = {worker.local_steps for worker in self.sync.worker_statuses}
+        self.equal_steps = self.equal_steps and len(steps) == 1
         if len(steps) > 1 or (last and (steps != {0} or not self.sync.common)):
             self._launch(everything=last)
             self._end_round()
@@ -174,8 +174,8 @@ class Rounds:
 
     def _end_round(self) -> None:
         self.last_report = self.sync.finish()
-        self._hear()
-        self.in_step = self.in_step and all(worker.needs_sync for worker in self.sync.told)
+        self._update_speeds()
+        self.equal_steps = self.equal_steps and all(worker.point.needs_sync for worker in self.sync.worker_statuses)
         self.round_idx += 1
         self.local_step = 0
         self.local_steps = None
@@ -183,8 +183,8 @@ class Rounds:
         for listener in self.listeners:
             listener(self.last_report)
 
-    def _hear(self) -> None:
-        self.speeds.hear([worker.seconds for worker in self.sync.told])
+    def _update_speeds(self) -> None:
+        self.speeds.update([worker.step_seconds for worker in self.sync.worker_statuses])
 
     @property
     def synced(self) -> bool:
@@ -202,7 +202,7 @@ class Rounds:
                 f"The schedule {self._schedule!r} returned {returned!r} local steps for {info}; "
                 "it must be an integer >= 1."
             )
-        turns = self._options.picks.num_turns
+        turns = self._options.effective_selection.num_turns
         turn = self.round_idx % turns
         local_steps = local_steps * (turn + 1) // turns - local_steps * turn // turns
         if local_steps < 1:
@@ -240,14 +240,14 @@ class Rounds:
             alone: do not talk to the other workers: see `Sync.state_dict`.
         """
         sync = self.sync.state_dict(alone=alone)
-        return {**self._counters(), "in_step": self.in_step, "seconds": [*self.speeds.seconds], "sync": sync}
+        return {**self._counters(), "equal_steps": self.equal_steps, "seconds": [*self.speeds.seconds], "sync": sync}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._load_counters(state)
-        self.in_step = self.in_step and state["in_step"]
+        self.equal_steps = self.equal_steps and state["equal_steps"]
         if len(state["seconds"]) == self.comm.num_workers:
-            self.speeds.hear(state["seconds"])
+            self.speeds.update(state["seconds"])
         self.sync.load_state_dict(state["sync"])
 
     def local_state(self) -> dict[str, Any]:
@@ -280,9 +280,9 @@ def check_combination(schedule: Schedule, outer_optimizer: OuterFactory | None, 
         ValueError: an outer optimizer that needs whole tensors with random coordinates, or a constant number of local
             steps that has no room for the overlap or for all fragments.
     """
-    if outer_optimizer is not None and not options.picks.whole_tensors:
+    if outer_optimizer is not None and not options.effective_selection.whole_tensors:
         check_coordinatewise(outer_optimizer)
-    turns = options.picks.num_turns
+    turns = options.effective_selection.num_turns
     if isinstance(schedule, Constant) and schedule.local_steps // turns <= options.overlap_steps:
         raise ValueError(
             f"With local_steps={schedule.local_steps} a sync comes every {schedule.local_steps // turns} steps"

@@ -88,7 +88,7 @@ class WorkerSpeeds:
         seconds = (self._now() - start) / (local_step - step)
         return (known + seconds) / 2 if known else seconds
 
-    def hear(self, seconds: Sequence[float]) -> None:
+    def update(self, seconds: Sequence[float]) -> None:
         """Take up every worker's seconds per local step."""
         self.seconds = [*seconds]
         if self._measures and all(seconds):

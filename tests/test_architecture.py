@@ -23,8 +23,8 @@ MAY_IMPORT = {
     "comm": set(),
     "selection": {"functional"},
     "worker_speeds": set(),
-    "sync": {"comm", "functional", "selection"},
-    "rounds": {"comm", "schedules", "sync", "worker_speeds"},
+    "sync": {"comm", "functional", "optim", "selection"},
+    "rounds": {"comm", "optim", "schedules", "sync", "worker_speeds"},
     "virtual": {"comm", "rounds"},
     "strategies": {
         "comm",

@@ -50,7 +50,7 @@ CASES: list[tuple[str, SyncOptions, float, float, float]] = [  # sent in a sync,
 
 def _held(rounds: Rounds, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the tensors that `rounds` leads to, without the user's own."""
-    if (drawn := getattr(rounds.sync._cargo.picks, "_next", None)) is not None:
+    if (drawn := getattr(rounds.sync._selection, "_next", None)) is not None:
         drawn[2].result()  # the next round's coordinates
     own = [t for p in model.parameters() for t in (p, p.grad, *optimizer.state[p].values()) if t is not None]
     storages = {t.untyped_storage().data_ptr(): 0 for t in own}
@@ -72,9 +72,9 @@ def _costs(rank):
     for name, options, *_ in CASES:
         model = nn.Sequential(*(nn.Linear(100, 100, bias=False) for _ in range(12)))
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-        rounds = Rounds(model, optimizer, 2 * options.picks.num_turns, OUTERS[name], options=options)
+        rounds = Rounds(model, optimizer, 2 * options.effective_selection.num_turns, OUTERS[name], options=options)
         before, in_flight = rounds.comm.bytes_sent, 0
-        while rounds.round_idx < 2 * options.picks.num_turns:
+        while rounds.round_idx < 2 * options.effective_selection.num_turns:
             for p in model.parameters():
                 p.grad = torch.randn_like(p)
             optimizer.step()

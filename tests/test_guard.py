@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_lopt import AdaMLP, Fragments, LearnedOptimizer, Rounds, SlowMomentum, SyncOptions, TopK
 from lightning_lopt.comm import DisagreementError
-from lightning_lopt.sync.outliers import CHECK_EVERY
+from lightning_lopt.sync.replica import CHECK_EVERY
 from tests.processes import run_workers
 
 H = 3

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lightning_lopt import DisagreementError, Fragments, Rounds, SlowMomentum, SyncOptions
+from lightning_lopt.sync.status import SyncPoint
 from lightning_lopt.worker_speeds import WorkerSpeeds
 from tests.processes import run_workers
 
@@ -67,9 +68,9 @@ def test_measured_speed(monkeypatch):
     seconds = speeds.measure(3)
     assert seconds == 1.5
     assert speeds.measure(3) == 0  # nothing more to tell, and nobody has heard
-    speeds.hear([0.0, seconds])
+    speeds.update([0.0, seconds])
     assert speeds.steps(12) == 12  # the other one is not known yet
-    speeds.hear([1.0, seconds])
+    speeds.update([1.0, seconds])
     assert speeds.steps(12) == 8
     speeds.start(0)
     assert speeds.measure(2) == (1.5 + 0.75) / 2
@@ -117,7 +118,7 @@ def _run(rank, gradients, batches, epochs=1, **options):
     seen = []
     for epoch in range(epochs):
         seen += _epoch(model, optimizer, rounds, gradients[rank], batches[rank])
-        rounds.join("epoch end", last=epoch == epochs - 1)
+        rounds.join(SyncPoint.EPOCH_END, last=epoch == epochs - 1)
     return seen, _flat(model), rounds.round_idx, rounds.step_idx
 
 
@@ -184,11 +185,11 @@ def _together(rank, options):
     for num in (2, 1, 7):
         _epoch(model, optimizer, rounds, 1.0 + rank, num)
         before = rounds.comm.num_collectives
-        rounds.sync.check("checkpoint")
+        rounds.sync.check(SyncPoint.CHECKPOINT)
         if not options.overlap_steps:
-            rounds.join("validation")
+            rounds.join(SyncPoint.VALIDATION)
         seen.append(rounds.comm.num_collectives - before)
-    return seen, np.array_equal(_flat(model), _flat(other)), rounds.round_idx, rounds.in_step
+    return seen, np.array_equal(_flat(model), _flat(other)), rounds.round_idx, rounds.equal_steps
 
 
 @pytest.mark.parametrize("options", [SyncOptions(), SyncOptions(overlap_steps=2)], ids=["at once", "in flight"])
@@ -202,9 +203,10 @@ def test_who_is_together_goes_on_as_if_nothing_had_been(options):
 def _apart(rank, places):
     model, optimizer, rounds = _new(4)
     _epoch(model, optimizer, rounds, 1.0, 3)
-    come = rounds.sync.check if places[rank] == "checkpoint" else rounds.join
+    point = SyncPoint(places[rank])
+    come = rounds.sync.check if point is SyncPoint.CHECKPOINT else rounds.join
     with pytest.raises(DisagreementError) as error:
-        come(places[rank]) if places[rank] != "sync" else rounds.step()
+        rounds.step() if point is SyncPoint.SYNC else come(point)
     return str(error.value)
 
 
@@ -238,7 +240,7 @@ def _resumed(rank, speeds, stop, options):
     _epoch(*parts, 1.0 + rank, (8, 3)[rank])
     parts[2].join()
     if speeds == "measured":
-        parts[2].speeds.hear([1.0, 3.0])
+        parts[2].speeds.update([1.0, 3.0])
     done = min(stop, (12, 4)[rank])
     _epoch(*parts, 1.0 + rank, done)
     state, local = parts[2].state_dict(), parts[2].local_state()

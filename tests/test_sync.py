@@ -26,7 +26,7 @@ from lightning_lopt import (
 from lightning_lopt.comm import Communicator
 from lightning_lopt.strategies.joint import JointOptimizer
 from lightning_lopt.sync import Sync
-from lightning_lopt.sync.status import WorkerStatus
+from lightning_lopt.sync.status import SyncPoint, WorkerStatus
 from tests.conftest import SHARED
 from tests.processes import run_workers
 
@@ -68,7 +68,7 @@ def _golden(rank, case, merge, dtype):
     for t in range(len(noise)):
         for h in range(before + overlap):
             if h == before:
-                sync.launch(t, WorkerStatus(before + overlap, "launch"), same_steps=False)
+                sync.launch(t, WorkerStatus(before + overlap, SyncPoint.LAUNCH), same_steps=False)
                 y = model.x.detach().clone()
             model.x.grad = curvature[rank] * (model.x.detach() - center[rank]) + noise[t, rank, h]
             optimizer.step()
@@ -368,7 +368,7 @@ def test_resumes_bitwise_from_every_step(name):
 
 
 def _disagree(rank):
-    with pytest.raises(RuntimeError, match="how parameters travel"):
+    with pytest.raises(RuntimeError, match="the sync options"):
         _run(rank, SyncOptions(density=(rank + 1) / 2))
     return True
 
@@ -381,8 +381,8 @@ def _other_coordinates(rank):
     model = Point(torch.zeros(4))
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     sync = Sync(model, optimizer, None, Communicator(), SyncOptions(density=0.5))
-    sync._cargo.picks = RandomCoordinates(0.5, seed=rank)
-    sync.launch(0, WorkerStatus(1, "launch"))
+    sync._selection = RandomCoordinates(0.5, seed=rank)
+    sync.launch(0, WorkerStatus(1, SyncPoint.LAUNCH))
     with pytest.raises(RuntimeError, match="coordinates to send"):
         sync.finish()
     return True

@@ -148,7 +148,7 @@ class LocalSGD(VirtualWorkersStrategy):
         self._outer_optimizer = outer_optimizer
         self._options = SyncOptions(density, selection, compression, overlap_steps, merge, local_state, sharded)
         check_combination(self._schedule, outer_optimizer, self._options)
-        mean = outer_optimizer is None or self._options.picks.partial
+        mean = outer_optimizer is None or self._options.effective_selection.partial
         self._eval_weights: EvalWeights = eval_weights or ("mean" if mean else "anchor")
         if ranks_per_worker != "node" and (not isinstance(ranks_per_worker, int) or ranks_per_worker < 1):
             raise ValueError(f"ranks_per_worker must be an integer >= 1 or 'node', not {ranks_per_worker!r}.")
@@ -282,13 +282,13 @@ class LocalSGD(VirtualWorkersStrategy):
 
     # -- global weights -------------------------------------------------------------------------------------------
 
-    def join(self, place: SyncPoint) -> None:
+    def join(self, point: SyncPoint) -> None:
         """Wait for the other workers, if they may be unequally far."""
         if self._uneven is None:
             return
         if self._trainer.state.fn == TrainerFn.FITTING and not self._trainer.interrupted:
             with explained(self._timeout):
-                self._uneven.join(place)
+                self._uneven.join(point)
 
     def swap_in_global_weights(self) -> None:
         """Show the global weights to whoever evaluates or saves, until `on_validation_end`."""
@@ -306,7 +306,7 @@ class LocalSGD(VirtualWorkersStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         if self.rounds is None or self.rounds.sync.swap.active:
             return super().lightning_module_state_dict()
-        self.join("checkpoint")
+        self.join(SyncPoint.CHECKPOINT)
         self.swap_in_global_weights()
         try:
             return super().lightning_module_state_dict()
@@ -323,12 +323,12 @@ class LocalSGD(VirtualWorkersStrategy):
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        self.join("collective within a batch")
+        self.join(SyncPoint.COLLECTIVE_WITHIN_BATCH)
         return super().reduce(tensor, group, reduce_op)
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        self.join("collective within a batch")
+        self.join(SyncPoint.COLLECTIVE_WITHIN_BATCH)
         return super().broadcast(obj, src)
 
     @override

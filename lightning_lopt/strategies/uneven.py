@@ -29,7 +29,7 @@ class RoundCallback(Callback):
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._strategy.join("validation")
+        self._strategy.join(SyncPoint.VALIDATION)
         sync_weight_averages(trainer, self._strategy.rounds)
         self._strategy.swap_in_global_weights()
 
@@ -41,12 +41,12 @@ class RoundCallback(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._strategy.join("epoch end")
+        self._strategy.join(SyncPoint.EPOCH_END)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._strategy.rounds is not None:
-            self._strategy.join("training end")  # nobody may have foreseen it: early stopping, max_time
+            self._strategy.join(SyncPoint.TRAINING_END)  # nobody may have foreseen it: early stopping, max_time
             sync_weight_averages(trainer, self._strategy.rounds)
             if self._strategy.rounds.last_report is None:
                 rank_zero_info("Nothing was synced in this fit: no optimizer took a step.")
@@ -92,7 +92,7 @@ class UnevenInputs:
         several, why = rounds.comm.num_workers > 1, [reason for reason, holds in reasons.items() if holds]
         self.unequal = several and bool(why)
         self._needed = several and bool(why or unknown)
-        rounds.in_step = rounds.in_step and not why
+        rounds.equal_steps = rounds.equal_steps and not why
         if self.unequal and (wrong := list(_meaningless(trainer))):
             raise MisconfigurationException(
                 f"Between their meetings the workers take unequal numbers of steps ({'; '.join(why)}). So a number of "
@@ -112,29 +112,29 @@ class UnevenInputs:
             total = trainer.max_steps
         return None if total in (-1, float("inf")) else int(total)
 
-    def join(self, place: SyncPoint) -> None:
+    def join(self, point: SyncPoint) -> None:
         """Wait for all workers, if they may be unequally far; at the end of training, all are synced."""
         if not self._needed:
-            if place == "training end":
+            if point == SyncPoint.TRAINING_END:
                 self._rounds.finish_round()
-        elif place == "checkpoint":
-            self._rounds.sync.check(place)
-        elif place == "collective within a batch":
+        elif point == SyncPoint.CHECKPOINT:
+            self._rounds.sync.check(point)
+        elif point == SyncPoint.COLLECTIVE_WITHIN_BATCH:
             together_in_flight = self._rounds.sync.in_flight and not self.unequal  # it shall stay there
             if self._in_batch and not together_in_flight:
-                self._rounds.sync.check(place)
-        elif place == "validation" and not self.unequal and not self._out_of_data:
-            self._rounds.sync.check("validation within an epoch")
+                self._rounds.sync.check(point)
+        elif point == SyncPoint.VALIDATION and not self.unequal and not self._out_of_data:
+            self._rounds.sync.check(SyncPoint.VALIDATION_WITHIN_EPOCH)
         else:
             signals = self._trainer.strategy.signals
             signals.pause()
-            self._rounds.join(place, last=self._is_last(place))
-            if place == "epoch end" and self._rounds.comm.agree(self._device, {}, [signals.noted])[0]:
+            self._rounds.join(point, last=self._is_last(point))
+            if point == SyncPoint.EPOCH_END and self._rounds.comm.agree(self._device, {}, [signals.noted])[0]:
                 signals.obey()
 
     def clock(self) -> int | None:
         """A number that all workers come to; None where some may not."""
-        if self._rounds.in_step:
+        if self._rounds.equal_steps:
             return self._trainer.fit_loop.epoch_loop.total_batch_idx
         return self._rounds.round_idx if self._rounds.local_step == 0 else None
 
@@ -147,13 +147,13 @@ class UnevenInputs:
     def _out_of_data(self) -> bool:
         return self._trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
-    def _is_last(self, place: SyncPoint) -> bool:
+    def _is_last(self, point: SyncPoint) -> bool:
         """Whether training ends here, as far as can be foreseen."""
         loop = self._trainer.fit_loop
-        if place == "validation" and not self._out_of_data:
+        if point == SyncPoint.VALIDATION and not self._out_of_data:
             return False
-        epochs = loop.epoch_progress.current.processed + (place == "validation")
-        return place == "training end" or 0 <= loop.max_epochs <= epochs
+        epochs = loop.epoch_progress.current.processed + (point == SyncPoint.VALIDATION)
+        return point == SyncPoint.TRAINING_END or 0 <= loop.max_epochs <= epochs
 
 
 def _num_batches(trainer: Any) -> int | None:

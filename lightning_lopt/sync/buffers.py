@@ -1,44 +1,64 @@
-"""The buffers of a model (BatchNorm statistics, say): which changed, what they were at the last sync."""
+"""The buffers of a model, BatchNorm statistics for example, and their values at the last sync."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_lopt.comm import Communicator
+
+
+@dataclass(frozen=True)
+class BufferSnapshot:
+    """One worker's buffers at the launch of a sync.
+
+    Attributes:
+        values: Value of each buffer.
+        changed: Whether the worker changed each of them since the last sync.
+    """
+
+    values: list[Tensor]
+    changed: list[bool]
 
 
 class Buffers:
     """All buffers of a model, and their values at the last sync.
 
-    Only those that some worker changed travel: of floating-point ones the mean, of integers and booleans the maximum.
+    A sync sends only those that some worker changed: of floating-point buffers it takes the mean, of integers and
+    booleans the maximum.
 
     Args:
-        model: the buffers it has now are followed.
+        named: Buffers by name, which are followed from here on.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._own = dict(model.named_buffers())
+    def __init__(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        self._own = dict(named)
         self._synced = {name: b.detach().clone() for name, b in self._own.items()}
 
-    @property
-    def number(self) -> int:
-        """How many there are."""
+    def __len__(self) -> int:
         return len(self._own)
 
-    def changed(self) -> list[bool]:
-        """Which buffers this worker changed since the last sync."""
-        return [not torch.equal(b, self._synced[name]) for name, b in self._own.items()]
+    def adopt(self) -> None:
+        """Take the present values as those of the last sync."""
+        for b, synced in self.pairs():
+            synced.copy_(b)
 
-    def snapshot(self, changed: Sequence[bool]) -> list[Tensor]:
-        """This worker's values, which stay as they are when it goes on; those that did not change are not copied."""
-        pairs = zip(self._own.items(), changed, strict=True)
-        return [b.detach().clone() if flag else self._synced[name] for (name, b), flag in pairs]
+    def snapshot(self) -> BufferSnapshot:
+        """The present values, of which later changes are not seen; unchanged buffers are not copied."""
+        changed = [not torch.equal(b, synced) for b, synced in self.pairs()]
+        pairs = zip(self.pairs(), changed, strict=True)
+        return BufferSnapshot([b.detach().clone() if flag else synced for (b, synced), flag in pairs], changed)
 
-    def land(self, snapshot: Sequence[Tensor], arrived: dict[int, Tensor]) -> None:
-        """Take up what arrived, by position, and keep what changed since the snapshot; remember it as synced."""
+    def land(self, snapshot: Sequence[Tensor], arrived: Mapping[int, Tensor]) -> None:
+        """Take the values that arrived as those of the last sync, and add the worker's changes since the snapshot.
+
+        Args:
+            snapshot: Values of all buffers when the sync was launched.
+            arrived: Global values by position.
+        """
         before = [snapshot[i].clone() for i in arrived]  # some of them are the synced values themselves
         for (i, value), old in zip(arrived.items(), before, strict=True):
             name = list(self._own)[i]
@@ -47,8 +67,8 @@ class Buffers:
             wide = value.to(torch.int64) if value.dtype == torch.bool else value
             own.copy_(torch.where(own == old, wide, wide + (own.to(wide.dtype) - old.to(wide.dtype))))
 
-    def named(self, values: dict[int, Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Each of these buffers, by position, with the given value."""
+    def select(self, values: Mapping[int, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Each buffer for which a value is given, by position, with that value."""
         own = list(self._own.values())
         return [(own[i], value) for i, value in values.items()]
 
@@ -58,7 +78,7 @@ class Buffers:
             yield b, self._synced[name]
 
     def restore(self) -> None:
-        """Every buffer becomes what it was at the last sync."""
+        """Give every buffer its value at the last sync."""
         for b, synced in self.pairs():
             b.copy_(synced)
 
@@ -66,8 +86,8 @@ class Buffers:
         """Copies of this worker's values."""
         return {name: b.detach().clone() for name, b in self._own.items()}
 
-    def load_own_state(self, state: dict[str, Tensor]) -> None:
-        """Restore what `own_state` returned."""
+    def load_own_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the result of `own_state`."""
         for name, value in state.items():
             self._own[name].copy_(value)
 
@@ -75,14 +95,14 @@ class Buffers:
         """Copies of the values at the last sync."""
         return {name: b.clone() for name, b in self._synced.items()}
 
-    def load_synced_state(self, state: dict[str, Tensor]) -> None:
-        """Restore what `synced_state` returned."""
+    def load_synced_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the result of `synced_state`."""
         for name, value in state.items():
             self._synced[name].copy_(value)
 
 
 def maxima(buffers: Sequence[Tensor], comm: Communicator) -> list[Tensor]:
-    """The maximum over the workers of each of these integer or boolean tensors; one collective."""
+    """The maximum over the workers of each of these integer or boolean tensors, in one collective."""
     if not buffers:
         return []
     flat = torch.cat([b.flatten().to(torch.int64) for b in buffers])

@@ -1,11 +1,12 @@
-"""What a sync sends and what comes back, in the foreground or in flight."""
+"""One exchange among the workers, from its launch until what arrived is settled."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,75 +16,118 @@ from lightning_lopt.functional.compression import Codec
 from lightning_lopt.functional.outliers import Norms, outliers
 from lightning_lopt.sync.anchors import flat_dtype
 from lightning_lopt.sync.background import Background
-from lightning_lopt.sync.buffers import maxima
+from lightning_lopt.sync.buffers import BufferSnapshot, maxima
 from lightning_lopt.sync.compressed import compressed_mean
-from lightning_lopt.sync.flat import FlatBuffer, ParameterSlice
+from lightning_lopt.sync.flat import FlatBuffer, ParameterSlice, pack
 from lightning_lopt.sync.sharding import Shards
-from lightning_lopt.sync.status import GroupStatus, WorkerStatus, gather_status
+from lightning_lopt.sync.status import GroupStatus, LocalSettings, WorkerStatus, gather_status
+
+
+@dataclass(frozen=True)
+class Transport:
+    """How the payload of an exchange is sent; by default as a plain mean.
+
+    Attributes:
+        codec: Compression of the payload.
+        shards: Division of the tensors among the workers: each then gets the means of its own only.
+        gather: Whether every worker's payload is wanted, not only the mean.
+    """
+
+    codec: Codec | None = None
+    shards: Shards | None = None
+    gather: bool = False
 
 
 class Exchange:
-    """One agreement and one exchange of wires and buffers among all workers.
+    """One status message and one exchange of parameters and buffers among all workers.
 
-    The agreement tells all workers where each of them stands, before anything else is sent. If all wait at the same
-    place, nothing is. Those whose pseudo-gradients it shows to be `outliers` send zeros, and a mean is that of the
+    The status tells all workers where each of them is, before anything else is sent. If all wait at the same point,
+    nothing else is. Workers whose pseudo-gradients it shows to be `outliers` send zeros, and a mean is that of the
     others; if all are, nothing is sent.
 
+    Its life: `launch`, then `wait` until everything has arrived; the owner then settles it, by an outer step and a
+    merge. All workers must make and launch an exchange together.
+
     Args:
-        comm: the collectives.
-        equal: integers that must be the same on all workers; None is equal to any.
-        wires: to `fill`; afterwards they hold the means over the workers, and what else they are asked for.
-        buffers: this worker's values of all buffers.
-        changed: which of them it changed.
-        states: further floating-point tensors to average.
+        comm: Collectives among the workers.
+        device: Device on which the process group communicates.
+        slices: Slices of the parameters to send.
+        buffers: This worker's buffers.
+        optimizer_states: Floating-point states of the local optimizer to average.
+        status: Status of this worker; the norm is filled in.
+        equal: Named integers that must be the same on all workers; None is equal to any.
+        settings: Settings of this worker's local optimizer.
+        round_idx: Index of the round that ends.
+        everything: Whether the weights shall be the same on all workers afterwards.
+        differences: Whether to send anchor - y, the pseudo-gradient, rather than y.
+        transport: Way in which the payload is sent.
+        norms_before: Norms of the pseudo-gradients in earlier rounds.
 
     Attributes:
-        own: where this worker stands, but for the norm.
-        settings: of its local optimizer's parameter groups.
-        gather: whether every worker's bodies are wanted, not only their mean.
-        codec: compresses the bodies of the wires.
-        shards: sends each worker its share of the sorted wires only.
-        norms_before: of the pseudo-gradients that earlier rounds took the mean of.
-        parts: of all wires.
-        arrived: the buffers that somebody changed, by position: their mean or maximum.
-        states: the means.
-        told: what all workers told.
-        left_out: the workers that are in no mean.
-        bytes_sent: by this worker.
-        seconds: from start to end, waiting for other workers included.
+        round_idx: Index of the round that ends.
+        everything: As given.
+        flat_buffers: The flat buffers by type; after the exchange they hold means.
+        buffers: This worker's buffers at the launch.
+        launched: A copy of y for each slice; None if nothing changes between launch and arrival.
+        optimizer_states: The states as given.
+        mean_states: Their means.
+        arrived_buffers: Global values of the buffers that some worker changed, by position.
+        status: Status of all workers.
+        left_out: Workers that are in no mean.
+        bytes_sent: Bytes that this worker sent.
+        launch_seconds: Seconds that the launch took.
+        transfer_seconds: Seconds from start to end, waiting for other workers included.
     """
 
     def __init__(
         self,
+        *,
         comm: Communicator,
+        device: torch.device,
+        slices: Sequence[ParameterSlice],
+        buffers: BufferSnapshot,
+        optimizer_states: Sequence[Tensor] = (),
+        status: WorkerStatus,
         equal: Mapping[str, int | None],
-        wires: dict[torch.dtype, FlatBuffer],
-        buffers: list[Tensor],
-        changed: Sequence[bool],
-        states: Sequence[Tensor] = (),
+        settings: LocalSettings | None = None,
+        round_idx: int = 0,
+        everything: bool = False,
+        differences: bool = False,
+        transport: Transport | None = None,
+        norms_before: Norms | None = None,
     ) -> None:
-        self._comm, self._equal, self._changed = comm, equal, changed
-        self.wires, self.buffers, self.states = wires, buffers, list(states)
-        self.own = WorkerStatus(0)
-        self.settings: Sequence[float] = ()
-        self.gather = False
-        self.codec: Codec | None = None
-        self.shards: Shards | None = None
-        self.norms_before = Norms()
-        self.told = GroupStatus()
+        self._comm, self._device = comm, device
+        self._own_status, self._equal, self._settings = status, equal, settings or LocalSettings()
+        self._differences, self._transport = differences, transport or Transport()
+        self._norms_before = norms_before or Norms()
+        self._changed = buffers.changed
+        self.round_idx, self.everything = round_idx, everything
+        self.buffers = buffers.values
+        self.optimizer_states = list(optimizer_states)
+        self.mean_states: list[Tensor] = []
+        self.flat_buffers = pack(slices, [*buffers.values, *optimizer_states])
+        self.launched: list[Tensor] | None = None
+        self.arrived_buffers: dict[int, Tensor] = {}
+        self.status = GroupStatus()
         self.left_out: list[int] = []
-        self.arrived: dict[int, Tensor] = {}
         self.bytes_sent = 0
-        self.seconds = 0.0
+        self.launch_seconds = self.transfer_seconds = 0.0
         self._background: Background | None = None
 
     @property
-    def parts(self) -> list[ParameterSlice]:
-        return [part for wire in self.wires.values() for part in wire.parts]
+    def slices(self) -> list[ParameterSlice]:
+        """The slices of all flat buffers."""
+        return [s for flat_buffer in self.flat_buffers.values() for s in flat_buffer.slices]
 
-    def pairs(self) -> list[tuple[ParameterSlice, Tensor]]:
-        """Each part with its piece of a wire."""
-        return [pair for wire in self.wires.values() for pair in zip(wire.parts, wire.views, strict=True)]
+    def means(self) -> list[tuple[ParameterSlice, Tensor]]:
+        """Each slice with its part of a flat buffer."""
+        flat_buffers = self.flat_buffers.values()
+        return [pair for f in flat_buffers for pair in zip(f.slices, f.views, strict=True)]
+
+    @property
+    def local_steps(self) -> int:
+        """Local steps that this worker took in the round."""
+        return self._own_status.local_steps
 
     @property
     def skipped(self) -> bool:
@@ -92,80 +136,149 @@ class Exchange:
 
     @property
     def kept_norms(self) -> list[float]:
-        """The norms of those that were not left out."""
-        return [norm for worker, norm in enumerate(self.told.norms) if worker not in self.left_out]
+        """Norms of the pseudo-gradients that were not left out."""
+        return [norm for worker, norm in enumerate(self.status.norms) if worker not in self.left_out]
 
-    def fill(self, *, differences: bool) -> None:
-        """Pack the parameters as they are now: anchor - y, or y itself."""
-        for wire in self.wires.values():
-            wire.fill(differences=differences)
+    def squared_norm(self) -> float:
+        """Squared norm of the pseudo-gradient: this worker's before the exchange, afterwards the mean of all."""
+        return sum(float(flat_buffer.squared_norm) for flat_buffer in self.flat_buffers.values())
 
-    def start(self, device: torch.device, *, background: bool) -> None:
-        """Run, or begin to run."""
+    def launch(self, *, background: bool) -> None:
+        """Pack the parameters as they are now, and send them.
+
+        Args:
+            background: Whether to return at once; `wait` must then be called before the results are used.
+
+        Raises:
+            DisagreementError: The workers do not agree on an integer; in the background, `wait` raises it.
+        """
+        for flat_buffer in self.flat_buffers.values():
+            flat_buffer.fill(differences=self._differences)
         if background:
-            self._background = Background(lambda: self._run(device), device)
+            self.launched = [s.read(s.parameter.param).clone() for s in self.slices]
+            self._background = Background(self._run, self._device)
         else:
-            self._run(device)
+            self._run()
 
     def wait(self) -> None:
         """Return when the results are here.
 
         Raises:
-            DisagreementError: the workers do not agree on an integer.
+            DisagreementError: The workers do not agree on an integer.
         """
         if self._background is not None:
             self._background.wait()
             self._background = None
 
-    def _run(self, device: torch.device) -> None:
+    def _run(self) -> None:
         start, bytes_before = time.perf_counter(), self._comm.bytes_sent
-        norm = math.sqrt(sum(float(wire.square) for wire in self.wires.values()))
-        self.told = gather_status(
-            self._comm, device, self._equal, replace(self.own, norm=norm), self._changed, self.settings
-        )
-        self.left_out = outliers(self.told.norms, self.norms_before)
-        if not self.told.met and not self.skipped:
-            self._send_all(self.told.changed)
+        own = replace(self._own_status, norm=math.sqrt(self.squared_norm()))
+        self.status = gather_status(self._comm, self._device, self._equal, own, self._changed, self._settings)
+        self.left_out = outliers(self.status.norms, self._norms_before)
+        if not self.status.all_wait and not self.skipped:
+            self._send_all(self.status.changed_buffers)
         self.bytes_sent = self._comm.bytes_sent - bytes_before
-        self.seconds = time.perf_counter() - start
+        self.transfer_seconds = time.perf_counter() - start
 
-    def _send_all(self, sent: Sequence[int]) -> None:
-        """Replace the wires, these buffers and the states by their means over the workers."""
-        floating = [i for i in sent if self.buffers[i].is_floating_point()]
-        for i in floating:
-            (self.arrived[i],) = self.wires[flat_dtype(self.buffers[i])].board([self.buffers[i]])
-        self.states = [self.wires[flat_dtype(state)].board([state])[0] for state in self.states]
-        for wire in self.wires.values():
-            if len(wire.flat) > 1:
+    def _send_all(self, changed: Sequence[int]) -> None:
+        """Replace the flat buffers, the changed buffers and the states by their means over the workers."""
+        for i in (i for i in changed if self.buffers[i].is_floating_point()):
+            (self.arrived_buffers[i],) = self._append(self.buffers[i])
+        self.mean_states = [view for state in self.optimizer_states for view in self._append(state)]
+        for flat_buffer in self.flat_buffers.values():
+            if len(flat_buffer.flat) > 1:
                 if self._comm.rank in self.left_out:
-                    wire.flat.zero_()
-                self._send(wire)
+                    flat_buffer.flat.zero_()
+                self._send(flat_buffer)
                 if self.left_out:
-                    self._leave_out(wire)
-        integers = [i for i in sent if not self.buffers[i].is_floating_point()]
-        self.arrived |= zip(integers, maxima([self.buffers[i] for i in integers], self._comm), strict=True)
+                    self._leave_out(flat_buffer)
+        integers = [i for i in changed if not self.buffers[i].is_floating_point()]
+        values = maxima([self.buffers[i] for i in integers], self._comm)
+        self.arrived_buffers |= zip(integers, values, strict=True)
 
-    def _send(self, wire: FlatBuffer) -> None:
-        """Replace a wire by its mean over the workers."""
-        if self.codec is not None and len(wire.body):
-            mean, wire.residual, wire.workers = compressed_mean(
-                self._comm, wire.body, wire.sizes, self.codec, gather=self.gather
+    def _append(self, extra: Tensor) -> list[Tensor]:
+        return self.flat_buffers[flat_dtype(extra)].append([extra])
+
+    def _send(self, flat_buffer: FlatBuffer) -> None:
+        """Replace a flat buffer by its mean over the workers."""
+        comm, transport, payload = self._comm, self._transport, flat_buffer.payload
+        extras = flat_buffer.flat[len(payload) :]
+        if transport.codec is not None and len(payload):
+            mean, flat_buffer.residual, flat_buffer.worker_payloads = compressed_mean(
+                comm, payload, flat_buffer.sizes, transport.codec, gather=transport.gather
             )
-            wire.body.copy_(mean)
-            self._comm.mean_(wire.flat[len(wire.body) :])
-        elif self.shards is not None:
-            self.shards.collect(wire, gather=self.gather)
-            self._comm.mean_(wire.flat[len(wire.body) :])
-        elif self.gather:
-            stacked = self._comm.gather(wire.flat)
-            torch.mean(stacked, 0, out=wire.flat)
-            wire.workers = stacked[:, : len(wire.body)]
+            payload.copy_(mean)
+            comm.mean_(extras)
+        elif transport.shards is not None:
+            transport.shards.reduce_scatter(flat_buffer, gather=transport.gather)
+            comm.mean_(extras)
+        elif transport.gather:
+            stacked = comm.gather(flat_buffer.flat)
+            torch.mean(stacked, 0, out=flat_buffer.flat)
+            flat_buffer.worker_payloads = stacked[:, : len(payload)]
         else:
-            self._comm.mean_(wire.flat)
+            comm.mean_(flat_buffer.flat)
 
-    def _leave_out(self, wire: FlatBuffer) -> None:
+    def _leave_out(self, flat_buffer: FlatBuffer) -> None:
         """Make a mean over all workers one over those that sent something, and give the others its value."""
         kept = [k for k in range(self._comm.num_workers) if k not in self.left_out]
-        wire.flat.mul_(self._comm.num_workers / len(kept))
-        if wire.workers is not None:
-            wire.workers[self.left_out] = wire.workers[kept].mean(0)
+        flat_buffer.flat.mul_(self._comm.num_workers / len(kept))
+        if flat_buffer.worker_payloads is not None:
+            flat_buffer.worker_payloads[self.left_out] = flat_buffer.worker_payloads[kept].mean(0)
+
+    def keep_residuals(self) -> None:
+        """Keep the values of each slice that compression lost; none where the slice was sent as it is."""
+        for flat_buffer in self.flat_buffers.values():
+            lost = flat_buffer.residual
+            lost = torch.zeros_like(flat_buffer.payload) if lost is None else lost
+            for s, values in zip(flat_buffer.slices, flat_buffer.split(lost), strict=True):
+                assert s.parameter.residual is not None
+                s.write(s.parameter.residual, values)
+
+    # -- checkpoints of an exchange in flight ---------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that arrived and is the same on all workers; waits for it."""
+        self.wait()
+        return {
+            "round_idx": self.round_idx,
+            "local_steps": self.local_steps,
+            "flat_buffers": None if self._transport.shards else self._flat_states(),
+            "arrived_buffers": {i: value.clone() for i, value in self.arrived_buffers.items()},
+            "status": self.status.state_dict(),
+            "left_out": self.left_out,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the result of `state_dict`, in an exchange of the same slices."""
+        self._load_flat_states(state["flat_buffers"])
+        self.status, self.left_out = GroupStatus.from_state_dict(state["status"]), state["left_out"]
+        arrived = state["arrived_buffers"].items()
+        self.arrived_buffers = {i: value.to(self.buffers[i].device) for i, value in arrived}
+
+    def local_state(self) -> dict[str, Any]:
+        """Everything that differs between the workers; waits for it."""
+        self.wait()
+        return {
+            "flat_buffers": self._flat_states() if self._transport.shards else None,
+            "launched": self.launched,
+            "buffers": self.buffers,
+            "residuals": [flat_buffer.residual for flat_buffer in self.flat_buffers.values()],
+        }
+
+    def load_local_state(self, state: Mapping[str, Any]) -> None:
+        """Restore the result of `local_state`."""
+        self._load_flat_states(state["flat_buffers"])
+        launched = zip(state["launched"], self.slices, strict=True)
+        self.launched = [y.to(s.parameter.param.device) for y, s in launched]
+        self.buffers = [b.to(like.device) for b, like in zip(state["buffers"], self.buffers, strict=True)]
+        for flat_buffer, residual in zip(self.flat_buffers.values(), state["residuals"], strict=True):
+            flat_buffer.residual = None if residual is None else residual.to(flat_buffer.payload.device)
+
+    def _flat_states(self) -> list[dict[str, Any]]:
+        return [flat_buffer.state_dict() for flat_buffer in self.flat_buffers.values()]
+
+    def _load_flat_states(self, states: Sequence[Mapping[str, Any]] | None) -> None:
+        if states is not None:
+            for flat_buffer, state in zip(self.flat_buffers.values(), states, strict=True):
+                flat_buffer.load_state_dict(state)

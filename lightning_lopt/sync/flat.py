@@ -1,10 +1,10 @@
-"""What is sent of the parameters, and the flat buffers in which it travels."""
+"""The slices of parameters that a sync sends, and the flat buffers that hold them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,30 +14,31 @@ from lightning_lopt.sync.anchors import AnchoredParameter, flat_dtype
 
 @dataclass(frozen=True)
 class ParameterSlice:
-    """What a sync sends of one parameter.
+    """The coordinates of one parameter that a sync sends.
 
     Attributes:
-        tracked: the parameter.
-        index: ascending flat indices of the coordinates, None for all of them.
+        parameter: The parameter.
+        index: Ascending flat indices of the coordinates, None for all of them.
     """
 
-    tracked: AnchoredParameter
+    parameter: AnchoredParameter
     index: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
-        return self.tracked.param.shape if self.index is None else self.index.shape
+        """Shape of the values: the parameter's, or [n]."""
+        return self.parameter.param.shape if self.index is None else self.index.shape
 
     @property
     def checksum(self) -> int:
-        """Differs, almost surely, for other coordinates."""
+        """An integer that differs, almost surely, for other coordinates."""
         return 0 if self.index is None else int(self.index.sum())
 
-    def of(self, full: Tensor) -> Tensor:
-        """These coordinates of a tensor of the parameter's shape: itself, or a copy [n]."""
+    def read(self, full: Tensor) -> Tensor:
+        """These coordinates of a tensor of the parameter's shape: the tensor itself, or a copy [n]."""
         return full if self.index is None else full.take(self.index)
 
-    def put(self, full: Tensor, values: Tensor) -> None:
+    def write(self, full: Tensor, values: Tensor) -> None:
         """Overwrite these coordinates of a tensor of the parameter's shape."""
         if self.index is None:
             full.copy_(values)
@@ -45,115 +46,144 @@ class ParameterSlice:
             full.put_(self.index, values.to(full.dtype))
 
 
-class FlatBuffer:
-    """One flat buffer of one type: every element of its parts once, a scalar, and room for passengers.
-
-    Args:
-        parts: pieces of parameters whose anchors have the wire's type.
-        room: number of further elements.
-        like: has the type and device.
+class ReceivedSlice(NamedTuple):
+    """A slice after the exchange.
 
     Attributes:
-        parts: as given.
-        body: the elements of the parts, [n].
-        views: the piece of each part in it.
-        square: the scalar, for the squared distance between a worker and the anchor.
-        flat: what travels: body, scalar and passengers.
-        differences: whether the parts hold anchor - y instead of y.
-        own: which parts this worker steps; their pieces hold means after the exchange.
-        workers: every worker's body [K, n] of these parts, if the exchange gathered them.
-        residual: what compression lost of this worker's body, [n], if it was compressed.
+        slice: The coordinates.
+        mean: Their mean over the workers: of anchor - y, or of y.
+        worker_values: Every worker's values, [K, *S], if the exchange gathered them.
     """
 
-    def __init__(self, parts: Sequence[ParameterSlice], room: int, like: Tensor) -> None:
-        self.parts = parts
-        self.sizes = [part.shape.numel() for part in parts]
+    slice: ParameterSlice
+    mean: Tensor
+    worker_values: Tensor | None
+
+
+class FlatBuffer:
+    """One contiguous tensor of one type: every element of its slices once, a squared norm, and room for extras.
+
+    Args:
+        slices: Slices of parameters whose anchors have the buffer's type.
+        room: Number of further elements.
+        like: A tensor of the type and device.
+
+    Attributes:
+        slices: The slices, as given.
+        sizes: Number of elements of each slice.
+        payload: Elements of the slices, [n].
+        views: The part of the payload that belongs to each slice.
+        squared_norm: Squared distance between a worker and the anchor, a scalar.
+        flat: The tensor that is sent: payload, squared norm and extras.
+        differences: Whether the payload holds anchor - y instead of y.
+        owned: The slices that this worker steps; their parts of the payload hold means after the exchange.
+        worker_payloads: Every worker's payload [K, n] of the owned slices, if the exchange gathered them.
+        residual: Values of this worker's payload that compression lost, [n], if it was compressed.
+    """
+
+    def __init__(self, slices: Sequence[ParameterSlice], room: int, like: Tensor) -> None:
+        self.slices = slices
+        self.sizes = [s.shape.numel() for s in slices]
         num = sum(self.sizes)
-        self._buffer = like.new_empty(num + 1 + room)
-        self.body = self._buffer[:num]
-        self.views = self.split(self.body)
-        self.square = self._buffer[num]
-        self.flat = self._buffer[: num + 1]
+        self._storage = like.new_empty(num + 1 + room)
+        self.payload = self._storage[:num]
+        self.views = self.split(self.payload)
+        self.squared_norm = self._storage[num]
+        self.flat = self._storage[: num + 1]
         self.differences = False
-        self.own = slice(None)
-        self.workers: Tensor | None = None
+        self.owned = slice(None)
+        self.worker_payloads: Tensor | None = None
         self.residual: Tensor | None = None
 
-    def split(self, flat: Tensor, parts: slice = slice(None)) -> list[Tensor]:
-        """The pieces of some parts that lie in the last dimension of `flat`, [..., n] -> [..., *S] each."""
-        pieces = flat.split(self.sizes[parts], dim=-1)
-        return [p.view((*flat.shape[:-1], *part.shape)) for p, part in zip(pieces, self.parts[parts], strict=True)]
+    def split(self, flat: Tensor, which: slice = slice(None)) -> list[Tensor]:
+        """Cut the last dimension of `flat` into the parts of some slices, [..., n] -> [..., *S] each."""
+        parts = flat.split(self.sizes[which], dim=-1)
+        return [p.view((*flat.shape[:-1], *s.shape)) for p, s in zip(parts, self.slices[which], strict=True)]
 
-    def arrived(self) -> list[tuple[ParameterSlice, Tensor, Tensor | None]]:
-        """The parts that this worker steps: their means, and every worker's values [K, *S] if gathered."""
-        parts, means = self.parts[self.own], self.views[self.own]
-        workers = [None] * len(parts) if self.workers is None else self.split(self.workers, self.own)
-        return list(zip(parts, means, workers, strict=True))
+    def received(self) -> list[ReceivedSlice]:
+        """The slices that this worker steps, with the values that arrived."""
+        slices, means = self.slices[self.owned], self.views[self.owned]
+        if self.worker_payloads is None:
+            workers: list[Tensor | None] = [None] * len(slices)
+        else:
+            workers = [*self.split(self.worker_payloads, self.owned)]
+        return [ReceivedSlice(*item) for item in zip(slices, means, workers, strict=True)]
 
     def fill(self, *, differences: bool) -> None:
-        """Write anchor - y plus what compression has left over, or y itself."""
+        """Write the parameters as they are now.
+
+        Args:
+            differences: Whether to write anchor - y plus the values that compression has left over, rather than y.
+        """
         self.differences = differences
-        self.square.zero_()
-        for view, part in zip(self.views, self.parts, strict=True):
-            t = part.tracked
-            param = part.of(t.param)
-            torch.sub(part.of(t.anchor), param, out=view)
-            if t.residual is not None:
-                view += part.of(t.residual)
-            self.square += view.square().sum()
+        self.squared_norm.zero_()
+        for view, s in zip(self.views, self.slices, strict=True):
+            p = s.parameter
+            param = s.read(p.param)
+            torch.sub(s.read(p.anchor), param, out=view)
+            if p.residual is not None:
+                view += s.read(p.residual)
+            self.squared_norm += view.square().sum()
             if not differences:
                 view.copy_(param)
 
-    def board(self, passengers: Sequence[Tensor]) -> list[Tensor]:
-        """Append tensors of any floating-point type; their views."""
+    def append(self, extras: Sequence[Tensor]) -> list[Tensor]:
+        """Append tensors of any floating-point type, and return their views."""
         views = []
-        for tensor in passengers:
+        for tensor in extras:
             start = len(self.flat)
-            self.flat = self._buffer[: start + tensor.numel()]
+            self.flat = self._storage[: start + tensor.numel()]
             views.append(self.flat[start:].view(tensor.shape))
             views[-1].copy_(tensor)
         return views
 
     def state_dict(self) -> dict[str, Any]:
-        """What arrived."""
+        """Copies of the values that arrived."""
         return {
-            "body": self.body.clone(),
-            "square": self.square.clone(),
-            "workers": self.workers,
+            "payload": self.payload.clone(),
+            "squared_norm": self.squared_norm.clone(),
+            "worker_payloads": self.worker_payloads,
             "differences": self.differences,
-            "own": [self.own.start, self.own.stop],
+            "owned": [self.owned.start, self.owned.stop],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, in a wire of the same parts."""
-        self.body.copy_(state["body"])
-        self.square.copy_(state["square"])
-        self.differences, self.workers, self.own = state["differences"], state["workers"], slice(*state["own"])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the result of `state_dict`, in a buffer of the same slices."""
+        self.payload.copy_(state["payload"])
+        self.squared_norm.copy_(state["squared_norm"])
+        self.differences, self.worker_payloads = state["differences"], state["worker_payloads"]
+        self.owned = slice(*state["owned"])
 
 
-def cut(tracked: Sequence[AnchoredParameter], choices: Sequence[bool | Tensor]) -> list[ParameterSlice]:
-    """What a `Selection` chose; all of those that have no anchor yet."""
-    parts = []
-    for t, choice in zip(tracked, choices, strict=True):
-        if choice is True or not t.known:
-            parts.append(ParameterSlice(t))
-        elif isinstance(choice, Tensor) and len(choice):
-            parts.append(ParameterSlice(t, choice.to(t.param.device)))
-    return parts
-
-
-def pack(parts: Sequence[ParameterSlice], passengers: Sequence[Tensor]) -> dict[torch.dtype, FlatBuffer]:
-    """Empty wires, one per type.
+def choose(parameters: Sequence[AnchoredParameter], choices: Sequence[bool | Tensor]) -> list[ParameterSlice]:
+    """The slices that a `Selection` chose, and all of each parameter that has no anchor yet.
 
     Args:
-        parts: what to send of the parameters, which have an anchor.
-        passengers: there must be room for the floating-point ones among these.
+        parameters: The parameters in training.
+        choices: Result of `Selection.pick` for them.
     """
-    wires = {}
+    slices = []
+    for p, choice in zip(parameters, choices, strict=True):
+        if choice is True or not p.has_anchor:
+            slices.append(ParameterSlice(p))
+        elif isinstance(choice, Tensor) and len(choice):
+            slices.append(ParameterSlice(p, choice.to(p.param.device)))
+    return slices
+
+
+def pack(slices: Sequence[ParameterSlice], extras: Sequence[Tensor]) -> dict[torch.dtype, FlatBuffer]:
+    """Make empty flat buffers, one per type.
+
+    Args:
+        slices: Slices of parameters that have an anchor.
+        extras: Tensors for which there must be room, as far as they are of a floating-point type.
+    """
+    flat_buffers = {}
     for dtype in (torch.float32, torch.float64):
-        of_type = [part for part in parts if part.tracked.dtype == dtype]
-        extra = [p for p in passengers if p.is_floating_point() and flat_dtype(p) == dtype]
+        of_type = [s for s in slices if s.parameter.dtype == dtype]
+        extra = [e for e in extras if e.is_floating_point() and flat_dtype(e) == dtype]
         if of_type or extra:
-            like = of_type[0].tracked.anchor if of_type else extra[0]
-            wires[dtype] = FlatBuffer(of_type, sum(p.numel() for p in extra), like.new_empty(0, dtype=dtype))
-    return wires
+            like = of_type[0].parameter.anchor if of_type else extra[0]
+            room = sum(e.numel() for e in extra)
+            flat_buffers[dtype] = FlatBuffer(of_type, room, like.new_empty(0, dtype=dtype))
+    return flat_buffers

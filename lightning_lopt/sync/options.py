@@ -36,7 +36,7 @@ class SyncOptions:
         ValueError: an argument out of its range, or two that exclude each other.
 
     Example:
-        >>> SyncOptions(density=0.1).picks
+        >>> SyncOptions(density=0.1).effective_selection
         RandomCoordinates(density=0.1, seed=0)
     """
 
@@ -49,7 +49,7 @@ class SyncOptions:
     sharded: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.selection, type) or not hasattr(self.picks, "pick"):
+        if isinstance(self.selection, type) or not hasattr(self.effective_selection, "pick"):
             raise ValueError(f"selection must be Fragments(...) or any Selection, not {self.selection!r}.")
         if self.selection is not None and self.density != 1:
             raise ValueError("density is short for selection=RandomCoordinates(density): give one of the two.")
@@ -66,7 +66,7 @@ class SyncOptions:
             )
         if self.local_state not in ("keep", "reset", "average"):
             raise ValueError(f"local_state must be 'keep', 'reset' or 'average', not {self.local_state!r}.")
-        if self.local_state != "keep" and not self.picks.whole_tensors:
+        if self.local_state != "keep" and not self.effective_selection.whole_tensors:
             raise ValueError(
                 f"local_state={self.local_state!r} needs whole tensors: a state in which only some coordinates were "
                 "changed would not fit its step count. Use local_state='keep' with random coordinates."
@@ -81,7 +81,7 @@ class SyncOptions:
                 "sharded=True excludes compression: the owners of tensors send the results of their outer steps, and "
                 "an error in these would be in the anchor, where no error feedback reaches it."
             )
-        _ = self.picks, self.codec  # their errors, here
+        _ = self.effective_selection, self.codec  # their errors, here
 
     @property
     def fingerprint(self) -> int:
@@ -89,16 +89,16 @@ class SyncOptions:
         return digest(re.sub(r" at 0x[0-9a-f]+", "", repr(self)))
 
     @property
-    def picks(self) -> Selection:
-        """The selection."""
+    def effective_selection(self) -> Selection:
+        """The selection that `selection` or `density` stands for."""
         return self.selection or (Everything() if self.density == 1 else RandomCoordinates(self.density))
 
     @property
     def codec(self) -> Codec | None:
-        """The compression as a codec."""
+        """The codec that `compression` stands for, None for none."""
         return as_codec(self.compression)
 
     @property
     def leaves_common_weights(self) -> bool:
         """Whether all workers hold the same weights after a sync of which nothing was in flight."""
-        return not self.picks.partial and isinstance(self.merge, str)
+        return not self.effective_selection.partial and isinstance(self.merge, str)

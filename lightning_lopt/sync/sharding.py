@@ -1,10 +1,11 @@
-"""Which worker does the outer step of which tensor."""
+"""The division of the outer step among the workers: each owns some tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from lightning_lopt.comm import Communicator
 from lightning_lopt.sync.anchors import AnchoredParameter
@@ -14,12 +15,12 @@ from lightning_lopt.sync.flat import FlatBuffer, ParameterSlice
 class Shards:
     """Whole tensors, each owned by one worker, so that all own about as much.
 
-    Whole tensors, not slices: what needs whole matrices (an orthogonalised step, statistics of rows and columns) is
-    exact without a further reduction, and any outer optimizer works as it is. A tensor larger than 1/K of the model
-    unbalances the shares.
+    Whole tensors, not slices: a step that needs whole matrices (an orthogonalised step, statistics of rows and columns)
+    is exact without a further reduction, and any outer optimizer works as it is. A tensor larger than 1/K of the model
+    unbalances the shards.
 
     Args:
-        comm: the collectives.
+        comm: Collectives among the workers.
     """
 
     def __init__(self, comm: Communicator) -> None:
@@ -27,48 +28,60 @@ class Shards:
         self._owners: dict[AnchoredParameter, int] = {}
         self._loads = [0] * comm.num_workers
 
-    def assign(self, tracked: Sequence[AnchoredParameter]) -> None:
-        """Find owners for those that have none; the others keep theirs."""
-        new = [t for t in tracked if t not in self._owners]
-        for t in sorted(new, key=lambda t: -t.param.numel()):
+    def assign(self, parameters: Sequence[AnchoredParameter]) -> None:
+        """Find an owner for each parameter that has none."""
+        new = [p for p in parameters if p not in self._owners]
+        for p in sorted(new, key=lambda p: -p.param.numel()):
             owner = min(range(len(self._loads)), key=self._loads.__getitem__)
-            self._owners[t] = owner
-            self._loads[owner] += max(1, t.param.numel())
+            self._owners[p] = owner
+            self._loads[owner] += max(1, p.param.numel())
 
-    def owns(self, tracked: AnchoredParameter) -> bool:
-        """Whether this worker owns a tensor."""
-        return self._owners.get(tracked) == self._comm.rank
+    def owns(self, parameter: AnchoredParameter) -> bool:
+        """Whether this worker owns a parameter."""
+        return self._owners.get(parameter) == self._comm.rank
 
-    def sort(self, parts: Sequence[ParameterSlice]) -> list[ParameterSlice]:
-        """By owner: then each worker's share of a wire is one slice."""
-        return sorted(parts, key=lambda part: self._owners[part.tracked])
+    def sort(self, slices: Sequence[ParameterSlice]) -> list[ParameterSlice]:
+        """Sort slices by owner, so that each worker's share of a flat buffer is contiguous."""
+        return sorted(slices, key=lambda s: self._owners[s.parameter])
 
-    def collect(self, wire: FlatBuffer, *, gather: bool) -> None:
-        """Send everybody its share of a sorted wire; of the own share, leave the mean over the workers in place.
+    def total(self, sums: Tensor) -> Tensor:
+        """Sum numbers over the workers, each of which has those of the tensors that it owns."""
+        total = self._comm.total(sums.flatten().tolist(), next(iter(self._owners)).anchor.device)
+        return sums.new_tensor(total).view_as(sums)
 
-        Summed in the order of the workers, and so the same in every run.
+    def reduce_scatter(self, flat_buffer: FlatBuffer, *, gather: bool) -> None:
+        """Send every worker its share of a sorted buffer, and leave the mean of the own share in place.
+
+        The sum is in the order of the workers, and so the same in every run.
+
+        Args:
+            flat_buffer: Buffer of sorted slices.
+            gather: Whether every worker's values of the own share are wanted, too.
         """
-        counts, share = self._shares(wire)
-        received = self._comm.all_to_all(wire.body, counts, [len(share)] * len(counts)).view(len(counts), len(share))
-        torch.mean(received, 0, out=share)
-        wire.workers = received if gather else None
+        counts, own = self._shares(flat_buffer)
+        received = self._comm.all_to_all(flat_buffer.payload, counts, [len(own)] * len(counts))
+        received = received.view(len(counts), len(own))
+        torch.mean(received, 0, out=own)
+        flat_buffer.worker_payloads = received if gather else None
 
-    def spread(self, wire: FlatBuffer) -> None:
-        """Send the own anchors to all others, and take theirs."""
-        counts, share = self._shares(wire)
-        for part, view in zip(wire.parts[wire.own], wire.views[wire.own], strict=True):
-            view.copy_(part.of(part.tracked.anchor))
-        wire.body.copy_(self._comm.all_to_all(share.repeat(len(counts)), [len(share)] * len(counts), counts))
-        for part, view in zip(wire.parts, wire.views, strict=True):
-            part.put(part.tracked.anchor, view)
+    def all_gather(self, flat_buffer: FlatBuffer) -> None:
+        """Send the own anchors to all other workers, and take theirs."""
+        counts, own = self._shares(flat_buffer)
+        owned = flat_buffer.owned
+        for s, view in zip(flat_buffer.slices[owned], flat_buffer.views[owned], strict=True):
+            view.copy_(s.read(s.parameter.anchor))
+        gathered = self._comm.all_to_all(own.repeat(len(counts)), [len(own)] * len(counts), counts)
+        flat_buffer.payload.copy_(gathered)
+        for s, view in zip(flat_buffer.slices, flat_buffer.views, strict=True):
+            s.write(s.parameter.anchor, view)
 
-    def _shares(self, wire: FlatBuffer) -> tuple[list[int], torch.Tensor]:
-        """The length of each worker's share, and this worker's; `wire.own` is set to the parts in it."""
-        owners = [self._owners[part.tracked] for part in wire.parts]
-        counts, num_parts = [0] * self._comm.num_workers, [0] * self._comm.num_workers
-        for owner, size in zip(owners, wire.sizes, strict=True):
+    def _shares(self, flat_buffer: FlatBuffer) -> tuple[list[int], Tensor]:
+        """The length of each worker's share, and the own share; `owned` is set to the slices in it."""
+        owners = [self._owners[s.parameter] for s in flat_buffer.slices]
+        counts, num_slices = [0] * self._comm.num_workers, [0] * self._comm.num_workers
+        for owner, size in zip(owners, flat_buffer.sizes, strict=True):
             counts[owner] += size
-            num_parts[owner] += 1
+            num_slices[owner] += 1
         rank = self._comm.rank
-        wire.own = slice(sum(num_parts[:rank]), sum(num_parts[: rank + 1]))
-        return counts, wire.body[sum(counts[:rank]) : sum(counts[: rank + 1])]
+        flat_buffer.owned = slice(sum(num_slices[:rank]), sum(num_slices[: rank + 1]))
+        return counts, flat_buffer.payload[sum(counts[:rank]) : sum(counts[: rank + 1])]

@@ -1,100 +1,132 @@
-"""What the workers tell one another before anything is sent: what must be equal, and how far everyone is."""
+"""The small message that precedes each exchange: what must be equal, and how far every worker is."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from typing import Any
 
 import torch
 
 from lightning_lopt.comm import Communicator, DisagreementError
 from lightning_lopt.functional.outliers import from_integer, to_integer
 
-SyncPoint = Literal[
-    "sync",
-    "launch",
-    "validation",
-    "epoch end",
-    "training end",
-    "validation within an epoch",
-    "collective within a batch",
-    "checkpoint",
-]
-SYNCS = ("sync", "launch")
-ANSWERING = ("validation", "epoch end", "training end")  # where a worker takes part in the syncs of others
-PLACES: tuple[SyncPoint, ...] = get_args(SyncPoint)
-EQUAL: tuple[str, ...] = (  # what workers at a sync agree on
-    "round",
-    "local steps",
-    "whether everything is sent",
-    "parameters in training",
-    "coordinates to send (as a checksum)",
-    "elements of the local optimizer's state",
-    "the global weights (as a checksum; machines that round differently need sharded=True)",
-)
 NUM_ROWS = 5  # integers per worker
+
+
+class SyncPoint(Enum):
+    """Places in a run at which the workers talk to one another."""
+
+    SYNC = "sync"
+    LAUNCH = "launch"  # a sync that is in flight while local steps go on
+    VALIDATION = "validation"
+    EPOCH_END = "epoch end"
+    TRAINING_END = "training end"
+    VALIDATION_WITHIN_EPOCH = "validation within an epoch"
+    COLLECTIVE_WITHIN_BATCH = "collective within a batch"
+    CHECKPOINT = "checkpoint"
+
+    @property
+    def needs_sync(self) -> bool:
+        """Whether a worker here wants its parameters to be synchronised."""
+        return self in (SyncPoint.SYNC, SyncPoint.LAUNCH)
+
+    @property
+    def answers_syncs(self) -> bool:
+        """Whether a worker that waits here takes part in the syncs of others."""
+        return self in (SyncPoint.VALIDATION, SyncPoint.EPOCH_END, SyncPoint.TRAINING_END)
+
+
+@dataclass(frozen=True)
+class LocalSettings:
+    """Settings of a local optimizer that an outer optimizer may read, one value per parameter group.
+
+    Attributes:
+        lrs: Learning rates, NaN where a group has none.
+        momenta: Heavy-ball momenta that last from one sync of a tensor to the next, in [0, 1].
+
+    Example:
+        >>> LocalSettings.of([{"lr": 0.1, "momentum": 0.9}, {"lr": None}])
+        LocalSettings(lrs=[0.1, nan], momenta=[0.9, 0.0])
+    """
+
+    lrs: list[float] = field(default_factory=list)
+    momenta: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, groups: Sequence[Mapping[str, Any]], momentum_power: float = 1.0) -> LocalSettings:
+        """Read the settings from parameter groups.
+
+        Args:
+            groups: Parameter groups of the local optimizer.
+            momentum_power: Power to which momenta are taken: the number of syncs from one of a tensor to its next, or
+                infinity where a sync resets the local optimizer.
+        """
+        lrs = [group.get("lr") for group in groups]
+        return cls(
+            lrs=[math.nan if lr is None else float(lr) for lr in lrs],
+            momenta=[_momentum(group.get("momentum")) ** momentum_power for group in groups],
+        )
 
 
 @dataclass(frozen=True)
 class WorkerStatus:
-    """How far a worker is.
+    """How far one worker is.
 
     Attributes:
-        local_steps: of this round, those to come in flight included.
-        place: `"sync"`, or `"launch"` if steps come in flight; elsewhere it waits for all others, and meanwhile
-            answers their syncs, if it is there for long.
-        share: of the fastest worker's steps that it takes in a round, in (0, 1].
-        seconds: per local step, 0 if unknown.
-        norm: of its pseudo-gradient.
+        local_steps: Local steps of this round, those to come in flight included.
+        point: Where the worker is: at a sync, or where it waits for all others.
+        speed_share: Share of the fastest worker's steps that it takes in a round, in (0, 1].
+        step_seconds: Seconds per local step, 0 if unknown.
+        norm: Norm of its pseudo-gradient.
     """
 
     local_steps: int
-    place: SyncPoint = "sync"
-    share: float = 1.0
-    seconds: float = 0.0
+    point: SyncPoint = SyncPoint.SYNC
+    speed_share: float = 1.0
+    step_seconds: float = 0.0
     norm: float = 0.0
-
-    @property
-    def needs_sync(self) -> bool:
-        """Whether it is at a sync."""
-        return self.place in SYNCS
 
 
 @dataclass(frozen=True)
 class GroupStatus:
-    """What all workers told.
+    """The status of all workers.
 
     Attributes:
-        workers: where they stand.
-        changed: the buffers that somebody changed, by position.
-        settings: of the local optimizers' parameter groups, of each the largest.
+        workers: Status of each worker.
+        changed_buffers: Positions of the buffers that some worker changed.
+        settings: Settings of the local optimizers, the largest of each over the workers.
     """
 
     workers: list[WorkerStatus] = field(default_factory=list)
-    changed: list[int] = field(default_factory=list)
-    settings: list[float] = field(default_factory=list)
+    changed_buffers: list[int] = field(default_factory=list)
+    settings: LocalSettings = field(default_factory=LocalSettings)
 
     @property
-    def met(self) -> bool:
-        """Whether all workers wait at the same place, and nobody needs a sync."""
-        return not any(worker.needs_sync for worker in self.workers)
+    def all_wait(self) -> bool:
+        """Whether all workers wait at the same point, and none needs a sync."""
+        return not any(worker.point.needs_sync for worker in self.workers)
 
     @property
     def norms(self) -> list[float]:
-        """The workers' norms, as if they had taken as many steps."""
-        return [worker.norm / worker.share for worker in self.workers]
+        """Norms of the workers' pseudo-gradients, scaled to equal numbers of steps."""
+        return [worker.norm / worker.speed_share for worker in self.workers]
 
-    def state_dict(self) -> list[list[Any]]:
-        """As types that `torch.load(weights_only=True)` accepts."""
-        return [[[*vars(worker).values()] for worker in self.workers], self.changed, self.settings]
+    def state_dict(self) -> dict[str, Any]:
+        """The status as types that `torch.load(weights_only=True)` accepts."""
+        return {
+            "workers": [{**vars(worker), "point": worker.point.value} for worker in self.workers],
+            "changed_buffers": self.changed_buffers,
+            "settings": asdict(self.settings),
+        }
 
     @classmethod
-    def of(cls, state: Sequence[Any]) -> GroupStatus:
-        """Restore what `state_dict` returned."""
-        workers, changed, settings = state
-        return cls([WorkerStatus(*values) for values in workers], changed, settings)
+    def from_state_dict(cls, state: Mapping[str, Any]) -> GroupStatus:
+        """Restore the result of `state_dict`."""
+        workers = [WorkerStatus(**{**worker, "point": SyncPoint(worker["point"])}) for worker in state["workers"]]
+        return cls(workers, state["changed_buffers"], LocalSettings(**state["settings"]))
 
 
 def gather_status(
@@ -102,55 +134,69 @@ def gather_status(
     device: torch.device,
     equal: Mapping[str, int | None],
     own: WorkerStatus,
-    changed: Sequence[bool] = (),
-    settings: Sequence[float] = (),
+    changed_buffers: Sequence[bool] = (),
+    settings: LocalSettings | None = None,
 ) -> GroupStatus:
-    """One small integer all-reduce: check what must be equal, and learn where everyone is.
+    """Check what must be equal on all workers, and learn the status of each, in one small integer all-reduce.
 
     Args:
-        comm: the collectives.
-        device: where the process group communicates.
-        equal: named integers, the same on all workers; None is equal to any.
-        own: where this worker stands.
-        changed: which buffers it changed; as many on all workers, as the settings.
-        settings: of its local optimizer's parameter groups.
+        comm: Collectives among the workers.
+        device: Device on which the process group communicates.
+        equal: Named integers that must be the same on all workers; None is equal to any.
+        own: Status of this worker.
+        changed_buffers: Whether this worker changed each buffer; as many on all workers.
+        settings: Settings of this worker's local optimizer; as many groups on all workers.
 
     Raises:
-        DisagreementError: one of the integers differs, or workers wait at different places.
+        DisagreementError: One of the integers differs, or workers wait at different points.
 
     Example:
-        >>> told = gather_status(
-        ...     Communicator(), torch.device("cpu"), {"round": 0}, WorkerStatus(16), [False, True], [0.1]
+        >>> status = gather_status(
+        ...     Communicator(), torch.device("cpu"), {"round": 0}, WorkerStatus(16), [False, True]
         ... )
-        >>> told.workers, told.changed, told.settings
-        ([WorkerStatus(local_steps=16, place='sync', share=1.0, seconds=0.0, norm=0.0)], [1], [0.1])
+        >>> status.workers[0].local_steps, status.changed_buffers
+        (16, [1])
     """
-    num = comm.num_workers
-    rows = [0] * (NUM_ROWS * num)
-    rates = [own.share, own.seconds, own.norm]
-    rows[comm.rank :: num] = [own.local_steps, PLACES.index(own.place), *map(to_integer, rates)]
-    largest = comm.agree(device, equal, [*rows, *map(int, changed), *map(to_integer, settings)])
-    workers = []
-    for k in range(num):
-        steps, place, *rest = largest[k : NUM_ROWS * num : num]
-        workers.append(WorkerStatus(steps, PLACES[place], *map(from_integer, rest)))
-    _check_places(workers)
-    flags, rest = largest[NUM_ROWS * num :][: len(changed)], largest[NUM_ROWS * num + len(changed) :]
-    decoded = [from_integer(value) for value in rest]
-    return GroupStatus(
-        workers,
-        [i for i, flag in enumerate(flags) if flag],
-        [math.nan if math.isinf(value) else value for value in decoded],  # an optimizer without one
+    num_workers, points = comm.num_workers, list(SyncPoint)
+    settings = settings or LocalSettings()
+    rows = [0] * (NUM_ROWS * num_workers)
+    floats = [own.speed_share, own.step_seconds, own.norm]
+    rows[comm.rank :: num_workers] = [own.local_steps, points.index(own.point), *map(to_integer, floats)]
+    values = [*settings.lrs, *settings.momenta]
+    largest = comm.agree(device, equal, [*rows, *map(int, changed_buffers), *map(to_integer, values)])
+    received = iter(largest)
+    columns = [[next(received) for _ in range(num_workers)] for _ in range(NUM_ROWS)]
+    changed = [i for i in range(len(changed_buffers)) if next(received)]
+    maxima = [from_integer(value) for value in received]
+    decoded = [math.nan if math.isinf(value) else value for value in maxima]  # NaN travels as infinity
+    status = GroupStatus(
+        workers=[
+            WorkerStatus(steps, points[point], *map(from_integer, rest))
+            for steps, point, *rest in zip(*columns, strict=True)
+        ],
+        changed_buffers=changed,
+        settings=LocalSettings(decoded[: len(settings.lrs)], decoded[len(settings.lrs) :]),
     )
+    _check_points(status.workers)
+    return status
 
 
-def _check_places(workers: Sequence[WorkerStatus]) -> None:
-    """All that wait do so at the same place; while others are at a sync, only where workers answer those."""
-    waiting = {worker.place: k for k, worker in enumerate(workers) if not worker.needs_sync}
-    syncing = {worker.place: k for k, worker in enumerate(workers) if worker.needs_sync}
-    if not waiting or (len(waiting) == 1 and (not syncing or set(waiting) <= set(ANSWERING))):
+def _momentum(value: Any) -> float:
+    """A momentum in [0, 1]; 0 for a setting that is not a number, as some optimizers have."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return 0.0
+    return min(max(number, 0.0), 1.0) if math.isfinite(number) else 0.0
+
+
+def _check_points(workers: Sequence[WorkerStatus]) -> None:
+    """Refuse workers that wait at different points, or at one that does not answer the syncs of others."""
+    waiting = {worker.point: k for k, worker in enumerate(workers) if not worker.point.needs_sync}
+    syncing = {worker.point: k for k, worker in enumerate(workers) if worker.point.needs_sync}
+    if not waiting or (len(waiting) == 1 and (not syncing or all(point.answers_syncs for point in waiting))):
         return
-    places = [f"worker {k} at the {place}" for place, k in {**waiting, **syncing}.items()]
+    places = [f"worker {k} at the {point.value}" for point, k in {**waiting, **syncing}.items()]
     raise DisagreementError(
         f"The workers wait for one another at different places: {', '.join(places)}. With unequal data or speeds they "
         "meet at the ends of their epochs and the validation there, and each must have a batch in every epoch. "

@@ -15,248 +15,311 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_lopt.comm import Communicator
-from lightning_lopt.functional.merge import merge
+from lightning_lopt.comm import Communicator, digest
+from lightning_lopt.functional.compression import Codec
+from lightning_lopt.functional.merge import MergeRule, merge
 from lightning_lopt.functional.outliers import Norms
-from lightning_lopt.sync.anchors import AnchoredParameters, size
-from lightning_lopt.sync.buffers import Buffers
-from lightning_lopt.sync.cargo import Cargo
-from lightning_lopt.sync.exchange import Exchange
-from lightning_lopt.sync.flat import ParameterSlice, pack
-from lightning_lopt.sync.flight import Flight
+from lightning_lopt.optim.outer import OuterFactory
+from lightning_lopt.selection import Everything, drawn_ahead
+from lightning_lopt.sync.anchors import AnchoredParameter, num_coordinates
+from lightning_lopt.sync.exchange import Exchange, Transport
+from lightning_lopt.sync.flat import ParameterSlice, choose
 from lightning_lopt.sync.options import SyncOptions
-from lightning_lopt.sync.outer_step import OuterFactory, OuterStep, average, fingerprint, local_settings
-from lightning_lopt.sync.outliers import Guard
+from lightning_lopt.sync.outer_step import OuterStep, StepResult, average
+from lightning_lopt.sync.outliers import OutlierFilter
+from lightning_lopt.sync.replica import LocalOptimizer, NamedTensors, Replica
 from lightning_lopt.sync.report import RoundReport
 from lightning_lopt.sync.sharding import Shards
-from lightning_lopt.sync.status import EQUAL, SyncPoint, WorkerStatus, gather_status
+from lightning_lopt.sync.status import LocalSettings, SyncPoint, WorkerStatus, gather_status
 from lightning_lopt.sync.swap import Swap
 
 EvalWeights = Literal["anchor", "mean"]
+EQUAL: tuple[str, ...] = (  # integers on which workers at a sync agree
+    "round",
+    "local steps",
+    "whether everything is sent",
+    "parameters in training",
+    "coordinates to send (as a checksum)",
+    "elements of the local optimizer's state",
+    "the global weights (as a checksum; machines that round differently need sharded=True)",
+)
 
 
 class Sync:
-    """Anchor, outer optimizer and buffers of one worker, and the exchange with the others.
+    """One worker's replica of the model, the outer optimizer, and the exchange with the other workers.
 
-    Creating one checks that all workers have the same model and gives them the parameters and buffers of rank 0.
+    Creating one checks that all workers have the same model, and gives them the parameters and buffers of rank 0.
 
     Args:
-        model: its buffers travel too: floating-point ones that some worker changed are averaged, of integers the
-            maximum is taken.
-        optimizer: the local optimizer, whose parameters are synchronised.
-        outer_optimizer: makes a `torch.optim.Optimizer` from parameter groups of anchors; None averages.
-        comm: the collectives.
-        options: what is sent, and how it lands.
+        model: Model whose buffers are synchronised: of floating-point buffers that some worker changed the mean, of
+            integers the maximum.
+        optimizer: Local optimizer, whose parameters are synchronised.
+        outer_optimizer: Makes a `torch.optim.Optimizer` from parameter groups of anchors; None averages.
+        comm: Collectives among the workers.
+        options: Parts that are sent, time in flight, and merge rule.
 
     Attributes:
-        device: of the parameters.
-        swap: what evaluation sees instead of this worker's weights.
-        told: where all workers stood at the last sync, or when all waited at the same place.
-        common: whether all workers held the same weights after the last sync.
+        replica: This worker's parameters with their anchors, buffers and local optimizer states.
+        worker_statuses: Status of every worker at the last sync, or when all waited at the same point.
+        common: Whether all workers held the same weights after the last sync.
 
     Raises:
-        ValueError: nothing to train, parameters that are not dense and real, or an outer optimizer that belongs to
+        ValueError: There is nothing to train, parameters are not dense and real, or the outer optimizer belongs to
             another number of workers.
-        DisagreementError: the workers' models differ.
+        DisagreementError: The workers' models differ.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        optimizer: Optimizer,
+        model: NamedTensors,
+        optimizer: LocalOptimizer,
         outer_optimizer: OuterFactory | None,
         comm: Communicator,
         options: SyncOptions,
     ) -> None:
-        self._parameters = AnchoredParameters(optimizer)
-        self._guard = Guard(comm, self._parameters)
-        self._optimizer = optimizer
-        self._comm = comm
-        self._options, self._codec = options, options.codec
-        self.device = next(t.param.device for t in self._parameters)
-        self.swap = Swap()
-        self._flight: Flight | None = None
+        self._comm, self._options, self._codec = comm, options, options.codec
+        self.replica = Replica(model, optimizer)
+        self.worker_statuses: list[WorkerStatus] = []
         self.common = True
-        self.told: list[WorkerStatus] = []
-        named = [*model.named_parameters(), *model.named_buffers()]
+        self._exchange: Exchange | None = None  # launched and not finished
+        self._outliers = OutlierFilter(warns=comm.rank == 0)
+        named = self.replica.named_tensors()
         comm.check_same_shapes(named, self.device)
         comm.broadcast_([tensor for _, tensor in named])
-        for t in self._parameters:
-            if t.param.requires_grad:
-                t.adopt(t.param)
-        self._buffers = Buffers(model)
+        self.replica.adopt()
+        self._selection = drawn_ahead(options.effective_selection)
         self._shards = Shards(comm) if options.sharded else None
-        self._step = None
+        self._outer_step = None
         if outer_optimizer is not None:
-            self._step = OuterStep(outer_optimizer, self._parameters.groups, comm, self._shards)
-        self._cargo = Cargo(self._parameters, options, self._step, self._shards)
+            self._outer_step = OuterStep(outer_optimizer, self.replica.groups, comm, self._shards)
+        outer = None if self._outer_step is None else self._outer_step.contract.fingerprint
         comm.agree(
             self.device,
             {
-                "the outer optimizer (as a digest)": fingerprint(self.outer),
-                "how parameters travel (as a digest)": options.fingerprint,
+                "the outer optimizer (as a digest)": digest(repr(outer)),
+                "the sync options (as a digest)": options.fingerprint,
             },
         )
 
     @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return self.replica.device
+
+    @property
+    def swap(self) -> Swap:
+        """Global values that the model shows for a while in place of this worker's own."""
+        return self.replica.swap
+
+    @property
     def outer(self) -> Optimizer | None:
         """The outer optimizer, None for averaging."""
-        return None if self._step is None else self._step.optimizer
-
-    @torch.no_grad()
-    def launch(self, round_idx: int, own: WorkerStatus, *, everything: bool = False, same_steps: bool = True) -> None:
-        """Send this worker's present parameters.
-
-        A sync that is still in flight is given up: wait for it, and use nothing of it. Where all workers wait at the
-        same place, nothing is sent, and there is nothing to finish.
-
-        Args:
-            round_idx: index of the round that ends, the same on all workers.
-            own: where this worker stands. From a `"launch"` this returns at once; otherwise `finish` must follow before
-                the next local step.
-            everything: send everything, uncompressed, and make the weights the same on all workers.
-            same_steps: whether those who do not wait must have taken as many local steps.
-        """
-        start = time.perf_counter()
-        self.wait()
-        tracked = self._cargo.in_training()
-        parts = self._cargo.parts(tracked, round_idx, everything=everything)
-        averages_states = self._options.local_state == "average"
-        states = self._parameters.local_states([part.tracked for part in parts]) if averages_states else []
-        values = [
-            round_idx,
-            own.local_steps if same_steps and own.needs_sync else None,
-            everything,
-            size(tracked),
-            sum(part.checksum for part in parts),
-            sum(state.numel() for state in states),
-            self._guard.checksum(),
-        ]
-        in_flight = own.place == "launch"
-        equal = dict(zip(EQUAL, values, strict=True))
-        exchange = self._exchange(parts, equal, states)
-        exchange.fill(differences=self._step is not None or self._codec is not None)
-        exchange.own, exchange.settings = own, self._settings()
-        exchange.shards = self._shards
-        exchange.gather = self._step is not None and self._step.gathers
-        if not everything and all(t.known for t in tracked):
-            exchange.codec = self._codec
-        launched = [part.of(part.tracked.param).clone() for part in exchange.parts] if in_flight else None
-        self._flight = Flight(round_idx, own.local_steps, everything, exchange, states, launched)
-        exchange.start(self.device, background=in_flight)
-        self._flight.launch_seconds = time.perf_counter() - start
-        if not in_flight and exchange.told.met:
-            self.told, self._flight = exchange.told.workers, None
-
-    def check(self, place: SyncPoint) -> None:
-        """Make sure that all workers are at the same place; leaves alone what is in flight.
-
-        Raises:
-            DisagreementError: they are not.
-        """
-        self.wait()
-        equal = dict.fromkeys(EQUAL)
-        gather_status(
-            self._comm, self.device, equal, WorkerStatus(0, place), [False] * self._buffers.number, self._settings()
-        )
-
-    def _settings(self) -> list[float]:
-        """What the outer optimizer must know of the local one's groups."""
-        power = math.inf if self._options.local_state == "reset" else self._options.picks.num_turns
-        return [] if self._step is None else local_settings(self._optimizer.param_groups, power)
-
-    def _exchange(
-        self, parts: list[ParameterSlice], equal: Mapping[str, int | None], states: Sequence[Tensor] = ()
-    ) -> Exchange:
-        """Pack these parts, and all buffers."""
-        changed = self._buffers.changed()
-        buffers = self._buffers.snapshot(changed)
-        wires = pack(parts, [*buffers, *states])
-        exchange = Exchange(self._comm, equal, wires, buffers, changed, states)
-        exchange.norms_before = self._guard.norms
-        return exchange
-
-    def wait(self) -> None:
-        """Return when nothing is on the wire; what was launched can still be finished.
-
-        Raises:
-            DisagreementError: the workers do not agree on the round, its steps, or the parameters in training.
-        """
-        if self._flight is not None:
-            self._flight.exchange.wait()
+        return None if self._outer_step is None else self._outer_step.optimizer
 
     @property
     def in_flight(self) -> bool:
         """Whether a sync was launched and not finished."""
-        return self._flight is not None
+        return self._exchange is not None
+
+    # -- a sync ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def launch(
+        self, round_idx: int, status: WorkerStatus, *, everything: bool = False, same_steps: bool = True
+    ) -> None:
+        """Send this worker's present parameters.
+
+        A sync that is still in flight is given up: it is waited for, and nothing of it is used. Where all workers wait
+        at the same point, nothing is sent, and there is nothing to finish.
+
+        Args:
+            round_idx: Index of the round that ends, the same on all workers.
+            status: Status of this worker. At `SyncPoint.LAUNCH` the call returns at once; otherwise `finish` must
+                follow before the next local step.
+            everything: Whether to send everything, uncompressed, and make the weights the same on all workers.
+            same_steps: Whether workers at a sync must have taken the same number of local steps.
+
+        Raises:
+            DisagreementError: The workers do not agree on the round, its steps, or the parameters in training.
+        """
+        start = time.perf_counter()
+        self.wait()
+        in_flight = status.point is SyncPoint.LAUNCH
+        parameters = self._parameters_in_training()
+        slices = self._slices(parameters, round_idx, everything=everything)
+        states = []
+        if self._options.local_state == "average":
+            states = self.replica.local_states(s.parameter for s in slices)
+        values = [
+            round_idx,
+            status.local_steps if same_steps and status.point.needs_sync else None,
+            everything,
+            num_coordinates(parameters),
+            sum(s.checksum for s in slices),
+            sum(state.numel() for state in states),
+            self.replica.checksum(),
+        ]
+        as_it_is = everything or not all(p.has_anchor for p in parameters)
+        self._exchange = Exchange(
+            comm=self._comm,
+            device=self.device,
+            slices=slices,
+            buffers=self.replica.buffers.snapshot(),
+            optimizer_states=states,
+            status=status,
+            equal=dict(zip(EQUAL, values, strict=True)),
+            settings=self._settings(),
+            round_idx=round_idx,
+            everything=everything,
+            differences=self._outer_step is not None or self._codec is not None,
+            transport=self._transport(None if as_it_is else self._codec),
+            norms_before=self._outliers.norms,
+        )
+        self._exchange.launch(background=in_flight)
+        self._exchange.launch_seconds = time.perf_counter() - start
+        if not in_flight and self._exchange.status.all_wait:
+            self.worker_statuses, self._exchange = self._exchange.status.workers, None
+
+    def wait(self) -> None:
+        """Return when nothing is being sent; a sync that was launched can still be finished.
+
+        Raises:
+            DisagreementError: The workers do not agree on the round, its steps, or the parameters in training.
+        """
+        if self._exchange is not None:
+            self._exchange.wait()
 
     @torch.no_grad()
     def finish(self) -> RoundReport:
         """Step the anchors by what arrived, and merge.
 
         Raises:
-            DisagreementError: the workers do not agree on the round, its steps, or the parameters in training.
+            DisagreementError: The workers do not agree on the round, its steps, or the parameters in training.
         """
         start = time.perf_counter()
         self.wait()
         received, bytes_before = time.perf_counter(), self._comm.bytes_sent
-        flight, self._flight = self._flight, None
-        assert flight is not None
-        exchange = flight.exchange
-        self.told = exchange.told.workers
-        squares, fell_back = ((0.0, 0.0), False) if exchange.skipped else self._land(flight)
-        self._guard.see(exchange, flight.round_idx)
+        exchange, self._exchange = self._exchange, None
+        assert exchange is not None
+        self.worker_statuses = exchange.status.workers
+        local_squared_norm, result = 0.0, StepResult(0.0)
+        if not exchange.skipped:
+            local_squared_norm = exchange.squared_norm()
+            result = self._step_anchors(exchange)
+            self._merge(exchange)
+            self._settle(exchange)
+        self._outliers.update(exchange)
         if self._comm.rank in exchange.left_out:
-            self._come_back(flight)
-        leaves_common = self._options.leaves_common_weights and not flight.leaves_drift
-        self.common = flight.everything or exchange.skipped or leaves_common
-        return flight.report(squares, (start, received), self._comm.bytes_sent - bytes_before, fell_back=fell_back)
+            self._come_back(exchange)
+        drifts = any(worker.point is SyncPoint.LAUNCH for worker in exchange.status.workers)
+        leaves_common = self._options.leaves_common_weights and not drifts
+        self.common = exchange.everything or exchange.skipped or leaves_common
+        done = time.perf_counter()
+        return RoundReport(
+            round_idx=exchange.round_idx,
+            local_steps=exchange.local_steps,
+            pseudo_grad_norm=math.sqrt(result.squared_norm),
+            drift=math.sqrt(max(local_squared_norm - result.squared_norm, 0.0)),
+            bytes_sent=exchange.bytes_sent + self._comm.bytes_sent - bytes_before,
+            transfer_seconds=exchange.transfer_seconds,
+            waited_seconds=exchange.transfer_seconds if exchange.launched is None else received - start,
+            outer_seconds=done - received,
+            sync_seconds=exchange.launch_seconds + done - start,
+            left_out=len(exchange.left_out),
+            fell_back=result.fell_back,
+        )
 
-    def _land(self, flight: Flight) -> tuple[tuple[float, float], bool]:
-        """Take up what arrived; return the workers' mean squared norm, that of their mean, and `fell_back`."""
-        wires = flight.exchange.wires.values()
-        local_square = sum(float(wire.square) for wire in wires)
-        rule = "overwrite" if flight.everything else self._options.merge
-        if self._step is None:
-            square, fell_back = average(wires), False
-            if self._shards is not None:
-                (square,) = self._comm.total([square], self.device)
-        else:
-            told = flight.exchange.told
-            keys = {"round_idx": flight.round_idx, "local_steps": max(w.local_steps for w in told.workers)}
-            scratch = flight.launched is None and isinstance(rule, str)
-            rates, momenta = told.settings[: len(told.settings) // 2], told.settings[len(told.settings) // 2 :]
-            square, fell_back = self._step.step(wires, keys, rates, momenta, scratch=scratch)
+    def check(self, point: SyncPoint) -> None:
+        """Make sure that all workers are at the same point; a sync in flight is left alone.
+
+        Raises:
+            DisagreementError: They are not.
+        """
+        self.wait()
+        equal, unchanged = dict.fromkeys(EQUAL), [False] * len(self.replica.buffers)
+        gather_status(self._comm, self.device, equal, WorkerStatus(0, point), unchanged, self._settings())
+
+    # -- parts of a sync ------------------------------------------------------------------------------------------
+
+    def _parameters_in_training(self) -> list[AnchoredParameter]:
+        """All parameters in training, those that were unfrozen or added since the last sync included."""
+        for group in self.replica.follow():
+            if self._outer_step is not None:
+                self._outer_step.add_group(group)
+        parameters = self.replica.in_training()
         if self._shards is not None:
-            for wire in wires:
-                self._shards.spread(wire)
-        for i, part in enumerate(flight.exchange.parts):
-            t = part.tracked
-            y = None if flight.launched is None else flight.launched[i]
-            part.put(t.param, merge(part.of(t.anchor), y, part.of(t.param), rule))
-            t.known = True
-        self._settle(flight)
-        return (local_square, square), fell_back
-
-    def _come_back(self, flight: Flight) -> None:
-        """Forget what made this worker diverge, except where its optimizer now has the others' state."""
-        self.restore_anchor()
-        averaged = bool(flight.states) and not flight.exchange.skipped
-        kept = {part.tracked for part in flight.exchange.parts if averaged}
-        self._parameters.reset_local_states([t for t in self._parameters if t not in kept])
-
-    def _settle(self, flight: Flight) -> None:
-        """Take up what compression lost, the local optimizer's states, and the buffers."""
+            self._shards.assign(parameters)
         if self._codec is not None:
-            flight.keep_lost()
-        for state, mean in zip(flight.states, flight.exchange.states, strict=True):
+            for p in parameters:
+                p.residual = torch.zeros_like(p.anchor) if p.residual is None else p.residual
+        return parameters
+
+    def _slices(
+        self, parameters: Sequence[AnchoredParameter], round_idx: int, *, everything: bool
+    ) -> list[ParameterSlice]:
+        """The slices of the parameters that the sync of a round sends."""
+        selection = Everything() if everything else self._selection
+        slices = choose(parameters, selection.pick([p.param.numel() for p in parameters], round_idx))
+        return slices if self._shards is None else self._shards.sort(slices)
+
+    def _settings(self) -> LocalSettings:
+        """Settings of the local optimizer for the outer one; none where there is no outer optimizer."""
+        if self._outer_step is None:
+            return LocalSettings()
+        turns = self._options.effective_selection.num_turns
+        return self.replica.local_settings(math.inf if self._options.local_state == "reset" else turns)
+
+    def _transport(self, codec: Codec | None = None) -> Transport:
+        gather = self._outer_step is not None and self._outer_step.contract.needs_worker_grads
+        return Transport(codec, self._shards, gather)
+
+    def _step_anchors(self, exchange: Exchange) -> StepResult:
+        """Step the anchors, and send them to the workers that do not own them."""
+        flat_buffers = exchange.flat_buffers.values()
+        if self._outer_step is None:
+            result = average(flat_buffers, self._shards)
+        else:
+            status = exchange.status
+            keys = {"round_idx": exchange.round_idx, "local_steps": max(w.local_steps for w in status.workers)}
+            scratch = exchange.launched is None and isinstance(self._merge_rule(exchange), str)
+            result = self._outer_step.step(flat_buffers, keys, status.settings, scratch=scratch)
+        if self._shards is not None:
+            for flat_buffer in flat_buffers:
+                self._shards.all_gather(flat_buffer)
+        return result
+
+    def _merge_rule(self, exchange: Exchange) -> MergeRule:
+        return "overwrite" if exchange.everything else self._options.merge
+
+    def _merge(self, exchange: Exchange) -> None:
+        """Merge the anchors into the worker's parameters."""
+        for i, s in enumerate(exchange.slices):
+            p = s.parameter
+            y = None if exchange.launched is None else exchange.launched[i]
+            s.write(p.param, merge(s.read(p.anchor), y, s.read(p.param), self._merge_rule(exchange)))
+            p.has_anchor = True
+
+    def _settle(self, exchange: Exchange) -> None:
+        """Take up the residuals of compression, the local optimizer's states, and the buffers."""
+        if self._codec is not None:
+            exchange.keep_residuals()
+        for state, mean in zip(exchange.optimizer_states, exchange.mean_states, strict=True):
             state.copy_(mean)
         if self._options.local_state == "reset":
-            self._parameters.reset_local_states([part.tracked for part in flight.exchange.parts])
-        self._buffers.land(flight.exchange.buffers, flight.exchange.arrived)
+            self.replica.reset_local_states(s.parameter for s in exchange.slices)
+        self.replica.buffers.land(exchange.buffers, exchange.arrived_buffers)
+
+    def _come_back(self, exchange: Exchange) -> None:
+        """Forget everything that made this worker diverge, but optimizer states that are now the others' mean."""
+        self.restore_anchor()
+        averaged = bool(exchange.optimizer_states) and not exchange.skipped
+        kept = {s.parameter for s in exchange.slices if averaged}
+        self.replica.reset_local_states(p for p in self.replica.parameters() if p not in kept)
+
+    # -- global weights -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def swap_in(self, weights: EvalWeights) -> None:
@@ -268,85 +331,103 @@ class Sync:
         """
         if self.swap.active:
             return
-        tracked, exchange = [t for t in self._parameters if t.known], None
-        if weights == "mean":
-            self.wait()
-            exchange = self._exchange([ParameterSlice(t) for t in tracked], {"parameters in training": size(tracked)})
-            exchange.fill(differences=False)
-            exchange.start(self.device, background=False)
+        exchange = self._exchange_weights() if weights == "mean" else None
         if exchange is None or exchange.skipped:
-            new = [(t.param, t.anchor.clone()) for t in tracked]
-            new += [(buffer, synced.clone()) for buffer, synced in self._buffers.pairs()]
+            self.swap.put(self.replica.anchor_pairs())
         else:
-            new = [(part.tracked.param, mean) for part, mean in exchange.pairs()]
-            new += self._buffers.named(exchange.arrived)
-        self.swap.put(new)
+            pairs: list[tuple[Tensor, Tensor]] = [(s.parameter.param, mean) for s, mean in exchange.means()]
+            self.swap.put(pairs + self.replica.buffers.select(exchange.arrived_buffers))
+
+    def _exchange_weights(self) -> Exchange:
+        """Average the workers' present weights and buffers, and change nothing."""
+        self.wait()
+        parameters = [p for p in self.replica.parameters() if p.has_anchor]
+        exchange = Exchange(
+            comm=self._comm,
+            device=self.device,
+            slices=[ParameterSlice(p) for p in parameters],
+            buffers=self.replica.buffers.snapshot(),
+            status=WorkerStatus(0),
+            equal={"parameters in training": num_coordinates(parameters)},
+            norms_before=self._outliers.norms,
+        )
+        exchange.launch(background=False)
+        return exchange
 
     @torch.no_grad()
     def restore_anchor(self) -> None:
-        """Go back to the last synced weights and buffers, without communication; forget what is in flight."""
-        self._flight = None
-        self._parameters.restore_anchors()
-        self._buffers.restore()
+        """Go back to the last synced weights and buffers, without communication; forget a sync in flight."""
+        self._exchange = None
+        self.replica.restore()
         self.common = True
 
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
     def state_dict(self, *, alone: bool = False) -> dict[str, Any]:
-        """Anchors, the buffers of the last sync and the state of the outer optimizer; the same on all workers.
+        """Anchors, buffers of the last sync and state of the outer optimizer, the same on all workers.
 
         Args:
-            alone: do not talk to the other workers, and leave out what is in flight and the outer state of tensors
-                that others step. Otherwise all must call it, and rank 0 gets everything.
+            alone: Whether to leave out a sync in flight and the outer state of tensors that others step, and not to
+                talk to the other workers. Otherwise all must call it, and rank 0 gets everything.
         """
         if not alone:
             self.wait()
         return {
-            "anchors": self._parameters.anchor_state(),
-            "buffers": self._buffers.synced_state(),
-            "outer": None if self._step is None else self._step.state_dict(alone=alone),
+            **self.replica.state_dict(),
+            "outer": None if self._outer_step is None else self._outer_step.state_dict(alone=alone),
             "outer_kind": type(self.outer).__name__,
-            "norms": self._guard.norms._asdict(),
+            "norms": self._outliers.norms._asdict(),
             "common": self.common,
-            "flight": self._flight.state_dict() if not alone and self._flight is not None else None,
+            "exchange": None if alone or self._exchange is None else self._exchange.state_dict(),
         }
 
     def local_state(self) -> dict[str, Any]:
-        """What differs between the workers: parameters, buffers, what compression lost, and y of a sync in flight."""
+        """Everything that differs between the workers: parameters, buffers, residuals, and y of a sync in flight."""
         return {
-            **self._parameters.own_state(),
-            "buffers": self._buffers.own_state(),
-            "flight": None if self._flight is None else self._flight.own_state(),
+            **self.replica.local_state(),
+            "exchange": None if self._exchange is None else self._exchange.local_state(),
         }
 
     @torch.no_grad()
-    def load_local_state(self, state: dict[str, Any]) -> None:
-        """Restore what `local_state` returned, after `load_state_dict`."""
-        self._parameters.load_own_state(state)
-        self._buffers.load_own_state(state["buffers"])
-        if self._flight is not None:
-            self._flight.load_own_state(state["flight"])
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, for the same parameters in the same groups.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the result of `state_dict`, for the same parameters in the same groups.
 
         Raises:
-            ValueError: another number of parameters, or another kind of outer optimizer (one or none).
+            ValueError: The state is of another number of parameters, or another kind of outer optimizer (one or none).
         """
-        tracked, count, kind = self._cargo.in_training(), len(list(self._parameters)), type(self.outer).__name__
+        parameters = self._parameters_in_training()
+        count, kind = len(list(self.replica.parameters())), type(self.outer).__name__
         if count != len(state["anchors"]) or kind != state["outer_kind"]:
             raise ValueError(
                 f"This checkpoint holds {len(state['anchors'])} parameters and the outer optimizer "
                 f"{state['outer_kind']}; here there are {count} parameters and {kind}. Resume with the "
                 "strategy that wrote it, or start from its weights alone."
             )
-        self._parameters.load_anchor_state(state["anchors"])
-        self._buffers.load_synced_state(state["buffers"])
-        if self._step is not None:
-            self._step.load_state_dict(state["outer"])
-        self._guard.norms, self.common, flight = Norms(**state["norms"]), state["common"], state["flight"]
-        self._flight = None
-        if flight is not None:
-            exchange = self._exchange(self._cargo.parts(tracked, flight["round_idx"], everything=False), {})
-            exchange.shards = self._shards
-            self._flight = Flight(flight["round_idx"], flight["local_steps"], False, exchange, [], None)
-            self._flight.load_state_dict(flight)
+        self.replica.load_state_dict(state)
+        if self._outer_step is not None:
+            self._outer_step.load_state_dict(state["outer"])
+        self._outliers.norms, self.common, self._exchange = Norms(**state["norms"]), state["common"], None
+        if state["exchange"] is not None:
+            self._exchange = self._exchange_of(parameters, state["exchange"])
+
+    def _exchange_of(self, parameters: Sequence[AnchoredParameter], state: Mapping[str, Any]) -> Exchange:
+        """The exchange in flight that a state holds."""
+        exchange = Exchange(
+            comm=self._comm,
+            device=self.device,
+            slices=self._slices(parameters, state["round_idx"], everything=False),
+            buffers=self.replica.buffers.snapshot(),
+            status=WorkerStatus(state["local_steps"], SyncPoint.LAUNCH),
+            equal={},
+            round_idx=state["round_idx"],
+            transport=self._transport(),
+        )
+        exchange.load_state_dict(state)
+        return exchange
+
+    @torch.no_grad()
+    def load_local_state(self, state: Mapping[str, Any]) -> None:
+        """Restore the result of `local_state`, after `load_state_dict`."""
+        self.replica.load_local_state(state)
+        if self._exchange is not None:
+            self._exchange.load_local_state(state["exchange"])

@@ -407,7 +407,7 @@ def test_another_number_of_workers(name, tmp_path):
     parts = torch.load(path, weights_only=True)["lightning_lopt"]["workers"]
     if parts is None:
         parts = [torch.load(file, weights_only=True) for file in sorted(path.parent.glob("step=6.ckpt.*.worker*"))]
-    local = {**_mean([{**part["local"]["sync"], "flight": None} for part in parts])}
+    local = {**_mean([{**part["local"]["sync"], "exchange": None} for part in parts])}
     states = _mean([part["checkpoint"]["optimizer_states"][0]["state"] for part in parts])
     assert len(parts) == 4
     processes = num_workers // virtual
@@ -415,7 +415,7 @@ def test_another_number_of_workers(name, tmp_path):
         _other_number, processes, processes, make, str(tmp_path), str(path), gather_bytes, connect=False
     )
     for weights, _, (start, start_states, step, local_step), steps in results:
-        torch.testing.assert_close({**start, "flight": None}, local, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close({**start, "exchange": None}, local, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(start_states, states, rtol=1e-5, atol=1e-9)
         assert torch.equal(weights, results[0][0])
         assert (step, local_step) == (6, 2)

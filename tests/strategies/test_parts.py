@@ -89,7 +89,7 @@ def test_the_mean_of_workers():
     assert mean["local"]["sync"] == {
         "params": [torch.tensor([3.0]), None],
         "residuals": [torch.tensor([9.0])],
-        "flight": None,
+        "exchange": None,
     }
     assert mean["checkpoint"]["optimizer_states"][0]["state"] == {0: _adam(3.0, 5.0)}
     assert mean["loaders"] == [{"consumed": 9, "start": None, "generators": []}, None]

@@ -51,7 +51,7 @@ def test_validating_and_saving_in_flight_leave_no_trace(name, tmp_path):
     rarely = run_workers(_fit, 2, name, {"max_epochs": 1, "val_check_interval": 12}, connect=False)
     assert torch.equal(often[0][0], rarely[0][0])
     saved = torch.load(tmp_path / "step=3.ckpt", weights_only=True)
-    assert saved["lightning_lopt"]["rounds"]["sync"]["flight"] is not None  # launched after 2 or 1 steps
+    assert saved["lightning_lopt"]["rounds"]["sync"]["exchange"] is not None  # launched after 2 or 1 steps
     # what is validated and saved in mid-round is the workers' mean
     assert torch.equal(torch.cat([t.double().flatten() for t in saved["state_dict"].values()]), often[0][2][1])
 
@@ -95,7 +95,7 @@ def _interrupted(rank, folder):
 def test_an_exception_in_flight(tmp_path):
     assert run_workers(_interrupted, 2, str(tmp_path), connect=False) == [False, False]
     saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
-    assert saved["lightning_lopt"]["rounds"]["sync"]["flight"] is None
+    assert saved["lightning_lopt"]["rounds"]["sync"]["exchange"] is None
 
 
 def test_default_evaluation_weights():
@@ -139,7 +139,7 @@ def test_lightning_cli(tmp_path):
             """
     strategy = cli_trainer(tmp_path, config).strategy
     options = strategy._options
-    assert (options.picks, options.codec) == (Fragments(4), TopK(0.05))
+    assert (options.effective_selection, options.codec) == (Fragments(4), TopK(0.05))
     assert (options.overlap_steps, options.merge) == (4, 0.5)
 
 

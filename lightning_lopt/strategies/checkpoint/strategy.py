@@ -220,7 +220,7 @@ class CheckpointingStrategy(DDPStrategy):
             "their weights, optimizer states and error feedback. Their random states, gradients that were accumulating "
             "and the states of loaders that have their own are dropped."
         )
-        state["rounds"]["sync"]["flight"] = None
+        state["rounds"]["sync"]["exchange"] = None
         part = self._as_one(partial(merged, parts, self.num_workers), elsewhere)
         part["checkpoint"]["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
         return [part, *(copy.deepcopy(part) for _ in self._own_ranks[1:])]

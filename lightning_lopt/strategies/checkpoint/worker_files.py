@@ -90,7 +90,7 @@ def merged(parts: Iterable[Mapping[str, Any]], num_parts: int) -> dict[str, Any]
             _move(mean["local"], own["local"], 1 / number)
             for states, new in zip(mean["states"], own["states"], strict=True):
                 _move_states(states["state"], new["state"], 1 / number)
-    mean["local"]["sync"]["flight"] = None  # its steps are in the mean, too
+    mean["local"]["sync"]["exchange"] = None  # its steps are in the mean, too
     share = Fraction(total, num_parts)
     return {
         "checkpoint": {**first["checkpoint"], "optimizer_states": mean["states"]},

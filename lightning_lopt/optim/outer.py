@@ -1,0 +1,155 @@
+"""The contract between a sync and its outer optimizer.
+
+An outer optimizer is any `torch.optim.Optimizer` whose step needs no closure. Its parameters are the anchors (the
+global parameters), their ``.grad`` is the averaged pseudo-gradient, anchor - mean of the workers, which has a
+gradient's sign.
+Before each step a sync writes into every parameter group, which mirrors a group of the local optimizer:
+
+* ``round_idx``: index of the round, from 0;
+* ``local_steps``: H, the largest number of local steps that a worker took in the round;
+* ``local_lr``: learning rate of the local optimizer's group, NaN if it has none;
+* ``local_momentum``: heavy-ball momentum of that group which lasts from one sync of a tensor to the next, 0 if none.
+
+All else is optional: see `OuterOptimizer`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+OuterFactory = Callable[[Any], Optimizer]
+"""Makes an outer optimizer from parameter groups, as `partial(torch.optim.SGD, lr=0.7)` does."""
+
+
+class OuterOptimizer(Protocol):
+    """Optional attributes of an outer optimizer, all of which are read by `read_contract`.
+
+    Attributes:
+        needs_worker_grads: Whether each parameter must also have ``.worker_grads``, every worker's pseudo-gradient
+            [K, *S]. Default False. A sync then gathers them instead of their mean.
+        num_workers: The only K for which the optimizer works, or None for any. Default None. Checked when a sync is
+            made.
+        needs_whole_tensors: Whether a step needs whole tensors, as one with statistics of rows and columns does.
+            Default False. Such an optimizer is refused where random coordinates are sent.
+        max_update_ratio: Largest norm of a step, in units of the norm of the averaged one; a sync replaces a larger
+            step by averaging. Default None, no limit.
+        fingerprint: Text that differs for optimizers that step differently with the same settings, the digest of a
+            network for example. Default None. Compared between the workers when a sync is made.
+        total: Sums numbers [n] over all shards of the model. A sync with `sharded=True` assigns it where the attribute
+            exists; until then it is the identity. An optimizer without it must not combine several tensors.
+
+    Example:
+        >>> class SignSGD(torch.optim.Optimizer):
+        ...     max_update_ratio = 10.0
+        ...     def __init__(self, params, lr=1e-3):
+        ...         super().__init__(params, {"lr": lr})
+        ...     @torch.no_grad()
+        ...     def step(self, closure=None):
+        ...         for group in self.param_groups:
+        ...             for p in group["params"]:
+        ...                 if p.grad is not None:
+        ...                     p -= group["lr"] * p.grad.sign()
+        >>> read_contract(SignSGD([torch.zeros(1)])).max_update_ratio
+        10.0
+    """
+
+    needs_worker_grads: bool
+    num_workers: int | None
+    needs_whole_tensors: bool
+    max_update_ratio: float | None
+    fingerprint: str | None
+    total: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class OuterContract:
+    """The attributes of `OuterOptimizer` that one optimizer has, with defaults for the others.
+
+    Attributes:
+        needs_worker_grads: As in `OuterOptimizer`, like the next three.
+        num_workers: The only K for which it works.
+        needs_whole_tensors: Whether a step needs whole tensors.
+        max_update_ratio: Limit of the step.
+        fingerprint: Text that tells kind, settings and own fingerprint.
+        takes_total: Whether the attribute `total` is to be assigned when the model is sharded.
+    """
+
+    needs_worker_grads: bool
+    num_workers: int | None
+    needs_whole_tensors: bool
+    max_update_ratio: float | None
+    fingerprint: str
+    takes_total: bool
+
+
+def read_contract(optimizer: Optimizer) -> OuterContract:
+    """Read the attributes of `OuterOptimizer`, or their defaults.
+
+    Raises:
+        ValueError: The optimizer's step needs more than dense gradients.
+
+    Example:
+        >>> read_contract(torch.optim.SGD([torch.zeros(1)], lr=0.7)).needs_whole_tensors
+        False
+    """
+    _check_step(optimizer)
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return OuterContract(
+        needs_worker_grads=getattr(optimizer, "needs_worker_grads", False),
+        num_workers=getattr(optimizer, "num_workers", None),
+        needs_whole_tensors=getattr(optimizer, "needs_whole_tensors", False),
+        max_update_ratio=getattr(optimizer, "max_update_ratio", None),
+        fingerprint=repr((type(optimizer).__name__, settings, getattr(optimizer, "fingerprint", None))),
+        takes_total=hasattr(optimizer, "total"),
+    )
+
+
+def check_coordinatewise(factory: OuterFactory) -> None:
+    """Refuse an outer optimizer that must see whole tensors.
+
+    Args:
+        factory: Makes the optimizer; it is tried on a parameter of its own.
+
+    Raises:
+        ValueError: Its contract says so, or it has a state of another shape than the parameter's.
+    """
+    probe = torch.zeros(2, 3)
+    probe.grad = torch.zeros(2, 3)
+    optimizer = factory([{"params": [probe]}])
+    if read_contract(optimizer).needs_whole_tensors:
+        raise ValueError(_undefined(optimizer, "its statistics of rows, columns and whole tensors"))
+    optimizer.step()
+    for key, value in optimizer.state[probe].items():
+        if isinstance(value, Tensor) and value.numel() > 1 and value.shape != probe.shape:
+            raise ValueError(_undefined(optimizer, f"its state {key!r}"))
+
+
+def _check_step(optimizer: Optimizer) -> None:
+    needed = [
+        parameter.name
+        for parameter in inspect.signature(optimizer.step).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        needed = ["sparse gradients"]
+    if needed:
+        raise ValueError(
+            f"{type(optimizer).__name__} cannot be the outer optimizer: its step needs {', '.join(needed)}, but a sync "
+            "has one dense pseudo-gradient to give. Use SGD, SlowMomentum, Adam, or another that needs no more."
+        )
+
+
+def _undefined(optimizer: Optimizer, what: str) -> str:
+    return (
+        f"{type(optimizer).__name__} cannot step random coordinates of a tensor: {what} would be undefined. Send whole "
+        "tensors (density=1, or selection=Fragments(...)), or use an outer optimizer that treats each coordinate by "
+        "itself: averaging, SGD, SlowMomentum, Adam."
+    )

@@ -1,0 +1,201 @@
+"""One worker's copy of the model: everything of it that a sync reads or writes."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_lopt.sync.anchors import AnchoredParameter
+from lightning_lopt.sync.buffers import Buffers
+from lightning_lopt.sync.status import LocalSettings
+from lightning_lopt.sync.swap import Swap
+
+CHECK_EVERY = 100  # syncs
+
+
+class NamedTensors(Protocol):
+    """The part of a `torch.nn.Module` that a `Replica` needs."""
+
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]: ...
+    def named_buffers(self) -> Iterable[tuple[str, Tensor]]: ...
+
+
+class LocalOptimizer(Protocol):
+    """The part of a `torch.optim.Optimizer` that a `Replica` needs."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+    @property
+    def state(self) -> MutableMapping[Any, Any]: ...
+
+
+class Replica:
+    """Parameters with their anchors, buffers, and states of the local optimizer of one worker.
+
+    It alone knows how the worker's tensors are laid out; a sync sees dense tensors.
+
+    Args:
+        model: Model whose buffers are synchronised.
+        optimizer: Local optimizer whose parameters are synchronised; groups that it is given later are found by
+            `follow`.
+
+    Attributes:
+        groups: Parameters of each group of the optimizer, with their anchors.
+        buffers: Buffers of the model.
+        swap: Global values that the model shows for a while in place of the worker's own.
+        device: Device of the parameters.
+
+    Raises:
+        ValueError: There is nothing to train, or parameters are not dense and real.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> replica = Replica(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> replica.adopt()
+        >>> _ = model.weight.data.fill_(7.0)
+        >>> replica.restore()
+        >>> bool((model.weight == 7.0).any())
+        False
+    """
+
+    def __init__(self, model: NamedTensors, optimizer: LocalOptimizer) -> None:
+        self._model, self._optimizer = model, optimizer
+        self.groups: list[list[AnchoredParameter]] = []
+        self.follow()
+        if not any(p.param.requires_grad for p in self.parameters()):
+            raise ValueError(
+                "There is nothing to train: the local optimizer holds no parameter with requires_grad=True."
+            )
+        self.buffers = Buffers(model.named_buffers())
+        self.swap = Swap()
+        self.device = next(p.param.device for p in self.parameters())
+        self._num_checksums = 0
+
+    def parameters(self) -> Iterator[AnchoredParameter]:
+        """All parameters of the local optimizer, in its order."""
+        for group in self.groups:
+            yield from group
+
+    def named_tensors(self) -> list[tuple[str, Tensor]]:
+        """All parameters and buffers of the model by name."""
+        return [*self._model.named_parameters(), *self._model.named_buffers()]
+
+    def adopt(self) -> None:
+        """Take the present parameters in training, and all present buffers, as the global ones."""
+        for p in self.parameters():
+            if p.param.requires_grad:
+                p.adopt(p.param)
+        self.buffers.adopt()
+
+    def follow(self) -> list[list[AnchoredParameter]]:
+        """Take up the groups that the optimizer was given since the last call, and return them."""
+        groups = self._optimizer.param_groups[len(self.groups) :]
+        new = [[AnchoredParameter(p) for p in group["params"]] for group in groups]
+        self.groups += new
+        return new
+
+    def in_training(self) -> list[AnchoredParameter]:
+        """Parameters that were ever trained.
+
+        New ones have no common value yet; their anchor is 0 until their first sync, which averages them.
+        """
+        parameters = [p for p in self.parameters() if p.has_anchor or p.param.requires_grad]
+        for p in parameters:
+            if not p.has_anchor:
+                p.anchor.data = torch.zeros_like(p.param, dtype=p.dtype)
+        return parameters
+
+    # -- local optimizer ------------------------------------------------------------------------------------------
+
+    def local_settings(self, momentum_power: float) -> LocalSettings:
+        """Settings of the local optimizer: see `LocalSettings.of`."""
+        return LocalSettings.of(self._optimizer.param_groups, momentum_power)
+
+    def local_states(self, parameters: Iterable[AnchoredParameter]) -> list[Tensor]:
+        """States of the local optimizer that belong to coordinates of these: momenta, second moments."""
+        return [
+            state
+            for p in parameters
+            for _, state in sorted(self._optimizer.state.get(p.param, {}).items())
+            if isinstance(state, Tensor) and state.is_floating_point() and state.shape == p.param.shape
+        ]
+
+    def reset_local_states(self, parameters: Iterable[AnchoredParameter]) -> None:
+        """Forget the states that the local optimizer has of these."""
+        for p in parameters:
+            self._optimizer.state.get(p.param, {}).clear()
+
+    # -- global values --------------------------------------------------------------------------------------------
+
+    def anchor_pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Each parameter and buffer with a copy of its value at the last sync."""
+        pairs = [(p.param, p.anchor.clone()) for p in self.parameters() if p.has_anchor]
+        return pairs + [(buffer, synced.clone()) for buffer, synced in self.buffers.pairs()]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give every parameter and buffer its value at the last sync."""
+        for p in self.parameters():
+            if p.has_anchor:
+                p.param.copy_(p.anchor)
+        self.buffers.restore()
+
+    def checksum(self) -> int:
+        """A checksum of the anchors in the first two calls and two of each `CHECK_EVERY`, else 0.
+
+        Workers whose anchors differ in any bit have, almost surely, other checksums. Two calls in a row: one sees the
+        anchors that were there, the next the result of an outer step on them.
+        """
+        due = self._num_checksums % CHECK_EVERY < 2
+        self._num_checksums += 1
+        value = 0
+        for p in self.parameters() if due else ():
+            value = zlib.crc32(p.anchor.detach().cpu().contiguous().numpy().data, value)
+        return value
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of the values at the last sync, which are the same on all workers."""
+        anchors = [p.anchor.clone() if p.has_anchor else None for p in self.parameters()]
+        return {"anchors": anchors, "buffers": self.buffers.synced_state()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the result of `state_dict`.
+
+        Raises:
+            ValueError: A parameter has another shape.
+        """
+        for i, (p, anchor) in enumerate(zip(self.parameters(), state["anchors"], strict=True)):
+            if anchor is None:
+                continue
+            if anchor.shape != p.param.shape:
+                raise ValueError(
+                    f"The checkpoint's parameter {i} has the shape {tuple(anchor.shape)}, here it is "
+                    f"{tuple(p.param.shape)}: build the model that was saved."
+                )
+            p.adopt(anchor.to(p.param.device))
+        self.buffers.load_synced_state(state["buffers"])
+
+    def local_state(self) -> dict[str, Any]:
+        """Copies of this worker's own values and residuals."""
+        return {
+            "params": [p.param.detach().clone() if p.has_anchor else None for p in self.parameters()],
+            "residuals": [None if p.residual is None else p.residual.clone() for p in self.parameters()],
+            "buffers": self.buffers.own_state(),
+        }
+
+    @torch.no_grad()
+    def load_local_state(self, state: Mapping[str, Any]) -> None:
+        """Restore the result of `local_state`, after `load_state_dict`."""
+        values: Sequence[Tensor | None] = state["params"]
+        for p, value, residual in zip(self.parameters(), values, state["residuals"], strict=True):
+            if value is not None:
+                p.param.copy_(value)
+            p.residual = None if residual is None else residual.to(p.param.device)
+        self.buffers.load_own_state(state["buffers"])
