@@ -25,18 +25,19 @@ class Communicator:
     the default group do not queue behind a transfer of this one.
 
     Args:
-        timeout: after which a collective that some worker does not join fails; None for torch's default.
-        ranks_per_worker: consecutive ranks that are one worker, with the same parameters at all times. The first of
-            them talks to the other workers, and tells the rest.
-        backend: has the collectives of `torch.distributed`, by their names; `VirtualGroup` for workers in one process.
+        timeout: Time after which a collective fails that some worker does not join; None for torch's default.
+        ranks_per_worker: Number of consecutive ranks that are one worker, with the same parameters at all times. The
+            first of them talks to the other workers, and tells the rest.
+        backend: Object with the collectives of `torch.distributed` by their names; a `VirtualGroup` for workers in
+            one process.
 
     Attributes:
         num_workers: K.
-        rank: of this worker among the workers.
-        bytes_sent: bytes that this worker has put on the wire, by the ring algorithms' count: 2(K-1)/K of the
-            payload for an all-reduce, (K-1)/K for an all-to-all, K-1 payloads for an all-gather; one payload on rank 0
-            for a broadcast.
-        num_collectives: collectives so far.
+        rank: Rank of this worker among the workers.
+        bytes_sent: Bytes that this worker has sent, by the ring algorithms' count: 2(K-1)/K of the payload for an
+            all-reduce, (K-1)/K for an all-to-all, K-1 payloads for an all-gather, one payload on rank 0 for a
+            broadcast.
+        num_collectives: Number of collectives so far.
 
     Raises:
         ValueError: `ranks_per_worker` does not divide the number of processes.
@@ -75,12 +76,12 @@ class Communicator:
         return self  # there is one process group, and copies of callbacks and strategies use it too
 
     def _new_group(self, all_ranks: list[list[int]]) -> dist.ProcessGroup | None:
-        """The group that this rank is in, if any; all ranks make all groups."""
+        """Make all of these groups, on all ranks, and return the one that this rank is in, if any."""
         groups = [self._dist.new_group(ranks, timeout=self._timeout) for ranks in all_ranks]
         return next((g for g in groups if g is not dist.GroupMember.NON_GROUP_MEMBER), None)
 
     def new_group_inside(self) -> dist.ProcessGroup | None:
-        """A process group of the ranks of this worker; a collective of all ranks."""
+        """Make a process group of the ranks of this worker; all ranks must call it."""
         size = self._ranks_per_worker
         return self._new_group([list(range(i * size, (i + 1) * size)) for i in range(self.num_workers)])
 
@@ -93,7 +94,7 @@ class Communicator:
         self.bytes_sent += round(tensor.numel() * tensor.element_size() * factor)
 
     def _share(self, result: Tensor) -> Tensor:
-        """Give what the first rank of this worker got to its other ranks."""
+        """Give the result of the first rank of this worker to its other ranks."""
         if self._inside is not None:
             self._dist.broadcast(result, group=self._inside, group_src=0)
         return result
@@ -114,7 +115,7 @@ class Communicator:
         self._share(values)
 
     def gather(self, flat: Tensor) -> Tensor:
-        """All workers' tensors, stacked in the order of their ranks: [n] -> [K, n]."""
+        """Stack the tensors of all workers in the order of their ranks, [n] -> [K, n]."""
         if not self._connected:
             return flat.unsqueeze(0)
         stacked = flat.new_empty(self.num_workers, *flat.shape)
@@ -124,12 +125,12 @@ class Communicator:
         return self._share(stacked)
 
     def all_to_all(self, flat: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        """Send consecutive slices to worker 0, 1, ...; what each worker has for this one, in the same order.
+        """Send consecutive slices to worker 0, 1, ..., and return the slices that they send here, in the same order.
 
         Args:
-            flat: contiguous, [n].
-            send: length of the slice for each worker.
-            receive: length of the slice from each worker.
+            flat: Contiguous tensor, [n].
+            send: Length of the slice for each worker.
+            receive: Length of the slice from each worker.
         """
         if not self._connected:
             return flat
@@ -156,13 +157,13 @@ class Communicator:
             arrival.wait()
 
     def total(self, values: Sequence[float], device: torch.device) -> list[float]:
-        """The sum of each number over the workers."""
+        """Sum each number over the workers."""
         flat = torch.tensor(values, dtype=torch.float64, device=device)
         self.mean_(flat)
         return flat.mul_(self.num_workers).tolist()
 
     def gather_objects(self, item: Any) -> list[Any] | None:
-        """All processes' picklable objects in the order of their ranks, on rank 0; None on the others."""
+        """Gather picklable objects of all processes on rank 0, in the order of their ranks; None on the others."""
         if self._world is None:
             return [item]
         self.num_collectives += 1
@@ -172,7 +173,7 @@ class Communicator:
         return items
 
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite the tensors by those of rank 0, on all processes."""
+        """Overwrite the tensors with those of rank 0, on all processes."""
         if self._world is None:
             return
         for tensor in tensors:
@@ -187,12 +188,13 @@ class Communicator:
         One small integer all-reduce, before the payload: a mean cannot notice a disagreement.
 
         Args:
-            device: where the process group communicates.
-            equal: named integers that must be the same on all workers; None is equal to any.
-            largest: as many on all workers; flags among them are combined by "or".
+            device: Device on which the process group communicates.
+            equal: Named integers that must be the same on all workers; None is equal to any.
+            largest: Integers of which the maximum is wanted, as many on all workers; flags among them are combined by
+                "or".
 
         Raises:
-            DisagreementError: on every worker, if one of the integers differs.
+            DisagreementError: One of the integers differs; on every worker.
         """
         if self._world is None:
             return [*largest]
@@ -217,7 +219,7 @@ class Communicator:
         """Check that all workers have the same tensors by name, shape and type.
 
         Raises:
-            DisagreementError: on every worker, with the first tensor that differs.
+            DisagreementError: They do not; on every worker, with the first tensor that differs.
         """
         if self._world is None:
             return
@@ -240,5 +242,5 @@ class Communicator:
 
 
 def digest(text: str) -> int:
-    """An integer for `Communicator.agree` that differs, almost surely, where the texts do."""
+    """Hash a text to an integer for `Communicator.agree`; other texts give, almost surely, other integers."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

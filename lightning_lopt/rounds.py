@@ -7,52 +7,56 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from torch import nn
-from torch.optim import Optimizer
-
 from lightning_lopt.comm import Communicator
 from lightning_lopt.optim.outer import OuterFactory, check_coordinatewise
 from lightning_lopt.schedules import Constant, RoundInfo, Schedule, as_schedule
 from lightning_lopt.sync.options import SyncOptions
+from lightning_lopt.sync.replica import LocalOptimizer, NamedTensors
 from lightning_lopt.sync.report import RoundReport
 from lightning_lopt.sync.status import SyncPoint, WorkerStatus
 from lightning_lopt.sync.sync import EvalWeights, Sync
 from lightning_lopt.worker_speeds import Speeds, WorkerSpeeds
 
-_COUNTERS = ("round_idx", "step_idx", "local_step", "local_steps", "due")  # may differ on workers, but for the first
+_COUNTERS = (
+    "round_idx",
+    "step_idx",
+    "local_step",
+    "local_steps",
+    "due",
+)  # all but the first may differ between workers
 
 
 class Rounds:
     r"""Local SGD rounds in a plain PyTorch loop: H local steps on every worker, then a sync.
 
     Workers are the processes of `torch.distributed`; without a process group there is one, and a round is a
-    Lookahead step. Creating a `Rounds` gives all workers the parameters of rank 0, and is collective.
+    Lookahead step. Creating a `Rounds` is collective, and gives all workers the parameters of rank 0.
 
     Args:
-        model: its buffers are synchronised too.
-        optimizer: the local optimizer, whose parameters are synchronised and whose `lr` schedules read.
-        local_steps: H >= 1, or a schedule (`QSR`, any callable from `RoundInfo` to an integer >= 1).
-        outer_optimizer: makes a torch optimizer from parameter groups, e.g. `partial(LearnedOptimizer,
+        model: Model whose buffers are synchronised.
+        optimizer: Local optimizer, whose parameters are synchronised and whose `lr` schedules read.
+        local_steps: H >= 1, or a schedule (`QSR`, or any callable from `RoundInfo` to an integer >= 1).
+        outer_optimizer: Makes a torch optimizer from parameter groups, for example `partial(LearnedOptimizer,
             network=...)`; None averages.
-        total_steps: local steps of the whole run, if known: the last round is cut so that it ends synced.
-        comm: the collectives; by default a new process group.
-        options: what a sync sends, how long it is in flight and how it lands; by default everything, at once.
-        worker_speeds: v, one number per worker, or `"measured"`: worker i takes H v_i / max v steps in a round, the
-            fastest H, see `WorkerSpeeds`. Then nobody waits, and numbers of steps differ. None is H for all.
+        total_steps: Local steps of the whole run, if known: the last round is cut so that the run ends synced.
+        comm: Collectives among the workers; by default those of a new process group.
+        options: Parts that a sync sends, time in flight and merge rule; by default everything, at once.
+        worker_speeds: Speeds v, one number per worker, or `"measured"`: worker i takes H v_i / max v steps in a round
+            (see `WorkerSpeeds`), so that nobody waits and numbers of steps differ. None is H for all.
 
     Attributes:
-        round_idx: rounds finished.
-        step_idx: local steps finished; with unequal speeds or data, of this worker.
-        local_step: local steps finished in the present round.
+        round_idx: Number of finished rounds.
+        step_idx: Number of finished local steps; of this worker, where speeds or data are unequal.
+        local_step: Number of finished local steps in the present round.
         local_steps: H of the present round on this worker, None before its first step.
-        due: local step of the present round at which a sync is launched or finished.
-        equal_steps: whether all workers have taken as many steps, as far as they told each other.
-        last_report: the `RoundReport` of the last sync.
-        listeners: called with each `RoundReport`, at once.
+        due: Local step of the present round at which the next sync is launched or finished.
+        equal_steps: Whether all workers had taken the same number of steps at the last status exchange.
+        last_report: The `RoundReport` of the last sync.
+        listeners: Functions that are called with each `RoundReport`, at once.
 
     Raises:
-        ValueError: `local_steps` < 1, nothing to train, a network or speeds for another number of workers.
-        DisagreementError: the workers' models, rounds or steps differ.
+        ValueError: `local_steps` < 1, nothing to train, or a network or speeds for another number of workers.
+        DisagreementError: The workers' models, rounds or steps differ.
 
     Source: arXiv 2312.02204 (learned), 1910.00643 (SlowMo), 2311.08105 (DiLoCo), 2310.14423 (QSR).
 
@@ -76,8 +80,8 @@ class Rounds:
 
     def __init__(
         self,
-        model: nn.Module,
-        optimizer: Optimizer,
+        model: NamedTensors,
+        optimizer: LocalOptimizer,
         local_steps: int | Schedule,
         outer_optimizer: OuterFactory | None = None,
         total_steps: int | None = None,
@@ -140,17 +144,18 @@ class Rounds:
         self.sync.launch(self.round_idx, status, everything=everything, same_steps=self.equal_steps)
 
     def join(self, point: SyncPoint = SyncPoint.EPOCH_END, *, last: bool = False) -> None:
-        """Wait until all workers have come to the same place; nothing else lets them be unequally far.
+        """Wait until all workers have come to the same point, as `torch.distributed.algorithms.Join` does.
 
-        Until then this worker takes part in the others' syncs, with what it has and no further steps. When all are
-        there and have taken unequal numbers of steps in the present round, the round ends for all.
+        Until then this worker takes part in the others' syncs, with its present parameters and no further steps. If
+        the workers have taken unequal numbers of steps in the present round when all are there, the round ends for
+        all.
 
         Args:
-            place: `"epoch end"`, `"validation"` or `"training end"`.
-            last: whether training ends here, so that all must be synced.
+            point: A `SyncPoint` that answers the syncs of others.
+            last: Whether training ends here, so that all must be synced.
 
         Raises:
-            DisagreementError: they wait at different places.
+            DisagreementError: Workers wait at different points.
         """
         if self.sync.in_flight:
             self._end_round()
@@ -167,7 +172,7 @@ class Rounds:
             self.speeds.forget()  # what comes now is not training
 
     def finish_round(self) -> None:
-        """Sync everything now, on all workers, even if the round is not over; nothing happens when all are synced."""
+        """Sync everything now, on all workers, even if the round is not over; do nothing if all are synced."""
         if not self.synced:
             self._launch(everything=True)
             self._end_round()
@@ -216,7 +221,7 @@ class Rounds:
     def swap_in(self, weights: EvalWeights) -> None:
         """Put the global weights into the model until `swap_out`: see `Sync.swap_in`.
 
-        Where every worker has them already, nothing happens.
+        Nothing happens where every worker has them already.
         """
         if not self.synced:
             self.sync.swap_in(weights)
@@ -234,16 +239,16 @@ class Rounds:
         self.local_steps = None
 
     def state_dict(self, *, alone: bool = False) -> dict[str, Any]:
-        """Counters, anchors and outer state, the same on all workers. Local weights and states are not in it.
+        """Counters, anchors and outer state, the same on all workers; local weights and states are left out.
 
         Args:
-            alone: do not talk to the other workers: see `Sync.state_dict`.
+            alone: Whether not to talk to the other workers: see `Sync.state_dict`.
         """
         sync = self.sync.state_dict(alone=alone)
         return {**self._counters(), "equal_steps": self.equal_steps, "seconds": [*self.speeds.seconds], "sync": sync}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore the result of `state_dict`."""
         self._load_counters(state)
         self.equal_steps = self.equal_steps and state["equal_steps"]
         if len(state["seconds"]) == self.comm.num_workers:
@@ -251,7 +256,7 @@ class Rounds:
         self.sync.load_state_dict(state["sync"])
 
     def local_state(self) -> dict[str, Any]:
-        """What differs between the workers: counters, parameters and buffers, and more: see `Sync.local_state`.
+        """Everything that differs between the workers: counters, and see `Sync.local_state`.
 
         Parameters and buffers are this worker's own, also between `swap_in` and `swap_out`.
         """
@@ -261,7 +266,7 @@ class Rounds:
         return {**self._counters(), "sync": state}
 
     def load_local_state(self, state: dict[str, Any]) -> None:
-        """Restore what `local_state` returned, after `load_state_dict`."""
+        """Restore the result of `local_state`, after `load_state_dict`."""
         self._load_counters(state)
         self.sync.load_local_state(state["sync"])
 
@@ -274,11 +279,11 @@ class Rounds:
 
 
 def check_combination(schedule: Schedule, outer_optimizer: OuterFactory | None, options: SyncOptions) -> None:
-    """Refuse what cannot be combined.
+    """Refuse a schedule, an outer optimizer and sync options that exclude each other.
 
     Raises:
-        ValueError: an outer optimizer that needs whole tensors with random coordinates, or a constant number of local
-            steps that has no room for the overlap or for all fragments.
+        ValueError: The outer optimizer needs whole tensors and random coordinates are sent, or a constant number of
+            local steps leaves no room for the overlap or for all fragments.
     """
     if outer_optimizer is not None and not options.effective_selection.whole_tensors:
         check_coordinatewise(outer_optimizer)

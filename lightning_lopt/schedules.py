@@ -1,4 +1,4 @@
-"""When do workers sync? A schedule is any callable from a `RoundInfo` to a number of local steps."""
+"""Schedules of the syncs: callables from a `RoundInfo` to a number of local steps."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RoundInfo:
-    """What a schedule may know when a round begins.
+    """The state of a run when a round begins, as a schedule sees it.
 
     Attributes:
-        round_idx: rounds finished so far.
-        step: local steps finished so far.
-        total_steps: local steps of the whole run, None if unknown.
-        lr: the local learning rate of the round's first step, the largest of all parameter groups.
+        round_idx: Number of rounds finished so far.
+        step: Number of local steps finished so far.
+        total_steps: Local steps of the whole run, None if unknown.
+        lr: Local learning rate of the round's first step, the largest of all parameter groups.
     """
 
     round_idx: int
@@ -33,7 +33,7 @@ class Constant:
     """The same number of local steps in every round.
 
     Args:
-        local_steps: H >= 1.
+        local_steps: Number of local steps H >= 1.
 
     Raises:
         ValueError: `local_steps` is not an integer >= 1.
@@ -63,14 +63,14 @@ class QSR:
     the base, since a small warm-up rate would give a huge H; where η is 0 a round lasts to the end of the run.
 
     Args:
-        alpha: α > 0, in units of the learning rate; a good choice is slightly above lr_max * sqrt(base_steps):
+        alpha: Scale α > 0, in units of the learning rate; a good choice is slightly above lr_max * sqrt(base_steps):
             0.0175 in the authors' ViT-B with AdamW at 0.008 and a base of 4.
-        base_steps: H_base >= 1.
-        power: 2 is the quadratic rule, 1 and 3 its relatives.
-        warmup_steps: local steps of learning-rate warm-up, >= 0.
+        base_steps: Smallest number of local steps H_base >= 1.
+        power: Exponent > 0; 2 is the quadratic rule, 1 and 3 its relatives.
+        warmup_steps: Number of local steps >= 0 of learning-rate warm-up.
 
     Raises:
-        ValueError: an argument out of its range, or a learning rate that is not a number.
+        ValueError: An argument is out of its range, or the learning rate is not a number.
 
     Memory: none. Sends what the strategy sends, but less often. Fails with a rate that depends on the worker, which is
     an error, and saves nothing with a constant one.
@@ -107,9 +107,9 @@ class QSR:
 
 
 def as_schedule(local_steps: int | Schedule) -> Schedule:
-    """An integer becomes `Constant`; a callable is taken as it is.
+    """Turn an integer into a `Constant`, and return a callable as it is.
 
     Raises:
-        ValueError: neither an integer >= 1 nor a callable.
+        ValueError: The argument is neither an integer >= 1 nor a callable.
     """
     return local_steps if callable(local_steps) else Constant(local_steps)

@@ -1,4 +1,4 @@
-"""What is sent in a sync: everything, random coordinates, or tensors in turn."""
+"""Selection of the coordinates that a sync sends: everything, random ones, or tensors in turn."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lightning_lopt.functional.merge import shared_indices
 
 
 class Selection(Protocol):
-    """Which coordinates a sync sends; the same on all workers, without a word between them.
+    """Rule for the coordinates that a sync sends, the same on all workers without communication.
 
     Attributes:
-        num_turns: syncs that `local_steps` are divided into; more than one if parts take turns.
-        whole_tensors: whether a tensor is sent as a whole or not at all.
-        partial: whether anything is left out.
+        num_turns: Number of syncs that `local_steps` are divided into; more than one if parts take turns.
+        whole_tensors: Whether a tensor is sent as a whole or not at all.
+        partial: Whether a sync leaves anything out.
     """
 
     @property
@@ -31,7 +31,15 @@ class Selection(Protocol):
     def partial(self) -> bool: ...
 
     def pick(self, sizes: Sequence[int], round_idx: int) -> list[bool | Tensor]:
-        """For each tensor whether it is sent, or the ascending indices of its coordinates that are."""
+        """Choose the coordinates to send.
+
+        Args:
+            sizes: Number of coordinates of each tensor.
+            round_idx: Index of the round.
+
+        Returns:
+            For each tensor whether it is sent, or the ascending flat indices of the coordinates that are.
+        """
         ...
 
 
@@ -57,11 +65,11 @@ class RandomCoordinates:
     """Uniformly random coordinates, others in every round; each worker draws the same ones from the shared seed.
 
     Args:
-        density: share of all coordinates, in (0, 1].
-        seed: the same on all workers.
+        density: Share of all coordinates, in (0, 1].
+        seed: Seed of the draws, the same on all workers.
 
     Raises:
-        ValueError: `density` outside (0, 1].
+        ValueError: `density` is outside (0, 1].
 
     Memory: 8 bytes per coordinate that is sent, for its index. Sends density × 2(K-1)/K × 4 bytes per parameter and
     round. Fails when workers drift apart on what is seldom sent.
@@ -99,7 +107,7 @@ class Fragments:
     `local_steps` are a fragment's own period: with 4 fragments and H = 100 there is a sync every 25 steps.
 
     Args:
-        num_fragments: P >= 1, at most the number of tensors; 4 is a start.
+        num_fragments: Number of groups P >= 1, at most the number of tensors; 4 is a start.
 
     Raises:
         ValueError: `num_fragments` is not an integer >= 1, or there are fewer tensors.
@@ -142,7 +150,7 @@ class Fragments:
 
 
 def drawn_ahead(selection: Selection) -> Selection:
-    """The same picks in the same order; of random coordinates those of the next round are ready before it ends.
+    """Wrap a selection so that random coordinates of the next round are drawn before this one ends.
 
     Example:
         >>> ahead = drawn_ahead(RandomCoordinates(0.5))
@@ -153,10 +161,10 @@ def drawn_ahead(selection: Selection) -> Selection:
 
 
 class _DrawnAhead:
-    """The picks of `RandomCoordinates`, each drawn by a thread while training goes on after the pick before.
+    """`RandomCoordinates` that are drawn by a thread, one round ahead.
 
-    Drawing 10 % of 86 million coordinates takes a core 0.3 s, which no sync should wait for. It holds the next
-    round's indices meanwhile, 8 bytes for each.
+    Drawing 10 % of 86 million coordinates takes a core 0.3 s, for which no sync should wait. The indices of the next
+    round are held meanwhile, 8 bytes for each.
     """
 
     num_turns = 1

@@ -1,4 +1,4 @@
-"""How many local steps each worker takes while the fastest takes H."""
+"""Numbers of local steps in proportion to the workers' speeds."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ class WorkerSpeeds:
         Q_i = \min(\lceil s_i Q \rceil, H_i - 1)
 
     Args:
-        speeds: v, one positive number per worker, or `"measured"`: v is the inverse of the seconds per local step, the
-            mean of those of the round before and those known before it. None is the same for all.
-        num_workers: K.
-        rank: of this worker among them.
-        device: whose queue of work is waited for when time is measured.
+        speeds: Speeds v, one positive number per worker, or `"measured"`: the inverse of the seconds per local step,
+            the mean of those of the round before and those known before it. None is the same for all.
+        num_workers: K >= 1.
+        rank: Rank of this worker among them.
+        device: Device whose queue of work is waited for when time is measured.
 
     Attributes:
-        unequal: whether workers may take unequal numbers of steps in a round.
-        seconds: per local step of each worker, as all were last told; 0 is unknown.
+        unequal: Whether workers may take unequal numbers of steps in a round.
+        seconds: Seconds per local step of each worker at the last status exchange; 0 is unknown.
 
     Raises:
-        ValueError: not one positive number per worker.
+        ValueError: There is not one positive number per worker.
 
     Source: H in proportion to speed: dynamic local updates of Liu et al. 2401.09135.
 
@@ -53,19 +53,19 @@ class WorkerSpeeds:
 
     @property
     def share(self) -> float:
-        """s_i of this worker."""
+        """Share s_i of the fastest worker's steps that this worker takes."""
         return self._speeds[self._rank] / max(self._speeds)
 
     def steps(self, local_steps: int) -> int:
-        """H_i of this worker."""
+        """Local steps H_i of this worker while the fastest takes H."""
         return max(1, round(local_steps * self.share))
 
     def overlap(self, overlap_steps: int, local_steps: int) -> int:
-        """Q_i of this worker.
+        """Local steps Q_i that this worker takes while a sync is in flight.
 
         Args:
-            overlap_steps: Q.
-            local_steps: H_i.
+            overlap_steps: Q of the fastest worker.
+            local_steps: H_i of this worker.
         """
         return min(math.ceil(overlap_steps * self.share), local_steps - 1)
 
@@ -75,11 +75,11 @@ class WorkerSpeeds:
             self._start = self._now(), local_step
 
     def forget(self) -> None:
-        """Do not measure over what comes now."""
+        """End the measurement without a result."""
         self._start = None
 
     def measure(self, local_step: int) -> float:
-        """This worker's seconds per local step, from the start of the measurement, which ends, and before it."""
+        """End the measurement, and return this worker's seconds per local step, averaged with those known before."""
         begun, self._start = self._start, None
         known = self.seconds[self._rank]
         if begun is None or begun[1] >= local_step:
@@ -89,7 +89,7 @@ class WorkerSpeeds:
         return (known + seconds) / 2 if known else seconds
 
     def update(self, seconds: Sequence[float]) -> None:
-        """Take up every worker's seconds per local step."""
+        """Take up the seconds per local step of every worker."""
         self.seconds = [*seconds]
         if self._measures and all(seconds):
             self._speeds = [1 / s for s in seconds]
@@ -101,10 +101,10 @@ class WorkerSpeeds:
 
 
 def check_speeds(speeds: Speeds) -> None:
-    """Refuse what cannot be speeds.
+    """Refuse an argument that cannot be speeds.
 
     Raises:
-        ValueError: neither positive numbers nor `"measured"` nor None.
+        ValueError: The argument is neither a list of positive numbers nor `"measured"` nor None.
     """
     if speeds is None or isinstance(speeds, str):
         fine = speeds in (None, "measured")

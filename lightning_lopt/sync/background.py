@@ -12,8 +12,8 @@ class Background:
     """A function that runs in a thread, on a stream of its own where there are streams.
 
     Args:
-        work: called at once.
-        device: of the tensors that it works on.
+        work: Function that is called at once.
+        device: Device of the tensors that it works on.
 
     Example:
         >>> results = []
@@ -39,7 +39,7 @@ class Background:
             self._error = error
 
     def wait(self) -> None:
-        """Return when it is done; what it raised is raised here."""
+        """Return when it is done, or raise the error that it raised."""
         self._thread.join()
         if self._error is not None:
             raise self._error

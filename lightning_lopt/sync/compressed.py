@@ -16,17 +16,18 @@ from lightning_lopt.functional.compression import Codec
 def compressed_mean(
     comm: Communicator, values: Tensor, sizes: Sequence[int], codec: Codec, *, gather: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    r"""The mean over the workers of what their codes say, and what they do not say.
+    r"""Average compressed values over the workers, and return the error of the compression, too.
 
-    Dense codes travel as an all-reduce does: slices are coded and sent to the worker that owns them, who averages and
-    codes the mean, which all gather. What that second code loses is K times added to the owner's residual, so that
-    nothing is lost for good: the mean of `values` is the mean that is returned plus the mean of the residuals.
+    Dense codes are sent as an all-reduce does: slices are coded and sent to the worker that owns them, which averages
+    them and codes the mean, which all gather. The error of that second code is added K times to the owner's residual,
+    so that nothing is lost for good: the mean of `values` is the mean that is returned plus the mean of the residuals.
 
     Args:
-        values: [n].
-        sizes: the pieces that `values` are made of.
-        codec: makes the codes.
-        gather: whether every worker's values are wanted; all codes then go to all workers, as those of a sparse codec.
+        comm: Collectives among the workers.
+        values: Values of this worker, [n].
+        sizes: Lengths of the pieces that `values` are made of.
+        codec: Compression of the values.
+        gather: Whether every worker's values are wanted; all codes then go to all workers, as those of a sparse codec.
 
     Returns:
         The mean [n], this worker's residual [n], and all workers' decoded values [K, n] if `gather`.
@@ -67,7 +68,7 @@ def compressed_mean(
 
 
 def _encode(codec: Codec, values: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The code, padded so that several of them in a row are aligned for any type."""
+    """Encode, and pad the code so that several in a row are aligned for any type."""
     code = codec.encode(values.float(), sizes)
     return pad(code, (0, -len(code) % 8))
 
@@ -78,6 +79,6 @@ def _stack(codes: Sequence[Tensor]) -> Tensor:
 
 
 def _cut(sizes: Sequence[int], bounds: Sequence[int]) -> list[list[int]]:
-    """The sizes of the pieces between consecutive bounds, when consecutive pieces of `sizes` are cut there too."""
+    """Cut consecutive pieces of these sizes at the bounds, and return the sizes between consecutive bounds."""
     edges = sorted({0, *accumulate(sizes), *bounds})
     return [[high - low for low, high in pairwise(edges) if start <= low < end] for start, end in pairwise(bounds)]

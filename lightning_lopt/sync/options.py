@@ -1,4 +1,4 @@
-"""What a sync sends, how long it is in flight, and how it lands: the answers that a method gives."""
+"""Options of a sync: the parts that are sent, the time in flight, and the merge rule."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ LocalState = Literal["keep", "reset", "average"]
 
 @dataclass(frozen=True)
 class SyncOptions:
-    """How parameters travel between the workers; by default everything at once, as it is.
+    """Options of a sync; by default everything is sent at once, as it is.
 
-    The last sync of a run sends everything, uncompressed and with nothing in flight, whatever is said here.
+    The last sync of a run sends everything, uncompressed and with nothing in flight, whatever the options are.
 
     Args:
-        density: share of the coordinates that a sync sends, in (0, 1]; they are drawn anew in every round.
-        selection: instead of a density, `Fragments(...)` or any `Selection`.
+        density: Share of the coordinates that a sync sends, in (0, 1]; they are drawn anew in every round.
+        selection: `Fragments(...)` or any `Selection`, in place of a density.
         compression: `"bf16"`, `"int8"`, `TopK(...)` or any `Codec`, with error feedback; None for float32.
-        overlap_steps: Q >= 0 of the H local steps are taken while the sync is in flight, at most H - 1.
-        merge: what a worker makes of the anchor a, its y at the launch and z at the finish: `"delay_corrected"`
-            a + (z - y), `"overwrite"` a, or a number α in [0, 1] for α z + (1 - α) a. Without overlap y = z.
-        local_state: what becomes of the local optimizer's state of the tensors that were sent: `"keep"`, `"reset"`,
-            or `"average"` over the workers, which costs traffic.
-        sharded: each worker does the outer step of some of the tensors, and holds the outer state of these alone; all
-            get the result. The traffic is that of an all-reduce, also where every worker's values are needed (LAgg-A).
+        overlap_steps: Number Q of the H local steps that are taken while the sync is in flight, 0 <= Q < H.
+        merge: Rule that makes a worker's new parameters from the anchor a, its y at the launch and z at the finish:
+            `"delay_corrected"` a + (z - y), `"overwrite"` a, or a number α in [0, 1] for α z + (1 - α) a. Without
+            overlap y = z.
+        local_state: Treatment of the local optimizer's state of the tensors that were sent: `"keep"`, `"reset"`, or
+            `"average"` over the workers, which costs traffic.
+        sharded: Whether each worker does the outer step of some of the tensors, holds the outer state of these alone,
+            and sends the result to all. The traffic is that of an all-reduce, also where every worker's values are
+            needed (LAgg-A).
 
     Raises:
-        ValueError: an argument out of its range, or two that exclude each other.
+        ValueError: An argument is out of its range, or two exclude each other.
 
     Example:
         >>> SyncOptions(density=0.1).effective_selection
@@ -85,7 +87,7 @@ class SyncOptions:
 
     @property
     def fingerprint(self) -> int:
-        """Differs for other settings; for other custom classes, only if their `repr` does."""
+        """An integer that differs for other options; for custom classes, only if their `repr` does."""
         return digest(re.sub(r" at 0x[0-9a-f]+", "", repr(self)))
 
     @property

@@ -1,4 +1,4 @@
-"""Other values in the model for a while."""
+"""Temporary replacement of the values in a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Swap:
-    """Tensors of a model that show other values, and their own values set aside.
+    """Tensors of a model that show other values for a while; their own values are set aside.
 
     Example:
         >>> import torch
@@ -26,11 +26,11 @@ class Swap:
 
     @property
     def active(self) -> bool:
-        """Whether other values are, or were, put in and not undone."""
+        """Whether values were put in and not undone."""
         return bool(self._aside)
 
     def put(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Let each tensor show a value of its shape, without a copy where the types are the same.
+        """Let each tensor show a value of its shape; nothing is copied where the types are the same.
 
         A tensor that already shows another value shows the new one, and keeps its own aside.
         """
@@ -41,7 +41,7 @@ class Swap:
             target.data = value.to(target.dtype)
 
     def exchange(self) -> None:
-        """Show the tensors' own values and set the others aside, or the reverse."""
+        """Exchange the values that are shown and those that are set aside."""
         for i, (target, aside) in enumerate(self._aside):
             self._aside[i] = target, target.data
             target.data = aside

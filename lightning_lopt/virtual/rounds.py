@@ -8,10 +8,9 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
-from torch.optim import Optimizer
-
 from lightning_lopt.comm import Communicator
 from lightning_lopt.rounds import Rounds
+from lightning_lopt.sync.replica import LocalOptimizer
 from lightning_lopt.virtual.shared_module import SharedModule
 from lightning_lopt.virtual.thread_group import ThreadGroup, VirtualGroup
 
@@ -20,20 +19,20 @@ class VirtualRounds:
     """The `Rounds` of K workers in one process; attributes are those of the first worker.
 
     Args:
-        make: makes one worker's from a model, an optimizer, and a communicator.
-        replicas: the workers' weights and states.
-        optimizer: the local optimizer.
-        timeout: after which a worker that waits for the others fails.
+        make: Makes the `Rounds` of one worker from a model, an optimizer and a communicator.
+        shared_module: Weights and states of the workers.
+        optimizer: The local optimizer.
+        timeout: Time after which a worker that waits for the others fails.
 
     Attributes:
-        workers: each worker's `Rounds`.
+        workers: The `Rounds` of each worker.
     """
 
     def __init__(
         self,
         make: Callable[..., Rounds],
         shared_module: SharedModule,
-        optimizer: Optimizer,
+        optimizer: LocalOptimizer,
         timeout: timedelta | None = None,
     ) -> None:
         self._shared_module, self._optimizer = shared_module, optimizer

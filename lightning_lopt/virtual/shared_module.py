@@ -1,25 +1,27 @@
-"""K workers' weights, buffers and optimizer states, that take turns in one module."""
+"""One module that K workers share, each with weights, buffers and optimizer states of its own."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_lopt.sync.replica import LocalOptimizer, NamedTensors
+
 
 @dataclass
 class _Aside:
-    """What one worker has for itself, as it was when another one's turn began.
+    """The state of one worker when the turn of another one began, weights and buffers excepted.
 
     Attributes:
-        states: of each optimizer.
-        options: of each optimizer's parameter groups, all but the parameters.
-        gradients: of each parameter.
-        others: values of the attributes that take turns, too.
+        states: States of each optimizer.
+        options: Options of each optimizer's parameter groups, all but the parameters.
+        gradients: Gradient of each parameter.
+        others: Values of the other attributes that take turns.
     """
 
     states: list[dict[Any, Any]] = field(default_factory=list)
@@ -28,7 +30,7 @@ class _Aside:
     others: list[Any] = field(default_factory=list)
 
 
-class _Model:
+class _ModelView:
     """A worker's weights and buffers under the module's names."""
 
     def __init__(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
@@ -41,10 +43,10 @@ class _Model:
         yield from self._buffers.items()
 
 
-class _Optimizer:
-    """A local optimizer's groups and states, of one worker's parameters."""
+class _OptimizerView:
+    """The groups and states of a local optimizer with one worker's parameters."""
 
-    def __init__(self, shared_module: SharedModule, rank: int, optimizer: Optimizer) -> None:
+    def __init__(self, shared_module: SharedModule, rank: int, optimizer: LocalOptimizer) -> None:
         self._shared_module, self._rank, self._optimizer = shared_module, rank, optimizer
 
     @property
@@ -59,21 +61,21 @@ class _Optimizer:
 
 
 class SharedModule:
-    """K workers' weights, buffers, optimizer states and options, one of which is in the module at a time.
+    """Weights, buffers, optimizer states and options of K workers, of which one is in the module at a time.
 
     Nothing is copied when the turn changes: tensors of the module are pointed to the next worker's. Options that
     somebody changes between the workers' turns (a learning rate, a new parameter group) change for all of them.
 
     Args:
-        module: its parameters and buffers are the first worker's, and copied for the others.
-        optimizers: of the module.
-        num_workers: K >= 2.
-        gradients: whether gradients take turns, too; otherwise they belong to whoever had the last turn.
-        others: objects and names of attributes that take turns, copied for each worker.
+        module: Module whose parameters and buffers are the first worker's, and copied for the others.
+        optimizers: Optimizers of the module.
+        num_workers: Number of workers K >= 2.
+        gradients: Whether gradients take turns, too; otherwise they belong to the worker that had the last turn.
+        others: Objects and names of attributes that take turns, too, copied for each worker.
 
     Attributes:
-        own: each worker's tensors, by those of the module.
-        active: the worker whose turn it is.
+        own: For each worker its tensors, by those of the module.
+        active: The worker whose turn it is.
 
     Example:
         >>> import torch
@@ -110,27 +112,27 @@ class SharedModule:
             aside.gradients = [None for _ in self._aside[0].gradients]
             aside.others = copy.deepcopy(self._aside[0].others)
 
-    def model(self, rank: int) -> nn.Module:
-        """What a `Sync` needs to know of one worker's module."""
+    def model(self, rank: int) -> NamedTensors:
+        """The module as one worker's `Replica` sees it."""
         own = self.own[rank]
         named = ({name: own[t] for name, t in kind.items()} for kind in (self._parameters, self._buffers))
-        return cast(nn.Module, _Model(*named))
+        return _ModelView(*named)
 
-    def optimizer(self, rank: int, optimizer: Optimizer) -> Optimizer:
-        """What a `Sync` needs to know of one worker's optimizer."""
-        return cast(Optimizer, _Optimizer(self, rank, optimizer))
+    def optimizer(self, rank: int, optimizer: LocalOptimizer) -> LocalOptimizer:
+        """The local optimizer as one worker's `Replica` sees it."""
+        return _OptimizerView(self, rank, optimizer)
 
     def states(self, rank: int) -> list[dict[Any, Any]]:
-        """One worker's states of the optimizers; its dictionaries can be changed."""
+        """States that the optimizers have of one worker; the dictionaries can be changed."""
         return self._aside[rank].states
 
     def gradients(self, rank: int) -> dict[str, Tensor]:
-        """One worker's gradients by name."""
+        """Gradients of one worker by name."""
         pairs = zip(self._parameters, self._aside[rank].gradients, strict=self._gradients)
         return {name: gradient for name, gradient in pairs if gradient is not None}
 
     def set_gradients(self, rank: int, gradients: Mapping[str, Tensor]) -> None:
-        """Restore what `gradients` returned, of a worker that is not active."""
+        """Restore the result of `gradients`, for a worker that is not active."""
         named = self._parameters.items()
         self._aside[rank].gradients = [gradients[n].to(p.device) if n in gradients else None for n, p in named]
 
@@ -150,7 +152,7 @@ class SharedModule:
         self._seen = self._present_options()
 
     def activate(self, rank: int) -> None:
-        """Give a worker its turn."""
+        """Give a worker its turn in the module."""
         if rank == self.active:
             return
         self.collect()
@@ -168,7 +170,7 @@ class SharedModule:
             p.grad = gradient
 
     def collect(self) -> None:
-        """Take note of what the active worker has in the module."""
+        """Take note of the tensors and states that the active worker has in the module."""
         aside = self._aside[self.active]
         for tensor, own in self.own[self.active].items():
             own.data = tensor.data
@@ -181,7 +183,7 @@ class SharedModule:
         aside.gradients = [p.grad for p in self._parameters.values()] if self._gradients else []
 
     def show(self) -> None:
-        """Point the module to the active worker's tensors."""
+        """Point the module to the tensors of the active worker."""
         for tensor, own in self.own[self.active].items():
             tensor.data = own.data
 

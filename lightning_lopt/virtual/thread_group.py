@@ -15,11 +15,11 @@ from torch import Tensor
 
 
 class ThreadGroup:
-    """K threads that wait for each other where K processes would talk.
+    """K threads that wait for each other where K processes would communicate.
 
     Args:
-        num_workers: K.
-        timeout: after which a worker that waits for the others fails; None to wait forever.
+        num_workers: Number of threads K.
+        timeout: Time after which a worker that waits for the others fails; None to wait forever.
 
     Example:
         >>> group = ThreadGroup(2)
@@ -38,13 +38,19 @@ class ThreadGroup:
         self._result = self._combine(self._items)
 
     def join(self, rank: int, item: Any, combine: Callable[[list[Any]], Any]) -> Any:
-        """What `combine` makes of all workers' items, once for all; it must not keep the items themselves."""
+        """Wait for all workers, and return the result of `combine` on their items.
+
+        Args:
+            rank: Rank of this worker.
+            item: Item of this worker.
+            combine: Function of all items by rank. It is called once for all, and must not keep the items themselves.
+        """
         self._items[rank], self._combine = item, combine
         self._barrier.wait()
-        return self._result  # which the next meeting replaces when all have come, and so have read this one
+        return self._result  # the next join replaces it when all have come, and so have read this one
 
     def run(self, functions: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Call one function per worker, each in its thread; their results. The first error is raised."""
+        """Call one function per worker, each in its thread, and return their results; the first error is raised."""
         futures = [self._pool.submit(self._guarded, function) for function in functions[1:]]
         first = self._guarded(functions[0])
         outcomes = [first, *(future.result() for future in futures)]
@@ -68,9 +74,9 @@ class VirtualGroup:
     Sums are in the order of the ranks: for two workers bitwise those of a process group.
 
     Args:
-        rank: of this worker.
-        num_workers: K.
-        meeting: of all K.
+        rank: Rank of this worker.
+        num_workers: Number of workers K.
+        group: The threads of all K.
     """
 
     def __init__(self, rank: int, num_workers: int, group: ThreadGroup) -> None:
