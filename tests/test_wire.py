@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from examples.benchmarks.wire.namespaces import run_linked, why_not
 from lightning_lopt import AdaMLP, LearnedOptimizer, Rounds, SlowMomentum, TopK, Travel
-from lightning_lopt.bench.namespaces import run_linked, why_not
 from lightning_lopt.comm import Communicator
 from tests.processes import run_command, run_workers
 

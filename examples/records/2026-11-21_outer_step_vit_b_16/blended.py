@@ -3,7 +3,7 @@
 import torch
 from torchvision.models import get_model
 
-from lightning_lopt.bench import outer_step
+from examples.benchmarks.speed import outer_step
 
 torch.set_num_threads(2)
 del outer_step.OPTIMIZERS[outer_step.TWIN]

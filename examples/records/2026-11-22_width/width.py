@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from examples.benchmarks.compare.clients import Shared
+from examples.benchmarks.compare.data import fashion_mnist
+from examples.benchmarks.compare.methods import Local
+from examples.benchmarks.compare.simulate import _losses
 from lightning_lopt import AdaMLP
-from lightning_lopt.bench.clients import Shared
-from lightning_lopt.bench.data import fashion_mnist
-from lightning_lopt.bench.methods import Local
-from lightning_lopt.bench.simulate import _losses
 from lightning_lopt.meta import ImageMLP
 from lightning_lopt.meta.base import Tensors
 from lightning_lopt.meta.outer import Outer, averaging, learning, stepping, views

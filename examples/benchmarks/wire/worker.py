@@ -1,0 +1,287 @@
+"""What one worker of the benchmark `wire` does: train with every method in turn, and time it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import AdamW, Optimizer
+
+from examples.benchmarks.compare.data import fashion_mnist
+from examples.benchmarks.report import append_rows
+from examples.benchmarks.wire.link import Link, Traffic, data_parallel
+from examples.benchmarks.wire.methods import DDP, METHODS
+from lightning_lopt.comm import Communicator
+from lightning_lopt.rounds import Rounds
+
+EVAL_IMAGES = 1024
+PATCHES = 4  # along each side
+WARM_UP_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run of the benchmark.
+
+    Attributes:
+        methods: some of `NAMES`.
+        mbit: rate of each worker's link, in 1e6 bits per second.
+        latency: seconds from one worker to another.
+        delayed: sleep as long as transfers would take, because the rate of the link could not be limited.
+        num_workers: K.
+        local_steps: H.
+        seconds: of training with each method and seed; the one that has had the least takes the next round.
+        ddp_steps: of data-parallel training in the place of a round.
+        batch_size: per worker.
+        local_lr: of AdamW.
+        step_seconds: stretch local steps to this time by sleeping, as on a device of another speed, one number for all
+            workers or one for each; 0 leaves them as they are.
+        seeds: of weights and data.
+        width, depth: of the model.
+        data: folder with Fashion-MNIST's idx.gz files; None for scikit-learn's digits.
+        out: file to append rows to.
+    """
+
+    methods: list[str]
+    mbit: float = 100.0
+    latency: float = 0.0
+    delayed: bool = False
+    num_workers: int = 2
+    local_steps: int = 16
+    seconds: float = 120.0
+    ddp_steps: int = 3
+    batch_size: int = 8
+    local_lr: float = 5e-4
+    step_seconds: Sequence[float] = (0.0,)
+    seeds: Sequence[int] = (0,)
+    width: int = 192
+    depth: int = 12
+    data: str | None = None
+    out: str = "wire.jsonl"
+
+    @property
+    def stretched(self) -> list[float]:
+        """The least time of a local step, of each worker."""
+        return [self.step_seconds[rank % len(self.step_seconds)] for rank in range(self.num_workers)]
+
+    @property
+    def link(self) -> Link:
+        return Link(self.mbit, self.latency)
+
+    @property
+    def runs(self) -> list[tuple[str, int]]:
+        """Methods and seeds."""
+        return [(name, seed) for seed in self.seeds for name in self.methods]
+
+
+class ViT(nn.Module):
+    """A transformer on the 16 patches of an image; 5.4 M parameters as it is.
+
+    Args:
+        pixels: of a patch.
+        width: of the tokens.
+        depth: blocks, with 3 heads each.
+    """
+
+    def __init__(self, pixels: int = 4, width: int = 192, depth: int = 12) -> None:
+        super().__init__()
+        self.embed = nn.Linear(pixels, width)
+        self.position = nn.Parameter(0.5 * torch.randn(PATCHES**2, width))
+        blocks = [
+            nn.TransformerEncoderLayer(width, 3, 4 * width, 0.0, F.gelu, batch_first=True, norm_first=True)
+            for _ in range(depth)
+        ]
+        self.blocks = nn.Sequential(*blocks, nn.LayerNorm(width))
+        self.head = nn.Linear(PATCHES**2 * width, 10)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return self.head(self.blocks(self.embed(patches) + self.position).flatten(1))
+
+
+def load(data: str | None) -> tuple[Tensor, Tensor]:
+    """Standardised patches [N, 16, pixels] and labels [N]."""
+    if data is None:
+        from sklearn.datasets import load_digits  # an extra
+
+        pixels, labels = map(torch.as_tensor, load_digits(return_X_y=True))
+        images = pixels.unflatten(1, (8, 8))
+    else:
+        images, labels = fashion_mnist("train", Path(data))
+    side = images.shape[-1] // PATCHES
+    patches = images.float().view(-1, PATCHES, side, PATCHES, side).transpose(2, 3).flatten(3).flatten(1, 2)
+    return (patches - patches.mean()) / patches.std(), labels.long()
+
+
+class DelayedCommunicator(Communicator):
+    """Sleeps as long as its messages would take on a link.
+
+    Args:
+        link: of this worker.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        super().__init__()
+
+    def _count(self, tensor: Tensor, factor: float) -> None:
+        before = self.bytes_sent
+        super()._count(tensor, factor)
+        time.sleep(self._link.seconds(Traffic(self.bytes_sent - before)))
+
+
+class Training:
+    """One method's model, optimizer and data.
+
+    Args:
+        name: of the method.
+        setup: of the benchmark.
+        seed: of weights and data.
+        fabric: launched.
+        data: patches and labels.
+    """
+
+    def __init__(self, name: str, setup: Setup, seed: int, fabric: Fabric, data: tuple[Tensor, Tensor]) -> None:
+        self._setup, self._data, self._rank = setup, data, fabric.global_rank
+        self._generator = torch.Generator().manual_seed(1000 * seed + self._rank)
+        torch.manual_seed(seed)
+        self.model = ViT(data[0].shape[-1], setup.width, setup.depth)
+        self.rounds: Rounds | None = None
+        self._least = setup.stretched[self._rank]
+        self._delay = 0.0
+        if name == DDP:
+            self._forward: nn.Module = fabric.setup_module(self.model)
+            self._optimizer: Optimizer = AdamW(self._forward.parameters(), setup.local_lr)
+            parameters = sum(p.numel() for p in self.model.parameters())
+            transfer = data_parallel(4 * parameters, setup.num_workers).transfer
+            self._sent = transfer.bytes_sent
+            self._delay = setup.link.seconds(transfer) if setup.delayed else 0.0
+        else:
+            self._forward = self.model
+            self._optimizer = AdamW(self.model.parameters(), setup.local_lr)
+            comm = DelayedCommunicator(setup.link) if setup.delayed else Communicator()
+            method, steps = METHODS[name], setup.local_steps
+            outer = None if method.outer is None else method.outer(setup.num_workers)
+            speeds = method.speeds(setup.stretched)
+            self.rounds = Rounds(
+                self.model, self._optimizer, steps, outer, comm=comm, travel=method.travel(steps), worker_speeds=speeds
+            )
+
+    def local_step(self, seconds: float = 0.0) -> float:
+        """Forward, backward and optimizer, stretched.
+
+        Args:
+            seconds: that the work takes, for data-parallel training: its own clock shows transfers too.
+
+        Returns:
+            Seconds of the work.
+        """
+        start = time.perf_counter()
+        images, labels = self._data
+        chosen = torch.randint(len(labels), (self._setup.batch_size,), generator=self._generator)
+        F.cross_entropy(self._forward(images[chosen]), labels[chosen]).backward()
+        time.sleep(self._delay)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        taken = time.perf_counter() - start
+        time.sleep(max(0.0, self._least - (seconds or taken)))
+        return taken
+
+    def turn(self, step_seconds: float) -> dict[str, Any]:
+        """A round, or some steps of data-parallel training; what they did and cost.
+
+        Args:
+            step_seconds: of a local step's work.
+        """
+        start = time.perf_counter()
+        if self.rounds is None:
+            steps = rounds = self._setup.ddp_steps
+            for _ in range(steps):
+                self.local_step(step_seconds)
+            return {"seconds": time.perf_counter() - start, "steps": steps, "rounds": rounds, "bytes_sent": self._sent}
+        before = self.rounds.step_idx
+        self.local_step()
+        while not self.rounds.step():
+            self.local_step()
+        seconds, steps = time.perf_counter() - start, self.rounds.step_idx - before
+        self.rounds.pace.forget()  # what comes now is not training
+        assert self.rounds.last_report is not None
+        report = asdict(self.rounds.last_report)
+        kept = ("bytes_sent", "transfer_seconds", "waited_seconds", "outer_seconds", "sync_seconds", "drift")
+        return {"seconds": seconds, "steps": steps, "rounds": 1, **{name: report[name] for name in kept}}
+
+    @torch.no_grad()
+    def loss(self, comm: Communicator) -> float:
+        """Of the global weights, on images that stay the same."""
+        share = slice(self._rank, EVAL_IMAGES, self._setup.num_workers)
+        if self.rounds is not None:
+            self.rounds.swap_in("mean")
+        loss = F.cross_entropy(self.model(self._data[0][share]), self._data[1][share]).item()
+        if self.rounds is not None:
+            self.rounds.swap_out()
+        return comm.total([loss / self._setup.num_workers], torch.device("cpu"))[0]
+
+
+class Alone(Training):
+    """Local steps that no method disturbs: how long they take on this machine, at this moment."""
+
+    def __init__(self, setup: Setup, fabric: Fabric, data: tuple[Tensor, Tensor]) -> None:
+        super().__init__("Local SGD", setup, 0, fabric, data)
+        self.rounds = None
+
+    def step_seconds(self, comm: Communicator) -> tuple[list[float], float]:
+        """Each worker's time of a local step, while all of them take one; that of this worker's work."""
+        together(comm)
+        start = time.perf_counter()
+        work = self.local_step()
+        return each(time.perf_counter() - start, comm), work
+
+
+def each(value: float, comm: Communicator) -> list[float]:
+    """Every worker's value, the same on all."""
+    return comm.gather(torch.tensor([value], dtype=torch.float64)).flatten().tolist()
+
+
+def together(comm: Communicator) -> None:
+    """Wait for all."""
+    each(0.0, comm)
+
+
+def main(text: str) -> None:
+    """Train with all methods; rank 0 appends a row for each round to the file.
+
+    Args:
+        text: a `Setup` as JSON.
+    """
+    setup = Setup(**json.loads(text))
+    torch.set_num_threads(1)
+    fabric = Fabric(accelerator="cpu", devices=1, num_nodes=setup.num_workers, strategy="ddp")
+    fabric.launch()
+    comm, data = Communicator(), load(setup.data)
+    alone = Alone(setup, fabric, data)
+    trainings = {(name, seed): Training(name, setup, seed, fabric, data) for name, seed in setup.runs}
+    clocks = dict.fromkeys(trainings, 0.0)
+    for _ in range(WARM_UP_STEPS):
+        alone.local_step()
+    while (seconds := min(clocks.values())) < setup.seconds:
+        run = next(run for run, clock in clocks.items() if clock == seconds)
+        step_seconds, work = alone.step_seconds(comm)
+        together(comm)
+        row = trainings[run].turn(work)
+        row["seconds"], row["steps"] = max(each(row["seconds"], comm)), each(row["steps"], comm)
+        clocks[run] += row["seconds"]
+        row["loss"] = trainings[run].loss(comm)
+        if fabric.global_rank == 0:
+            append_rows(setup.out, [{"method": run[0], "seed": run[1], "step_seconds": step_seconds, **row}])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
