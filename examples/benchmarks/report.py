@@ -1,4 +1,4 @@
-"""What all benchmarks share: the machine, tables and files."""
+"""Tables, files of rows and a description of the machine, for all benchmarks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Row = Mapping[str, Any]
 
 
 def machine() -> dict[str, Any]:
-    """What a number depends on besides the code: versions, threads, processor."""
+    """Versions, threads and processor, on which a measurement depends besides the code."""
     return {
         "lightning_lopt": lightning_lopt.__version__,
         "torch": torch.__version__,
@@ -29,7 +29,7 @@ def machine() -> dict[str, Any]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows of equal keys as text, one column per key; None is left blank.
+    """Format rows of equal keys as text, with a column per key; None is left blank.
 
     Example:
         >>> print(table([{"name": "a", "seconds": 1.23456}, {"name": "bb", "seconds": None}]))
@@ -51,7 +51,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def append_rows(path: str | Path, rows: Iterable[Row]) -> None:
-    """Append a line of JSON for each row; the half of a line that a killed run left at the end makes way."""
+    """Append a line of JSON per row; an incomplete last line, left by a killed run, is removed first."""
     path = Path(path)
     if path.is_file():
         _finish_last_line(path)
@@ -60,14 +60,14 @@ def append_rows(path: str | Path, rows: Iterable[Row]) -> None:
 
 
 def read_rows(path: str | Path, needed: Collection[str] = ()) -> list[dict[str, Any]]:
-    """What `append_rows` wrote; the half of a line at the end, as a killed run leaves it, is left out with a note.
+    """Read rows that `append_rows` wrote; an incomplete last line, left by a killed run, is skipped with a note.
 
     Args:
-        path: of the file.
-        needed: names that each row must have.
+        path: File of rows.
+        needed: Names that each row must have.
 
     Raises:
-        ValueError: another line is no such row, or there is none.
+        ValueError: Another line is not such a row, or there are no rows.
     """
     rows = []
     with Path(path).open(errors="replace") as file:
@@ -88,7 +88,7 @@ def read_rows(path: str | Path, needed: Collection[str] = ()) -> list[dict[str, 
 
 
 def _row(line: str | bytes) -> dict[str, Any] | None:
-    """The JSON object in a line; None if there is none."""
+    """Parse the JSON object in a line; None if there is none."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -97,7 +97,7 @@ def _row(line: str | bytes) -> dict[str, Any] | None:
 
 
 def _note(path: str | Path, what: str) -> None:
-    print(f"{path}: the last line is cut off, as a killed run leaves it, {what}.", file=sys.stderr)
+    print(f"{path}: the last line is incomplete, as a killed run leaves it, {what}.", file=sys.stderr)
 
 
 def _finish_last_line(path: Path) -> None:
@@ -113,7 +113,7 @@ def _finish_last_line(path: Path) -> None:
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write a result; folders are made."""
+    """Write a result as JSON, and create the folder if need be."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""The peak of the resident set, where the system tells (Linux)."""
+"""Peak of the resident set, where the system reports it (Linux)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 
 def extra_bytes(work: Callable[[], Any]) -> int | None:
-    """Peak bytes of the process during a call beyond those before it; None where the system does not tell.
+    """Measure how far a call raises the resident set of this process, in bytes; None where the system has no figure.
 
     Args:
-        work: called once; what allocators keep from earlier calls hides its needs, so use a fresh process.
+        work: Function that is called once. Use a fresh process: memory that allocators kept from earlier calls hides
+            part of its needs.
     """
     if not Path("/proc/self/clear_refs").exists():
         return None

@@ -1,4 +1,7 @@
-"""Worker processes on links of a chosen rate and latency: network namespaces, joined as machines by a switch."""
+"""Worker processes on links of a chosen rate and latency: a network namespace each, joined by a switch like machines.
+
+The commands `unshare` and `nsenter` (util-linux) and `ip` and `tc` (iproute2) are needed, and the right to use them.
+"""
 
 from __future__ import annotations
 
@@ -18,24 +21,31 @@ POLL_SECONDS = 0.1
 
 
 def _limit(interface: str, mbit: float) -> str:
-    burst = max(16_000, round(mbit * 1e6 / 8 * 0.004))  # what a timer of the kernel may let through at once
+    burst = max(16_000, round(mbit * 1e6 / 8 * 0.004))  # bytes that a timer of the kernel may let through at once
     return f"tc qdisc add dev {interface} root tbf rate {round(mbit * 1e6)}bit burst {burst} latency 400ms"
 
 
-def why_not() -> str | None:
-    """Why there can be no namespaces with limited links here; None if there can."""
-    if missing := [tool for tool in ("unshare", "nsenter", "ip", "tc") if not shutil.which(tool)]:
-        return f"there is no {' and no '.join(missing)} on this machine"
-    probe = "ip link add bridge type bridge && ip link add port type veth peer name other && " + _limit("port", 1)
-    done = subprocess.run(["unshare", "--net", "sh", "-c", probe], capture_output=True, text=True)
+def why_not(commands: Sequence[str] | None = None) -> str | None:
+    """Explain why commands cannot run in a new network namespace; None if they can.
+
+    Args:
+        commands: Commands that are tried; by default those that a link of limited rate needs.
+    """
+    if commands is None:
+        links = ("ip link add bridge type bridge", "ip link add port type veth peer name other", _limit("port", 1))
+        commands = ("nsenter --version", *links)
+    tools = dict.fromkeys(["unshare", "sh", *(command.split()[0] for command in commands)])
+    if missing := [tool for tool in tools if not shutil.which(tool)]:
+        return f"not on the PATH: {', '.join(missing)} (some systems keep ip and tc in /usr/sbin)"
+    done = subprocess.run(["unshare", "--net", "sh", "-c", " && ".join(commands)], capture_output=True, text=True)
     if done.returncode:
-        return f"it needs CAP_NET_ADMIN and the kernel's bridge, veth and tbf ({done.stderr.strip()})"
+        return f"CAP_NET_ADMIN and the kernel's bridge, veth and tbf are needed ({done.stderr.strip()})"
     return None
 
 
 @contextmanager
 def _namespace(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Iterator[subprocess.Popen]:
-    """A process in a network namespace of its own, which runs the command when it is written a line."""
+    """A process in a network namespace of its own that runs the command once it receives a line."""
     waiting = ["unshare", "--net", "sh", "-c", 'read _ && exec "$@" < /dev/null', "-", *command]
     process = subprocess.Popen(waiting, stdin=subprocess.PIPE, env=environment, text=True)
     try:
@@ -53,7 +63,7 @@ def _run(namespace: subprocess.Popen, command: str) -> None:
 
 
 def _connect(switch: subprocess.Popen, worker: subprocess.Popen, rank: int, mbit: float) -> None:
-    """Join a worker to the switch, with the rate limited in both directions."""
+    """Join a worker to the switch by a link whose rate is limited in both directions."""
     _run(switch, f"ip link add port{rank} type veth peer name {INTERFACE} netns {worker.pid}")
     _run(switch, f"ip link set port{rank} up")
     _run(switch, _limit(f"port{rank}", mbit))
@@ -64,7 +74,7 @@ def _connect(switch: subprocess.Popen, worker: subprocess.Popen, rank: int, mbit
 
 
 def _environment(rank: int, num_workers: int, address: str, port: int, interface: str) -> dict[str, str]:
-    """torchrun's, on a node of its own; one thread, or the workers would share cores."""
+    """Environment that torchrun gives a worker on a node of its own; one thread, since workers share the cores."""
     return {
         **os.environ,
         "MASTER_ADDR": address,
@@ -74,24 +84,26 @@ def _environment(rank: int, num_workers: int, address: str, port: int, interface
         "LOCAL_RANK": "0",
         "WORLD_SIZE": str(num_workers),
         "LOCAL_WORLD_SIZE": "1",
-        "TORCHELASTIC_RUN_ID": "bench",
+        "TORCHELASTIC_RUN_ID": "benchmarks",
         "GLOO_SOCKET_IFNAME": interface,
         "OMP_NUM_THREADS": "1",
     }
 
 
 def run_linked(command: Sequence[str], num_workers: int, mbit: float, latency: float = 0.0) -> None:
-    """Run a Python command as each of the workers, each on a link of its own, as torchrun would on many machines.
+    """Run a Python command once per worker, each on a link of its own, as torchrun would on as many machines.
 
     Args:
-        command: what follows the interpreter.
-        num_workers: K >= 2.
-        mbit: rate of each link in each direction, in 1e6 bits per second.
-        latency: seconds from one worker to another, besides what the bytes take.
+        command: Arguments of the interpreter.
+        num_workers: Number of workers, K >= 2.
+        mbit: Rate of each link in each direction, in 1e6 bits per second.
+        latency: Seconds from one worker to another, besides those that the bytes take.
 
     Raises:
-        RuntimeError: a worker failed; the others are ended.
+        RuntimeError: No link can be limited on this machine, or a worker failed; the other workers are ended.
     """
+    if reason := why_not():
+        raise RuntimeError(f"No link can be limited here: {reason}.")
     ports = [f"port{rank}" for rank in range(num_workers)]
     with ExitStack() as stack:
         switch = stack.enter_context(_namespace([sys.executable, relay.__file__, str(latency), *ports]))
@@ -112,7 +124,15 @@ def run_linked(command: Sequence[str], num_workers: int, mbit: float, latency: f
 
 
 def run_local(command: Sequence[str], num_workers: int) -> None:
-    """The same on the loopback, whose rate nobody limits."""
+    """Run a Python command once per worker over the loopback interface, whose rate is not limited.
+
+    Args:
+        command: Arguments of the interpreter.
+        num_workers: Number of workers, K >= 1.
+
+    Raises:
+        RuntimeError: A worker failed; the others are ended.
+    """
     workers = []
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""A switch that hands every frame on after a fixed time: latency where the kernel has no netem. Imports no torch."""
+"""A switch that delays every frame by a fixed time: latency without the kernel's netem. It needs no torch."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from contextlib import suppress
 
 EVERYTHING, OUTGOING = 3, 4  # ETH_P_ALL, PACKET_OUTGOING
 SOL_PACKET, PACKET_VNET_HDR = 263, 15
-HEADER = 10  # bytes that say what the kernel has yet to do: checksums, segments
+HEADER = 10  # bytes that describe what the kernel has yet to do: checksums, segments
 LARGEST = 2**16 + 100
 BUFFER = 2**26
 
 
 def relay(interfaces: Sequence[str], latency: float) -> None:
-    """Take each frame to the interface of its receiver, or to all others while that is unknown, until one is down.
+    """Forward each frame to the interface of its receiver, or to all others while that is unknown, until one is down.
 
     Args:
-        interfaces: of this network namespace.
-        latency: seconds that a frame is kept.
+        interfaces: Interfaces of this network namespace.
+        latency: Seconds by which each frame is delayed.
     """
     ports = [_open(interface) for interface in interfaces]
     known: dict[bytes, socket.socket] = {}
@@ -54,5 +54,5 @@ def _open(interface: str) -> socket.socket:
 
 
 if __name__ == "__main__":
-    with suppress(OSError):  # its worker has ended
+    with suppress(OSError):  # an interface is gone: its worker has ended
         relay(sys.argv[2:], float(sys.argv[1]))

@@ -23,7 +23,7 @@ def test_a_last_line_that_is_cut_off_is_left_out_with_a_note(path, capsys):
     for end in range(first + 1, len(whole) - 1):
         path.write_text(whole[:end])
         assert read_rows(path) == ROWS[:1]
-        assert capsys.readouterr().err.count("the last line is cut off") == 1
+        assert capsys.readouterr().err.count("the last line is incomplete") == 1
     path.write_text(whole[:-1])  # whole, but for the end of the line
     assert read_rows(path) == ROWS
     assert not capsys.readouterr().err
