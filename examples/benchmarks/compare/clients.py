@@ -1,4 +1,4 @@
-"""Which data the workers see: everyone all of it, or clients with classes of their own."""
+"""Data of the workers: the same for all, or split among clients with unequal shares of the classes."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from lightning_lopt.meta.base import DataTask
 
 
 class Shared:
-    """All workers draw from all data.
+    """Data that all workers share.
 
     Args:
-        task: the data.
+        task: Task with the data.
 
     Attributes:
-        task: what workers read from.
-        whole: the data in an order that knows no workers.
+        task: Task that the workers read from.
+        whole: Task with the data in an order that does not depend on the workers.
     """
 
     def __init__(self, task: DataTask) -> None:
         self.task = self.whole = task
 
     def draw(self, local_steps: int, num_workers: int, generator: torch.Generator) -> Tensor:
-        """Where the batches of a round start, [H, K]."""
+        """Draw the positions at which the batches of a round start, [H, K]."""
         return self.task.draw(local_steps * num_workers, generator).view(local_steps, num_workers)
 
 
@@ -37,14 +37,14 @@ class Clients(Shared):
     Clients with less than a batch of data are left out.
 
     Args:
-        task: the data, the last tensor of which are the classes.
-        num_clients: C >= 1.
-        alpha: α > 0; small is uneven.
-        num_workers: K, the clients of a round.
-        seed: of the split.
+        task: Task with the data, whose last tensor holds the classes.
+        num_clients: Number of clients, C >= 1.
+        alpha: Concentration α > 0; a small one makes unequal shares.
+        num_workers: Number of clients in a round, K.
+        seed: Seed of the split.
 
     Raises:
-        ValueError: an argument out of its range, or fewer than K clients have a batch of data.
+        ValueError: An argument is out of its range, or fewer than K clients have a batch of data.
 
     Source: Hsu et al. 2019 (arXiv 1909.06335).
 
@@ -81,7 +81,7 @@ class Clients(Shared):
 
 
 def _split(labels: Tensor, num_clients: int, alpha: float, generator: torch.Generator) -> Sequence[Tensor]:
-    """Which examples each client has, shuffled."""
+    """Split the examples: the indices of each client, shuffled."""
     owners = torch.empty_like(labels)
     for label in labels.unique():
         own = (labels == label).nonzero().flatten()

@@ -1,4 +1,4 @@
-"""The tasks of the simulations: images or characters in memory and a small model."""
+"""Tasks of the simulations: images or characters in memory, and a small model."""
 
 from __future__ import annotations
 
@@ -34,22 +34,34 @@ SUBSET = 50_000  # rows of data sets that do not fit into memory
 
 
 def load_task(name: str, data: Path | None = None) -> DataTask:
-    """A task by name.
+    """Make a task by its name.
+
+    ============================== ================================================================ =====
+    name                           data and model                                                   batch
+    ============================== ================================================================ =====
+    ``digits``                     scikit-learn's digits, 8×8; MLP 64-32-10                         32
+    ``fashion_mnist``              Fashion-MNIST, 28×28; MLP 784-128-128-10                         128
+    ``cifar10``                    CIFAR-10 resized to 16×16; MLP 768-128-128-10                    128
+    ``characters``                 next character from the eight before it, in the texts of         32
+                                   Python's `help()`; MLP 256-64-32
+    ``cifar10_conv``               CIFAR-10, 16×16; 3×3 convolutions 16-32-32                       32
+    ``cifar10_vit``                CIFAR-10, 16×16; transformer of width 32 with 2 blocks           32
+                                   on patches of 4
+    ``imagenet32``, ``imagenet64`` 50,000 images of ImageNet, 32×32 or 64×64; MLP 128-128           128
+    ``help_lm``                    texts of Python's `help()`; transformer of width 32 with         16
+                                   2 blocks on 32 characters
+    ``novels_lm``                  text of a train.txt; the same transformer                        16
+    ``lm1b``                       50,000 sentences of LM1B; the same transformer                   16
+    ============================== ================================================================ =====
 
     Args:
-        name: ``"digits"`` (scikit-learn's, MLP 64-32-10, batch 32), ``"fashion_mnist"`` (28×28, 784-128-128-10, batch
-            128), ``"cifar10"`` (resized to 16×16, 768-128-128-10, batch 128) or ``"characters"`` (the next character
-            from the eight before it, in the texts of Python's `help()`, MLP 256-64-32, batch 32), ``"cifar10_conv"``
-            (16×16, 3×3 convolutions 16-32-32, batch 32), ``"cifar10_vit"`` (16×16, patches of 4, width 32, 2 blocks,
-            batch 32), ``"imagenet32"`` or ``"imagenet64"`` (32×32 or 64×64, MLP 128-128, batch 128, 50,000 images),
-            ``"help_lm"``, ``"novels_lm"`` or ``"lm1b"`` (a transformer of width 32 and 2 blocks on 32 characters, batch
-            16, of the same texts, of a train.txt, or of 50,000 sentences).
-        data: folder that holds, at any depth, Fashion-MNIST's idx.gz files, train.txt, or the train*.parquet of
+        name: Name of the task.
+        data: Folder that holds, at any depth, Fashion-MNIST's idx.gz files, train.txt, or the train*.parquet of
             CIFAR-10 (columns img and label), ImageNet (image and label) or LM1B (text), as on the Hugging Face hub.
 
     Raises:
-        FileNotFoundError: the data is not there.
-        ValueError: an unknown name.
+        FileNotFoundError: The data is not in the folder.
+        ValueError: The name is unknown.
 
     Example:
         >>> load_task("digits")
@@ -80,11 +92,11 @@ def load_task(name: str, data: Path | None = None) -> DataTask:
 
 
 def fashion_mnist(split: str, data: Path | None) -> tuple[Tensor, Tensor]:
-    """Images, uint8 [N, 28, 28], and labels.
+    """Load Fashion-MNIST: images, uint8 [N, 28, 28], and labels [N].
 
     Args:
-        split: ``"train"`` or ``"t10k"``.
-        data: folder that holds the idx.gz files, at any depth.
+        split: Name of the split, ``"train"`` or ``"t10k"``.
+        data: Folder that holds the idx.gz files, at any depth.
     """
     images, labels = (_idx(_find(data, f"{split}-{part}-ubyte.gz")[0]) for part in ("images-idx3", "labels-idx1"))
     return images, labels
@@ -104,7 +116,7 @@ def _idx(path: Path) -> Tensor:
 
 
 def _rows(data: Path | None, count: int | None = None) -> Iterable[dict[str, Any]]:
-    """The rows of parquet files, or some at random."""
+    """Stream the rows of parquet files, or a random sample of them."""
     from datasets import load_dataset  # an extra
 
     files = [str(path) for path in _find(data, "train*.parquet")]
@@ -113,14 +125,14 @@ def _rows(data: Path | None, count: int | None = None) -> Iterable[dict[str, Any
 
 
 def _images(rows: Iterable[dict[str, Any]], column: str, side: int | None = None) -> tuple[Tensor, Tensor]:
-    """Colour images [N, 3, height, width] and labels [N]; those of another size are averaged down to `side`."""
+    """Load colour images [N, 3, height, width], averaged to `side` pixels if it is given, and labels [N]."""
     from PIL.Image import Resampling  # an extra
 
     images, labels = [], []
     for row in rows:
         image = row[column].convert("RGB")
         if side is not None and image.size != (side, side):
-            image = image.resize((side, side), Resampling.BOX)  # as the downsampled ImageNet was made
+            image = image.resize((side, side), Resampling.BOX)  # the filter of the downsampled ImageNet
         images.append(np.asarray(image))
         labels.append(row["label"])
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels)
@@ -142,7 +154,7 @@ def _codes(text: str) -> Tensor:
 
 
 def _characters() -> tuple[Tensor, Tensor]:
-    """One-hot contexts [N, CONTEXT, 32] and next characters [N], from evenly spaced places."""
+    """One-hot contexts [N, CONTEXT, 32] and next characters [N], from evenly spaced positions."""
     codes = _codes(_help())
     places = torch.linspace(0, len(codes) - CONTEXT - 1, EXAMPLES).long()
     contexts = codes[places[:, None] + torch.arange(CONTEXT)]

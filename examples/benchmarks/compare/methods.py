@@ -1,4 +1,4 @@
-"""The methods that are compared, their grids, and what each does in a round."""
+"""Methods that are compared: their grids of hyperparameters and their rounds."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Setting:
     """A method with its hyperparameters.
 
     Attributes:
-        method: a key of `GRIDS`.
-        local_lr: γ; of the data-parallel methods, their learning rate.
-        options: what the outer optimizer takes.
+        method: Name of the method, a key of `GRIDS`.
+        local_lr: Local learning rate γ; for data-parallel methods the learning rate.
+        options: Hyperparameters of the outer optimizer.
     """
 
     method: str
@@ -38,7 +38,7 @@ class Setting:
 
 
 def _slowmo(local_lr: float) -> Iterator[dict[str, float]]:
-    """The grid of arXiv 2312.02204: η = α·γ."""
+    """Grid of arXiv 2312.02204, for η = α·γ."""
     for rate, momentum in product(RATES, (0.99, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)):
         yield {"lr": rate / local_lr, "momentum": momentum}
 
@@ -71,7 +71,7 @@ PARALLEL = {"parallel_sgd": LocalOptimizer("sgd"), "parallel_adam": LocalOptimiz
 
 
 def settings(method: str, local_lrs: Sequence[float]) -> list[Setting]:
-    """All settings of a method's grid; the data-parallel ones have learning rates of their own.
+    """All settings in a method's grid; data-parallel methods have learning rates of their own.
 
     Example:
         >>> len(settings("slowmo", [1.0, 0.5, 0.3, 0.1])), len(settings("parallel_adam", [1.0, 0.5]))
@@ -82,27 +82,27 @@ def settings(method: str, local_lrs: Sequence[float]) -> list[Setting]:
 
 
 class Method(ABC):
-    """Moves the anchors {[P, *S]} of all settings of one method, a round at a time.
+    """Rounds of one method on the anchors {[P, *S]} of all its settings.
 
     Attributes:
-        left_out: how many workers the rounds of each run left out so far.
+        left_out: Number of workers that the rounds of each run have left out so far.
     """
 
     left_out: list[int]
 
     @abstractmethod
     def round(self, batches: Iterator[Batch], rates: Tensor, round_idx: int) -> None:
-        """One round.
+        """Move the anchors by one round.
 
         Args:
-            batches: H of them, each tensor [P * K, B, *].
-            rates: γ of each particle in this round, [P].
-            round_idx: from 0.
+            batches: H batches, each tensor [P * K, B, *].
+            rates: Local learning rate γ of each particle in this round, [P].
+            round_idx: Index of the round, from 0.
         """
 
 
 class Parallel(Method):
-    """Data-parallel training: one step per round on the K·H batches together, at the communication of the others."""
+    """Data-parallel training: one step per round on its K·H batches together, with as many bytes as the others send."""
 
     def __init__(self, task: AbstractTask, anchor: Tensors, optimizer: LocalOptimizer) -> None:
         self._task, self._anchor, self._optimizer = task, anchor, optimizer
@@ -119,7 +119,7 @@ class Parallel(Method):
 
 
 class Local(Method):
-    """Local training, then an outer step; workers that diverge are left out, whatever the method."""
+    """Local training and an outer step; workers that diverge are left out, with every method."""
 
     def __init__(
         self, task: AbstractTask, anchor: Tensors, num_workers: int, optimizer: LocalOptimizer, outer: Outer
@@ -137,16 +137,16 @@ class Local(Method):
         self._outer(workers, rates, round_idx, self._guard.check(self._anchor, workers, self._state))
 
 
-def outer(particles: Sequence[Setting], anchor: Tensors, network: AdaMLP, carried: float = 0.0) -> Outer:
-    """What moves the anchor after local training, of whose momentum a share is `carried` over a round."""
+def outer(particles: Sequence[Setting], anchor: Tensors, network: AdaMLP, retained_momentum: float = 0.0) -> Outer:
+    """Make the outer step of a method; the workers keep a fraction of their momentum over a round."""
     method = particles[0].method
     if method == "local_sgd":
         return averaging(anchor)
     if method == "learned":
-        return learning(anchor, [network], carried)
+        return learning(anchor, [network], retained_momentum)
     if method == "base_step":
         options = [setting.options for setting in particles]
-        return learning(anchor, [AdaMLP.base_step(each["lr"], each["momentum"]) for each in options], carried)
+        return learning(anchor, [AdaMLP.base_step(each["lr"], each["momentum"]) for each in options], retained_momentum)
     groups = [
         {"params": params, "local_lr": setting.local_lr, **setting.options}
         for params, setting in zip(views(anchor), particles, strict=True)

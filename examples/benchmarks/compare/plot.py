@@ -1,4 +1,4 @@
-"""Read files of `run`, tune every method, print a table and draw the loss over the rounds."""
+"""Read files of `run` or `tune`, choose the best setting of each method, print a table and draw the losses."""
 
 from __future__ import annotations
 
@@ -15,12 +15,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from examples.benchmarks.report import read_rows, table, write_json
-
-FINAL_ROUNDS = 5
+from examples.benchmarks.wire.link import all_reduce
+from lightning_lopt.meta.evaluation import FINAL_ROUNDS
 
 
 class Tuned(NamedTuple):
-    """A method at one setting: its loss curves by seed, and what a run took; None if the file does not say."""
+    """Runs of a method at one setting.
+
+    Attributes:
+        method: Name of the method.
+        local_lr: Local learning rate γ.
+        options: Hyperparameters of the outer optimizer.
+        curves: Loss curves by seed.
+        seconds: Time of a run; None if the file does not hold it.
+    """
 
     method: str
     local_lr: float
@@ -30,12 +38,12 @@ class Tuned(NamedTuple):
 
     @property
     def final_loss(self) -> float:
-        """Mean over the last rounds and the seeds; infinite if a run diverged."""
+        """Mean loss over the last rounds and the seeds; infinite if a run diverged."""
         return statistics.fmean(smooth(curve)[-1] for curve in self.curves.values())
 
 
 def smooth(curve: Sequence[float]) -> list[float]:
-    """The mean of each value and the four before it; infinite where one of them is not finite.
+    """Average each value with the four before it; infinite where one of them is not finite.
 
     Example:
         >>> smooth([3.0, 1.0, float("nan")])
@@ -46,7 +54,7 @@ def smooth(curve: Sequence[float]) -> list[float]:
 
 
 def rounds_to(curve: Sequence[float], target: float) -> int | None:
-    """The first round after which the smoothed loss is at most `target`; None if there is none.
+    """First round after which the smoothed loss is at most `target`; None if there is none.
 
     Example:
         >>> rounds_to([4.0, 2.0, 1.0, 1.0], 2.5)
@@ -56,37 +64,39 @@ def rounds_to(curve: Sequence[float], target: float) -> int | None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The runs in a file that `run` or `tune` wrote; of the latter, the last stage.
+    """Read the runs from a file of `run`, or those of the last stage from a file of `tune`.
 
     Raises:
-        ValueError: a broken line, or no such run.
+        ValueError: A line is broken, or there is no such run.
     """
     rows = [row for row in read_rows(path, ("method", "losses")) if row.get("stage", "final") == "final"]
     if not rows:
-        raise ValueError(f"{path} holds nothing of the last stage of `tune`: it was killed before. Start it again.")
+        raise ValueError(f"{path} holds nothing of the last stage of `tune`, which was killed earlier. Start it again.")
     return rows
 
 
 def reached(method: Tuned, baseline: Tuned) -> list[int | None]:
-    """Rounds to the final loss of the baseline, seed by seed; None for never."""
+    """Rounds to the final loss of the baseline with the same seed, for each seed; None if it is not reached."""
     return [rounds_to(curve, smooth(baseline.curves[seed])[-1]) for seed, curve in method.curves.items()]
 
 
 def tune(rows: Sequence[Mapping[str, Any]]) -> list[Tuned]:
-    """The best setting of each method: of Local SGD by final loss, of the others by rounds to that loss.
+    """Choose the best setting of each method: of Local SGD by final loss, of the others by rounds to that loss.
 
-    The learned method is not tuned: it runs at the local learning rate that is best for Local SGD. Settings that were
-    run from fewer seeds than others of their method do not count.
+    The learned method is not tuned: it runs at the best local learning rate of Local SGD. Settings that were run with
+    fewer seeds than others of their method do not count.
 
     Args:
-        rows: lines that `run` wrote, of one task, K and H, Local SGD among them.
+        rows: Lines that `run` wrote, for one task, K and H, with runs of Local SGD.
 
     Raises:
-        ValueError: there is no Local SGD.
+        ValueError: There is no run of Local SGD.
     """
     candidates = _candidates(rows)
     if "local_sgd" not in candidates:
-        raise ValueError(f"There is no run of local_sgd to compare {', '.join(sorted(candidates))} with: run it, too.")
+        raise ValueError(
+            f"There is no run of local_sgd to compare {', '.join(sorted(candidates))} with: run local_sgd, too."
+        )
     baseline = min(_complete(candidates.pop("local_sgd")), key=lambda c: c.final_loss)
 
     def rounds_then_loss(candidate: Tuned) -> tuple[float, float]:
@@ -101,14 +111,14 @@ def tune(rows: Sequence[Mapping[str, Any]]) -> list[Tuned]:
 
 
 def best_baseline(rows: Sequence[Mapping[str, Any]]) -> Tuned:
-    """The setting of all methods but the learned one with the lowest final loss."""
+    """Best setting of all methods except the learned one, by final loss."""
     candidates = _candidates(rows)
     candidates.pop("learned", None)
     return min((c for choices in candidates.values() for c in _complete(choices)), key=lambda c: c.final_loss)
 
 
 def _candidates(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Tuned]]:
-    """All settings with their curves, by method."""
+    """All settings with their curves by method."""
     settings: dict[tuple[str, float, str], dict[int, Mapping[str, Any]]] = defaultdict(dict)
     for row in rows:
         settings[row["method"], row["local_lr"], json.dumps(row["options"])][row["seed"]] = row
@@ -123,7 +133,7 @@ def _candidates(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Tuned]]:
 
 
 def _group(row: Mapping[str, Any]) -> tuple[str, float]:
-    """What the runs that were simulated side by side have in common: their method and the time of them all, or 0."""
+    """Key of runs that were simulated side by side: their method and their total time, 0 if unknown."""
     return row["method"], row.get("group_seconds", 0.0)
 
 
@@ -133,7 +143,7 @@ def _complete(candidates: Sequence[Tuned]) -> list[Tuned]:
 
 
 def summary(tuned: Sequence[Tuned], best: Tuned) -> list[dict[str, Any]]:
-    """One row per method: its setting, its loss, the rounds to the final losses of Local SGD and of `best`."""
+    """Rows of the table: setting and final loss of each method, and its rounds to those of Local SGD and `best`."""
     baseline = next(t for t in tuned if t.method == "local_sgd")
 
     def show(rounds: Sequence[int | None]) -> str:
@@ -166,7 +176,7 @@ def summary(tuned: Sequence[Tuned], best: Tuned) -> list[dict[str, Any]]:
 
 
 def draw(tuned: Sequence[Tuned], title: str, path: Path, bytes_per_round: float | None = None) -> None:
-    """Loss over rounds and bytes, and over seconds where they are known: the mean over seeds and their range."""
+    """Draw the loss over rounds and bytes, and over seconds if they are known: mean and range over the seeds."""
     from matplotlib.figure import Figure  # an extra
 
     timed = all(method.seconds is not None for method in tuned)
@@ -179,9 +189,9 @@ def draw(tuned: Sequence[Tuned], title: str, path: Path, bytes_per_round: float 
             [method.method, f"gamma={method.local_lr:g}", *(f"{k}={v:.3g}" for k, v in method.options.items())]
         )
         for axes, end in zip(panels, (len(curves) - 1, method.seconds or 0.0), strict=False):
-            places = np.linspace(0, end, len(curves))
-            (line,) = axes.plot(places, means, label=label)
-            axes.fill_between(places, lows, highs, alpha=0.2, color=line.get_color())
+            positions = np.linspace(0, end, len(curves))
+            (line,) = axes.plot(positions, means, label=label)
+            axes.fill_between(positions, lows, highs, alpha=0.2, color=line.get_color())
     panels[0].set(xlabel="round", ylabel="training loss of the global weights", yscale="log", title=title)
     if timed:
         panels[1].set_xlabel("seconds of a run, all workers simulated by one process")
@@ -197,7 +207,7 @@ def draw(tuned: Sequence[Tuned], title: str, path: Path, bytes_per_round: float 
 
 
 class Key(NamedTuple):
-    """What runs that are compared have in common."""
+    """Properties that are the same for all runs in a table."""
 
     task: str
     num_workers: int
@@ -228,25 +238,26 @@ class Key(NamedTuple):
 
 
 def bytes_per_round(row: Mapping[str, Any]) -> float | None:
-    """What each worker sends in a round, by the count of a ring all-reduce of float32; None if the file does not say.
+    """Bytes that each worker sends in a round, a ring all-reduce of float32; None if the file has no count.
 
     Example:
         >>> bytes_per_round({"parameters": 1000, "num_workers": 4})
         6000.0
     """
-    workers = row["num_workers"]
-    return 8 * (workers - 1) / workers * row["parameters"] if "parameters" in row else None
+    return all_reduce(4 * row["parameters"], row["num_workers"]).bytes_sent if "parameters" in row else None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command line."""
-    parser.add_argument("files", nargs="+", type=Path, help="files that `run` or `tune` wrote")
-    parser.add_argument("--png", type=Path, help="figure, .png or .svg; the experiment is put before the suffix")
-    parser.add_argument("--json", type=Path, help="file to write the tables to")
+    """Add the options of the command line."""
+    parser.add_argument("files", nargs="+", type=Path, help="files of `run` or `tune`")
+    parser.add_argument(
+        "--png", type=Path, help="file for the figures, .png or .svg; the experiment is added to its name"
+    )
+    parser.add_argument("--json", type=Path, help="file for the tables")
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print one table, and draw one figure, for each experiment."""
+    """Print a table and draw a figure for each experiment."""
     experiments: dict[Key, list[dict[str, Any]]] = defaultdict(list)
     for path in args.files:
         for row in read(path):

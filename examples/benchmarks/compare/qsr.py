@@ -1,7 +1,7 @@
-"""QSR against constant numbers of local steps, along a cosine: syncs saved, and the accuracy at the end.
+"""Compare QSR with constant numbers of local steps along a cosine: number of syncs and final test accuracy.
 
-Trains a small convolutional network with BatchNorm on Fashion-MNIST by the Trainer and real processes; the test
-accuracy of the final weights is taken with the workers' average running statistics, and with re-estimated ones.
+A small convolutional network with BatchNorm is trained on Fashion-MNIST by the Trainer in several processes. The final
+weights are tested with the workers' averaged running statistics, and with re-estimated ones.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lightning_lopt.callbacks import BatchNormReestimation
 from lightning_lopt.schedules import QSR, Constant, RoundInfo
 from lightning_lopt.strategies import LocalSGD
 
-BASE, LONG = 4, 12  # the latter needs as many syncs as the rule
+BASE, LONG = 4, 12  # with LONG steps there are about as many syncs as with the rule
 LR = 0.1
 SCHEDULES: dict[str, Callable[[RoundInfo], int]] = {
     f"H = {BASE}": Constant(BASE),
@@ -43,7 +43,7 @@ class ConvNet(pl.LightningModule):
     """Three convolutions with BatchNorm, 16-32-64; SGD with momentum along a cosine.
 
     Args:
-        steps: at which the learning rate is 0.
+        steps: Number of steps after which the learning rate is 0.
     """
 
     def __init__(self, steps: int) -> None:
@@ -68,7 +68,7 @@ class ConvNet(pl.LightningModule):
 
     @torch.no_grad()
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """On all of these, in percent."""
+        """Fraction of images that are classified correctly, in percent."""
         self.eval()
         hits = [(self(x).argmax(1) == y).sum() for x, y in zip(images.split(500), labels.split(500), strict=True)]
         return 100 * int(sum(hits)) / len(labels)
@@ -76,16 +76,16 @@ class ConvNet(pl.LightningModule):
 
 @dataclass(frozen=True)
 class Setup:
-    """Some runs.
+    """Settings of the runs.
 
     Attributes:
-        data: folder with Fashion-MNIST's files.
-        out: file to append rows to.
-        num_workers: K.
-        steps: local steps.
-        batch_size: per worker.
-        num_batches: to re-estimate BatchNorm's statistics from.
-        seeds: of weights and data.
+        data: Folder with Fashion-MNIST's files.
+        out: File that rows are appended to.
+        num_workers: Number of workers, K.
+        steps: Number of local steps.
+        batch_size: Examples per worker and local step.
+        num_batches: Number of batches for re-estimated statistics of BatchNorm.
+        seeds: Seeds of weights and data.
     """
 
     data: str
@@ -98,12 +98,15 @@ class Setup:
 
 
 def train(name: str, seed: int, setup: Setup) -> dict[str, Any] | None:
-    """One run; its numbers, on rank 0.
+    """Train one run.
 
     Args:
-        name: of `SCHEDULES`.
-        seed: of weights and data.
-        setup: the rest.
+        name: Name of the schedule, a key of `SCHEDULES`.
+        seed: Seed of weights and data.
+        setup: Settings of the runs.
+
+    Returns:
+        Number of syncs and accuracies on rank 0; None on the other ranks.
     """
     pl.seed_everything(seed, verbose=False)
     images, labels = fashion_mnist("train", Path(setup.data))
@@ -130,7 +133,7 @@ def train(name: str, seed: int, setup: Setup) -> dict[str, Any] | None:
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table: mean, lowest and highest accuracy over the seeds."""
+    """Format the table: mean, lowest and highest accuracy over the seeds."""
     by_name = defaultdict(list)
     for row in rows:
         by_name[row["schedule"]].append(row)
@@ -145,19 +148,21 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command line."""
+    """Add the options of the command line."""
     default = Setup("", "")
-    parser.add_argument("out", help="file to append rows to")
+    parser.add_argument("out", help="file that rows are appended to")
     parser.add_argument("--data", required=True, help="folder with Fashion-MNIST's idx.gz files")
     parser.add_argument("--num-workers", type=int, default=default.num_workers)
-    parser.add_argument("--steps", type=int, default=default.steps, help="local steps")
-    parser.add_argument("--batch-size", type=int, default=default.batch_size, help="per worker")
-    parser.add_argument("--num-batches", type=int, default=default.num_batches, help="for BatchNorm's re-estimation")
+    parser.add_argument("--steps", type=int, default=default.steps, help="number of local steps")
+    parser.add_argument("--batch-size", type=int, default=default.batch_size, help="examples per worker")
+    parser.add_argument(
+        "--num-batches", type=int, default=default.num_batches, help="batches for re-estimated statistics of BatchNorm"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=default.seeds)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Start the workers, and print what they wrote."""
+    """Start the workers, and print the table."""
     setup = Setup(**{field: getattr(args, field) for field in asdict(Setup("", ""))})
     run_local(["-m", "examples.benchmarks.compare.qsr", json.dumps(asdict(setup))], setup.num_workers)
     print(summary(read_rows(setup.out, ("schedule", "accuracy"))))
@@ -165,10 +170,10 @@ def main(args: argparse.Namespace) -> None:
 
 
 def work(text: str) -> None:
-    """A worker.
+    """Train all runs as one of the workers.
 
     Args:
-        text: a `Setup` as JSON.
+        text: A `Setup` as JSON.
     """
     setup = Setup(**json.loads(text))
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Simulate methods with all their settings and append the loss curves to a file of JSON lines."""
+"""Simulate methods with all settings of their grids, and append the loss curves to a file of JSON lines."""
 
 from __future__ import annotations
 
@@ -23,36 +23,41 @@ from lightning_lopt.optim.learned import resolve_network
 
 
 def add_experiment(parser: argparse.ArgumentParser) -> None:
-    """The options that say what is trained and how."""
-    parser.add_argument("out", type=Path, help="file to append to, one line per run")
+    """Add the options of the experiment to a command line."""
+    parser.add_argument("out", type=Path, help="file that a line per run is appended to")
     parser.add_argument("--task", choices=TASKS, default="digits")
-    parser.add_argument("--data", type=Path, help="folder with the images or texts of the tasks that need them")
-    parser.add_argument("--local-lr", nargs="+", type=float, default=[1.0, 0.5, 0.3, 0.1], help="grid of gamma")
+    parser.add_argument("--data", type=Path, help="folder with images or texts, for the tasks that need them")
+    parser.add_argument(
+        "--local-lr", nargs="+", type=float, default=[1.0, 0.5, 0.3, 0.1], help="grid of local learning rates"
+    )
     parser.add_argument("--local-optimizer", choices=get_args(OptimizerKind), default="sgd")
-    parser.add_argument("--decay", action="store_true", help="let the learning rate fall to 0 along a cosine")
+    parser.add_argument("--decay", action="store_true", help="lower the local learning rate to 0 along a cosine")
     parser.add_argument("--num-workers", type=int, default=8)
     parser.add_argument("--local-steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--clients", type=int, help="split the data among so many, of whom K take part in a round")
-    parser.add_argument("--alpha", type=float, default=0.1, help="of the Dirichlet distribution of that split")
-    parser.add_argument("--network", help="name of bundled weights or a file; default: the bundled default")
+    parser.add_argument("--clients", type=int, help="number of clients among whom the data is split, K per round")
+    parser.add_argument("--alpha", type=float, default=0.1, help="concentration of the split among clients")
+    parser.add_argument("--network", help="name of bundled weights, or a file (default: the bundled default)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="threads of torch")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command line."""
+    """Add the options of the command line."""
     add_experiment(parser)
     parser.add_argument("--methods", nargs="+", choices=list(GRIDS), default=["local_sgd", "learned"])
-    parser.add_argument("--best-of", type=Path, help="take each method's best setting of this file, not its grid")
+    parser.add_argument("--best-of", type=Path, help="file whose best setting of each method replaces its grid")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
 
 
 class Runner:
-    """Simulates settings of one experiment and writes a line for each run.
+    """Simulations of one experiment, written to a file with a line per run.
 
     Args:
-        args: what `add_experiment` parsed.
+        args: Parsed options of `add_experiment`.
+
+    Raises:
+        ValueError: An option is out of its range.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -66,7 +71,7 @@ class Runner:
         if not all(lr > 0 for lr in args.local_lr):
             raise ValueError(f"--local-lr must be positive, not {args.local_lr}.")
         if len(set(args.seeds)) < len(args.seeds):
-            raise ValueError(f"--seeds {args.seeds} has one twice, which would count as two runs.")
+            raise ValueError(f"--seeds {args.seeds} repeats a seed, which would count as two runs.")
         self._network, self._out = args.network, args.out
         self._common = {
             "task": args.task,
@@ -83,16 +88,19 @@ class Runner:
     def run(
         self, grid: Sequence[Setting], seeds: Sequence[int], num_rounds: int | None = None, **marks: Any
     ) -> list[dict[str, Any]]:
-        """Run settings of one method.
+        """Simulate settings of one method.
 
         Args:
-            grid: the settings.
-            seeds: of the runs.
-            num_rounds: default: those of the experiment.
-            marks: what else to write in each line.
+            grid: Settings of the method.
+            seeds: Seeds of the runs.
+            num_rounds: Number of rounds; None for that of the experiment.
+            marks: Further entries of each line.
 
         Returns:
-            The lines.
+            The lines that were written.
+
+        Raises:
+            ValueError: The network is made for another number of workers.
         """
         rows: list[dict[str, Any]] = []
         if not grid:
@@ -102,7 +110,7 @@ class Runner:
         network = resolve_network(self._network).to(self.data.task.device) if method == "learned" else AdaMLP()
         if network.num_inputs not in (1, experiment.num_workers):
             raise ValueError(
-                f"{self._network} belongs to {network.num_inputs} workers, not to {experiment.num_workers}."
+                f"{self._network} is made for {network.num_inputs} workers, not for {experiment.num_workers}."
             )
         print(f"{self.data.task}: {method}, {len(grid)} settings, {len(seeds)} seeds", flush=True)
         for group in groups(self.data.task, grid, self.experiment.num_workers * len(seeds)):
@@ -133,11 +141,11 @@ def _best(path: Path) -> dict[str, list[Setting]]:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run the simulations of one task."""
+    """Simulate the methods on one task."""
     runner = Runner(args)
     best = _best(args.best_of) if args.best_of else {}
     if args.best_of and (missing := [method for method in args.methods if method not in best]):
-        raise ValueError(f"{args.best_of} has no settings of {missing}. Name its methods: --methods {' '.join(best)}.")
+        raise ValueError(f"{args.best_of} has no settings of {missing}. Give its methods: --methods {' '.join(best)}.")
     for method in args.methods:
         runner.run(best.get(method, []) if args.best_of else settings(method, args.local_lr), args.seeds)
     print(f"{args.out}: {machine()}")

@@ -1,4 +1,4 @@
-"""Training runs in one process: K simulated workers, many settings and seeds side by side."""
+"""Training runs in one process: K simulated workers, with many settings and seeds side by side."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from lightning_lopt.meta.unroll import SGD
 from lightning_lopt.network import AdaMLP
 
 LOSS_SAMPLES = 1024
-LOSS_RUNS = 64  # whose losses are taken together, which bounds memory
-GROUP_BYTES = 1 << 27  # of the data of one local step, and of the workers' parameters: bounds how many runs share them
+LOSS_RUNS = 64  # runs whose losses are computed together, which bounds the memory
+GROUP_BYTES = 1 << 27  # largest data of one local step, and parameters of the workers, of runs side by side
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What all methods have in common.
+    """Settings that all methods share.
 
     Attributes:
-        num_workers: K >= 1.
-        local_steps: H >= 1.
-        num_rounds: of each run, >= 1.
-        optimizer: of the workers.
-        decay: whether γ falls to 0 along a cosine.
+        num_workers: Number of workers, K >= 1.
+        local_steps: Number of local steps per round, H >= 1.
+        num_rounds: Number of rounds of each run, >= 1.
+        optimizer: Local optimizer of the workers.
+        decay: Whether γ falls to 0 along a cosine.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: An argument is out of its range.
     """
 
     num_workers: int = 8
@@ -49,17 +49,17 @@ class Experiment:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
 
     def factor(self, round_idx: int) -> float:
-        """Of γ in a round."""
+        """Factor of γ in a round."""
         return 0.5 * (1 + math.cos(math.pi * round_idx / self.num_rounds)) if self.decay else 1.0
 
 
 class Runs(NamedTuple):
-    """What `simulate` saw, of all settings and seeds.
+    """Measurements of `simulate`, for all settings and seeds.
 
     Attributes:
-        losses: of the global weights on a fixed sample of the training data, in nats, before the first round and after
-            each, [settings, seeds, num_rounds + 1].
-        left_out: how many workers the rounds left out, [settings, seeds].
+        losses: Loss of the global weights on a fixed sample of the training data, in nats, before the first round and
+            after each, [settings, seeds, num_rounds + 1].
+        left_out: Number of workers that the rounds left out, [settings, seeds].
     """
 
     losses: Tensor
@@ -80,14 +80,14 @@ def _method(
 def simulate(
     data: Shared, group: Sequence[Setting], seeds: Sequence[int], experiment: Experiment, network: AdaMLP
 ) -> Runs:
-    """Train with every setting from every seed; a seed fixes the initial weights and the data for all settings.
+    """Train with every setting and seed; a seed fixes the initial weights and the data for all settings.
 
     Args:
-        data: the task, and which of its data the workers see.
-        group: settings of one method.
-        seeds: of the runs.
-        experiment: what all methods have in common.
-        network: of the method ``"learned"``.
+        data: Task and data of the workers.
+        group: Settings of one method.
+        seeds: Seeds of the runs.
+        experiment: Settings that all methods share.
+        network: Network of the method ``"learned"``.
     """
     task, num_workers = data.task, experiment.num_workers
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -112,7 +112,7 @@ def simulate(
 
 
 def _losses(task: DataTask, anchor: Tensors) -> Tensor:
-    """The loss of each run on the same sample, [P]."""
+    """Loss of each run on the same sample, [P]."""
     count = len(next(iter(anchor.values())))
     sample = task.windows(torch.zeros(1, dtype=torch.long), min(LOSS_SAMPLES, len(task.data[0])))
     losses = []
@@ -124,13 +124,13 @@ def _losses(task: DataTask, anchor: Tensors) -> Tensor:
 
 
 def _tile(tensors: Sequence[Tensor], times: int) -> Tensor:
-    """What belongs to each seed, [n, *], in a row for every setting, [settings * seeds * n, *]."""
+    """Repeat the tensors of all seeds, each [n, *], for every setting, [settings * seeds * n, *]."""
     joined = torch.cat(list(tensors))
     return joined.repeat(times, *[1] * (joined.dim() - 1))
 
 
 def groups(task: DataTask, all_settings: Sequence[Setting], num_runs: int) -> Iterator[Sequence[Setting]]:
-    """Cut settings of one method into groups that fit the memory; `num_runs` is workers times seeds."""
+    """Split settings of one method into groups that fit into memory; `num_runs` is workers times seeds."""
     batch = task.read(torch.zeros(1, dtype=torch.long))
     params = task.init(1, torch.Generator())
     largest = max(sum(part.nbytes for part in batch), sum(p.nbytes for p in params.values()))

@@ -1,8 +1,8 @@
-"""Tune every baseline by successive halving, then run the best settings and the learned optimizer on fresh seeds.
+"""Tune every baseline by successive halving, then run the best settings and the learned optimizer with fresh seeds.
 
-All settings of a baseline's grid take 30 % of the rounds from one seed; its best 16 take all rounds from that seed; the
-best 3 of all baselines, and the best of each, take all rounds from fresh seeds. The learned optimizer has nothing to
-tune: it runs from the fresh seeds, at the local learning rate that is best for Local SGD.
+All settings of a baseline's grid are run for 30 % of the rounds with one seed, and its best 16 for all rounds with that
+seed. The best 3 of all baselines, and the best of each, are run for all rounds with fresh seeds. The learned optimizer
+needs no tuning: it runs with the fresh seeds, at the best local learning rate of Local SGD.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ BASELINES = [method for method in GRIDS if method != "learned"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command line."""
+    """Add the options of the command line."""
     add_experiment(parser)
-    parser.add_argument("--methods", nargs="+", choices=BASELINES, default=BASELINES, help="Local SGD among them")
-    parser.add_argument("--tuning-seed", type=int, default=1000)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="fresh ones")
-    parser.add_argument("--share", type=float, default=0.3, help="of the rounds, in the first stage")
-    parser.add_argument("--keep", type=int, default=16, help="settings of each baseline that take all rounds")
-    parser.add_argument("--best", type=int, default=3, help="settings of all baselines that take fresh seeds")
+    parser.add_argument("--methods", nargs="+", choices=BASELINES, default=BASELINES, help="baselines, with local_sgd")
+    parser.add_argument("--tuning-seed", type=int, default=1000, help="seed of the first two stages")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of the last stage")
+    parser.add_argument("--share", type=float, default=0.3, help="fraction of the rounds in the first stage")
+    parser.add_argument("--keep", type=int, default=16, help="settings of each baseline in the second stage")
+    parser.add_argument("--best", type=int, default=3, help="settings of all baselines in the last stage")
 
 
 def ranked(rows: Sequence[Mapping[str, Any]]) -> list[Setting]:
-    """The settings of some runs from one seed, by final loss; those that diverged come last.
+    """Rank the settings of runs with one seed by final loss; those that diverged come last.
 
     Example:
         >>> rows = [{"method": "diloco", "local_lr": lr, "options": {}, "losses": [lr, lr]} for lr in (2.0, 1.0)]
@@ -45,7 +45,7 @@ def ranked(rows: Sequence[Mapping[str, Any]]) -> list[Setting]:
 
 
 def halve(runner: Runner, args: argparse.Namespace) -> list[Setting]:
-    """The settings that deserve fresh seeds."""
+    """Run the first two stages, and return the settings of the last."""
     short = max(1, round(args.share * args.rounds))
     finals = []
     for method in args.methods:
@@ -59,9 +59,9 @@ def halve(runner: Runner, args: argparse.Namespace) -> list[Setting]:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Tune the baselines of one task, and print how the learned optimizer compares."""
+    """Tune the baselines on one task, and print the table with the learned optimizer."""
     if "local_sgd" not in args.methods:
-        raise ValueError("--methods must hold local_sgd: the learned optimizer runs at its best learning rate.")
+        raise ValueError("--methods must include local_sgd: the learned optimizer runs at its best learning rate.")
     start = time.perf_counter()
     runner = Runner(args)
     chosen: dict[str, list[Setting]] = defaultdict(list)

@@ -1,9 +1,9 @@
-"""A model of the network: how long a round takes on a link, and which numbers of local steps pay.
+r"""Model of the network: the time of a round on a link, and the numbers of local steps that pay.
 
-    round = (H - Q) t + max(Q t, s) + e + w
+.. math:: T = (H - Q)\, t + \max(Q\, t, s) + e + w
 
-for H local steps of t seconds, a transfer s of which Q steps run beside, and what nothing runs beside: a transfer e and
-the work w of the outer step. With w = 0 it is a bound: what no implementation can do without.
+for H local steps of t seconds each, a transfer of s seconds that overlaps with Q of these steps, and two times that
+overlap with nothing: e of an exposed transfer and w of the outer step. With w = 0, T bounds any implementation.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import math
 from dataclasses import dataclass
 
 FRAME, SEGMENT = 1514, 1448  # bytes of an Ethernet frame, and those of them that TCP carries
-BACKWARD = 2 / 3  # share of the backward pass in a training step: twice the products of the forward pass
+BACKWARD = 2 / 3  # fraction of a training step in its backward pass, which has twice the products of the forward pass
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a worker sends in a sync.
+    """Payload and messages that a worker sends in a sync.
 
     Attributes:
-        bytes_sent: payload.
-        messages: that are sent one after the other.
+        bytes_sent: Bytes of the payload, >= 0.
+        messages: Number of messages that follow one another, >= 0.
     """
 
     bytes_sent: float = 0.0
@@ -32,11 +32,11 @@ class Traffic:
 
 
 def all_reduce(payload: float, num_workers: int) -> Traffic:
-    """A ring all-reduce.
+    """Traffic of a ring all-reduce.
 
     Args:
-        payload: bytes that each worker has.
-        num_workers: K.
+        payload: Bytes that each worker holds.
+        num_workers: Number of workers, K >= 1.
 
     Example:
         >>> all_reduce(100, num_workers=4)
@@ -46,22 +46,22 @@ def all_reduce(payload: float, num_workers: int) -> Traffic:
 
 
 def all_to_all(payload: float, num_workers: int) -> Traffic:
-    """A slice of the payload for each worker, all at once."""
+    """Traffic of an all-to-all: a slice of the payload for each worker, all sent at once."""
     return Traffic((num_workers - 1) / num_workers * payload, 1)
 
 
 def all_gather(payload: float, num_workers: int) -> Traffic:
-    """Each worker's payload for all, along a ring."""
+    """Traffic of a ring all-gather: each worker's payload for all others."""
     return Traffic((num_workers - 1) * payload, num_workers - 1)
 
 
 @dataclass(frozen=True)
 class Link:
-    """What joins each worker with the others, in both directions at once.
+    """Link between each worker and the others, used in both directions at once.
 
     Attributes:
-        mbit: rate in each direction, in 1e6 bits per second.
-        latency: seconds from sending to receiving, besides what the bytes take.
+        mbit: Rate in each direction, in 1e6 bits per second, > 0.
+        latency: Seconds from sending to receiving, besides those that the bytes take, >= 0.
 
     Example:
         >>> round(Link(mbit=100).seconds(all_reduce(20e6, num_workers=2)), 2)
@@ -72,21 +72,22 @@ class Link:
     latency: float = 0.0
 
     def seconds(self, traffic: Traffic) -> float:
-        """The time of a transfer, with the headers of its frames."""
+        """Time of a transfer, with the headers of its frames."""
         bits = 8 * traffic.bytes_sent * FRAME / SEGMENT
         return bits / (1e6 * self.mbit) + traffic.messages * self.latency
 
 
 @dataclass(frozen=True)
 class Round:
-    """What a round does, whatever the link.
+    """Steps, transfers and work of a round, independent of the link.
 
     Attributes:
-        local_steps: H.
-        overlap_steps: Q; part of a step where gradients leave while the backward pass goes on.
-        transfer: what is sent beside these.
-        exposed: what is sent while nothing else happens.
-        work_seconds: of the outer step, packing and coding.
+        local_steps: Number of local steps, H >= 1.
+        overlap_steps: Number of local steps during the transfer, Q < H; less than one step where gradients are sent
+            during the backward pass.
+        transfer: Traffic that overlaps with these steps.
+        exposed: Traffic that overlaps with nothing.
+        work_seconds: Seconds of the outer step, packing and coding, w.
     """
 
     local_steps: int
@@ -97,17 +98,17 @@ class Round:
 
 
 def data_parallel(payload: float, num_workers: int) -> Round:
-    """A gradient all-reduce in every step that overlaps the whole backward pass."""
+    """Data-parallel training: an all-reduce of the gradients in every step, during the whole backward pass."""
     return Round(1, BACKWARD, all_reduce(payload, num_workers))
 
 
 def round_seconds(a_round: Round, step_seconds: float, link: Link) -> float:
-    """The time of a round.
+    """Time of a round.
 
     Args:
-        a_round: what it does.
-        step_seconds: t, of a local step that sends nothing.
-        link: between the workers.
+        a_round: Steps, transfers and work of the round.
+        step_seconds: Seconds of a local step without any transfer, t > 0.
+        link: Link between the workers.
 
     Example:
         >>> a_round = Round(local_steps=16, overlap_steps=4, transfer=Traffic(14.48e6), work_seconds=0.5)
@@ -120,20 +121,20 @@ def round_seconds(a_round: Round, step_seconds: float, link: Link) -> float:
 
 
 def hidden_share(a_round: Round, step_seconds: float, link: Link) -> float:
-    """The share of all transfers that local steps can hide, in [0, 1]."""
+    """Fraction of the transfer time that local steps can hide, in [0, 1]."""
     transfer = link.seconds(a_round.transfer)
     total = transfer + link.seconds(a_round.exposed)
     return min(transfer, a_round.overlap_steps * step_seconds) / total if total else 1.0
 
 
 def local_steps_that_pay(a_round: Round, step_seconds: float, link: Link, share: float = 0.1) -> int:
-    """The smallest H at which the sync lengthens training by at most a share; the overlap stays as it is.
+    """Smallest H for which at most a given fraction of the round passes without local steps; the overlap is unchanged.
 
     Args:
-        a_round: its own H does not count.
-        step_seconds: t.
-        link: between the workers.
-        share: of the round in which no local step runs, in (0, 1).
+        a_round: Round whose own H is ignored.
+        step_seconds: Seconds of a local step, t > 0.
+        link: Link between the workers.
+        share: Largest fraction of the round without local steps, in (0, 1).
 
     Example:
         >>> plain, overlapped = Round(1, 0, Traffic(14.48e6)), Round(16, 12, Traffic(14.48e6))
@@ -153,22 +154,22 @@ def rate_where_equal(
     latency: float = 0.0,
     rates: tuple[float, float] = (0.1, 1e6),
 ) -> float | None:
-    """The rate in Mbit/s up to which the first method is faster than the second.
+    """Rate in Mbit/s up to which the first method is faster than the second.
 
     Args:
-        first: gains where the link is slow.
-        second: usually data-parallel training.
-        step_seconds: t.
-        progress: local steps of the second that do as much for the loss as one of the first.
-        latency: of the link.
-        rates: where to look.
+        first: Round of the method that gains on slow links.
+        second: Round of the other method, usually data-parallel training.
+        step_seconds: Seconds of a local step, t > 0.
+        progress: Number of local steps of the second method that lower the loss as much as one of the first.
+        latency: Latency of the link, in seconds.
+        rates: Lowest and highest rate of the search.
 
     Returns:
-        None if it is slower at the lowest rate; the highest rate if it is faster there, too.
+        None if the first is slower at the lowest rate; the highest rate if it is still faster there.
 
     Example:
         >>> local, ddp = Round(16, 0, Traffic(20e6), work_seconds=0.4), Round(1, 0, Traffic(20e6))
-        >>> round(rate_where_equal(local, ddp, 0.1, progress=0.8))  # 0.125 s more of local steps for each 1 of DDP's
+        >>> round(rate_where_equal(local, ddp, 0.1, progress=0.8))  # 1.25 local steps for each step of DDP
         2742
     """
 

@@ -1,4 +1,4 @@
-"""The methods that the benchmark `wire` compares: how they travel, and what that is in the model of the network."""
+"""Methods that the benchmark `wire` compares: their options, and their rounds in the model of the network."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ DDP = "DDP"
 
 @dataclass(frozen=True)
 class Method:
-    """A way to synchronise.
+    """Options of a method of synchronisation.
 
     Attributes:
-        options: of `Travel`, but for the overlap.
-        overlap: share of the H local steps that run beside the transfer.
-        outer: makes the outer optimizer for K workers; None averages.
-        pace: steps of each worker in proportion to its speed, `"given"` or `"measured"`; None is H for all.
+        options: Arguments of `Travel`, except for the overlap.
+        overlap: Fraction of the H local steps that run during the transfer, in [0, 1).
+        outer: Function that makes the outer optimizer for K workers; None averages.
+        pace: Source of the workers' speeds, `"given"` or `"measured"`, to which their numbers of steps are
+            proportional; None gives H steps to all.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -36,15 +37,15 @@ class Method:
     pace: Literal["given", "measured"] | None = None
 
     def travel(self, local_steps: int) -> Travel:
-        """How parameters travel in rounds of H steps."""
+        """Options of the syncs of rounds with H steps."""
         return Travel(overlap_steps=int(self.overlap * local_steps), **self.options)
 
     def speeds(self, step_seconds: Sequence[float]) -> WorkerSpeeds:
-        """What `Rounds` takes, for workers whose local steps take these times."""
+        """Argument `worker_speeds` of `Rounds`, for workers with these times per local step."""
         return [1 / seconds for seconds in step_seconds] if self.pace == "given" else self.pace
 
     def round(self, local_steps: int, parameters: int, step_seconds: Sequence[float], rank: int) -> Round:
-        """The model of a round of one of the workers whose local steps take these times."""
+        """Model of a round of one worker, given the times of a local step on all workers."""
         travel, num_workers = self.travel(local_steps), len(step_seconds)
         pace = Pace(self.pace and [1 / seconds for seconds in step_seconds], num_workers, rank, torch.device("cpu"))
         own_steps = pace.steps(local_steps)
@@ -62,7 +63,7 @@ def _lopt(num_workers: int) -> Any:
 
 
 def _lagg(num_workers: int) -> Any:
-    """A network of K inputs whose last layer is 0, as meta-training begins: a Nesterov step, at LAgg-A's cost."""
+    """A network of K inputs with a last layer of zeros, as before meta-training: a Nesterov step at LAgg-A's cost."""
     network = AdaMLP(num_workers, hidden=(8, 8), update="blended_nesterov", step_mult=1.0, exp_mult=1.0, seed=0)
     nn.init.zeros_(network.get_parameter("layers.2.weight"))
     return partial(LearnedOptimizer, network=network)
@@ -91,14 +92,14 @@ NAMES = [DDP, *METHODS]
 
 
 def round_of(name: str, local_steps: int, parameters: int, step_seconds: Sequence[float], rank: int = 0) -> Round:
-    """The model of a round of one of `NAMES`; that of DDP is a step.
+    """Model of a round of a method; a round of DDP is one step.
 
     Args:
-        name: of the method.
-        local_steps: H.
-        parameters: of the model.
-        step_seconds: of each worker's local step.
-        rank: of the worker.
+        name: Name of the method, one of `NAMES`.
+        local_steps: Number of local steps of the fastest worker, H >= 1.
+        parameters: Number of parameters of the model.
+        step_seconds: Seconds of a local step on each worker.
+        rank: Rank of the worker.
 
     Example:
         >>> times = [0.1, 0.3]

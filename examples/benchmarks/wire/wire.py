@@ -1,10 +1,9 @@
-"""Train over links of a limited rate: seconds per round beside the modelled bound, time to a loss, what overlap hides.
+"""Train over links of a limited rate: seconds per round beside a modelled bound, time to a loss, transfers hidden.
 
 Each worker is a process in a network namespace of its own, joined to the others by a bridge, with tc's tbf on both ends
-of its link; latency is what that has by itself, or that of a relay in the place of the bridge. Without the rights for
-this the collectives sleep instead, and the table says so. Methods take turns of a round, the one that has trained for
-the least time the next, so that disturbances of the machine meet all of them; before each turn the time of a local step
-that nobody disturbs is measured.
+of its link. A relay in the place of the bridge adds latency. Where links cannot be limited, the collectives sleep
+instead, and the output says so. The methods train in turn, for a round each, the one with the least training time next,
+so that disturbances of the machine affect all of them alike. Before each turn an undisturbed local step is timed.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 class Measured:
-    """The rounds of one method.
+    """Measured rounds of one method.
 
     Args:
-        setup: of the run.
-        rows: of this method, in order.
-        step_seconds: of a local step without any sync, of each worker.
-        parameters: of the model.
+        setup: Settings of the run.
+        rows: Rows of this method, in order.
+        step_seconds: Seconds of a local step without any sync, on each worker.
+        parameters: Number of parameters of the model.
     """
 
     def __init__(self, setup: Setup, rows: Rows, step_seconds: Sequence[float], parameters: int) -> None:
@@ -52,23 +51,23 @@ class Measured:
 
     @property
     def seconds(self) -> float:
-        """Of a round: the median."""
+        """Median time of a round."""
         return self._median("seconds")
 
     @property
     def bound(self) -> float:
-        """That of the worker with the latest one: each could be as fast as this, and the others wait for it."""
+        """Bound on the time of a round: the largest over the workers, since they wait for one another."""
         return round_seconds(self.round, self.step_seconds, self.link)
 
     @property
     def with_work(self) -> Round:
-        """With all that the bound does not explain as work, which other links do not change; DDP has none."""
+        """The round with all time above the bound as work, which does not depend on the link; none for DDP."""
         work = 0.0 if self.name == DDP else max(0.0, self.seconds - self.bound)
         return replace(self.round, work_seconds=work)
 
     @property
     def hidden(self) -> float | None:
-        """The share of the transfers, those after the outer step included, in which training went on."""
+        """Fraction of all transfer time, after the outer step too, during which training went on."""
         reports = [r for r in self._rows if "transfer_seconds" in r]
         exposed = self.link.seconds(self.round.exposed)
         total = sum(r["transfer_seconds"] + exposed for r in reports)
@@ -78,11 +77,11 @@ class Measured:
         return statistics.median([r[key] / r["rounds"] for r in self._rows])
 
     def line(self, targets: Sequence[float], first: Measured) -> dict[str, Any]:
-        """The row of the table.
+        """Row of the table.
 
         Args:
-            targets: loss, for each seed.
-            first: method.
+            targets: Target loss of each seed.
+            first: Method that the speed-up refers to.
         """
         ours = [run.until(target) for run, target in zip(self.runs, targets, strict=True)]
         theirs = [run.until(target) for run, target in zip(first.runs, targets, strict=True)]
@@ -106,17 +105,17 @@ class Measured:
         }
 
     def rates(self, targets: Sequence[float], ddp: Measured) -> dict[str, Any]:
-        """By rate, how much sooner than data-parallel training it is at the target; up to which rate; which H pays."""
+        """Modelled speed-up over data-parallel training by rate, the rate at which it is 1, and the H that pays."""
         ends = [(a.until(t), b.until(t)) for a, b, t in zip(self.runs, ddp.runs, targets, strict=True)]
         gains: dict[str, float | None] = dict.fromkeys([*map("{:g}".format, RATES), "equal at"])
         if all(ours and theirs for ours, theirs in ends):
-            steps = statistics.fmean(theirs[0] / ours[0] for ours, theirs in ends if ours and theirs)  # of theirs
+            steps_of_ddp = statistics.fmean(theirs[0] / ours[0] for ours, theirs in ends if ours and theirs)
             for mbit in RATES:
                 seconds = [
                     round_seconds(m.with_work, m.step_seconds, replace(self.link, mbit=mbit)) for m in (ddp, self)
                 ]
-                gains[f"{mbit:g}"] = steps * seconds[0] / seconds[1]
-            progress = steps / self.round.local_steps
+                gains[f"{mbit:g}"] = steps_of_ddp * seconds[0] / seconds[1]
+            progress = steps_of_ddp / self.round.local_steps
             gains["equal at"] = rate_where_equal(
                 self.with_work, ddp.round, self.step_seconds, progress, self.link.latency
             )
@@ -125,22 +124,22 @@ class Measured:
 
 
 class _Run:
-    """The rounds of one method with one seed."""
+    """Rounds of one method with one seed."""
 
     def __init__(self, rows: Rows) -> None:
         self.losses = [row["loss"] for row in rows]
-        self.steps = sum(statistics.fmean(row["steps"]) for row in rows)  # of a worker
+        self.steps = sum(statistics.fmean(row["steps"]) for row in rows)  # per worker
         self.rounds = [*accumulate(row["rounds"] for row in rows)]
         self.clock = [*accumulate(row["seconds"] for row in rows)]
 
     def until(self, target: float) -> tuple[int, float] | None:
-        """Rounds and seconds of training until the loss is at most `target`."""
+        """Rounds and seconds of training until the loss is at most `target`; None if it never is."""
         ends = zip(self.losses, self.rounds, self.clock, strict=True)
         return next(((rounds, seconds) for loss, rounds, seconds in ends if loss <= target), None)
 
 
 def _spread(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
-    """The mean over seeds, None where one is missing, and the standard deviation if there are several."""
+    """Mean over the seeds, None where one is missing, and the standard deviation of several."""
     known = [value for value in values if value is not None]
     whole = len(known) == len(values)
     several = whole and len(known) > 1
@@ -148,14 +147,14 @@ def _spread(name: str, values: Sequence[float | None]) -> dict[str, float | None
 
 
 def read(path: Path) -> tuple[Setup, list[Measured]]:
-    """What is in a file of rows, by method.
+    """Read the settings and the methods' rounds from a file of rows.
 
     Raises:
-        ValueError: a broken line, or no rounds.
+        ValueError: A line is broken, or there are no rounds.
     """
     header, *rows = read_rows(path)
     if "setup" not in header or not rows:
-        raise ValueError(f"{path} does not hold a setup and then rounds, as `wire` writes them: give a file of its.")
+        raise ValueError(f"{path} does not hold a setup and then rounds. Give a file that `wire` wrote.")
     setup = Setup(**header["setup"])
     by_method = defaultdict(list)
     for row in rows:
@@ -165,12 +164,12 @@ def read(path: Path) -> tuple[Setup, list[Measured]]:
 
 
 def report(path: Path, target: float | None, png: Path | None) -> None:
-    """Print the tables of a file, and draw its curves.
+    """Print the tables of a file of rows, and draw its curves.
 
     Args:
-        path: the rows.
-        target: loss; None for that at which the first method ends, with the same seed.
-        png: of the plot.
+        path: File of rows.
+        target: Target loss; None for the last loss of the first method with the same seed.
+        png: File for the plot; None draws nothing.
     """
     setup, methods = read(path)
     first = methods[0]
@@ -180,16 +179,16 @@ def report(path: Path, target: float | None, png: Path | None) -> None:
         f"\nTarget loss {' '.join(map('{:.4g}'.format, targets))}; a local step alone takes {first.step_seconds:.3g} s."
     )
     if setup.delayed:
-        print("DELAYED: the collectives slept as long as a link of this rate would take; no link was limited.")
+        print("DELAYED: no link was limited; the collectives slept for the time of a transfer at this rate.")
     if first.name == DDP:
-        print(f"\nTimes faster than {DDP} to the target, modelled from these steps and seconds, by rate in Mbit/s:\n")
+        print(f"\nSpeed-up over {DDP} to the target by rate in Mbit/s, modelled from these steps and seconds:\n")
         print(table([m.rates(targets, first) for m in methods[1:]]))
     if png:
         draw(methods, targets, png)
 
 
 def draw(methods: Sequence[Measured], targets: Sequence[float], path: Path) -> None:
-    """Loss over seconds, a line for each seed."""
+    """Draw the loss over seconds, with a line per seed."""
     from matplotlib.figure import Figure  # an extra
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -207,45 +206,45 @@ def draw(methods: Sequence[Measured], targets: Sequence[float], path: Path) -> N
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command line."""
+    """Add the options of the command line."""
     default = Setup([])
-    parser.add_argument("--mbit", type=float, default=default.mbit, help="rate of each worker's link")
+    parser.add_argument("--mbit", type=float, default=default.mbit, help="rate of each worker's link, in Mbit/s")
     parser.add_argument("--latency", type=float, default=default.latency, help="seconds from one worker to another")
     parser.add_argument("--methods", nargs="+", choices=NAMES, default=USUAL)
     parser.add_argument("--num-workers", type=int, default=default.num_workers)
     parser.add_argument("--local-steps", type=int, default=default.local_steps)
-    parser.add_argument("--seconds", type=float, default=default.seconds, help="of training with each method and seed")
-    parser.add_argument("--ddp-steps", type=int, default=default.ddp_steps, help="of DDP in the place of a round")
-    parser.add_argument("--batch-size", type=int, default=default.batch_size, help="per worker")
-    parser.add_argument("--local-lr", type=float, default=default.local_lr, help="of AdamW")
+    parser.add_argument("--seconds", type=float, default=default.seconds, help="training time per method and seed")
+    parser.add_argument("--ddp-steps", type=int, default=default.ddp_steps, help="steps of DDP that stand for a round")
+    parser.add_argument("--batch-size", type=int, default=default.batch_size, help="examples per worker")
+    parser.add_argument("--local-lr", type=float, default=default.local_lr, help="learning rate of AdamW")
     parser.add_argument(
         "--step-seconds",
         nargs="+",
         type=float,
         default=default.step_seconds,
-        help="stretch local steps to this time, one number for all workers or one for each",
+        help="least time of a local step, reached by sleeping: one number for all workers or one for each",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=default.seeds)
-    parser.add_argument("--width", type=int, default=default.width, help="of the transformer")
-    parser.add_argument("--depth", type=int, default=default.depth, help="of the transformer")
+    parser.add_argument("--width", type=int, default=default.width, help="width of the transformer")
+    parser.add_argument("--depth", type=int, default=default.depth, help="blocks of the transformer")
     parser.add_argument("--data", help="folder with Fashion-MNIST's idx.gz files; default: scikit-learn's digits")
-    parser.add_argument("--target", type=float, help="loss; default: that at which the first method ends")
+    parser.add_argument("--target", type=float, help="target loss; default: the last loss of the first method")
     parser.add_argument("--out", type=Path, default=Path("wire.jsonl"), help="file for the rows")
     parser.add_argument("--png", type=Path, help="file for the plot")
-    parser.add_argument("--report", action="store_true", help="run nothing: report the rows in the file")
+    parser.add_argument("--report", action="store_true", help="train nothing, and report the rows in the file")
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run the workers and report."""
+    """Start the workers, and report their rounds."""
     if not args.report:
         reason = why_not()
         if reason:
-            print(f"No link can be limited here: {reason}. The collectives sleep instead, of no latency.")
+            print(f"No link can be limited here: {reason}. The collectives sleep instead, without latency.")
         fields = {name: getattr(args, name) for name in asdict(Setup([])) if name not in ("delayed", "out")}
         fields["latency"] *= reason is None
         setup = Setup(**fields, delayed=reason is not None, out=str(args.out.resolve()))
         if not all(setup.stretched) and set(setup.methods) & {*FOR_UNEQUAL_SPEEDS}:
-            raise SystemExit("Paced methods need --step-seconds, one for each worker: these say how fast it is.")
+            raise SystemExit("Paced methods need a positive --step-seconds for every worker, which tells its speed.")
         model = ViT(load(setup.data)[0].shape[-1], setup.width, setup.depth)
         parameters = sum(p.numel() for p in model.parameters())
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What one worker of the benchmark `wire` does: train with every method in turn, and time it."""
+"""Worker process of the benchmark `wire`: trains with all methods in turn and times their rounds."""
 
 from __future__ import annotations
 
@@ -30,25 +30,26 @@ WARM_UP_STEPS = 3
 
 @dataclass(frozen=True)
 class Setup:
-    """A run of the benchmark.
+    """Settings of a run of the benchmark.
 
     Attributes:
-        methods: some of `NAMES`.
-        mbit: rate of each worker's link, in 1e6 bits per second.
-        latency: seconds from one worker to another.
-        delayed: sleep as long as transfers would take, because the rate of the link could not be limited.
-        num_workers: K.
-        local_steps: H.
-        seconds: of training with each method and seed; the one that has had the least takes the next round.
-        ddp_steps: of data-parallel training in the place of a round.
-        batch_size: per worker.
-        local_lr: of AdamW.
-        step_seconds: stretch local steps to this time by sleeping, as on a device of another speed, one number for all
-            workers or one for each; 0 leaves them as they are.
-        seeds: of weights and data.
-        width, depth: of the model.
-        data: folder with Fashion-MNIST's idx.gz files; None for scikit-learn's digits.
-        out: file to append rows to.
+        methods: Names of the methods, from `NAMES`.
+        mbit: Rate of each worker's link, in 1e6 bits per second.
+        latency: Seconds from one worker to another.
+        delayed: Whether collectives sleep as long as their transfers would take, since no link could be limited.
+        num_workers: Number of workers, K.
+        local_steps: Number of local steps per round, H.
+        seconds: Training time of each method and seed; the one that has trained least takes the next round.
+        ddp_steps: Number of data-parallel steps that stand for a round.
+        batch_size: Examples per worker and local step.
+        local_lr: Learning rate of AdamW.
+        step_seconds: Least time of a local step, reached by sleeping, as on a device of another speed: one number for
+            all workers or one for each; 0 does not stretch.
+        seeds: Seeds of weights and data.
+        width: Width of the transformer.
+        depth: Number of blocks of the transformer.
+        data: Folder with Fashion-MNIST's idx.gz files; None for scikit-learn's digits.
+        out: File that rows are appended to.
     """
 
     methods: list[str]
@@ -70,26 +71,27 @@ class Setup:
 
     @property
     def stretched(self) -> list[float]:
-        """The least time of a local step, of each worker."""
+        """Least time of a local step on each worker."""
         return [self.step_seconds[rank % len(self.step_seconds)] for rank in range(self.num_workers)]
 
     @property
     def link(self) -> Link:
+        """Link of each worker in the model of the network."""
         return Link(self.mbit, self.latency)
 
     @property
     def runs(self) -> list[tuple[str, int]]:
-        """Methods and seeds."""
+        """All pairs of a method and a seed."""
         return [(name, seed) for seed in self.seeds for name in self.methods]
 
 
 class ViT(nn.Module):
-    """A transformer on the 16 patches of an image; 5.4 M parameters as it is.
+    """Transformer on the 16 patches of an image; 5.4 M parameters by default.
 
     Args:
-        pixels: of a patch.
-        width: of the tokens.
-        depth: blocks, with 3 heads each.
+        pixels: Number of pixels per patch.
+        width: Width of the tokens.
+        depth: Number of blocks, of 3 heads each.
     """
 
     def __init__(self, pixels: int = 4, width: int = 192, depth: int = 12) -> None:
@@ -108,7 +110,7 @@ class ViT(nn.Module):
 
 
 def load(data: str | None) -> tuple[Tensor, Tensor]:
-    """Standardised patches [N, 16, pixels] and labels [N]."""
+    """Load standardised patches [N, 16, pixels] and labels [N]."""
     if data is None:
         from sklearn.datasets import load_digits  # an extra
 
@@ -122,10 +124,10 @@ def load(data: str | None) -> tuple[Tensor, Tensor]:
 
 
 class DelayedCommunicator(Communicator):
-    """Sleeps as long as its messages would take on a link.
+    """Communicator that sleeps as long as its messages would take on a link.
 
     Args:
-        link: of this worker.
+        link: Link of this worker.
     """
 
     def __init__(self, link: Link) -> None:
@@ -139,14 +141,14 @@ class DelayedCommunicator(Communicator):
 
 
 class Training:
-    """One method's model, optimizer and data.
+    """Model, optimizer and data of one method with one seed.
 
     Args:
-        name: of the method.
-        setup: of the benchmark.
-        seed: of weights and data.
-        fabric: launched.
-        data: patches and labels.
+        name: Name of the method.
+        setup: Settings of the run.
+        seed: Seed of weights and data.
+        fabric: Fabric that has been launched.
+        data: Patches and labels.
     """
 
     def __init__(self, name: str, setup: Setup, seed: int, fabric: Fabric, data: tuple[Tensor, Tensor]) -> None:
@@ -176,13 +178,14 @@ class Training:
             )
 
     def local_step(self, seconds: float = 0.0) -> float:
-        """Forward, backward and optimizer, stretched.
+        """Take one step: forward and backward pass and optimizer, stretched to the time in the settings.
 
         Args:
-            seconds: that the work takes, for data-parallel training: its own clock shows transfers too.
+            seconds: Time of the work alone, for data-parallel training, whose own time includes transfers; 0 takes the
+                measured time.
 
         Returns:
-            Seconds of the work.
+            The measured time, in seconds.
         """
         start = time.perf_counter()
         images, labels = self._data
@@ -196,10 +199,13 @@ class Training:
         return taken
 
     def turn(self, step_seconds: float) -> dict[str, Any]:
-        """A round, or some steps of data-parallel training; what they did and cost.
+        """Train for a round, or for some steps of data-parallel training.
 
         Args:
-            step_seconds: of a local step's work.
+            step_seconds: Time of the work of a local step, in seconds.
+
+        Returns:
+            Steps, rounds, seconds and bytes, and the measurements of the sync.
         """
         start = time.perf_counter()
         if self.rounds is None:
@@ -212,7 +218,7 @@ class Training:
         while not self.rounds.step():
             self.local_step()
         seconds, steps = time.perf_counter() - start, self.rounds.step_idx - before
-        self.rounds.pace.forget()  # what comes now is not training
+        self.rounds.pace.forget()  # the evaluation that follows is not training
         assert self.rounds.last_report is not None
         report = asdict(self.rounds.last_report)
         kept = ("bytes_sent", "transfer_seconds", "waited_seconds", "outer_seconds", "sync_seconds", "drift")
@@ -220,7 +226,7 @@ class Training:
 
     @torch.no_grad()
     def loss(self, comm: Communicator) -> float:
-        """Of the global weights, on images that stay the same."""
+        """Evaluate the global weights on fixed images."""
         share = slice(self._rank, EVAL_IMAGES, self._setup.num_workers)
         if self.rounds is not None:
             self.rounds.swap_in("mean")
@@ -231,14 +237,14 @@ class Training:
 
 
 class Alone(Training):
-    """Local steps that no method disturbs: how long they take on this machine, at this moment."""
+    """Local steps without any sync: their time on this machine at this moment."""
 
     def __init__(self, setup: Setup, fabric: Fabric, data: tuple[Tensor, Tensor]) -> None:
         super().__init__("Local SGD", setup, 0, fabric, data)
         self.rounds = None
 
     def step_seconds(self, comm: Communicator) -> tuple[list[float], float]:
-        """Each worker's time of a local step, while all of them take one; that of this worker's work."""
+        """Time one local step that all workers take at once: of each worker, and of this worker's work alone."""
         together(comm)
         start = time.perf_counter()
         work = self.local_step()
@@ -246,20 +252,20 @@ class Alone(Training):
 
 
 def each(value: float, comm: Communicator) -> list[float]:
-    """Every worker's value, the same on all."""
+    """Gather the values of all workers."""
     return comm.gather(torch.tensor([value], dtype=torch.float64)).flatten().tolist()
 
 
 def together(comm: Communicator) -> None:
-    """Wait for all."""
+    """Wait for all workers."""
     each(0.0, comm)
 
 
 def main(text: str) -> None:
-    """Train with all methods; rank 0 appends a row for each round to the file.
+    """Train with all methods; rank 0 appends a row per round to the file.
 
     Args:
-        text: a `Setup` as JSON.
+        text: A `Setup` as JSON.
     """
     setup = Setup(**json.loads(text))
     torch.set_num_threads(1)

@@ -194,8 +194,11 @@ def test_missing_data_says_where_it_was_looked_for(tmp_path):
         (["--local-steps", "0"], "local_steps must be at least 1"),
         (["--rounds", "0"], "num_rounds must be at least 1"),
         (["--local-lr", "0.1", "-1"], "--local-lr must be positive"),
-        (["--seeds", "0", "0"], "has one twice"),
-        (["--network", "lagg_a_short", "--num-workers", "2", "--methods", "learned"], "belongs to 8 workers, not to 2"),
+        (["--seeds", "0", "0"], "repeats a seed"),
+        (
+            ["--network", "lagg_a_short", "--num-workers", "2", "--methods", "learned"],
+            "is made for 8 workers, not for 2",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_and_writes_nothing(tmp_path, arguments, message):

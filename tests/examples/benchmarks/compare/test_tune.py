@@ -50,5 +50,5 @@ def test_clients_decay_and_adamw_have_a_table_of_their_own(tmp_path, capsys):
 
 
 def test_tuning_needs_local_sgd(tmp_path):
-    with pytest.raises(ValueError, match="must hold local_sgd"):
+    with pytest.raises(ValueError, match="must include local_sgd"):
         bench.main(["tune", str(tmp_path / "x"), "--methods", "diloco"])
