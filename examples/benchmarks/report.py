@@ -96,8 +96,8 @@ def _row(line: str | bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def _note(path: str | Path, what: str) -> None:
-    print(f"{path}: the last line is incomplete, as a killed run leaves it, {what}.", file=sys.stderr)
+def _note(path: str | Path, consequence: str) -> None:
+    print(f"{path}: the last line is incomplete, as a killed run leaves it, {consequence}.", file=sys.stderr)
 
 
 def _finish_last_line(path: Path) -> None:

@@ -1,9 +1,9 @@
-"""Time of one meta-iteration, by part, beside the bound that this machine's matrix products set.
+"""Measure the time of one meta-iteration by part, beside a bound from the matrix products of this machine.
 
-A meta-iteration is one window of PES: all antithetic pairs take all rounds of local training and outer steps. The bound
-counts the multiplications of the local steps (forward and backward) and of the learned step's separable form (3.2 kFLOP
-per parameter) at the rate of the fastest square sgemm of the same run; the share is bound / time. CPU seconds are those
-of all threads, which other processes hardly disturb.
+A meta-iteration is one window of PES: all antithetic pairs run all rounds of local training and outer steps. The bound
+is the time of the multiplications of the local steps (forward and backward) and of the separable form of the learned
+step (3.2 kFLOP per parameter) at the rate of the fastest square sgemm of the same run; the share is bound / time. CPU
+seconds add up all threads, and other processes hardly disturb them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -27,6 +27,7 @@ from examples.benchmarks.speed.outer_step import FLOP_PER_PARAMETER, sgemm_flops
 from lightning_lopt.functional import learned
 from lightning_lopt.meta import ImageMLP, LocalOptimizer, LocalTraining, LogUniform, particles
 from lightning_lopt.meta.estimator import Estimator
+from lightning_lopt.meta.local import OptimizerKind
 from lightning_lopt.network import AdaMLP
 
 IMAGES = 10_000
@@ -34,15 +35,15 @@ IMAGES = 10_000
 
 @dataclass(frozen=True)
 class Work:
-    """The size of a meta-iteration.
+    """Size of a meta-iteration.
 
     Attributes:
-        sizes: of the MLP's layers, from the pixels to the classes.
-        batch_size: of a local step of one worker.
-        num_workers: K.
-        local_steps: H.
-        num_pairs: antithetic pairs.
-        num_rounds: of the window.
+        sizes: Widths of the MLP, from the pixels to the classes.
+        batch_size: Examples per worker and local step.
+        num_workers: Number of workers, K.
+        local_steps: Number of local steps per round, H.
+        num_pairs: Number of antithetic pairs.
+        num_rounds: Number of rounds in the window.
     """
 
     sizes: tuple[int, ...]
@@ -54,14 +55,14 @@ class Work:
 
     @property
     def flop(self) -> float:
-        """Of all matrix products.
+        """FLOP of all matrix products.
 
         Example:
             >>> f"{Work((784, 128, 128, 10), 128).flop / 1e9:.0f}"
             '1965'
         """
         products = [a * b for a, b in pairwise(self.sizes)]
-        per_example = 2 * (3 * sum(products) - products[0])  # no gradient of the pixels
+        per_example = 2 * (3 * sum(products) - products[0])  # the pixels need no gradient
         steps = 2 * self.num_pairs * self.num_rounds * self.num_workers * self.local_steps
         parameters = sum(products) + sum(self.sizes[1:])
         outer = 2 * self.num_pairs * self.num_rounds * parameters * FLOP_PER_PARAMETER
@@ -72,10 +73,14 @@ WORKS = {"paper": Work((784, 128, 128, 10), 128), "8x8": Work((64, 32, 10), 32)}
 
 
 class Clock:
-    """Adds up wall and CPU seconds by name.
+    """Sums of wall and CPU seconds by name.
 
     Args:
-        device: whose work a measurement waits for.
+        device: Device whose queued work is waited for.
+
+    Attributes:
+        seconds: Wall seconds by name.
+        cpu_seconds: CPU seconds of all threads by name.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -90,7 +95,7 @@ class Clock:
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """Add the time of what runs inside."""
+        """Add the time of the block under a name."""
         wall, cpu = self._now()
         yield
         wall_end, cpu_end = self._now()
@@ -99,7 +104,7 @@ class Clock:
 
     @contextmanager
     def watch(self, module: ModuleType, function: str, name: str) -> Iterator[None]:
-        """Add the time of all calls of a module's function made inside."""
+        """Add the time of all calls of a module's function in the block under a name."""
         original: Callable[..., Any] = getattr(module, function)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -113,28 +118,27 @@ class Clock:
             setattr(module, function, original)
 
 
-def estimator(work: Work, kind: str, device: torch.device) -> Estimator:
-    """PES on random images."""
+def estimator(work: Work, kind: OptimizerKind, device: torch.device) -> Estimator:
+    """Make an estimator by PES on random images."""
     generator = torch.Generator().manual_seed(0)
     pixels, *hidden, classes = work.sizes
     images = torch.rand(IMAGES, pixels, generator=generator)
     labels = torch.randint(classes, (IMAGES,), generator=generator)
     task = ImageMLP(images, labels, hidden, work.batch_size, num_classes=classes).to(device)
-    optimizer = LocalOptimizer(kind)  # pyright: ignore[reportArgumentType] (checked there)
-    training = LocalTraining(work.num_workers, work.local_steps, 0.1, optimizer=optimizer)
+    training = LocalTraining(work.num_workers, work.local_steps, 0.1, optimizer=LocalOptimizer(kind))
     pairs = particles.Particles(task, training, work.num_pairs, LogUniform(100, 1_000), "local", seed=0)
     return Estimator(pairs, kind="pes", truncation=work.num_rounds, sigma=0.01, log_floor=None, seed=0)
 
 
-def measure(work: Work, kind: str, update: str, repeats: int, device: torch.device) -> list[dict[str, Any]]:
-    """A row for each part of a meta-iteration, the median over repeats after one that warms up.
+def measure(work: Work, kind: OptimizerKind, update: str, repeats: int, device: torch.device) -> list[dict[str, Any]]:
+    """Measure each part of a meta-iteration: the median over repeats, after one to warm up.
 
     Args:
-        work: its size.
-        kind: of the local optimizer.
-        update: of the network.
-        repeats: timed meta-iterations, >= 1.
-        device: where they run.
+        work: Size of the meta-iteration.
+        kind: Kind of the local optimizer.
+        update: Kind of update of the network, see `AdaMLP`.
+        repeats: Number of timed meta-iterations, >= 1.
+        device: Device of the tasks and the network.
     """
     network, own = AdaMLP(seed=0, update=update).to(device), estimator(work, kind, device)
     clocks, peak = [], 0.0
@@ -166,15 +170,15 @@ def measure(work: Work, kind: str, update: str, repeats: int, device: torch.devi
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command line."""
-    parser.add_argument("--work", nargs="+", choices=list(WORKS), default=list(WORKS))
-    parser.add_argument("--local-optimizer", default="sgd", help="sgd, momentum or adamw")
+    """Add the options of the command line."""
+    parser.add_argument("--work", nargs="+", choices=list(WORKS), default=list(WORKS), help="sizes of the task")
+    parser.add_argument("--local-optimizer", choices=get_args(OptimizerKind), default="sgd")
     parser.add_argument("--update", default="published", help="kind of update of the network, see AdaMLP")
     parser.add_argument("--repeats", type=int, default=3, help="timed meta-iterations")
-    parser.add_argument("--rounds", type=int, default=50, help="of a meta-iteration")
+    parser.add_argument("--rounds", type=int, default=50, help="rounds of a meta-iteration")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="threads of torch")
-    parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    parser.add_argument("--json", type=Path, help="file for the numbers")
 
 
 def main(args: argparse.Namespace) -> None:

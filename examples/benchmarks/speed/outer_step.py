@@ -1,10 +1,10 @@
-"""Time and memory of one outer step: LearnedOptimizer beside SGD, AdamW and its plain reference twin.
+"""Measure time and memory of one outer step: LearnedOptimizer beside SGD, AdamW and its plain form.
 
-The twin and the row that it is compared with have the paper's network; the default has smaller layers, and
-orthogonalises. All take the same pseudo-gradients on the same parameters, in turn, so that a disturbance of the machine
-meets all of them. The share of the peak counts the multiplications of the separable form (3.2 kFLOP per parameter)
-against the fastest square sgemm of the same run. Memory is the peak of the resident set of a fresh process during its
-first step, beyond parameters, gradients and the optimizer's state.
+The plain form and its counterpart have the network of the paper; the default has smaller layers, and orthogonalises and
+whitens. All optimizers take the same pseudo-gradients on the same parameters, in turn, so that disturbances of the
+machine affect them alike. The share of sgemm relates the multiplications of the separable form (3.2 kFLOP per
+parameter) to the fastest square sgemm of the same run. Extra memory is the peak of the resident set of a fresh process
+during its first step, less parameters, gradients and state of the optimizer.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from lightning_lopt.functional.ada import AdaState
 from lightning_lopt.network import AdaMLP
 from lightning_lopt.optim import LearnedOptimizer
 
-OURS, TWIN = "LearnedOptimizer, paper", "plain twin"
+OURS, PLAIN = "LearnedOptimizer, paper", "plain form"
 FLOP_PER_PARAMETER = 2 * (16 * 32 + 32 * 32 + 32 * 2)
 SGEMM_SIDE = 1536
-GRAD_STD = 1e-3  # about a local learning rate of 0.1, four steps, and gradients of 0.003
+GRAD_STD = 1e-3  # about that of four steps with a learning rate of 0.1 and gradients of 0.003
 Shapes = Sequence[tuple[int, ...]]
 
 
-class PlainTwin(Optimizer):
-    """`functional.plain` as an optimizer, tensor by tensor.
+class PlainForm(Optimizer):
+    """The plain form, `functional.plain`, as an optimizer that steps tensor by tensor.
 
     Args:
-        params: anchors.
-        network: the network.
+        params: Anchors.
+        network: Network of the step.
     """
 
     def __init__(self, params: Sequence[Parameter], network: AdaMLP) -> None:
@@ -65,12 +65,12 @@ OPTIMIZERS: dict[str, Callable[[Sequence[Parameter]], Optimizer]] = {
     "AdamW": lambda params: AdamW(params, lr=1e-3),
     "LearnedOptimizer, default": lambda params: LearnedOptimizer(params),
     OURS: lambda params: LearnedOptimizer(params, network=AdaMLP(seed=0)),
-    TWIN: lambda params: PlainTwin(params, AdaMLP(seed=0)),
+    PLAIN: lambda params: PlainForm(params, AdaMLP(seed=0)),
 }
 
 
 def parameters(shapes: Shapes) -> list[Parameter]:
-    """Random parameters with pseudo-gradients as their gradients."""
+    """Make random parameters with pseudo-gradients as their gradients."""
     generator = torch.Generator().manual_seed(0)
     params = [Parameter(0.02 * torch.randn(shape, generator=generator)) for shape in shapes]
     for p in params:
@@ -79,7 +79,7 @@ def parameters(shapes: Shapes) -> list[Parameter]:
 
 
 def sgemm_flops() -> float:
-    """FLOP per second of one square product of float32 matrices."""
+    """Measure one square product of float32 matrices, in FLOP per second."""
     a, b, out = (torch.ones(SGEMM_SIDE, SGEMM_SIDE) for _ in range(3))
     torch.mm(a, b, out=out)
     start = time.perf_counter()
@@ -88,14 +88,19 @@ def sgemm_flops() -> float:
 
 
 class Times(NamedTuple):
-    """Of each timed step: wall time, and CPU time of all threads, which other processes hardly disturb."""
+    """Times of the steps of one optimizer.
+
+    Attributes:
+        seconds: Wall time of each step.
+        cpu_seconds: CPU time of each step on all threads, which other processes hardly disturb.
+    """
 
     seconds: list[float]
     cpu_seconds: list[float]
 
 
 def time_steps(shapes: Shapes, repeats: int) -> tuple[dict[str, Times], float]:
-    """Times of each step, by optimizer, taken in turn after a step each to warm up; and the peak FLOP per second."""
+    """Time the optimizers in turn, after a step each to warm up; also return the peak FLOP per second of sgemm."""
     params = parameters(shapes)
     optimizers = {name: make(params) for name, make in OPTIMIZERS.items()}
     times = {name: Times([], []) for name in optimizers}
@@ -112,13 +117,18 @@ def time_steps(shapes: Shapes, repeats: int) -> tuple[dict[str, Times], float]:
 
 
 def extra_memory(name: str, shapes: Shapes, threads: int) -> int | None:
-    """Peak bytes during an optimizer's first step beyond parameters, gradients and state; for a process of its own.
+    """Measure the extra memory of an optimizer's first step; call it in a fresh process.
+
+    Args:
+        name: Name of the optimizer, a key of `OPTIMIZERS`.
+        shapes: Shapes of the parameters.
+        threads: Number of threads of torch.
 
     Returns:
-        None where the system does not tell (it must be Linux).
+        Peak bytes besides parameters, gradients and state; None where the system has no figure (it must be Linux).
     """
     torch.set_num_threads(threads)
-    OPTIMIZERS[name](parameters([(256, 1024)])).step()  # load what is loaded only once
+    OPTIMIZERS[name](parameters([(256, 1024)])).step()  # loads libraries and allocates buffers that stay
     optimizer = OPTIMIZERS[name](parameters(shapes))
     extra = extra_bytes(optimizer.step)
     tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
@@ -126,11 +136,11 @@ def extra_memory(name: str, shapes: Shapes, threads: int) -> int | None:
 
 
 def measure(shapes: Shapes, repeats: int) -> dict[str, Any]:
-    """Everything about one list of tensors.
+    """Measure times and memory of all optimizers on parameters of these shapes.
 
     Args:
-        shapes: of the parameters.
-        repeats: timed steps of each optimizer, >= 1.
+        shapes: Shapes of the parameters.
+        repeats: Number of timed steps of each optimizer, >= 1.
     """
     times, peak = time_steps(shapes, repeats)
     memory = {}
@@ -141,7 +151,7 @@ def measure(shapes: Shapes, repeats: int) -> dict[str, Any]:
     rows = []
     for name, (seconds, cpu_seconds) in times.items():
         median = statistics.median(seconds)
-        learned = name in (OURS, TWIN)
+        learned = name in (OURS, PLAIN)
         rows.append(
             {
                 "optimizer": name,
@@ -160,11 +170,11 @@ def measure(shapes: Shapes, repeats: int) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command line."""
+    """Add the options of the command line."""
     parser.add_argument("--model", default="vit_b_16", help="name of a torchvision model")
-    parser.add_argument("--threads", type=int, help="threads of torch, for all optimizers")
+    parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each optimizer")
-    parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    parser.add_argument("--json", type=Path, help="file for the numbers")
 
 
 def main(args: argparse.Namespace) -> None:

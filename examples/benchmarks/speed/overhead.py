@@ -1,9 +1,9 @@
-"""What the strategy adds to training: CPU per step outside syncs; syncs and outer steps beside the local steps.
+"""Measure the overhead of the strategy: CPU time per step outside syncs, and syncs and outer steps per round.
 
-Trains the MLP 784-128-128-10 on random data with LearnedLocalSGD and RoundMonitor, one process per worker and one
-thread each. The clock of the main thread's CPU time runs around this package's methods that Lightning calls in every
-step, without what they call of Lightning in turn, and without syncs. Reading that clock costs as much as what it
-measures, most of all with cold caches; so a second training times methods in the same places that do nothing.
+An MLP 784-128-128-10 is trained on random data with LearnedLocalSGD and RoundMonitor, in one process per worker with
+one thread each. The CPU time of the main thread is measured in the methods of this package that Lightning calls in
+every step, without the methods of Lightning that these call, and without syncs. Reading the clock costs as much as the
+methods themselves, most of all with cold caches, so a second training times methods that do nothing in their places.
 """
 
 from __future__ import annotations
@@ -37,14 +37,18 @@ MONITOR = "RoundMonitor"
 
 
 class Stopwatch:
-    """CPU seconds of the main thread by label, each without those of the labels within, the clock's own included."""
+    """CPU seconds of the main thread by label; those of nested labels are excluded, those of the clock included.
+
+    Attributes:
+        seconds: CPU seconds by label.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self._inner: list[float] = [0.0]
 
     def timed(self, function: Callable[..., Any], label: str) -> Callable[..., Any]:
-        """The function, with its time added to a label."""
+        """Wrap a function so that its time is added to a label."""
 
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             self._inner.append(0.0)
@@ -60,7 +64,7 @@ class Stopwatch:
 
     @contextmanager
     def around(self, methods: Any) -> Iterator[None]:
-        """Time methods, given as (class, name, label), until the end of the block."""
+        """Time methods, given as (class, name, label), during the block."""
         with ExitStack() as stack:
             for owner, name, label in methods:
                 stack.enter_context(patch.object(owner, name, self.timed(getattr(owner, name), label)))
@@ -68,7 +72,7 @@ class Stopwatch:
 
 
 class _IdleStrategy(LocalSGD):
-    """Calls what `LocalSGD` calls in a step, and does nothing."""
+    """A strategy with the calls of `LocalSGD` in a step, which do nothing."""
 
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         output = DDPStrategy.optimizer_step(self, optimizer, closure, model, **kwargs)
@@ -111,7 +115,7 @@ class _Model(pl.LightningModule):
 
 
 class _Clock(pl.Callback):
-    """Wall time at the end of each step; forgets what was timed while warming up."""
+    """Wall time at the end of each step after the steps to warm up, whose CPU time is dropped too."""
 
     def __init__(self, watch: Stopwatch, warm_up_steps: int) -> None:
         self.times: list[float] = []
@@ -133,7 +137,7 @@ class _Clock(pl.Callback):
 def _train(
     strategy: LocalSGD, monitor: pl.Callback, timed: Any, num_workers: int, local_steps: int, num_rounds: int
 ) -> tuple[pl.Trainer, dict[str, float], list[float]]:
-    """The trainer, CPU microseconds per step by label, and the wall times at which the timed steps ended."""
+    """Train; return the trainer, CPU microseconds per step by label, and the times at which timed steps ended."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(128 * 64, 784, generator=generator)
     labels = torch.randint(10, (len(images),), generator=generator)
@@ -159,12 +163,12 @@ def _train(
 
 
 def measure(num_workers: int, local_steps: int, num_rounds: int) -> dict[str, Any]:
-    """Train, and return what this worker (rank 0 for who asks) measured.
+    """Train, and return the measurements of this process.
 
     Args:
-        num_workers: K processes.
-        local_steps: H.
-        num_rounds: timed rounds.
+        num_workers: Number of worker processes, K.
+        local_steps: Number of local steps per round, H.
+        num_rounds: Number of timed rounds.
     """
     sizes = (num_workers, local_steps, num_rounds)
     monitor = RoundMonitor()
@@ -183,15 +187,15 @@ def measure(num_workers: int, local_steps: int, num_rounds: int) -> dict[str, An
 
 
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The table of a result: median, lowest and highest over the rounds."""
+    """Rows of the table: median, lowest and highest value over the rounds."""
     per_step, idle = result["microseconds_per_step"], result["idle_microseconds_per_step"]
     costs = {
         **per_step,
         "together": sum(per_step.values()),
-        "the same, timing methods that do nothing": sum(idle.values()),
+        "together, with methods that do nothing": sum(idle.values()),
     }
     lines = [
-        {"what": f"{name}, CPU us per step", "median": value, "lowest": None, "highest": None}
+        {"quantity": f"{name}, CPU us per step", "median": value, "lowest": None, "highest": None}
         for name, value in costs.items()
     ]
     names = {"local": "local steps", "sync": "whole sync", "transfer": "waiting and transfer", "outer": "outer step"}
@@ -199,7 +203,7 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
         values = result["milliseconds_per_round"][key]
         lines.append(
             {
-                "what": f"{name}, ms per round",
+                "quantity": f"{name}, ms per round",
                 "median": statistics.median(values),
                 "lowest": min(values),
                 "highest": max(values),
@@ -209,11 +213,11 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command line."""
-    parser.add_argument("--num-workers", type=int, default=8, help="processes")
+    """Add the options of the command line."""
+    parser.add_argument("--num-workers", type=int, default=8, help="worker processes")
     parser.add_argument("--local-steps", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=30, help="timed rounds")
-    parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    parser.add_argument("--json", type=Path, help="file for the numbers")
 
 
 def main(args: argparse.Namespace) -> None:

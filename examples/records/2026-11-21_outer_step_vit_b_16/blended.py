@@ -1,4 +1,4 @@
-"""The bundled default and the paper's network again, without the plain twin, which takes minutes."""
+"""The bundled default and the paper's network again, without the plain form, which takes minutes."""
 
 import torch
 from torchvision.models import get_model
@@ -6,7 +6,7 @@ from torchvision.models import get_model
 from examples.benchmarks.speed import outer_step
 
 torch.set_num_threads(2)
-del outer_step.OPTIMIZERS[outer_step.TWIN]
+del outer_step.OPTIMIZERS[outer_step.PLAIN]
 with torch.device("meta"):
     shapes = [tuple(p.shape) for p in get_model("vit_b_16").parameters()]
 times, peak = outer_step.time_steps(shapes, repeats=2)

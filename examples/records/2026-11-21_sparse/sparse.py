@@ -1,8 +1,8 @@
-"""Time and memory of what a sync does to choose and code coordinates, beside the obvious ways.
+"""Measure time and memory of choosing and coding coordinates for a sync, beside simpler ways.
 
-Random coordinates are drawn by their gaps, and the largest are sought in chunks; the obvious ways are a mask as large
-as the model, and a selection from all of it. What is drawn ahead is ready when a sync needs it. Memory is the peak of a
-fresh process's resident set during the first call, results included.
+Random coordinates are drawn by their gaps, and the largest are sought in chunks; the simpler ways are a mask as large
+as the model and a selection from the whole model. Coordinates that are drawn ahead are ready when a sync needs them.
+Memory is the peak of the resident set of a fresh process during the first call, results included.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TENSOR = 1 << 20  # the model is made of tensors of this size
 
 
 def jobs(parameters: int) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
-    """What is measured, by name: a preparation that is not, and the work."""
+    """Jobs by name: a preparation that is not measured, and the work that is."""
     values: list[Tensor] = []
     codes: list[Tensor] = []
     sizes = [TENSOR] * (parameters // TENSOR) + [parameters % TENSOR]
@@ -69,12 +69,12 @@ def jobs(parameters: int) -> dict[str, tuple[Callable[[], Any], Callable[[], Any
 
 
 def measure_one(name: str, parameters: int, repeats: int, threads: int) -> dict[str, Any]:
-    """Times of one job, and the memory of its first run; for a process of its own."""
+    """Measure the times of one job and the memory of its first run; call it in a fresh process."""
     torch.set_num_threads(threads)
     prepare, work = jobs(parameters)[name]
     small_prepare, small_work = jobs(1 << 13)[name]
     small_prepare()
-    small_work()  # load what is loaded only once
+    small_work()  # loads libraries and allocates buffers that stay
     prepare()
     extra, seconds = extra_bytes(work), []
     for _ in range(repeats):

@@ -13,14 +13,14 @@ from examples.benchmarks.speed import outer_step
 SHAPES = [(48, 32), (32,), (8, 4, 3, 3)]
 
 
-def test_all_optimizers_are_timed_and_ours_agrees_with_its_twin():
-    params = {name: outer_step.parameters(SHAPES) for name in (outer_step.OURS, outer_step.TWIN)}
+def test_all_optimizers_are_timed_and_ours_agrees_with_the_plain_form():
+    params = {name: outer_step.parameters(SHAPES) for name in (outer_step.OURS, outer_step.PLAIN)}
     for name, tensors in params.items():
         optimizer = outer_step.OPTIMIZERS[name](tensors)
         for _ in range(3):
             optimizer.step()
-    for ours, twin in zip(*params.values(), strict=True):
-        torch.testing.assert_close(ours, twin, rtol=0, atol=1e-6)
+    for ours, plain in zip(*params.values(), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-6)
 
     times, peak = outer_step.time_steps(SHAPES, repeats=2)
     assert set(times) == set(outer_step.OPTIMIZERS)
@@ -36,7 +36,7 @@ def test_extra_memory_is_that_of_a_block():
     if extra is None:
         pytest.skip("this system does not tell the peak of the resident set")
     assert extra < 64e6
-    assert outer_step.extra_memory(outer_step.TWIN, shapes, threads) > 4 * 39 * 768 * 3072
+    assert outer_step.extra_memory(outer_step.PLAIN, shapes, threads) > 4 * 39 * 768 * 3072
 
 
 def test_the_command_prints_a_table_and_writes_json(monkeypatch, capsys, tmp_path):

@@ -46,6 +46,6 @@ def test_a_short_training():
     assert 0 < first["microseconds_per_step"][overhead.OURS] < 50_000
     assert all(0 < value < 50_000 for value in first["idle_microseconds_per_step"].values())
     together, idle = overhead.rows(first)[2:4]
-    assert together["what"].startswith("together")
+    assert together["quantity"].startswith("together")
     assert together["median"] == pytest.approx(sum(first["microseconds_per_step"].values()))
     assert idle["median"] == pytest.approx(sum(first["idle_microseconds_per_step"].values()))
