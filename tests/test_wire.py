@@ -1,4 +1,4 @@
-"""On an interface of its own: the kernel counts the same bytes, and a slow link is hidden by local steps."""
+"""In a network namespace: the kernel counts the same bytes, and local steps hide a slow link."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ CASES = {
 
 
 def _sent_by_kernel() -> int:
-    """Bytes sent over the loopback so far."""
+    """Bytes sent over the loopback interface so far."""
     line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
     return int(line.split(":")[1].split()[8])
 
 
 def _syncs(rank):
-    """For each case the bytes of one sync, as the kernel and as this worker count them."""
+    """Bytes of one sync in each case, as counted by the kernel and by this worker."""
     measured = {}
     for name, (travel, outer) in CASES.items():
         model = nn.Sequential(*(nn.Linear(1300, 1300) for _ in range(3)))  # 20 MB
@@ -61,7 +61,7 @@ def _syncs(rank):
 
 
 def _rounds_on_a_slow_link(rank, overlap_steps):
-    """Seconds of a second round's transfer and of waiting for it; a local step is 50 ms of somebody else's work."""
+    """Seconds of the transfer of a second round and of waiting for it; a local step sleeps for 50 ms."""
     model = nn.Sequential(*(nn.Linear(1100, 1100) for _ in range(2)))  # 9.7 MB
     travel = Travel(overlap_steps=overlap_steps)
     rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=0.1), 32, travel=travel)
@@ -72,7 +72,7 @@ def _rounds_on_a_slow_link(rank, overlap_steps):
 
 
 def _in_a_namespace(measurement: str, *setup: str) -> Any:
-    """The JSON of a measurement of this module in a network namespace of its own, after commands that set it up."""
+    """Run a measurement of this module in a network namespace that commands set up, and parse its JSON."""
     if reason := why_not(setup):
         pytest.skip(reason)
     namespace = ["unshare", "--net", "sh", "-c", " && ".join([*setup, 'exec "$@"']), "-"]

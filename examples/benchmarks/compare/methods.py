@@ -138,7 +138,14 @@ class Local(Method):
 
 
 def outer(particles: Sequence[Setting], anchor: Tensors, network: AdaMLP, retained_momentum: float = 0.0) -> Outer:
-    """Make the outer step of a method; the workers keep a fraction of their momentum over a round."""
+    """Make the outer step of a method.
+
+    Args:
+        particles: Settings of the method, one per particle.
+        anchor: Anchors that the step moves in place, {[P, *S]}.
+        network: Network of the method ``"learned"``.
+        retained_momentum: Fraction of their momentum that the workers keep over a round, in [0, 1].
+    """
     method = particles[0].method
     if method == "local_sgd":
         return averaging(anchor)

@@ -97,7 +97,7 @@ class Measured:
             "hidden": self.hidden,
             "can hide": hidden_share(self.round, self.step_seconds, self.link),
             "outer step, s": None if self.name == DDP else self._median("outer_seconds"),
-            "besides, s": self.seconds - self.bound,
+            "above bound, s": self.seconds - self.bound,
             **_spread("steps", [run.steps for run in self.runs]),
             **_spread("last loss", [run.losses[-1] for run in self.runs]),
             **_spread("s to target", [end and end[1] for end in ours]),

@@ -236,7 +236,7 @@ class Training:
         return comm.total([loss / self._setup.num_workers], torch.device("cpu"))[0]
 
 
-class Alone(Training):
+class UndisturbedSteps(Training):
     """Local steps without any sync: their time on this machine at this moment."""
 
     def __init__(self, setup: Setup, fabric: Fabric, data: tuple[Tensor, Tensor]) -> None:
@@ -244,21 +244,21 @@ class Alone(Training):
         self.rounds = None
 
     def step_seconds(self, comm: Communicator) -> tuple[list[float], float]:
-        """Time one local step that all workers take at once: of each worker, and of this worker's work alone."""
-        together(comm)
+        """Time one local step that all workers take at once, on each worker, and the work of this worker in it."""
+        wait_for_all(comm)
         start = time.perf_counter()
         work = self.local_step()
-        return each(time.perf_counter() - start, comm), work
+        return gather_values(time.perf_counter() - start, comm), work
 
 
-def each(value: float, comm: Communicator) -> list[float]:
+def gather_values(value: float, comm: Communicator) -> list[float]:
     """Gather the values of all workers."""
     return comm.gather(torch.tensor([value], dtype=torch.float64)).flatten().tolist()
 
 
-def together(comm: Communicator) -> None:
+def wait_for_all(comm: Communicator) -> None:
     """Wait for all workers."""
-    each(0.0, comm)
+    gather_values(0.0, comm)
 
 
 def main(text: str) -> None:
@@ -272,17 +272,17 @@ def main(text: str) -> None:
     fabric = Fabric(accelerator="cpu", devices=1, num_nodes=setup.num_workers, strategy="ddp")
     fabric.launch()
     comm, data = Communicator(), load(setup.data)
-    alone = Alone(setup, fabric, data)
+    undisturbed = UndisturbedSteps(setup, fabric, data)
     trainings = {(name, seed): Training(name, setup, seed, fabric, data) for name, seed in setup.runs}
     clocks = dict.fromkeys(trainings, 0.0)
     for _ in range(WARM_UP_STEPS):
-        alone.local_step()
+        undisturbed.local_step()
     while (seconds := min(clocks.values())) < setup.seconds:
         run = next(run for run, clock in clocks.items() if clock == seconds)
-        step_seconds, work = alone.step_seconds(comm)
-        together(comm)
+        step_seconds, work = undisturbed.step_seconds(comm)
+        wait_for_all(comm)
         row = trainings[run].turn(work)
-        row["seconds"], row["steps"] = max(each(row["seconds"], comm)), each(row["steps"], comm)
+        row["seconds"], row["steps"] = max(gather_values(row["seconds"], comm)), gather_values(row["steps"], comm)
         clocks[run] += row["seconds"]
         row["loss"] = trainings[run].loss(comm)
         if fabric.global_rank == 0:

@@ -1,4 +1,4 @@
-"""The bundled default and the paper's network again, without the plain form, which takes minutes."""
+"""Time the bundled default and the paper's network again, without the plain form, which takes minutes."""
 
 import torch
 from torchvision.models import get_model

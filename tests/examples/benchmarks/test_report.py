@@ -1,4 +1,4 @@
-"""Files of rows: what a killed run leaves is no obstacle, anything else that is broken is named."""
+"""Files of rows: the end of a killed run is tolerated, and any other broken line is named."""
 
 from __future__ import annotations
 

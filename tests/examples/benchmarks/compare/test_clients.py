@@ -1,4 +1,4 @@
-"""Clients: whose data a worker sees."""
+"""Clients: the data that a worker sees."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_lopt.meta import ImageMLP
 
 
 def make(num_clients=6, alpha=0.1, num_workers=3) -> Clients:
-    """Each image is its own number, so that its owner can be told."""
+    """Make clients whose images hold their own index, which identifies the owner."""
     labels = torch.arange(400) % 4
     task = ImageMLP(torch.arange(400.0).view(400, 1), labels, hidden=(), batch_size=5)
     return Clients(task, num_clients, alpha, num_workers)

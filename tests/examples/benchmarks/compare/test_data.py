@@ -1,4 +1,4 @@
-"""The tasks' data, from small files of the layout of the real ones."""
+"""Data of the tasks, from small files with the layout of the real ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _no_sleep(monkeypatch):
 
 
 def write_images(folder, column: str, side: int, shards: int) -> None:
-    """Files of 80 images each, those of one class of a colour that says which."""
+    """Write files of 80 images each; the colour of an image tells its class."""
     folder.mkdir()
     for shard in range(shards):
         labels = [(shard + i) % 10 for i in range(80)]

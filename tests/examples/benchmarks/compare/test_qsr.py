@@ -1,4 +1,4 @@
-"""The comparison of QSR with constant rounds, on a few images."""
+"""The comparison of QSR with constant numbers of local steps, on a few images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Simulated runs: the same trajectories as the optimizers taken alone, and what is read off the curves."""
+"""Simulated runs have the trajectories of their optimizers; the table follows from their curves."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_tuning_and_the_rounds_to_the_baseline():
     table = {line["method"]: line for line in plot.summary(plot.tune(rows), plot.best_baseline(rows))}
     assert [line["gamma"] for line in table.values()] == [0.5, 0.5, 1.0]
     assert table["local_sgd"]["rounds to Local SGD's"] == "13 13"
-    assert table["learned"]["rounds to Local SGD's"] == "5 5"  # the first window without the 8
+    assert table["learned"]["rounds to Local SGD's"] == "5 5"  # the first mean without the 8
     assert table["learned"]["share of its rounds"] == pytest.approx(5 / 13)
     assert table["slowmo"]["rounds to Local SGD's"] == "never never"
     assert table["slowmo"]["share of its rounds"] is None
@@ -152,7 +152,7 @@ def test_tuning_and_the_rounds_to_the_baseline():
 
 
 def test_runs_side_by_side_share_their_time():
-    """Two settings with two seeds in 8 s, then one with two seeds in 3 s; of the others nothing is known."""
+    """Two settings with two seeds took 8 s, then one with two seeds 3 s; the time of the others is unknown."""
     rows = [row("diloco", seed, [1.0], lr=lr) | {"group_seconds": 8.0} for lr in (0.1, 0.2) for seed in (0, 1)]
     rows += [row("diloco", seed, [1.0], lr=0.3) | {"group_seconds": 3.0} for seed in (0, 1)]
     rows += [row("local_sgd", seed, [1.0]) for seed in (0, 1)]

@@ -1,4 +1,4 @@
-"""Successive halving: which settings go on, and that what is written can be drawn."""
+"""Successive halving keeps the best settings, and its file can be drawn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of a meta-iteration add up, and measuring leaves no trace."""
+"""The parts of a meta-iteration add up, and the measurement restores what it replaced."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ def test_parts_add_up(tmp_path, capsys):
 
 
 def test_flop_of_a_linear_model():
-    """One round, one worker, one step, one pair: 2 replicas · 5 examples · 2·(forward + weights) · 12, and the step."""
+    """One round, worker, step and pair: 2 replicas · 5 examples · 2·(forward + weights) · 12, and the outer step."""
     work = Work((4, 3), batch_size=5, num_workers=1, local_steps=1, num_pairs=1, num_rounds=1)
     assert work.flop == 2 * 5 * 2 * 2 * 12 + 2 * 15 * 3200

@@ -1,4 +1,4 @@
-"""The benchmark of what the strategy adds to training."""
+"""The benchmark of the overhead of the strategy."""
 
 from __future__ import annotations
 

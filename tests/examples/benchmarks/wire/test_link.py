@@ -1,4 +1,4 @@
-"""The model of the network, against rounds that were added up by hand."""
+"""The model of the network, compared with rounds that were added up by hand."""
 
 from __future__ import annotations
 

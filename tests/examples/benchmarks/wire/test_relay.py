@@ -1,4 +1,4 @@
-"""The relay, between two processes on limited links: how long a byte travels, and that many bytes arrive unharmed."""
+"""The relay between two processes on limited links: it adds its latency, and bytes arrive unchanged."""
 
 from __future__ import annotations
 

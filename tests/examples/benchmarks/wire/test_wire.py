@@ -42,7 +42,7 @@ def _worker(rank, setup):
 
 @pytest.fixture
 def unlimited(monkeypatch):
-    """No right to limit links; and the workers are forked, which spares them the seconds of their imports."""
+    """Pretend that no link can be limited; fork the workers, which spares them the seconds of their imports."""
 
     def run_local(command, num_workers):
         run_workers(_worker, num_workers, command[-1], connect=False, limit=200)
