@@ -40,22 +40,8 @@ MAY_IMPORT = {
     },
     "callbacks": {"rounds", "strategies", "sync"},
     "meta": {"comm", "functional", "network", "weights_file"},
-    "bench": {
-        "callbacks",
-        "comm",
-        "functional",
-        "meta",
-        "network",
-        "optim",
-        "rounds",
-        "schedules",
-        "selection",
-        "strategies",
-        "sync",
-        "worker_speeds",
-    },
 }
-LIGHTNING = {"strategies", "callbacks", "bench"}
+LIGHTNING = {"strategies", "callbacks"}
 LIGHTNING_OF_META = {"meta/module.py", "meta/callbacks.py"}
 DISTRIBUTED = {"comm", "strategies", "virtual"}
 
@@ -76,6 +62,7 @@ def test_imports_point_left(module):
     layer = module.removesuffix(".py").split("/")[0]
     imports = _imports(ROOT / module)
     own = {name.split(".")[1] for name in imports if name.startswith("lightning_lopt.") and name.count(".") >= 1}
+    assert not {name for name in imports if name.split(".")[0] in ("examples", "tests")}
     layers = own & set(MAY_IMPORT)
     assert layers <= MAY_IMPORT[layer] | {layer}
     if any(name == "lightning" or name.startswith("lightning.") for name in imports):
