@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "worker_speeds": set(),
     "sync": {"comm", "functional", "optim", "selection"},
     "rounds": {"comm", "optim", "schedules", "sync", "worker_speeds"},
-    "virtual": {"comm", "rounds"},
+    "virtual": {"comm", "rounds", "sync"},
     "strategies": {
         "comm",
         "functional",
