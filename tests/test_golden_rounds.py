@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lopt import LearnedLocalSGD, LearnedOptimizer, LocalSGD, Rounds, SlowMo, SlowMomentum
-from tests.conftest import SHARED
+from tests.conftest import VECTORS
 from tests.golden import golden_adamlp, golden_mlp
 from tests.processes import run_workers
 
@@ -21,7 +21,7 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}
 
 
 def _load(method):
-    return np.load(SHARED / "vectors" / f"rounds_{method}.npz")
+    return np.load(VECTORS / f"rounds_{method}.npz")
 
 
 def _batches(data, rank, dtype):

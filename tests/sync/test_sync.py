@@ -27,7 +27,7 @@ from lightning_lopt.comm import Communicator
 from lightning_lopt.strategies.joint import JointOptimizer
 from lightning_lopt.sync import Sync
 from lightning_lopt.sync.status import WorkerStatus
-from tests.conftest import SHARED
+from tests.conftest import VECTORS
 from tests.processes import run_workers
 
 CASES = [f"density{density}_q{q}" for density in ("0.1", "0.5", "1.0") for q in ("0", "1", "3", "mix")]
@@ -54,7 +54,7 @@ class Point(nn.Module):
 
 def _golden(rank, case, merge, dtype):
     """The file's quadratic problem, on which each worker takes its own number of steps: x, y, z [R, d]."""
-    data = np.load(SHARED / "vectors" / "loscar.npz")
+    data = np.load(VECTORS / "loscar.npz")
     curvature, center, noise, x0 = (
         torch.from_numpy(data[k]).to(dtype) for k in ("curvature", "center", "grad_noise", "x0")
     )
