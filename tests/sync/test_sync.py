@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import time
-from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 
@@ -28,28 +26,10 @@ from lightning_lopt.strategies.joint import JointOptimizer
 from lightning_lopt.sync import Sync
 from lightning_lopt.sync.status import WorkerStatus
 from tests.conftest import VECTORS
-from tests.processes import run_workers
+from tests.processes import run_cases, run_workers
+from tests.sync_support import Given, Point, flat, move
 
 CASES = [f"density{density}_q{q}" for density in ("0.1", "0.5", "1.0") for q in ("0", "1", "3", "mix")]
-
-
-@dataclass(frozen=True)
-class Given:
-    """Coordinates of one tensor by masks [R, d]."""
-
-    masks: list
-    num_turns = 1
-    whole_tensors = False
-    partial = True
-
-    def pick(self, sizes, round_idx):
-        return [torch.tensor(self.masks[round_idx]).nonzero().squeeze(1)]
-
-
-class Point(nn.Module):
-    def __init__(self, x):
-        super().__init__()
-        self.x = nn.Parameter(x.clone())
 
 
 def _golden(rank, case, merge, dtype):
@@ -81,10 +61,16 @@ def _golden(rank, case, merge, dtype):
     return torch.stack(xyz, 1)
 
 
+@pytest.fixture(scope="module")
+def golden_rounds():
+    cases = {case: (case, "delay_corrected", torch.float64) for case in CASES}
+    return run_cases(_golden, 4, {**cases, "overwrite": ("density0.5_qmix", "overwrite", torch.float32)})
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_loscar_equals_the_golden_rounds(vectors, case):
+def test_loscar_equals_the_golden_rounds(vectors, golden_rounds, case):
     data = vectors("loscar.npz")
-    x, y, z = torch.stack(run_workers(_golden, 4, case, "delay_corrected", torch.float64), 1)  # [K, R, d]
+    x, y, z = torch.stack(golden_rounds[case], 1)  # [K, R, d]
     expected = torch.from_numpy(data[f"{case}/x"][1:]).transpose(0, 1)
     torch.testing.assert_close(x, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(x.mean(0), z.mean(0), rtol=0, atol=1e-15)  # the first law
@@ -93,107 +79,99 @@ def test_loscar_equals_the_golden_rounds(vectors, case):
         torch.testing.assert_close((x[i] - x[k])[mask], ((z[i] - y[i]) - (z[k] - y[k]))[mask], rtol=0, atol=1e-15)
 
 
-def test_overwriting_equals_the_golden_rounds_and_breaks_the_law(vectors):
+def test_overwriting_equals_the_golden_rounds_and_breaks_the_law(vectors, golden_rounds):
     data = vectors("loscar.npz")
-    x, _, z = torch.stack(run_workers(_golden, 4, "density0.5_qmix", "overwrite", torch.float32), 1)
+    x, _, z = torch.stack(golden_rounds["overwrite"], 1)
     expected = torch.from_numpy(data["density0.5_qmix/naive_x"][1:]).transpose(0, 1).float()
     torch.testing.assert_close(x, expected, rtol=0, atol=1e-5)
     assert (x.mean(0) - z.mean(0)).abs().max() > 0.01
 
 
-def _move(rounds, model, rank, steps):
-    """Local steps of plain SGD on a problem of the worker's own; the parameters after each."""
-    optimizer = rounds._optimizer
-    seen = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        sum((p - rank - i).square().sum() for i, p in enumerate(model.parameters())).backward()
-        optimizer.step()
-        rounds.step()
-        seen.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    return torch.stack(seen)
-
-
-def _run(rank, options, steps=12, outer=None, local_steps=4, total=None, finish=False, optimizer=None):
+def _run(rank, options, steps=12, local_steps=4, total=None, finish=False, optimizer=None):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).double()
     local = (optimizer or partial(torch.optim.SGD, lr=0.1))(model.parameters())
-    rounds = Rounds(model, local, local_steps, outer, total, options=options)
-    seen = _move(rounds, model, rank, steps)
+    rounds = Rounds(model, local, local_steps, None, total, options=options)
+    seen = move(rounds, model, local, rank, steps)
     if finish:
         rounds.finish_round()
-        seen = torch.cat([seen, torch.cat([p.detach().flatten() for p in model.parameters()])[None]])
-    return seen, rounds.round_idx, rounds.last_report
+        seen = torch.cat([seen, flat(model)[None]])
+    return seen, rounds.round_idx
 
 
-def _compare(first, second, workers=2):
-    a, b = (run_workers(_run, workers, *options) for options in (first, second))
-    return [(x[0], y[0]) for x, y in zip(a, b, strict=True)]
+UNFORESEEN = SyncOptions(density=0.3, overlap_steps=1, compression="int8")
+RUNS = {
+    "plain": (SyncOptions(),),
+    "all coordinates": (SyncOptions(selection=RandomCoordinates(1.0)),),
+    **{
+        f"final round, {overlap} in flight": (
+            SyncOptions(density=0.3, overlap_steps=overlap, compression=TopK(0.1), merge=0.5),
+            10,
+            4,
+            10,
+        )
+        for overlap in (0, 2)
+    },
+    **{f"ends after {steps}": (UNFORESEEN, steps, 4, None, True) for steps in (8, 10, 11)},
+    "sparta": (SyncOptions(density=0.3), 6, 1),
+}
+CHANGES = {  # options, and what they are compared with
+    "density": (SyncOptions(density=0.5), SyncOptions()),
+    "fragments": (SyncOptions(selection=Fragments(2)), SyncOptions()),
+    "seed": (SyncOptions(selection=RandomCoordinates(0.5, seed=1)), SyncOptions(density=0.5)),
+    "bf16": (SyncOptions(compression="bf16"), SyncOptions()),
+    "int8": (SyncOptions(compression="int8"), SyncOptions()),
+    "top-k": (SyncOptions(compression=TopK(0.3)), SyncOptions()),
+    "density of top-k": (SyncOptions(compression=TopK(0.6)), SyncOptions(compression=TopK(0.3))),
+    "overlap": (SyncOptions(overlap_steps=2), SyncOptions()),
+    "overlap of one step": (SyncOptions(overlap_steps=1), SyncOptions(overlap_steps=2)),
+    "overwriting": (SyncOptions(overlap_steps=2, merge="overwrite"), SyncOptions(overlap_steps=2)),
+    "blending": (SyncOptions(overlap_steps=2, merge=0.5), SyncOptions(overlap_steps=2)),
+    "share of the blend": (SyncOptions(overlap_steps=2, merge=0.25), SyncOptions(overlap_steps=2, merge=0.5)),
+    "reset": (SyncOptions(local_state="reset"), SyncOptions()),
+    "average of states": (SyncOptions(local_state="average"), SyncOptions()),
+}
 
 
-def test_all_random_coordinates_are_local_sgd():
-    for a, b in _compare((SyncOptions(selection=RandomCoordinates(1.0)),), (SyncOptions(),)):
+@pytest.fixture(scope="module")
+def runs():
+    heavy = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    changes = {str(options): (options, 10, 4, None, False, heavy) for pair in CHANGES.values() for options in pair}
+    return run_cases(_run, 2, {**RUNS, **changes})
+
+
+def test_all_random_coordinates_are_local_sgd(runs):
+    for (a, _), (b, _) in zip(runs["all coordinates"], runs["plain"], strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("overlap", [0, 2])
-def test_the_final_round_sends_everything_at_once(overlap):
-    options = SyncOptions(density=0.3, overlap_steps=overlap, compression=TopK(0.1), merge=0.5)
-    (a, rounds, _), (b, _, _) = run_workers(_run, 2, options, 10, None, 4, 10)
+def test_the_final_round_sends_everything_at_once(runs, overlap):
+    (a, rounds), (b, _) = runs[f"final round, {overlap} in flight"]
     assert rounds == 3
     assert torch.equal(a[-1], b[-1])
     assert not torch.equal(a[7], b[7])
 
 
 @pytest.mark.parametrize("steps", [8, 10, 11])  # right after a sync, before a launch, in flight
-def test_an_unforeseen_end_syncs_everything(steps):
-    options = SyncOptions(density=0.3, overlap_steps=1, compression="int8")
-    (a, *_), (b, *_) = run_workers(_run, 2, options, steps, None, 4, None, True)
+def test_an_unforeseen_end_syncs_everything(runs, steps):
+    (a, _), (b, _) = runs[f"ends after {steps}"]
     assert torch.equal(a[-1], b[-1])
     torch.testing.assert_close(a[-1], (a[-2] + b[-2]) / 2, rtol=0, atol=0.3)  # residuals are in it, too
 
 
-def test_sparta_shares_random_coordinates_after_every_step():
-    a, b = (seen for seen, *_ in run_workers(_run, 2, SyncOptions(density=0.3), 6, None, 1))
+def test_sparta_shares_random_coordinates_after_every_step(runs):
+    a, b = (seen for seen, _ in runs["sparta"])
     equal = a == b
     assert all(row.sum() >= round(0.3 * a.shape[1]) for row in equal)
     assert not torch.equal(equal[0], equal[1])
     assert not equal.all(1).any()
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
-        SyncOptions(density=0.5),
-        SyncOptions(selection=Fragments(2)),
-        SyncOptions(selection=RandomCoordinates(0.5, seed=1)),
-        SyncOptions(compression="bf16"),
-        SyncOptions(compression="int8"),
-        SyncOptions(compression=TopK(0.3)),
-        SyncOptions(compression=TopK(0.6)),
-        SyncOptions(overlap_steps=2),
-        SyncOptions(overlap_steps=1),
-        SyncOptions(overlap_steps=2, merge="overwrite"),
-        SyncOptions(overlap_steps=2, merge=0.5),
-        SyncOptions(overlap_steps=2, merge=0.25),
-        SyncOptions(local_state="reset"),
-        SyncOptions(local_state="average"),
-    ],
-    ids=str,
-)
-def test_every_argument_changes_something(changed):
-    heavy = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
-    others = {
-        "seed": SyncOptions(selection=RandomCoordinates(0.5)),
-        "merge='overwrite'": SyncOptions(overlap_steps=2),
-        "merge=0.5": SyncOptions(overlap_steps=2),
-        "merge=0.25": SyncOptions(overlap_steps=2, merge=0.5),
-        "density=0.6": SyncOptions(compression=TopK(0.3)),
-    }
-    plain = next((other for key, other in others.items() if key in str(changed) and "seed=0" not in str(changed)), None)
-    options = (10, None, 4, None, False, heavy)
-    (a, b), _ = _compare((changed, *options), (plain or SyncOptions(), *options))
-    assert not torch.allclose(a, b, rtol=0, atol=1e-6)
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_argument_changes_something(runs, name):
+    changed, plain = (runs[str(options)][0][0] for options in CHANGES[name])
+    assert not torch.allclose(changed, plain, rtol=0, atol=1e-6)
 
 
 def _average_states(rank, joint):
@@ -214,54 +192,6 @@ def test_local_states_are_averaged(joint):
     for average, step in run_workers(_average_states, 2, joint):
         torch.testing.assert_close(average, 0.19 * 1.5 * torch.tensor([1.0, 2.0, 3.0]))
         assert step == 2
-
-
-@pytest.mark.parametrize(
-    ("outer", "reference"),
-    [
-        (partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True), "nesterov"),
-        (partial(SlowMomentum, lr=0.8, momentum=0.5), "slow"),
-        (partial(torch.optim.Adam, lr=0.1), "adam"),
-    ],
-    ids=["SGD", "SlowMomentum", "Adam"],
-)
-def test_outer_steps_on_random_coordinates(outer, reference):
-    """Each coordinate has its own momentum, and only those that are sent move it (Adam counts steps per tensor)."""
-    torch.manual_seed(0)
-    masks = torch.rand(6, 8) < 0.5
-    masks[:, 0], masks[:, 1] = True, False
-    model = Point(torch.randn(2, 4, dtype=torch.float64))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    sync = Sync(model, optimizer, outer, Communicator(), SyncOptions(selection=Given(masks.tolist())))
-    a, u, v = model.x.detach().flatten().clone(), torch.zeros(8).double(), torch.zeros(8).double()
-    for t, mask in enumerate(masks):
-        y = torch.randn(8, dtype=torch.float64)
-        g = a - y
-        if reference == "nesterov":
-            u = torch.where(mask, 0.9 * u + g, u)
-            step = 0.7 * (g + 0.9 * u)
-        elif reference == "slow":
-            u = torch.where(mask, 0.5 * u + g / 0.1, u)
-            step = 0.8 * 0.1 * u
-        else:
-            u, v = torch.where(mask, 0.9 * u + 0.1 * g, u), torch.where(mask, 0.999 * v + 0.001 * g**2, v)
-            step = 0.1 * (u / (1 - 0.9 ** (t + 1))) / ((v / (1 - 0.999 ** (t + 1))).sqrt() + 1e-8)
-        a = torch.where(mask, a - step, a)
-        model.x.data = y.view(2, 4).clone()
-        sync.launch(t, WorkerStatus(1))
-        sync.finish()
-        torch.testing.assert_close(model.x.detach().flatten(), torch.where(mask, a, y), rtol=0, atol=1e-12)
-    states = [s for s in sync.outer.state[sync.outer.param_groups[0]["params"][0]].values() if s.numel() > 1]
-    assert all(s.shape == (2, 4) and s.flatten()[1] == 0 for s in states)
-
-
-@pytest.mark.parametrize(
-    ("outer", "what"),
-    [(LearnedOptimizer, "its statistics of rows"), (torch.optim.Adafactor, "its state 'row_var'")],
-)
-def test_outer_steps_that_need_whole_tensors_are_refused(outer, what):
-    with pytest.raises(ValueError, match=f"cannot step random coordinates of a tensor: {what}"):
-        _run(0, SyncOptions(density=0.5), outer=outer)
 
 
 def _fragments(rank, outer):
@@ -293,27 +223,6 @@ def test_fragments_step_only_their_own_tensors():
     # momentum .5 on g = 1 (two steps), then g = 2.5: u = 1, 3; the anchor moves by -1 and -3, as far as nobody else's
     _, second = run_workers(_fragments, 2, partial(torch.optim.SGD, lr=1.0, momentum=0.5))
     assert [row[0] for row in second][1::5] == [-1, -4]
-
-
-def _late(rank):
-    model = Point(torch.zeros(4))
-    rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=1.0), 3, options=SyncOptions(overlap_steps=2))
-    seconds = []
-    for step in range(3):
-        if rank == 1 and step == 0:
-            time.sleep(1.0)
-        start = time.monotonic()
-        rounds.step()
-        seconds.append(time.monotonic() - start)
-    return seconds, rounds.last_report
-
-
-def test_nobody_waits_at_the_launch():
-    """A worker comes a second late: with overlap the other one goes on, and waits at the finish only."""
-    (seconds, report), _ = run_workers(_late, 2)
-    assert max(seconds[:2]) < 0.3
-    assert seconds[2] > 0.5
-    assert report.transfer_seconds > 0.5
 
 
 OPTIONS = {
@@ -359,61 +268,14 @@ def _resumed(rank, name, steps=11):
     return ends
 
 
+@pytest.fixture(scope="module")
+def resumed_runs():
+    return run_cases(_resumed, 2, {name: (name,) for name in OPTIONS})
+
+
 @pytest.mark.parametrize("name", OPTIONS)
-def test_resumes_bitwise_from_every_step(name):
-    ends = run_workers(_resumed, 2, name)
+def test_resumes_bitwise_from_every_step(resumed_runs, name):
+    ends = resumed_runs[name]
     for resumed, whole in ends:
         assert torch.equal(resumed, whole)
     assert not torch.equal(ends[0][1], ends[1][1])  # in mid-round
-
-
-def _disagree(rank):
-    with pytest.raises(RuntimeError, match="how parameters travel"):
-        _run(rank, SyncOptions(density=(rank + 1) / 2))
-    return True
-
-
-def test_workers_with_other_settings_are_an_error():
-    assert run_workers(_disagree, 2) == [True, True]
-
-
-def _other_coordinates(rank):
-    model = Point(torch.zeros(4))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    sync = Sync(model, optimizer, None, Communicator(), SyncOptions(density=0.5))
-    sync._cargo.picks = RandomCoordinates(0.5, seed=rank)
-    sync.launch(0, WorkerStatus(1, "launch"))
-    with pytest.raises(RuntimeError, match="coordinates to send"):
-        sync.finish()
-    return True
-
-
-def test_workers_with_other_coordinates_are_an_error():
-    assert run_workers(_other_coordinates, 2) == [True, True]
-
-
-def _evaluated(rank):
-    """The mean of the workers, in mid-flight, and then on as if nothing had been."""
-    torch.manual_seed(0)
-    model = Point(torch.zeros(5, dtype=torch.float64))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    rounds = Rounds(model, optimizer, 4, options=SyncOptions(density=0.5, overlap_steps=2, compression="int8"))
-    own = _move(rounds, model, rank, 3)[-1]
-    rounds.swap_in("mean")
-    seen = model.x.detach().clone()
-    rounds.swap_out()
-    assert torch.equal(model.x, own)
-    return own, seen, _move(rounds, model, rank, 3)
-
-
-def _unevaluated(rank):
-    model = Point(torch.zeros(5, dtype=torch.float64))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    rounds = Rounds(model, optimizer, 4, options=SyncOptions(density=0.5, overlap_steps=2, compression="int8"))
-    return _move(rounds, model, rank, 6)[3:]
-
-
-def test_evaluating_in_flight_leaves_no_trace():
-    (own, seen, after), (other, _, _) = run_workers(_evaluated, 2)
-    torch.testing.assert_close(seen, (own + other) / 2, rtol=0, atol=1e-15)
-    assert torch.equal(after, run_workers(_unevaluated, 2)[0])
