@@ -112,6 +112,7 @@ def trainers():
     return run_cases(_with_trainer, 4, CASES, connect=False)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("engine", ["plain_loops", "trainers"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("method", METHODS)
