@@ -18,11 +18,12 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 
 VECTORS = Path(__file__).parent / "vectors"
 ENVIRONMENT = dict(os.environ)
+STARTERS = ("subprocess", "multiprocessing")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as `processes` the tests that use, themselves or through a fixture or a helper, what starts processes."""
+    """Mark as `processes` the tests whose code, or that of a fixture, leads to a function that starts processes."""
     for item in items:
         if isinstance(item, pytest.Function):
             fixtures = [found[-1].func for found in item._fixtureinfo.name2fixturedefs.values()]
@@ -30,23 +31,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker("processes")
 
 
-def _starts_processes(function: Callable[..., Any], seen: set[Any]) -> bool:
-    """Whether a function of the tests names `subprocess`, `multiprocessing`, or a function of the tests that does."""
+def _starts_processes(function: Callable[..., Any], seen: set[types.CodeType]) -> bool:
+    """Whether a function of this repository names `subprocess` or `multiprocessing`, or another one that does."""
     code = getattr(function, "__code__", None)
-    if code is None or code in seen or not function.__module__.startswith("tests.") or function.__module__ == __name__:
+    if code is None or code in seen or not _is_ours(function):
         return False
     seen.add(code)
-    names, codes = set(), [code]
-    while codes:
-        current = codes.pop()
-        names |= {*current.co_names, *current.co_freevars}
-        codes += [constant for constant in current.co_consts if isinstance(constant, types.CodeType)]
-    named = [function.__globals__[name] for name in names if name in function.__globals__]
-    return any(
-        thing in (subprocess, multiprocessing) or (callable(thing) and _starts_processes(thing, seen))
-        for thing in named
-        if isinstance(thing, types.ModuleType | types.FunctionType)
-    )
+    things = _named(code, function.__globals__)
+    return any(_root(thing) in STARTERS or _starts_processes(thing, seen) for thing in things)
+
+
+def _named(code: types.CodeType, scope: dict[str, Any]) -> list[Any]:
+    """The modules, classes and functions that code may mean by its names, those of modules of ours included."""
+    names = set(code.co_names)
+    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    found = [scope[name] for name in names if name in scope]
+    modules = [thing for thing in found if isinstance(thing, types.ModuleType) and _is_ours(thing)]
+    found += [vars(module)[name] for module in modules for name in names if name in vars(module)]
+    return [*found, *(thing for code in inner for thing in _named(code, scope))]
+
+
+def _root(thing: Any) -> str:
+    name = thing.__name__ if isinstance(thing, types.ModuleType) else getattr(thing, "__module__", None)
+    return str(name).split(".")[0]
+
+
+def _is_ours(thing: Any) -> bool:
+    return _root(thing) in ("tests", "examples", "lightning_lopt") and getattr(thing, "__module__", "") != __name__
 
 
 @pytest.hookimpl(wrapper=True)

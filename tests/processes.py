@@ -75,6 +75,10 @@ def run_workers(
         for _, send in pipes:
             send.close()
         return _results([receive for receive, _ in pipes], limit)
+    except BaseException:
+        for process in processes:
+            process.kill()
+        raise
     finally:
         for process in processes:
             process.join(timeout=5)
