@@ -69,18 +69,20 @@ def run_workers(
         context.Process(target=_main, args=(send, function, rank, num_workers, port, connect, args), daemon=True)
         for rank, (_, send) in enumerate(pipes)
     ]
+    started = []
     try:
         for process in processes:
             process.start()
+            started.append(process)
         for _, send in pipes:
             send.close()
         return _results([receive for receive, _ in pipes], limit)
     except BaseException:
-        for process in processes:
+        for process in started:
             process.kill()
         raise
     finally:
-        for process in processes:
+        for process in started:
             process.join(timeout=5)
             if process.is_alive():
                 process.kill()
