@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -172,3 +173,15 @@ def test_every_test_file_belongs_to_a_module():
     roots = ROOT, ROOT.parent  # tests/examples mirrors examples
     mirrors = {f for f in files if any((root / f.with_name(f.name.removeprefix("test_"))).exists() for root in roots)}
     assert {str(file) for file in files - mirrors} == set(OF_THE_WHOLE)
+
+
+def test_the_readme_names_tests_that_exist():
+    defined = {
+        node.name
+        for path in TESTS.rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    named = set(re.findall(r"`(test_\w+)`", (TESTS / "README.md").read_text()))
+    assert len(named) > 50
+    assert named <= defined
