@@ -106,6 +106,7 @@ def test_unequal_speeds_with_several_seeds(tmp_path, unlimited, capfd):
     assert first != second
 
 
+@pytest.mark.processes
 def test_paced_methods_must_know_the_speeds(tmp_path):
     with pytest.raises(SystemExit, match="--step-seconds"):
         bench.main(["wire", *SMALL, "--out", str(tmp_path / "rows.jsonl"), "--methods", "LOSCAR, paced"])

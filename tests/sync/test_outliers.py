@@ -13,7 +13,8 @@ from torch import nn
 from lightning_lopt import AdaMLP, Fragments, LearnedOptimizer, Rounds, SlowMomentum, SyncOptions, TopK
 from lightning_lopt.comm import DisagreementError
 from lightning_lopt.sync.replica import CHECK_EVERY
-from tests.processes import run_workers
+from tests.processes import run_cases, run_workers
+from tests.threads import run_threads
 
 H = 3
 WORKERS = {
@@ -64,15 +65,28 @@ def _state(rank, *args):
     return values, momenta, said, [r.left_out for r in reports]
 
 
+@pytest.fixture(scope="module")
+def spoiled():
+    """Three workers, of which one is spoiled in the last round; or two, in others of six rounds."""
+    last = {f"{name} {spoil}": (*WORKERS[name], 3, [(0, 2)], 1, spoil) for name in WORKERS for spoil in (math.nan, 1e4)}
+    recovers = {f"{name} recovers": (*WORKERS[name], 3, [(1, 1), (3, 1), (3, 0)], 6) for name in WORKERS}
+    return run_cases(_state, 3, last | recovers)
+
+
+@pytest.fixture(scope="module")
+def without():
+    """The same two workers without the third."""
+    return run_cases(_state, 2, {name: (*WORKERS[name], 3, [], 1) for name in WORKERS})
+
+
 @pytest.mark.parametrize("spoil", [math.nan, 1e4])
 @pytest.mark.parametrize("name", WORKERS)
-def test_the_others_go_on_as_if_it_were_not_there(name, spoil):
+def test_the_others_go_on_as_if_it_were_not_there(spoiled, without, name, spoil):
     """Worker 2 of 3 is spoiled in the last round: the mean is that of workers 0 and 1, up to what compression loses."""
-    options, outer = WORKERS[name]
-    results = run_workers(_state, 3, options, outer, 3, [(0, 2)], 1, spoil)
-    expected = run_workers(_state, 2, options, outer, 3, [], 1)
+    options, _ = WORKERS[name]
+    results = spoiled[f"{name} {spoil}"]
     atol = 0.02 if options.compression else 1e-12
-    for (values, _, _, left_out), (reference, *_) in zip(results[:2], expected, strict=True):
+    for (values, _, _, left_out), (reference, *_) in zip(results[:2], without[name], strict=True):
         torch.testing.assert_close(values, reference, rtol=0, atol=atol)
         assert left_out == [1]
     if not options.overlap_steps:
@@ -82,8 +96,8 @@ def test_the_others_go_on_as_if_it_were_not_there(name, spoil):
 
 
 @pytest.mark.parametrize("name", WORKERS)
-def test_it_recovers_and_this_is_said_once(name):
-    results = run_workers(_state, 3, *WORKERS[name], 3, [(1, 1), (3, 1), (3, 0)], 6)
+def test_it_recovers_and_this_is_said_once(spoiled, name):
+    results = spoiled[f"{name} recovers"]
     for rank, (values, momenta, said, left_out) in enumerate(results):
         assert torch.cat([values, momenta]).isfinite().all()
         assert left_out == [0, 1, 0, 2, 0, 0]
@@ -111,12 +125,18 @@ def _lagg(rank, options, spoiled):
     return seen, torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize(
-    "options", [SyncOptions(), SyncOptions(sharded=True), SyncOptions(compression="bf16")], ids=str
-)
-def test_lagg_sees_the_mean_of_the_others_in_its_place(options):
-    results = run_workers(_lagg, 3, options, [(0, 1)])
-    healthy = run_workers(_lagg, 3, options, [])
+LAGG = {"plain": SyncOptions(), "sharded": SyncOptions(sharded=True), "bf16": SyncOptions(compression="bf16")}
+
+
+@pytest.fixture(scope="module")
+def lagg():
+    cases = {f"{name} {bool(bad)}": (options, bad) for name, options in LAGG.items() for bad in ([], [(0, 1)])}
+    return run_cases(_lagg, 3, cases)
+
+
+@pytest.mark.parametrize("name", LAGG)
+def test_lagg_sees_the_mean_of_the_others_in_its_place(lagg, name):
+    results, healthy = lagg[f"{name} True"], lagg[f"{name} False"]
     for (seen, values), (before, _) in zip(results, healthy, strict=True):
         assert torch.equal(values, results[0][1])
         for (workers, mean), (whole, _) in zip(seen, before, strict=True):
@@ -133,9 +153,17 @@ def _skipped(rank, name):
     return equal, rounds.synced, said, reports[-1]
 
 
-@pytest.mark.parametrize("name", [name for name in WORKERS if name != "in flight"])
-def test_a_round_without_anybody_is_skipped(name):
-    for rank, (equal, synced, said, report) in enumerate(run_workers(_skipped, 2, name)):
+AT_ONCE = [name for name in WORKERS if name != "in flight"]
+
+
+@pytest.fixture(scope="module")
+def skipped():
+    return run_cases(_skipped, 2, {name: (name,) for name in AT_ONCE})
+
+
+@pytest.mark.parametrize("name", AT_ONCE)
+def test_a_round_without_anybody_is_skipped(skipped, name):
+    for rank, (equal, synced, said, report) in enumerate(skipped[name]):
         assert equal
         assert synced
         assert (report.left_out, report.pseudo_grad_norm, report.drift) == (2, 0, 0)
@@ -152,14 +180,13 @@ def test_one_worker_alone_keeps_its_anchor():
     assert torch.equal(model.weight, before)
 
 
-def _two(rank, sizes):
+def _two(rank, make_comm, sizes):
     """Rounds in which each worker moves as far as it is told; who was left out, and where it ends."""
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
-    rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=1.0), 1)
+    rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=1.0), 1, comm=make_comm())
     seen = []
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with torch.no_grad():
         for row in sizes:
             model.weight.add_(row[rank])
             rounds.step()
@@ -167,6 +194,7 @@ def _two(rank, sizes):
     return seen, model.weight.item()
 
 
+@pytest.mark.filterwarnings("ignore:Round . leaves out")
 @pytest.mark.parametrize(
     ("sizes", "left_out", "end"),
     [
@@ -178,29 +206,9 @@ def _two(rank, sizes):
     ],
 )
 def test_two_workers_are_judged_by_the_round_before(sizes, left_out, end):
-    for seen, value in run_workers(_two, 2, sizes):
+    for seen, value in run_threads(_two, 2, sizes):
         assert seen == left_out
         assert value == pytest.approx(end)
-
-
-def _validated(rank, everybody):
-    spoiled = [(0, 0), (0, 1)] if everybody else [(0, 1)]
-    model = _model()
-    before = [p.detach().clone() for p in model.parameters()]
-    rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=1.0), 4)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(math.nan if (0, rank) in spoiled else 1.0)
-    rounds.step()
-    rounds.swap_in("mean")
-    return [(p.detach() - b).unique().tolist() for p, b in zip(model.parameters(), before, strict=True)]
-
-
-@pytest.mark.parametrize("everybody", [False, True])
-def test_validation_sees_the_mean_of_the_others_or_the_anchor(everybody):
-    for differences in run_workers(_validated, 2, everybody):
-        for values in differences:
-            assert values == pytest.approx([0.0 if everybody else 1.0] * len(values))
 
 
 def _resumed(rank, stop):
@@ -234,17 +242,25 @@ def _resumed(rank, stop):
     return ends
 
 
-@pytest.mark.parametrize("stop", [H, H + 1, 2 * H - 1])  # the last in flight
-def test_a_resumed_run_leaves_out_the_same(stop):
-    for (left_out, whole), (again, resumed) in run_workers(_resumed, 2, stop):
+STOPS = (H, H + 1, 2 * H - 1)  # the last in flight
+
+
+@pytest.fixture(scope="module")
+def resumed_runs():
+    return run_cases(_resumed, 2, {str(stop): (stop,) for stop in STOPS})
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_resumed_run_leaves_out_the_same(resumed_runs, stop):
+    for (left_out, whole), (again, resumed) in resumed_runs[str(stop)]:
         assert left_out == again == 1
         assert torch.equal(whole, resumed)
 
 
-def _silent(rank, at):
+def _silent(rank, make_comm, at):
     """Something writes to one worker's anchor before a sync; the sync at which it is noticed."""
     model = nn.Linear(3, 3)
-    rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=1.0), 1, SlowMomentum)
+    rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=1.0), 1, SlowMomentum, comm=make_comm())
     for i in range(CHECK_EVERY + 2):
         if i == at and rank:
             rounds.sync.outer.param_groups[0]["params"][0].view(-1)[:2] += torch.tensor([1e-3, -1e-3])
@@ -257,7 +273,7 @@ def _silent(rank, at):
 
 @pytest.mark.parametrize(("at", "noticed"), [(0, 0), (1, 1), (2, CHECK_EVERY)])
 def test_anchors_that_silently_differ_are_an_error(at, noticed):
-    assert run_workers(_silent, 2, at) == [(noticed, True)] * 2
+    assert run_threads(_silent, 2, at) == [(noticed, True)] * 2
 
 
 def _in_fragments(rank):
@@ -281,3 +297,26 @@ def _in_fragments(rank):
 def test_tensors_that_were_not_sent_come_back_too():
     for model, states in run_workers(_in_fragments, 2):
         assert all([model, *states])
+
+
+def _fast(rank, make_comm, wild):
+    """Worker 0 takes 200 steps in a round, the others 5; in the second round one takes steps fifty times as long."""
+    speeds = [40, 1, 1, 1]
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    rounds = Rounds(model, optimizer, 200, comm=make_comm(), worker_speeds=speeds)
+    seen = []
+    for round_idx in range(2):
+        model.weight.grad = torch.full_like(model.weight, 50.0 if round_idx == 1 and rank == wild else 1.0)
+        for _ in range(200 if rank == 0 else 5):
+            optimizer.step()
+            rounds.step()
+        seen.append(rounds.last_report.left_out)
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore:Round 1 leaves out")
+@pytest.mark.parametrize("wild", [None, 0, 3])
+def test_a_fast_worker_is_not_an_outlier(wild):
+    expected = [0, 0 if wild is None else 1]
+    assert run_threads(_fast, 4, wild) == [expected] * 4

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lopt import AdaMLP, Fragments, LearnedOptimizer, Rounds, SlowMomentum, SyncOptions
-from tests.processes import run_workers
+from tests.processes import run_cases
 
 K = 3
 OUTERS = {
@@ -47,13 +47,31 @@ def _run(rank, outer, options, resume_at=None):
     return weights, states, (report.pseudo_grad_norm, report.drift), report.bytes_sent
 
 
-@pytest.mark.parametrize("options", [{}, {"overlap_steps": 2}, {"selection": Fragments(2)}, {"density": 0.5}], ids=str)
-@pytest.mark.parametrize("outer", OUTERS)
-def test_sharded_equals_unsharded(outer, options):
-    if outer in ("learned", "lagg", "default") and "density" in options:
-        pytest.skip("a learned step needs whole tensors")
-    sharded = run_workers(_run, K, outer, SyncOptions(sharded=True, **options))
-    plain = run_workers(_run, K, outer, SyncOptions(**options))
+OPTIONS = {
+    "at once": {},
+    "in flight": {"overlap_steps": 2},
+    "fragments": {"selection": Fragments(2)},
+    "random": {"density": 0.5},
+}
+# a learned step needs whole tensors
+CASES = [(o, name) for o in OUTERS for name in OPTIONS if name != "random" or o in ("average", "slowmo", "adam")]
+IN_FLIGHT = SyncOptions(sharded=True, overlap_steps=2)
+
+
+@pytest.fixture(scope="module")
+def runs():
+    cases = {
+        f"{outer}, {name}, {sharded}": (outer, SyncOptions(sharded=sharded, **OPTIONS[name]))
+        for outer, name in CASES
+        for sharded in (False, True)
+    }
+    resumed = {f"{outer}, resumed at {at}": (outer, IN_FLIGHT, at) for outer in ("adam", "lagg") for at in (3, 5)}
+    return run_cases(_run, K, cases | resumed)
+
+
+@pytest.mark.parametrize(("outer", "name"), CASES)
+def test_sharded_equals_unsharded(runs, outer, name):
+    sharded, plain = (runs[f"{outer}, {name}, {value}"] for value in (True, False))
     for a, b in zip(sharded, plain, strict=True):
         torch.testing.assert_close(a[0], b[0], rtol=1e-9, atol=1e-12)
         assert a[2] == pytest.approx(b[2], rel=1e-9)
@@ -62,13 +80,11 @@ def test_sharded_equals_unsharded(outer, options):
         assert max(states for _, states, *_ in sharded) == 42
 
 
+@pytest.mark.parametrize("at", [3, 5])
 @pytest.mark.parametrize("outer", ["adam", "lagg"])
-def test_sharded_rounds_resume_bitwise(outer):
-    options = SyncOptions(sharded=True, overlap_steps=2)
-    whole = run_workers(_run, K, outer, options)
-    for resume_at in (3, 5):
-        resumed = run_workers(_run, K, outer, options, resume_at)
-        assert all(torch.equal(a[0], b[0]) for a, b in zip(whole, resumed, strict=True))
+def test_sharded_rounds_resume_bitwise(runs, outer, at):
+    whole, resumed = runs[f"{outer}, in flight, True"], runs[f"{outer}, resumed at {at}"]
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(whole, resumed, strict=True))
 
 
 def _traffic(rank, sharded):
@@ -80,11 +96,7 @@ def _traffic(rank, sharded):
 
 
 def test_lagg_at_the_price_of_an_all_reduce():
-    assert run_workers(_traffic, K, False)[0] == pytest.approx(K - 1, rel=0.01)
-    for traffic in run_workers(_traffic, K, True):
-        assert traffic == pytest.approx(2 * (K - 1) / K, rel=0.01)
-
-
-def test_compression_is_refused():
-    with pytest.raises(ValueError, match="excludes compression"):
-        SyncOptions(sharded=True, compression="int8")
+    traffic = run_cases(_traffic, K, {"whole": (False,), "sharded": (True,)})
+    assert traffic["whole"][0] == pytest.approx(K - 1, rel=0.01)
+    for worker in traffic["sharded"]:
+        assert worker == pytest.approx(2 * (K - 1) / K, rel=0.01)

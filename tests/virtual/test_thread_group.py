@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 
 from lightning_lopt.comm import Communicator, DisagreementError
-from lightning_lopt.virtual.thread_group import ThreadGroup, VirtualGroup
 from tests.processes import run_workers
+from tests.threads import run_threads
 
 
 def _collectives(rank, make_comm=Communicator):
@@ -28,14 +26,8 @@ def _collectives(rank, make_comm=Communicator):
     return [t.tolist() for t in tensors], total, agreed, objects, comm.bytes_sent, comm.num_collectives
 
 
-def _virtually(function, num_workers=2):
-    group = ThreadGroup(num_workers)
-    groups = [VirtualGroup(k, num_workers, group) for k in range(num_workers)]
-    return group.run([partial(function, k, partial(Communicator, backend=g)) for k, g in enumerate(groups)])
-
-
 def test_collectives():
-    assert _virtually(_collectives) == run_workers(_collectives, 2)
+    assert run_threads(_collectives, 2) == run_workers(_collectives, 2)
 
 
 def _disagree(rank, make_comm):
@@ -44,7 +36,7 @@ def _disagree(rank, make_comm):
 
 def test_a_disagreement_is_an_error():
     with pytest.raises(DisagreementError, match="disagree on steps"):
-        _virtually(_disagree)
+        run_threads(_disagree, 2)
 
 
 def _fail(rank, make_comm):
@@ -56,4 +48,4 @@ def _fail(rank, make_comm):
 
 def test_nobody_waits_for_a_worker_that_failed():
     with pytest.raises(OSError, match="this worker fails"):
-        _virtually(_fail, 3)
+        run_threads(_fail, 3)

@@ -1,9 +1,10 @@
-"""What the README and the method cards say that a sync sends and a worker holds, in bytes per parameter."""
+"""What the options of a sync exclude, and what they cost in bytes per parameter."""
 
 from __future__ import annotations
 
 import gc
 import types
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -11,8 +12,55 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lopt import AdaMLP, Fragments, LearnedOptimizer, Rounds, SlowMomentum, SyncOptions, TopK
+from lightning_lopt import (
+    AdaMLP,
+    Fragments,
+    LearnedOptimizer,
+    RandomCoordinates,
+    Rounds,
+    SlowMomentum,
+    SyncOptions,
+    TopK,
+)
 from tests.processes import run_workers
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"density": 0.0}, "density"),
+        ({"density": 0.5, "selection": Fragments(2)}, "one of the two"),
+        ({"selection": 4}, "selection must be"),
+        ({"selection": Fragments}, "selection must be"),
+        ({"compression": "int4"}, "compression must be"),
+        ({"compression": 8}, "compression must be"),
+        ({"compression": TopK}, "compression must be"),
+        ({"overlap_steps": -1}, "overlap_steps"),
+        ({"overlap_steps": True}, "overlap_steps"),
+        ({"merge": "average"}, "merge must be"),
+        ({"merge": 1.5}, "merge must be"),
+        ({"merge": "overwrite"}, "without overlap_steps there are none"),
+        ({"local_state": "drop"}, "local_state must be"),
+        ({"local_state": "reset", "density": 0.5}, "needs whole tensors"),
+        ({"local_state": "average", "overlap_steps": 1}, "excludes overlap_steps"),
+        ({"sharded": True, "compression": "int8"}, "excludes compression"),
+    ],
+)
+def test_wrong_arguments(options, match):
+    with pytest.raises(ValueError, match=match):
+        SyncOptions(**options)
+
+
+def test_fingerprints_tell_settings_apart():
+    settings = [
+        SyncOptions(),
+        SyncOptions(density=0.5),
+        SyncOptions(selection=RandomCoordinates(0.5, 1)),
+        SyncOptions(merge=0.5),
+    ]
+    assert len({options.fingerprint for options in settings}) == len(settings)
+    assert SyncOptions(density=0.5).fingerprint == SyncOptions(density=0.5).fingerprint
+
 
 K = 3
 RING = 2 * (K - 1) / K * 4  # an all-reduce in float32
@@ -50,8 +98,6 @@ CASES: list[tuple[str, SyncOptions, float, float, float]] = [  # sent in a sync,
 
 def _held(rounds: Rounds, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the tensors that `rounds` leads to, without the user's own."""
-    if (drawn := getattr(rounds.sync._selection, "_next", None)) is not None:
-        drawn[2].result()  # the next round's coordinates
     own = [t for p in model.parameters() for t in (p, p.grad, *optimizer.state[p].values()) if t is not None]
     storages = {t.untyped_storage().data_ptr(): 0 for t in own}
     seen: set[int] = set()
@@ -61,6 +107,8 @@ def _held(rounds: Rounds, model: nn.Module, optimizer: torch.optim.Optimizer) ->
         if id(item) in seen or isinstance(item, type | types.ModuleType | types.FunctionType):
             continue
         seen.add(id(item))
+        if isinstance(item, Future):
+            item.result()  # the next round's coordinates, drawn ahead
         if isinstance(item, torch.Tensor):
             storages.setdefault(item.untyped_storage().data_ptr(), item.untyped_storage().nbytes())
         stack += gc.get_referents(item)

@@ -1,4 +1,4 @@
-"""Unequal steps and unequal data on real processes: who takes how many, and that every step counts."""
+"""Unequal speeds and unequal data: who takes how many steps, and that every step counts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lopt import DisagreementError, Fragments, Rounds, SlowMomentum, SyncOptions
+from lightning_lopt import Fragments, Rounds, SlowMomentum, SyncOptions
 from lightning_lopt.sync.status import SyncPoint
 from lightning_lopt.worker_speeds import WorkerSpeeds
-from tests.processes import run_workers
+from tests.processes import run_cases, run_workers
+from tests.threads import run_threads
 
 CPU = torch.device("cpu")
 OPTIONS = {
@@ -91,10 +92,11 @@ class _Recording(SlowMomentum):
         return super().step(closure)
 
 
-def _new(local_steps, outer=None, speeds=None, options=None, size=1):
+def _new(local_steps, outer=None, speeds=None, options=None, size=1, comm=None):
     model = nn.ParameterList([torch.zeros(size, dtype=torch.float64) for _ in range(2)])
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    return model, optimizer, Rounds(model, optimizer, local_steps, outer, options=options, worker_speeds=speeds)
+    rounds = Rounds(model, optimizer, local_steps, outer, comm=comm, options=options, worker_speeds=speeds)
+    return model, optimizer, rounds
 
 
 def _flat(model):
@@ -122,10 +124,14 @@ def _run(rank, gradients, batches, epochs=1, **options):
     return seen, _flat(model), rounds.round_idx, rounds.step_idx
 
 
+def _run_threads(rank, make_comm, *args, **options):
+    return _run(rank, *args, comm=make_comm(), **options)
+
+
 def test_closed_form_of_unequal_speeds():
     # worker 0: -1 -2 -3 | -4.5 -5.5 -6.5 | -8    worker 1: -4 | -7.5 |     end: -8 and -7
     # means of each round: -3.5, then -(6.5 + 7.5)/2 = -7, and last -7.5
-    fast, slow = run_workers(partial(_run, local_steps=3, speeds=[3, 1]), 2, [1.0, 4.0], [7, 2])
+    fast, slow = run_threads(partial(_run_threads, local_steps=3, speeds=[3, 1]), 2, [1.0, 4.0], [7, 2])
     assert fast[0] == [-1, -2, -3.5, -4.5, -5.5, -7, -8]
     assert slow[0] == [-3.5, -7]
     assert fast[1].tolist() == slow[1].tolist() == [-7.5, -7.5]
@@ -135,7 +141,7 @@ def test_closed_form_of_unequal_speeds():
 def test_closed_form_of_unequal_data():
     # H = 2. worker 0: -1 -2 | -3, and no more    worker 1: -1 -2 | -3 -4 | -4.5 -5.5 | -5.5
     # means: -2, -3.5, -4.5, and last -5: each of the 10 steps moves it by 1/2
-    short, long = run_workers(partial(_run, local_steps=2), 2, [1.0, 1.0], [3, 7])
+    short, long = run_threads(partial(_run_threads, local_steps=2), 2, [1.0, 1.0], [3, 7])
     assert short[0] == [-1, -2, -3]
     assert long[0] == [-1, -2, -3, -3.5, -4.5, -4.5, -5.5]
     for run, steps in (short, 3), (long, 7):
@@ -143,100 +149,51 @@ def test_closed_form_of_unequal_data():
         assert run[2:] == (4, steps)
 
 
-def _ends(rank, speeds, gradients, batches):
-    make = partial(_run, local_steps=6, speeds=speeds, size=8)
-    return {name: make(rank, gradients, batches, 2, options=options)[1:3] for name, options in OPTIONS.items()}
+BATCHES, GRADIENTS = [1, 13, 8, 0], [1.0, 2.0, 3.0, 4.0]
+SPEEDS = {"the same": None, "given": [1, 4, 2, 3], "measured": "measured"}
 
 
-@pytest.mark.parametrize("speeds", [None, [1, 4, 2, 3], "measured"], ids=str)
-def test_every_step_counts_the_same(speeds):
+def _end(rank, speeds, options):
+    return _run(rank, GRADIENTS, BATCHES, 2, local_steps=6, speeds=speeds, size=8, options=options)[1:3]
+
+
+@pytest.fixture(scope="module")
+def ends():
+    cases = {f"{s}, {o}": (speeds, options) for s, speeds in SPEEDS.items() for o, options in OPTIONS.items()}
+    return run_cases(_end, 4, cases)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("speeds", SPEEDS)
+def test_every_step_counts_the_same(ends, speeds, name):
     """The mean of 4 workers moves by 1/4 of each step, whoever takes it and whenever; in the end all have it."""
-    batches, gradients = [1, 13, 8, 0], [1.0, 2.0, 3.0, 4.0]
-    expected = -2 * sum(n * g for n, g in zip(batches, gradients, strict=True)) / 4
-    for ends in (results := run_workers(_ends, 4, speeds, gradients, batches)):
-        for name, (weights, rounds) in ends.items():
-            assert weights == pytest.approx(expected, abs=1e-12), name
-            assert rounds == results[0][name][1], name
+    expected = -2 * sum(n * g for n, g in zip(BATCHES, GRADIENTS, strict=True)) / 4
+    results = ends[f"{speeds}, {name}"]
+    for weights, rounds in results:
+        assert weights == pytest.approx(expected, abs=1e-12)
+        assert rounds == results[0][1]
 
 
 def test_outer_optimizers_see_the_same_learning_rate_and_steps():
     """Schedules run with each worker's own steps; without an agreement the anchors would part."""
-    for weights, seen in run_workers(_scheduled, 2):
+    for weights, seen in run_threads(_scheduled, 2):
         # g = 6 and lr 1: u = 6, a = -6; then lr max(.125, .5), g = (.75 + 3)/2: u = 3 + 3.75, a = -6 - .5·6.75
         assert seen[:2] == [(4, 1.0), (4, 0.5)]
         assert weights.tolist() == [-9.375, -9.375]
 
 
-def _scheduled(rank):
+def _scheduled(rank, make_comm):
     outer = partial(_Recording, momentum=0.5)
-    model, optimizer, rounds = _new(4, outer, [4, 2])
+    model, optimizer, rounds = _new(4, outer, [4, 2], comm=make_comm())
     for _ in range(2):
         _epoch(model, optimizer, rounds, 3.0 if rank else 1.5, 2 if rank else 4)
         optimizer.param_groups[0]["lr"] *= 0.5 if rank else 0.125
     return _flat(model), rounds.sync.outer.seen
 
 
-def _together(rank, options):
-    """Meetings and checks between two syncs; what they send, and what they change."""
-    model, optimizer, rounds = _new(4, options=options, size=4)
-    other, other_optimizer, others = _new(4, options=options, size=4)
-    _epoch(other, other_optimizer, others, 1.0 + rank, 10)
-    seen = []
-    for num in (2, 1, 7):
-        _epoch(model, optimizer, rounds, 1.0 + rank, num)
-        before = rounds.comm.num_collectives
-        rounds.sync.check(SyncPoint.CHECKPOINT)
-        if not options.overlap_steps:
-            rounds.join(SyncPoint.VALIDATION)
-        seen.append(rounds.comm.num_collectives - before)
-    return seen, np.array_equal(_flat(model), _flat(other)), rounds.round_idx, rounds.equal_steps
-
-
-@pytest.mark.parametrize("options", [SyncOptions(), SyncOptions(overlap_steps=2)], ids=["at once", "in flight"])
-def test_who_is_together_goes_on_as_if_nothing_had_been(options):
-    for seen, equal, rounds, in_step in run_workers(_together, 2, options):
-        assert equal
-        assert (rounds, in_step) == (2, True)
-        assert max(seen) <= 3  # a message each; the check waits for the agreement and transfer of what is in flight
-
-
-def _apart(rank, places):
-    model, optimizer, rounds = _new(4)
-    _epoch(model, optimizer, rounds, 1.0, 3)
-    point = SyncPoint(places[rank])
-    come = rounds.sync.check if point is SyncPoint.CHECKPOINT else rounds.join
-    with pytest.raises(DisagreementError) as error:
-        rounds.step() if point is SyncPoint.SYNC else come(point)
-    return str(error.value)
-
-
-@pytest.mark.parametrize("places", [("validation", "epoch end"), ("checkpoint", "validation"), ("checkpoint", "sync")])
-def test_who_waits_at_different_places_is_told(places):
-    for said in run_workers(_apart, 2, places):
-        assert f"worker 0 at the {places[0]}" in said
-        assert f"worker 1 at the {places[1]}" in said
-
-
-def _left_out(rank, speeds, wild):
-    model, optimizer, rounds = _new(200, speeds=speeds)
-    seen = []
-    for round_idx in range(2):
-        spoil = 50.0 if round_idx == 1 and rank == wild else 1.0
-        _epoch(model, optimizer, rounds, spoil, rounds.speeds.steps(200))
-        seen.append(rounds.last_report.left_out)
-    return seen
-
-
-@pytest.mark.filterwarnings("ignore:Round 1 leaves out")
-@pytest.mark.parametrize("wild", [None, 0, 3])
-def test_a_fast_worker_is_not_an_outlier(wild):
-    expected = [0, 0 if wild is None else 1]
-    assert run_workers(_left_out, 4, [40, 1, 1, 1], wild) == [expected] * 4
-
-
-def _resumed(rank, speeds, stop, options):
+def _resumed(rank, make_comm, speeds, stop, options):
     """Two epochs, and the same stopped after some steps of the second and resumed; the next round's steps."""
-    parts = _new(6, speeds=speeds, options=options, size=3)
+    parts = _new(6, speeds=speeds, options=options, size=3, comm=make_comm())
     _epoch(*parts, 1.0 + rank, (8, 3)[rank])
     parts[2].join()
     if speeds == "measured":
@@ -244,14 +201,13 @@ def _resumed(rank, speeds, stop, options):
     done = min(stop, (12, 4)[rank])
     _epoch(*parts, 1.0 + rank, done)
     state, local = parts[2].state_dict(), parts[2].local_state()
-    again = _new(6, speeds=speeds, options=options, size=3)
+    again = _new(6, speeds=speeds, options=options, size=3, comm=make_comm())
     again[2].load_state_dict(state)
     again[2].load_local_state(local)
     ends = []
     for model, optimizer, rounds in (parts, again):
-        rounds.speeds.measure = lambda step, rounds=rounds: rounds.speeds.seconds[
-            rank
-        ]  # what is measured is not repeatable
+        known = rounds.speeds.seconds[rank]
+        rounds.speeds.measure = lambda step, known=known: known  # what is measured is not repeatable
         _epoch(model, optimizer, rounds, 1.0 + rank, (12, 4)[rank] - done)
         rounds.join()
         ends.append((_flat(model), rounds.round_idx, rounds.step_idx, rounds.speeds.steps(6)))
@@ -263,7 +219,7 @@ def _resumed(rank, speeds, stop, options):
     [("everything", [3, 1], 1), ("loscar", [3, 1], 0), ("everything", "measured", 0)],
 )
 def test_resume_takes_the_same_steps(speeds, stop, options):
-    for rank, (whole, again) in enumerate(run_workers(_resumed, 2, speeds, stop, OPTIONS[options])):
+    for rank, (whole, again) in enumerate(run_threads(_resumed, 2, speeds, stop, OPTIONS[options])):
         assert np.array_equal(whole[0], again[0])
         assert whole[1:] == again[1:]
         assert whole[2:] == ((20, 6), (7, 2))[rank]
