@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from lightning_lopt.sync.replica import LocalOptimizer, NamedTensors
 
 
 @dataclass
@@ -44,7 +46,7 @@ class _Model:
 class _Optimizer:
     """A local optimizer's groups and states, of one worker's parameters."""
 
-    def __init__(self, shared_module: SharedModule, rank: int, optimizer: Optimizer) -> None:
+    def __init__(self, shared_module: SharedModule, rank: int, optimizer: LocalOptimizer) -> None:
         self._shared_module, self._rank, self._optimizer = shared_module, rank, optimizer
 
     @property
@@ -110,15 +112,15 @@ class SharedModule:
             aside.gradients = [None for _ in self._aside[0].gradients]
             aside.others = copy.deepcopy(self._aside[0].others)
 
-    def model(self, rank: int) -> nn.Module:
-        """What a `Sync` needs to know of one worker's module."""
+    def model(self, rank: int) -> NamedTensors:
+        """Return one worker's parameters and buffers under the module's names."""
         own = self.own[rank]
-        named = ({name: own[t] for name, t in kind.items()} for kind in (self._parameters, self._buffers))
-        return cast(nn.Module, _Model(*named))
+        parameters, buffers = ({n: own[t] for n, t in kind.items()} for kind in (self._parameters, self._buffers))
+        return _Model(parameters, buffers)
 
-    def optimizer(self, rank: int, optimizer: Optimizer) -> Optimizer:
-        """What a `Sync` needs to know of one worker's optimizer."""
-        return cast(Optimizer, _Optimizer(self, rank, optimizer))
+    def optimizer(self, rank: int, optimizer: LocalOptimizer) -> LocalOptimizer:
+        """Return the local optimizer's groups and states of one worker's parameters."""
+        return _Optimizer(self, rank, optimizer)
 
     def states(self, rank: int) -> list[dict[Any, Any]]:
         """One worker's states of the optimizers; its dictionaries can be changed."""

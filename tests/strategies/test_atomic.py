@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from lightning_lopt import SlowMo
-from lightning_lopt.strategies.checkpoint.atomic import AtomicCheckpointIO, CheckpointError
+from lightning_lopt import CheckpointError, SlowMo
+from lightning_lopt.strategies.checkpoint.atomic import AtomicCheckpointIO
 from tests.strategies_support import Classifier, damaged, loader, trainer
 
 
