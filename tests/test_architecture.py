@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
+import re
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.strategies import DDPStrategy
 
 import lightning_lopt
+from lightning_lopt.strategies import host
 
 ROOT = Path(lightning_lopt.__file__).parent
 MODULES = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
@@ -25,7 +29,7 @@ MAY_IMPORT = {
     "worker_speeds": set(),
     "sync": {"comm", "functional", "selection"},
     "rounds": {"comm", "schedules", "sync", "worker_speeds"},
-    "virtual": {"comm", "rounds"},
+    "virtual": {"comm", "rounds", "sync", "worker_speeds"},
     "strategies": {
         "comm",
         "functional",
@@ -97,3 +101,77 @@ def test_every_module_says_what_it_is_for():
         name = "lightning_lopt." + module.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
         if not name.endswith("__main__"):
             assert importlib.import_module(name).__doc__, name
+
+
+PRIVATE = re.compile(r"_[a-zA-Z]\w*")
+CALLS = {"getattr", "hasattr", "setattr", "delattr"}
+HOSTED = [m for m in MODULES if m.startswith("strategies/") or m in ("callbacks.py", "virtual/worker_batches.py")]
+
+
+def _private_uses(source: str) -> list[str]:
+    """The names with an underscore that do not belong to the classes of a module, by line."""
+    tree, found = ast.parse(source), []
+    nodes = list(ast.walk(tree))
+    stored = [n for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)]
+    own = {n.attr for n in stored if isinstance(n.value, ast.Name) and n.value.id == "self"}
+    for c in nodes:
+        if isinstance(c, ast.ClassDef):
+            own |= {f.name for f in c.body if isinstance(f, ast.FunctionDef)}
+    for node in nodes:
+        names: list[str] = []
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names = [part for name in (*modules, *(a.name for a in node.names)) for part in name.split(".")]
+        elif isinstance(node, ast.Attribute):
+            of_self = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            names = [] if of_self and node.attr in own else [node.attr]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CALLS:
+            names = [a.value for a in node.args[1:2] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        found += [f"line {getattr(node, 'lineno', 0)}: {name}" for name in names if PRIVATE.fullmatch(name)]
+    return found
+
+
+@pytest.mark.parametrize("module", [m for m in HOSTED if m != "strategies/host.py"])
+def test_private_api_of_the_host_is_used_in_one_module(module):
+    assert _private_uses((ROOT / module).read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from torch.nn.modules.batchnorm import _BatchNorm",
+        "from lightning.fabric.utilities.data import _set_sampler_epoch as set_epoch",
+        "from torch._C._distributed_c10d import Store",
+        "import torch._C",
+        "trainer.fit_loop.epoch_loop._should_accumulate()",
+        "self._timeout",
+        "class A:\n    def f(self):\n        self.trainer._active_loop = None",
+        "super()._configure_launcher()",
+        "getattr(callback, '_average_model', None)",
+    ],
+)
+def test_private_api_is_recognized(source):
+    assert _private_uses(source)
+    assert not _private_uses("class A:\n    def f(self):\n        self._x = self._g()\n    def _g(self): ...")
+
+
+def test_no_private_name_of_the_host_is_redefined():
+    """A private method or attribute with a name of the host's base class would replace it unseen."""
+    base = DDPStrategy()
+    (tree,) = [c for c in ast.walk(ast.parse((ROOT / "strategies/local_sgd.py").read_text())) if _is_class(c)]
+    stored = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)]
+    own = {n.attr for n in stored} | {f.name for f in tree.body if isinstance(f, ast.FunctionDef)}
+    private = {name for name in own if PRIVATE.fullmatch(name)}
+    assert "_workers" in private
+    assert {name for name in private if hasattr(base, name)} == set()
+
+
+def _is_class(node: ast.AST) -> bool:
+    return isinstance(node, ast.ClassDef)
+
+
+def test_every_use_of_private_api_has_a_reason():
+    functions = [f for f in vars(host).values() if inspect.isfunction(f) and f.__module__ == host.__name__]
+    public = [f for f in functions if not f.__name__.startswith("_")]
+    assert len(public) > 20
+    assert [f.__name__ for f in public if "Reason:" not in (f.__doc__ or "")] == []

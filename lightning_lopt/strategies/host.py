@@ -204,7 +204,10 @@ def keep_validation_progress(trainer: pl.Trainer) -> None:
 
 
 def count_validation_progress(trainer: pl.Trainer) -> None:
-    """Take back `keep_validation_progress`, if it was called."""
+    """Take back `keep_validation_progress`, if it was called.
+
+    Reason: only the first batch of an epoch is to be spared.
+    """
     vars(trainer.fit_loop.epoch_loop.val_loop).pop("increment_progress_to_evaluation_end", None)
 
 
@@ -278,7 +281,10 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(states: Mapping[str, Any]) -> None:
-    """Restore what `random_state` returned."""
+    """Restore what `random_state` returned.
+
+    Reason: Lightning restores them, too, for its own `isolate_rng`.
+    """
     _set_rng_states(dict(states))
 
 
