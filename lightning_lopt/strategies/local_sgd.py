@@ -149,6 +149,7 @@ class LocalSGD(DDPStrategy):
             timeout=timeout,
             start_method=start_method,
         )
+        self._workers = workers_of_process(virtual_workers)
         if outer_optimizer is not None and (not callable(outer_optimizer) or isinstance(outer_optimizer, Optimizer)):
             raise TypeError(
                 "outer_optimizer must make an optimizer from parameters, as partial(torch.optim.SGD, lr=0.7) does, not "
@@ -181,7 +182,6 @@ class LocalSGD(DDPStrategy):
         self._comm: Communicator | None = None
         self._uneven: UnevenInputs | None = None
         self._stepped = False  # an optimizer did, in this batch
-        self._workers = workers_of_process(virtual_workers)
         self._loaders = ResumableLoaders()
         self._writer = CheckpointWriter(self, self._workers, self._loaders)
         self._resume = Resume(self, self._workers, self._loaders)
@@ -322,7 +322,12 @@ class LocalSGD(DDPStrategy):
 
     @property
     def _is_fitting(self) -> bool:
-        return self._trainer.state.fn == TrainerFn.FITTING
+        trainer = host.trainer_of(self.lightning_module)
+        return trainer is not None and trainer.state.fn == TrainerFn.FITTING
+
+    @property
+    def _is_training(self) -> bool:  # and does not validate within a fit
+        return self._is_fitting and self._trainer.training
 
     # -- data -----------------------------------------------------------------------------------------------------
 
@@ -330,11 +335,11 @@ class LocalSGD(DDPStrategy):
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         own = super().distributed_sampler_kwargs
-        return self._workers.sampler_kwargs(own) if self._trainer.training and self._is_fitting else own
+        return self._workers.sampler_kwargs(own) if self._is_training else own
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        if not self._trainer.training or not self._is_fitting:
+        if not self._is_training:
             return super().process_dataloader(dataloader)
         self._workers.interleave(dataloader)
         loader = super().process_dataloader(dataloader)
@@ -374,8 +379,7 @@ class LocalSGD(DDPStrategy):
             self._present_rounds.step()  # attempts count: all ranks make as many
 
     def end_batch(self, batch_idx: int) -> None:
-        """End a batch, when the hooks of all other callbacks have run: call the module's hook for virtual workers, and
-        act on signals.
+        """Call the hook of a batch's end for virtual workers, and act on signals, after the hooks of all callbacks.
 
         Args:
             batch_idx: Index of the batch in its epoch.

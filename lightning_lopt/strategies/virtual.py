@@ -74,7 +74,7 @@ class ProcessRounds(Protocol):
 
 
 class ProcessWorkers(ABC):
-    """What a strategy does for each worker of its process, where Lightning does it once.
+    """The work of a strategy for each worker of its process, where Lightning does it once.
 
     Attributes:
         number: Workers of this process.

@@ -106,9 +106,7 @@ def test_a_checkpoint_says_how_many_workers_it_holds(tmp_path):
     entry = torch.load(tmp_path / "new.ckpt", weights_only=True)["lightning_lopt"]
     assert (entry["version"], entry["num_workers"], entry["num_parts"]) == (CHECKPOINT_VERSION, 2, 2)
     assert run.strategy.num_workers == 2
-    for part in entry[
-        "parts"
-    ]:  # as of a release that has other entries: the rest goes on
+    for part in entry["parts"]:  # as of a release that has other entries: the rest goes on
         del part["gradients"], part["loaders"], part["random"]
     checkpoint = torch.load(tmp_path / "new.ckpt", weights_only=True)
     checkpoint["lightning_lopt"] = entry
