@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import importlib
 import inspect
 import re
@@ -94,6 +95,12 @@ def test_public_names():
         thing = getattr(lightning_lopt, name)
         assert thing.__doc__, name
         assert thing.__module__.startswith("lightning_lopt."), name
+
+
+def test_errors_of_the_readme_are_exported():
+    named = set(re.findall(r"`(\w+Error)`", (ROOT.parent / "README.md").read_text()))
+    assert {"CheckpointError", "DisagreementError", "WorkerLostError"} <= named
+    assert {name for name in named if not hasattr(builtins, name)} <= set(lightning_lopt.__all__)
 
 
 def test_every_module_says_what_it_is_for():
