@@ -1,7 +1,7 @@
 """Every use of private API of Lightning and torch by the strategies and callbacks, each with its reason.
 
 Lightning has no public way for what stands here; an upgrade of Lightning or torch that breaks something breaks it in
-this module. Read for Lightning 2.5 to 2.6 and torch 2.6 and later.
+this module. Checked with Lightning 2.6.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def checkpoint_io_of(strategy: DDPStrategy, make_default: Callable[[], Checkpoin
 def set_checkpoint_io(strategy: DDPStrategy, io: CheckpointIO) -> None:
     """Set the strategy's `CheckpointIO`.
 
-    Reason: who overrides the getter of a property must set what the base class sets.
+    Reason: a property whose getter is overridden needs its setter again.
     """
     strategy._checkpoint_io = io
 
