@@ -9,6 +9,7 @@ from lightning_lopt.rounds import Rounds
 from lightning_lopt.schedules import QSR, Constant, RoundInfo
 from lightning_lopt.selection import Fragments, RandomCoordinates
 from lightning_lopt.strategies import LOSCAR, DiLoCo, LearnedLocalSGD, LocalSGD, SlowMo
+from lightning_lopt.strategies.errors import CheckpointError, WorkerLostError
 from lightning_lopt.sync.options import SyncOptions
 from lightning_lopt.sync.report import RoundReport
 from lightning_lopt.weights_file import WeightsError
@@ -19,6 +20,7 @@ __all__ = [
     "QSR",
     "AdaMLP",
     "BatchNormReestimation",
+    "CheckpointError",
     "Constant",
     "DiLoCo",
     "DisagreementError",
@@ -36,4 +38,5 @@ __all__ = [
     "SyncOptions",
     "TopK",
     "WeightsError",
+    "WorkerLostError",
 ]

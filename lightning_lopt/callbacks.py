@@ -1,4 +1,4 @@
-"""RoundMonitor, what `LearningRateMonitor` is for the learning rate; and BatchNormReestimation."""
+"""Callbacks: a monitor of rounds, and the re-estimation of BatchNorm's statistics for the global weights."""
 
 from __future__ import annotations
 
@@ -14,32 +14,36 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Subset
 from typing_extensions import override
 
-from lightning_lopt.rounds import Rounds
 from lightning_lopt.strategies import LocalSGD
+from lightning_lopt.strategies.host import Norm, normalization_layers
+from lightning_lopt.strategies.virtual import ProcessRounds
 from lightning_lopt.sync.report import RoundReport
 
 
 class RoundMonitor(Callback):
-    """Log what each round did and cost, to every logger and the progress bar.
+    """Log the effects and costs of each round, to every logger and the progress bar.
 
-    Metrics, once per round: ``rounds/round`` (finished), ``rounds/local_steps``, ``rounds/bytes_sent`` (total of this
-    worker; rank 0's holds the broadcast of the first weights too),
-    ``rounds/sync_seconds``, ``rounds/transfer_seconds``, ``rounds/waited_seconds`` (the part of the transfer beside
-    which no local step ran), ``rounds/outer_seconds`` (of this round),
-    ``rounds/sync_share`` (of the time since training began), ``rounds/pseudo_grad_norm``, ``rounds/drift`` (root mean
-    square distance of the workers from their mean), ``rounds/fell_back`` (refused outer steps so far),
-    ``rounds/left_out`` (workers that rounds left out, so far).
+    Metrics, once per round:
+
+    * ``rounds/round``: rounds finished.
+    * ``rounds/local_steps``: local steps of this worker in the round.
+    * ``rounds/bytes_sent``: total of this worker; rank 0's includes the broadcast of the first weights.
+    * ``rounds/sync_seconds``, ``rounds/transfer_seconds``, ``rounds/outer_seconds``: of this round.
+    * ``rounds/waited_seconds``: the part of the transfer beside which no local step ran.
+    * ``rounds/sync_share``: share of all syncs in the time since training began.
+    * ``rounds/pseudo_grad_norm``: norm of the averaged pseudo-gradient.
+    * ``rounds/drift``: root mean square distance of the workers from their mean.
+    * ``rounds/fell_back``: refused outer steps so far.
+    * ``rounds/left_out``: workers that rounds left out, so far.
 
     Attributes:
-        history: one dictionary of these metrics per round, with ``step``.
+        history: One dictionary of these metrics per round, with ``step``.
 
     Raises:
-        MisconfigurationException: the trainer's strategy is not one of this package.
+        MisconfigurationException: The Trainer's strategy is not one of this package.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -49,7 +53,7 @@ class RoundMonitor(Callback):
 
     def __init__(self) -> None:
         self.history: list[dict[str, float]] = []
-        self._new: list[tuple[RoundReport, int]] = []  # and the bytes sent by then
+        self._new: list[tuple[RoundReport, int]] = []  # with the bytes sent by then
         self._start = 0.0
         self._sync_seconds = 0.0
         self._fell_back = 0
@@ -70,7 +74,7 @@ class RoundMonitor(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._log_new_rounds(trainer, None)  # those of others, for whom this worker has waited
+        self._log_new_rounds(trainer, None)  # rounds of others, for whom this worker has waited
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -118,21 +122,21 @@ class BatchNormReestimation(Callback):
     .. math:: \mu \leftarrow \tfrac1n \textstyle\sum_b \mathrm{mean}(x_b), \qquad
         \sigma^2 \leftarrow \tfrac1n \textstyle\sum_b \mathrm{var}(x_b)
 
-    over n training batches b. Between syncs each worker's running statistics follow its own weights; their average need
-    not fit the average of the weights, the less the longer the rounds. This is `torch.optim.swa_utils.update_bn` for
-    workers: the batches are shared out, and what they estimate is averaged. It happens before each validation, whose
-    statistics a checkpoint written at its end holds too, and once for good when training ends. Training itself, its
-    running statistics and random states are left as they are.
+    over n training batches b. Between syncs each worker's running statistics follow its own weights. Their average need
+    not fit the average of the weights, the less the longer the rounds are. This is `torch.optim.swa_utils.update_bn`
+    for several workers: the batches are shared out, and the estimates are averaged. It happens before each validation,
+    so that a checkpoint written at its end holds these statistics too, and once for good when training ends. Training
+    itself, its running statistics and random states are left as they are.
 
     The batches are random ones of the training set, always the same. The module's `forward` gets the first element of
     a batch that is a tuple or a list, else the batch.
 
     Args:
-        num_batches: n >= 1, of all workers together, rounded up to a multiple of their number.
+        num_batches: Number n >= 1 of batches of all workers together, rounded up to a multiple of K.
 
     Raises:
         ValueError: `num_batches` < 1.
-        MisconfigurationException: the trainer's strategy is not one of this package, or has virtual workers, or its
+        MisconfigurationException: The Trainer's strategy is not one of this package, or has virtual workers, or its
             training data is not one `DataLoader` of a map-style dataset.
 
     Source: arXiv 2310.14423, appendix on BatchNorm.
@@ -150,7 +154,7 @@ class BatchNormReestimation(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if isinstance(trainer.strategy, LocalSGD) and trainer.strategy.num_workers > trainer.world_size:
+        if isinstance(trainer.strategy, LocalSGD) and trainer.strategy.num_parts > trainer.world_size:
             raise MisconfigurationException(
                 "BatchNormReestimation would reach the first of the virtual_workers alone, which is all that callbacks "
                 "see. Use processes (Trainer(devices=K) without virtual_workers), or leave it out."
@@ -159,7 +163,7 @@ class BatchNormReestimation(Callback):
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            norms = _norms(pl_module)
+            norms = normalization_layers(pl_module)
             swap = _rounds(trainer, "BatchNormReestimation belongs to the rounds").sync.swap
             swap.put((buffer, buffer.clone()) for norm in norms for buffer in norm.buffers())  # undone by the strategy
             self._reestimate(trainer, pl_module, norms)
@@ -167,10 +171,10 @@ class BatchNormReestimation(Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.interrupted:
-            self._reestimate(trainer, pl_module, _norms(pl_module))
+            self._reestimate(trainer, pl_module, normalization_layers(pl_module))
 
     @torch.no_grad()
-    def _reestimate(self, trainer: pl.Trainer, module: pl.LightningModule, norms: list[_BatchNorm]) -> None:
+    def _reestimate(self, trainer: pl.Trainer, module: pl.LightningModule, norms: list[Norm]) -> None:
         """Overwrite the statistics, the same on all workers."""
         comm = _rounds(trainer, "BatchNormReestimation belongs to the rounds").comm
         momenta, modes = [norm.momentum for norm in norms], {m: m.training for m in module.modules()}
@@ -195,7 +199,7 @@ class BatchNormReestimation(Callback):
             statistic.copy_(mean)
 
     def _batches(self, trainer: pl.Trainer, rank: int, num_workers: int) -> Iterator[Any]:
-        """This worker's share."""
+        """The batches of one worker."""
         loader = trainer.train_dataloader
         if not isinstance(loader, DataLoader) or has_iterable_dataset(loader) or loader.batch_size is None:
             raise MisconfigurationException(
@@ -209,16 +213,15 @@ class BatchNormReestimation(Callback):
         yield from DataLoader(Subset(loader.dataset, chosen), loader.batch_size, collate_fn=loader.collate_fn)
 
 
-def _norms(module: nn.Module) -> list[_BatchNorm]:
-    """The BatchNorm layers that have running statistics."""
-    return [m for m in module.modules() if isinstance(m, _BatchNorm) and isinstance(m.running_mean, Tensor)]
+def _rounds(trainer: pl.Trainer, does: str) -> ProcessRounds:
+    """Return the rounds of the Trainer's strategy.
 
-
-def _rounds(trainer: pl.Trainer, does: str) -> Rounds:
-    """The rounds of the trainer's strategy.
+    Args:
+        trainer: Trainer in a fit.
+        does: Beginning of a sentence about the callback that needs them.
 
     Raises:
-        MisconfigurationException: it has none.
+        MisconfigurationException: It has none.
     """
     if not isinstance(trainer.strategy, LocalSGD) or trainer.strategy.rounds is None:
         raise MisconfigurationException(

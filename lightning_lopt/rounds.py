@@ -250,9 +250,10 @@ class Rounds:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the result of `state_dict`."""
         self._load_counters(state)
-        self.equal_steps = self.equal_steps and state["equal_steps"]
-        if len(state["seconds"]) == self.comm.num_workers:
-            self.speeds.update(state["seconds"])
+        self.equal_steps = self.equal_steps and state.get("equal_steps", True)
+        seconds = state.get("seconds", [])
+        if len(seconds) == self.comm.num_workers:
+            self.speeds.update(seconds)
         self.sync.load_state_dict(state["sync"])
 
     def local_state(self) -> dict[str, Any]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import importlib
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.strategies import DDPStrategy
 
 import lightning_lopt
+from lightning_lopt.strategies import host
 
 ROOT = Path(lightning_lopt.__file__).parent
 MODULES = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
@@ -26,7 +30,7 @@ MAY_IMPORT = {
     "worker_speeds": set(),
     "sync": {"comm", "functional", "optim", "selection"},
     "rounds": {"comm", "optim", "schedules", "sync", "worker_speeds"},
-    "virtual": {"comm", "rounds", "sync"},
+    "virtual": {"comm", "rounds", "sync", "worker_speeds"},
     "strategies": {
         "comm",
         "functional",
@@ -57,29 +61,23 @@ TESTED_ELSEWHERE = {
     "meta/outer.py": "meta/test_evaluation.py and test_particles.py: outer steps of simulated rounds",
     "optim/learned.py": "optim/test_optim.py",
     "optim/slow_momentum.py": "optim/test_optim.py",
-    "strategies/checkpoint/atomic.py": "strategies/test_atomic.py",
-    "strategies/checkpoint/strategy.py": "strategies/test_checkpoint.py",
-    "strategies/checkpoint/worker_files.py": "strategies/test_parts.py",
+    "strategies/callbacks.py": "strategies/test_local_sgd.py and test_uneven.py: the order of hooks",
+    "strategies/checkpoint/mean.py": "strategies/checkpoint/test_worker_files.py: the mean of parts",
+    "strategies/checkpoint/writing.py": "strategies/checkpoint/test_resume.py and test_worker_files.py",
+    "strategies/errors.py": "strategies/test_signals.py: lost workers",
+    "strategies/host.py": "test_architecture.py: each use has its reason; the rest by every run of a Trainer",
     "strategies/joint.py": "sync/test_sync.py and strategies/test_models.py: several optimizers as one",
-    "strategies/loaders.py": "strategies/test_checkpoint.py: the place in the data",
-    "strategies/local_sgd.py": "test_strategies.py",
-    "strategies/presets.py": "test_strategies.py",
-    "strategies/signals.py": "strategies/test_faults.py",
-    "strategies/uneven.py": "strategies/test_rendezvous.py",
-    "sync/report.py": "it holds numbers only",
+    "strategies/loaders.py": "strategies/checkpoint/test_resume.py: the place in the data",
+    "strategies/presets.py": "strategies/test_local_sgd.py",
+    "sync/report.py": "a record of numbers without behaviour",
 }
-# Tests of several modules together, and what of.
+# Tests of several modules together, and their subjects.
 OF_THE_WHOLE = {
     "functional/test_separable.py": "the separable form of the learned step equals the plain one",
     "meta/test_reality.py": "simulated rounds equal real ones",
-    "optim/test_optim.py": "the contract of outer optimizers",
-    "strategies/test_atomic.py": "checkpoint/atomic.py",
-    "strategies/test_checkpoint.py": "checkpoint/",
-    "strategies/test_faults.py": "signals, lost workers, full disks",
+    "optim/test_optim.py": "outer optimizers as torch optimizers",
     "strategies/test_models.py": "odd models, loops and launchers",
-    "strategies/test_parts.py": "checkpoint/worker_files.py",
     "strategies/test_ranks.py": "workers of several ranks",
-    "strategies/test_rendezvous.py": "unequal data and speeds",
     "strategies/test_travel.py": "options of a sync under a Trainer",
     "test_architecture.py": "the layers, the public names, and the places of tests",
     "test_examples.py": "the examples run",
@@ -89,7 +87,6 @@ OF_THE_WHOLE = {
     "test_quality.py": "lint, format and types",
     "test_readme.py": "the blocks of the README run",
     "test_soak.py": "runs that are killed go on bitwise",
-    "test_strategies.py": "the strategies under a Trainer",
     "test_third_party.py": "models of others train unchanged",
     "test_wire.py": "transfers on links of a limited rate",
 }
@@ -131,6 +128,12 @@ def test_public_names():
         assert thing.__module__.startswith("lightning_lopt."), name
 
 
+def test_errors_of_the_readme_are_exported():
+    named = set(re.findall(r"`(\w+Error)`", (ROOT.parent / "README.md").read_text()))
+    assert {"CheckpointError", "DisagreementError", "WorkerLostError"} <= named
+    assert {name for name in named if not hasattr(builtins, name)} <= set(lightning_lopt.__all__)
+
+
 def test_every_module_says_what_it_is_for():
     for module in MODULES:
         name = "lightning_lopt." + module.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
@@ -170,3 +173,77 @@ def test_the_readme_names_tests_that_exist():
     named = set(re.findall(r"`(test_\w+)`", (TESTS / "README.md").read_text()))
     assert len(named) > 50
     assert named <= defined
+
+
+PRIVATE = re.compile(r"_[a-zA-Z]\w*")
+CALLS = {"getattr", "hasattr", "setattr", "delattr"}
+HOSTED = [m for m in MODULES if m.startswith("strategies/") or m in ("callbacks.py", "virtual/worker_batches.py")]
+
+
+def _private_uses(source: str) -> list[str]:
+    """The names with an underscore that do not belong to the classes of a module, by line."""
+    tree, found = ast.parse(source), []
+    nodes = list(ast.walk(tree))
+    stored = [n for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)]
+    own = {n.attr for n in stored if isinstance(n.value, ast.Name) and n.value.id == "self"}
+    for c in nodes:
+        if isinstance(c, ast.ClassDef):
+            own |= {f.name for f in c.body if isinstance(f, ast.FunctionDef)}
+    for node in nodes:
+        names: list[str] = []
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names = [part for name in (*modules, *(a.name for a in node.names)) for part in name.split(".")]
+        elif isinstance(node, ast.Attribute):
+            of_self = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            names = [] if of_self and node.attr in own else [node.attr]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CALLS:
+            names = [a.value for a in node.args[1:2] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        found += [f"line {getattr(node, 'lineno', 0)}: {name}" for name in names if PRIVATE.fullmatch(name)]
+    return found
+
+
+@pytest.mark.parametrize("module", [m for m in HOSTED if m != "strategies/host.py"])
+def test_private_api_of_the_host_is_used_in_one_module(module):
+    assert _private_uses((ROOT / module).read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from torch.nn.modules.batchnorm import _BatchNorm",
+        "from lightning.fabric.utilities.data import _set_sampler_epoch as set_epoch",
+        "from torch._C._distributed_c10d import Store",
+        "import torch._C",
+        "trainer.fit_loop.epoch_loop._should_accumulate()",
+        "self._timeout",
+        "class A:\n    def f(self):\n        self.trainer._active_loop = None",
+        "super()._configure_launcher()",
+        "getattr(callback, '_average_model', None)",
+    ],
+)
+def test_private_api_is_recognized(source):
+    assert _private_uses(source)
+    assert not _private_uses("class A:\n    def f(self):\n        self._x = self._g()\n    def _g(self): ...")
+
+
+def test_no_private_name_of_the_host_is_redefined():
+    """A private method or attribute with a name of the host's base class would replace it unseen."""
+    base = DDPStrategy()
+    (tree,) = [c for c in ast.walk(ast.parse((ROOT / "strategies/local_sgd.py").read_text())) if _is_class(c)]
+    stored = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)]
+    own = {n.attr for n in stored} | {f.name for f in tree.body if isinstance(f, ast.FunctionDef)}
+    private = {name for name in own if PRIVATE.fullmatch(name)}
+    assert "_workers" in private
+    assert {name for name in private if hasattr(base, name)} == set()
+
+
+def _is_class(node: ast.AST) -> bool:
+    return isinstance(node, ast.ClassDef)
+
+
+def test_every_use_of_private_api_has_a_reason():
+    functions = [f for f in vars(host).values() if inspect.isfunction(f) and f.__module__ == host.__name__]
+    public = [f for f in functions if not f.__name__.startswith("_")]
+    assert len(public) > 20
+    assert [f.__name__ for f in public if "Reason:" not in (f.__doc__ or "")] == []

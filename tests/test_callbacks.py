@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_lopt import LOSCAR, BatchNormReestimation, LocalSGD, RoundMonitor, SlowMo
 from tests.processes import run_workers
-from tests.strategies_support import Classifier, flat, loader, trainer
+from tests.strategies.support import Classifier, flat, loader, trainer
 
 
 class Normed(Classifier):

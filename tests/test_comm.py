@@ -14,7 +14,7 @@ import torch
 from lightning_lopt import DiLoCo
 from lightning_lopt.comm import Communicator, DisagreementError
 from tests.processes import run_workers
-from tests.strategies_support import Classifier, loader, trainer
+from tests.strategies.support import Classifier, loader, trainer
 
 
 def _collectives(rank, ranks_per_worker):

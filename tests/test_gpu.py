@@ -9,7 +9,7 @@ import torch
 
 from lightning_lopt import LearnedOptimizer
 from tests.processes import run_command
-from tests.strategies_support import check_script, write_script
+from tests.strategies.support import check_script, write_script
 
 NUM_WORKERS = min(2, torch.cuda.device_count())
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(NUM_WORKERS == 0, reason="there is no CUDA device")]

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lopt import AdaMLP, LearnedLocalSGD, SlowMo
 from tests.processes import run_workers
-from tests.strategies_support import Classifier, flat, loader, trainer
+from tests.strategies.support import Classifier, flat, loader, trainer
 
 EPOCHS, NUM_WORKERS = 5, 2
 STRATEGIES = {

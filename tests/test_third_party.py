@@ -20,7 +20,7 @@ from torchvision.models import detection
 
 from lightning_lopt import LearnedLocalSGD
 from tests.processes import run_workers
-from tests.strategies_support import flat, trainer
+from tests.strategies.support import flat, trainer
 
 LOCAL_STEPS, NUM_WORKERS, BATCH = 5, 2, 4
 IMAGE_SIZE, CLASSES, VOCABULARY, LENGTH = 32, 4, 40, 12

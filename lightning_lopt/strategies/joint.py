@@ -9,10 +9,10 @@ from torch.optim import Optimizer
 
 
 class JointOptimizer:
-    """The parameter groups of several optimizers, in an order that stays when groups are added.
+    """The parameter groups and states of several optimizers, in an order that stays when groups are added.
 
     Args:
-        optimizers: of one module, a GAN's for example; their own list is followed.
+        optimizers: Optimizers of one module, for example of a GAN; groups that they are given later are found.
 
     Example:
         >>> import torch
@@ -28,7 +28,7 @@ class JointOptimizer:
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self._optimizers = optimizers
-        self._order: list[tuple[int, int]] = []  # not the groups: loading a state replaces them
+        self._order: list[tuple[int, int]] = []  # positions, not the groups: loading a state replaces those
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -39,5 +39,5 @@ class JointOptimizer:
 
     @property
     def state(self) -> dict[Any, dict[str, Any]]:
-        """Every parameter's state, the optimizers' own dictionaries."""
+        """Every parameter's state, in the optimizers' own dictionaries."""
         return {p: state for optimizer in self._optimizers for p, state in optimizer.state.items()}

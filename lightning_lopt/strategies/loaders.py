@@ -1,54 +1,44 @@
-"""Ordinary DataLoaders that go on in mid-epoch where a checkpoint left them."""
+"""Ordinary DataLoaders that go on within an epoch where a checkpoint left them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
-from lightning.fabric.utilities.data import _set_sampler_epoch, has_iterable_dataset
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
-from lightning.fabric.utilities.types import _Stateful
+from lightning.fabric.utilities.data import has_iterable_dataset
 from torch.utils.data import DataLoader
 
-
-def random_state() -> dict[str, Any]:
-    """The states of torch, CUDA, numpy and Python, as types that `torch.load(weights_only=True)` accepts."""
-    states = _collect_rng_states()
-    if "numpy" in states:
-        states["numpy"] = [x.tolist() if isinstance(x, np.ndarray) else x for x in states["numpy"]]
-    return states
-
-
-def set_random_state(states: Mapping[str, Any]) -> None:
-    """Restore what `random_state` returned."""
-    _set_rng_states(dict(states))
+from lightning_lopt.strategies import host
+from lightning_lopt.virtual.worker_batches import index_sampler, set_index_sampler
 
 
 class IndexSampler:
-    """A loader's index sampler that remembers the random states of its epoch's start, and can skip the first indices.
+    """A loader's index sampler that remembers the random states at its epoch's start, and can skip the first indices.
 
     Args:
-        loader: a `DataLoader` of a map-style dataset.
-        at_once: indices that are consumed together.
+        loader: `DataLoader` of a map-style dataset.
+        at_once: Indices that are consumed together.
+
+    Attributes:
+        wrapped: The loader's own index sampler.
     """
 
     def __init__(self, loader: DataLoader, at_once: int = 1) -> None:
         self.at_once = at_once
-        self._sampler: Any = loader._index_sampler
+        self.wrapped: Any = index_sampler(loader)
         generators = [loader.generator, getattr(loader.sampler, "generator", None)]
         self._generators = [g for i, g in enumerate(generators) if g is not None and g not in generators[:i]]
         self._start: dict[str, Any] | None = None
         self._skip = 0
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # copying and pickling ask before there is a sampler
+        if name.startswith("__") or name == "wrapped":  # copying and pickling ask before there is a sampler
             raise AttributeError(name)
-        return getattr(self._sampler, name)
+        return getattr(self.wrapped, name)
 
     def __len__(self) -> int:
-        return len(self._sampler)
+        return len(self.wrapped)
 
     def __iter__(self) -> Iterator[Any]:  # runs at the first index, when samplers draw their seeds
         skip, self._skip = self._skip, 0
@@ -57,7 +47,7 @@ class IndexSampler:
             self._set_random_state(self._start)
         else:
             self._start = now
-        indices = iter(self._sampler)
+        indices = iter(self.wrapped)
         for _ in range(skip):
             next(indices)
         if skip:
@@ -65,10 +55,10 @@ class IndexSampler:
         yield from indices
 
     def _random_state(self) -> dict[str, Any]:
-        return {"global": random_state(), "generators": [g.get_state() for g in self._generators]}
+        return {"global": host.random_state(), "generators": [g.get_state() for g in self._generators]}
 
     def _set_random_state(self, state: Mapping[str, Any]) -> None:
-        set_random_state(state["global"])
+        host.set_random_state(state["global"])
         self.set_generators(state["generators"])
 
     def set_generators(self, states: list[torch.Tensor]) -> None:
@@ -77,7 +67,7 @@ class IndexSampler:
             generator.set_state(state)
 
     def state_dict(self, consumed: int) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on after `consumed` indices of this epoch."""
+        """Return the state with which `load_state_dict` goes on after the consumed indices of this epoch."""
         generators = [g.get_state() for g in self._generators]
         return {"consumed": consumed, "start": self._start, "generators": generators}
 
@@ -95,65 +85,73 @@ class ResumableLoaders:
 
     def __init__(self) -> None:
         self._states: list[dict[str, Any] | None] = []
-        self._loaders: list[tuple[DataLoader, str, IndexSampler] | None] = []
+        self._loaders: list[tuple[DataLoader, IndexSampler] | None] = []
 
     def wrap(self, loader: Any, epoch: int, at_once: int = 1) -> None:
-        """Follow the next loader; put it where its state says.
+        """Follow the next loader, and put it where its state says.
 
         Args:
-            loader: of batches.
-            epoch: that begins or goes on.
-            at_once: batches that make one step.
+            loader: Loader of batches.
+            epoch: Epoch that begins or goes on.
+            at_once: Batches that make one step.
         """
         state = self._states[len(self._loaders)] if len(self._loaders) < len(self._states) else None
-        stateful = isinstance(loader, _Stateful)
-        if stateful or not isinstance(loader, DataLoader) or has_iterable_dataset(loader):
+        if host.is_stateful(loader) or not isinstance(loader, DataLoader) or has_iterable_dataset(loader):
             self._loaders.append(None)
             return
-        name = "sampler" if loader.batch_sampler is None else "batch_sampler"
         sampler = IndexSampler(loader, at_once)
-        vars(loader)[name] = sampler  # DataLoader refuses the assignment
+        set_index_sampler(loader, sampler)
         if state is not None:
-            _set_sampler_epoch(loader, epoch)  # loader processes fetch before Lightning sets it
+            host.set_sampler_epoch(loader, epoch)
             sampler.load_state_dict(state)
-        self._loaders.append((loader, name, sampler))
+        self._loaders.append((loader, sampler))
 
     def load_state_dicts(self, states: list[dict[str, Any] | None], epoch: int) -> None:
-        """Put the loaders, those that are yet to be wrapped too, where `state_dicts` says; make new iterators then."""
+        """Put the loaders where `state_dicts` says, also those that are yet to be wrapped; make new iterators then.
+
+        Args:
+            states: One state per loader.
+            epoch: Epoch that goes on.
+        """
         self._states = states
         for entry, state in zip(self._loaders, states, strict=False):
             if entry is not None and state is not None:
-                _set_sampler_epoch(entry[0], epoch)
-                entry[2].load_state_dict(state)
+                host.set_sampler_epoch(entry[0], epoch)
+                entry[1].load_state_dict(state)
 
     def start(self) -> None:
         """Give the users' generators the states that they had: making an iterator has drawn from them."""
         for entry, state in zip(self._loaders, self._states, strict=False):
             if entry is not None and state is not None:
-                entry[2].set_generators(state["generators"])
+                entry[1].set_generators(state["generators"])
         self._states = []  # loaders that are made later begin their epochs
 
     def state_dicts(self, consumed: int, *, cycle: bool) -> list[dict[str, Any] | None]:
-        """One state per loader, after `consumed` batches of the epoch.
+        """Return one state per loader.
 
         Args:
-            consumed: batches.
-            cycle: whether loaders shorter than that began anew, rather than ended.
+            consumed: Batches of this epoch so far.
+            cycle: Whether loaders shorter than that began anew, rather than ended.
         """
         states = []
         for entry in self._loaders:
             if entry is None:
                 states.append(None)
                 continue
-            length = max(len(entry[0]) // entry[2].at_once, 1)
+            loader, sampler = entry
+            length = max(len(loader) // sampler.at_once, 1)
             position = (consumed - 1) % length + 1 if cycle and consumed else min(consumed, length)
-            states.append(entry[2].state_dict(position))
+            states.append(sampler.state_dict(position))
         return states
 
     def unwrap(self) -> None:
-        """Leave the loaders as they were."""
+        """Leave the loaders as they were, and follow no more."""
         for entry in self._loaders:
             if entry is not None:
-                loader, name, sampler = entry
-                vars(loader)[name] = sampler._sampler
+                loader, sampler = entry
+                set_index_sampler(loader, sampler.wrapped)
         self._loaders.clear()
+
+    def forget(self) -> None:
+        """Follow no loader, and put the next ones nowhere."""
+        self._loaders, self._states = [], []

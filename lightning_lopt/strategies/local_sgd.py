@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import DeepSpeedPrecision, FSDPPrecision, Precision
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.constants import default_pg_timeout
@@ -28,19 +28,25 @@ from lightning_lopt.functional.merge import MergeRule
 from lightning_lopt.rounds import Rounds, check_combination
 from lightning_lopt.schedules import RoundInfo, as_schedule
 from lightning_lopt.selection import Selection
+from lightning_lopt.strategies import host
 from lightning_lopt.strategies.averaging import refuse_averaging
+from lightning_lopt.strategies.callbacks import FirstCallback, LastCallback
+from lightning_lopt.strategies.checkpoint.atomic import AtomicCheckpointIO
+from lightning_lopt.strategies.checkpoint.resume import Resume
+from lightning_lopt.strategies.checkpoint.writing import CheckpointWriter
+from lightning_lopt.strategies.errors import explain_lost_worker
 from lightning_lopt.strategies.joint import JointOptimizer
 from lightning_lopt.strategies.loaders import ResumableLoaders
-from lightning_lopt.strategies.signals import SignalCallback, Signals, explained
-from lightning_lopt.strategies.uneven import RoundCallback, UnevenInputs
-from lightning_lopt.strategies.virtual import VirtualWorkersStrategy
+from lightning_lopt.strategies.signals import Signals
+from lightning_lopt.strategies.uneven import UnevenInputs
+from lightning_lopt.strategies.virtual import ProcessRounds, workers_of_process
 from lightning_lopt.sync.options import LocalState, SyncOptions
 from lightning_lopt.sync.status import SyncPoint
 from lightning_lopt.sync.sync import EvalWeights
 from lightning_lopt.worker_speeds import Speeds, check_speeds
 
 
-class LocalSGD(VirtualWorkersStrategy):
+class LocalSGD(DDPStrategy):
     r"""Local SGD: every worker takes H local steps, then all continue from the average of their parameters.
 
     .. math:: a \leftarrow \mathrm{Outer}\big(a,\; a - \tfrac1K \sum_i y_i\big), \qquad y_i \leftarrow a
@@ -51,42 +57,49 @@ class LocalSGD(VirtualWorkersStrategy):
 
     Args:
         local_steps: H >= 1 in optimizer steps, or a schedule (`QSR`, or a callable from `RoundInfo` to an integer);
-            begin with 16, or the least with which a sync costs a tenth of the time.
-        outer_optimizer: makes a torch optimizer from parameter groups, whose `.grad` is the averaged
+            begin with 16, or the least H with which a sync costs a tenth of the time.
+        outer_optimizer: Makes a torch optimizer from parameter groups, whose `.grad` is the averaged
             pseudo-gradient, e.g. `partial(torch.optim.AdamW, lr=1e-3)`; None averages.
-        density: share of the coordinates that a sync sends, in (0, 1], drawn anew in every round.
-        selection: instead of a density: `Fragments(...)`, or any `Selection`.
+        density: Share of the coordinates that a sync sends, in (0, 1], drawn anew in every round.
+        selection: Coordinates that a sync sends, instead of a density: `Fragments(...)`, or any `Selection`.
         compression: `"bf16"`, `"int8"`, `TopK(...)` or any `Codec`, with error feedback; None for float32.
-        overlap_steps: Q >= 0 of the H local steps are taken while the sync is in flight, at most H - 1.
-        merge: how a sync lands that was in flight: `"delay_corrected"`, `"overwrite"`, or a number α in [0, 1], the
-            weight of the worker's own parameters in a blend, also without overlap.
-        worker_speeds: one positive number per worker, or `"measured"`: the fastest takes H steps in a round, the others
+        overlap_steps: Number Q >= 0 of the H local steps that are taken while the sync is in flight, at most H - 1.
+        merge: Rule by which a sync lands that was in flight: `"delay_corrected"`, `"overwrite"`, or a number α in
+            [0, 1], the weight of the worker's own parameters in a blend, also without overlap.
+        worker_speeds: One positive number per worker, or `"measured"`: the fastest takes H steps in a round, the others
             in proportion, so that nobody waits; they meet at the ends of epochs. None is H for all.
-        local_state: what becomes of the local optimizer's state at a sync: `"keep"`, `"reset"` or `"average"`.
-        sharded: each worker does the outer step of some tensors and holds their outer state alone; LAgg-A then costs
-            the bytes of an all-reduce.
-        ranks_per_worker: consecutive processes that are one worker, or `"node"` for all on a node: their gradients are
-            averaged in every step, on the fast link between them; rounds are between workers.
-        virtual_workers: K workers take turns in one process on one device, each on a batch of its own in every step.
-        eval_weights: what validation and checkpoints see in mid-round: `"anchor"`, the last synced weights, without
-            communication, or `"mean"`, the workers' present average; None means the mean for plain averaging and
-            where a sync sends only a part, else the anchor. After an exception it is always the anchor.
-        accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin: usually left to the
-            Trainer.
-        process_group_backend: `"gloo"`, `"nccl"`, ...; by default what fits the device.
-        timeout: after which a collective fails that some worker does not join.
-        start_method: how the Trainer starts worker processes: `"popen"`, `"spawn"`, `"fork"` or `"forkserver"`.
+        local_state: Treatment of the local optimizer's state at a sync: `"keep"`, `"reset"` or `"average"`.
+        sharded: Whether each worker does the outer step of some tensors alone and holds their outer state; LAgg-A then
+            costs the bytes of an all-reduce.
+        ranks_per_worker: Number of consecutive processes that are one worker, or `"node"` for all on a node: their
+            gradients are averaged in every step, on the fast link between them; rounds are between workers.
+        virtual_workers: Number of workers that take turns in one process on one device, each on a batch of its own in
+            every step.
+        eval_weights: Weights that validation and checkpoints see within a round: `"anchor"`, the last synced ones,
+            without communication, or `"mean"`, the workers' present average; None means the mean for plain averaging
+            and where a sync sends only a part, else the anchor. After an exception it is always the anchor.
+        accelerator: Usually left to the Trainer, as are the next four.
+        parallel_devices: Devices of the processes on this node.
+        cluster_environment: Environment that says which process this is.
+        checkpoint_io: Reader and writer of checkpoints; by default one that replaces files as a whole.
+        precision_plugin: Plugin for the precision of training.
+        process_group_backend: `"gloo"`, `"nccl"`, ...; by default the one that fits the device.
+        timeout: Time after which a collective fails that some worker does not join.
+        start_method: Way in which the Trainer starts worker processes: `"popen"`, `"spawn"`, `"fork"` or
+            `"forkserver"`.
 
     Attributes:
-        rounds: the `Rounds` of the present fit, None before.
+        rounds: The `Rounds` of the present fit (`VirtualRounds` with virtual workers), None before.
+        signals: Handling of signals in the present fit, None before.
+        timeout: Time after which a collective fails that some worker does not join.
 
     Raises:
-        ValueError: an argument out of its range, arguments that exclude each other, nothing to train, or lazy
+        ValueError: An argument out of its range, arguments that exclude each other, nothing to train, or lazy
             parameters without a shape.
         TypeError: `outer_optimizer` cannot be called with parameters.
-        MisconfigurationException: a plugin of FSDP or DeepSpeed.
+        MisconfigurationException: A plugin of FSDP or DeepSpeed, or several processes with virtual workers.
 
-    Memory: 4 bytes per parameter for the anchor and what the outer optimizer has, 4 more during a sync, 8 with overlap;
+    Memory: 4 bytes per parameter for the anchor, the outer optimizer's state, 4 more during a sync, 8 with overlap;
     4 for error feedback, and 4 more in its syncs. Sends 2(K-1)/K × 4 bytes per parameter and round, or what `density`,
     `selection` and `compression` leave of it. Fails when H is so large that workers drift into different basins: watch
     `RoundMonitor`'s drift.
@@ -127,7 +140,6 @@ class LocalSGD(VirtualWorkersStrategy):
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
         super().__init__(
-            virtual_workers,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
@@ -137,6 +149,7 @@ class LocalSGD(VirtualWorkersStrategy):
             timeout=timeout,
             start_method=start_method,
         )
+        self._workers = workers_of_process(virtual_workers)
         if outer_optimizer is not None and (not callable(outer_optimizer) or isinstance(outer_optimizer, Optimizer)):
             raise TypeError(
                 "outer_optimizer must make an optimizer from parameters, as partial(torch.optim.SGD, lr=0.7) does, not "
@@ -163,10 +176,41 @@ class LocalSGD(VirtualWorkersStrategy):
         self._ranks_per_worker: int | Literal["node"] = ranks_per_worker
         self._worker_speeds: Speeds = worker_speeds
         check_speeds(worker_speeds)
+        self.timeout = timeout
+        self.rounds: ProcessRounds | None = None
         self.signals: Signals | None = None
+        self._comm: Communicator | None = None
         self._uneven: UnevenInputs | None = None
+        self._stepped = False  # an optimizer did, in this batch
+        self._loaders = ResumableLoaders()
+        self._writer = CheckpointWriter(self, self._workers, self._loaders)
+        self._resume = Resume(self, self._workers, self._loaders)
 
-    # -- setup ----------------------------------------------------------------------------------------------------
+    # -- processes and workers ------------------------------------------------------------------------------------
+
+    @property
+    def num_workers(self) -> int:
+        """K: workers of all processes; a worker may be several processes, a process several virtual workers."""
+        return self.world_size // self._ranks_of_worker * self._workers.number
+
+    @property
+    def num_parts(self) -> int:
+        """Number of workers' states in a checkpoint: one of each process, or of each virtual worker."""
+        return self.world_size * self._workers.number
+
+    @property
+    def own_parts(self) -> range:
+        """Numbers of the states that belong to this process."""
+        return range(self.global_rank * self._workers.number, (self.global_rank + 1) * self._workers.number)
+
+    @property
+    def _ranks_of_worker(self) -> int:
+        return max(1, self.num_processes) if self._ranks_per_worker == "node" else self._ranks_per_worker
+
+    @override
+    def set_world_ranks(self) -> None:  # called by the Trainer's constructor, before any process is started
+        self._workers.check_processes(self.num_nodes * self.num_processes)
+        super().set_world_ranks()
 
     @override
     def setup_environment(self) -> None:
@@ -178,20 +222,55 @@ class LocalSGD(VirtualWorkersStrategy):
         super().setup_environment()
 
     @override
+    def configure_ddp(self) -> None:
+        """Workers of one rank need no wrapper, and no gradient all-reduce; `Rounds` gives all the weights of rank 0."""
+        self._comm = Communicator(self.timeout, self._ranks_of_worker)
+        if self._ranks_of_worker > 1:
+            host.set_gradient_group(self, self._comm.new_group_inside())
+            super().configure_ddp()
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        self.join(SyncPoint.COLLECTIVE_WITHIN_BATCH)
+        return super().reduce(tensor, group, reduce_op)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        self.join(SyncPoint.COLLECTIVE_WITHIN_BATCH)
+        return super().broadcast(obj, src)
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if name == "train_dataloader()":  # Lightning has asked for new ones
+            self._loaders.unwrap()
+        trainer = host.trainer_of(self.lightning_module)
+        if trainer is None or not trainer.interrupted:
+            super().barrier(name)  # else the other workers may never come
+
+    # -- start and end of a fit -----------------------------------------------------------------------------------
+
+    @override
     def setup(self, trainer: pl.Trainer) -> None:
-        self._loaders = ResumableLoaders()  # configure_optimizers may set up the data
-        super().setup(trainer)
+        self._loaders.forget()
+        super().setup(trainer)  # configure_optimizers may set up the data
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        module = trainer.lightning_module
-        optimizers = self.optimizers
-        if lazy := [name for name, p in module.named_parameters() if is_lazy(p)]:
+        self._uneven = None
+        self.rounds = self._make_rounds(trainer)
+        if not trainer.lightning_module.automatic_optimization:
+            for optimizer in self.optimizers:  # sees those who step torch's own optimizer, too
+                optimizer.register_step_post_hook(self._note_step)
+        callbacks = host.callbacks_of(trainer)
+        others = [c for c in callbacks if not isinstance(c, FirstCallback | LastCallback)]
+        callbacks[:] = [FirstCallback(self), *others, LastCallback(self)]
+
+    def _make_rounds(self, trainer: pl.Trainer) -> ProcessRounds:
+        if lazy := [name for name, p in trainer.lightning_module.named_parameters() if is_lazy(p)]:
             raise ValueError(
                 f"Lazy parameters have no shape yet: {', '.join(lazy)}. Run a batch through the module in "
                 "configure_model, so that all workers begin with the same weights."
             )
-        local = optimizers[0] if len(optimizers) == 1 else cast(Optimizer, JointOptimizer(optimizers))
-        refuse_averaging(trainer, self._comm.num_workers, self._at_once)
+        refuse_averaging(trainer, self.num_workers, self._workers.number)
         make = partial(
             Rounds,
             local_steps=self._schedule,
@@ -199,102 +278,142 @@ class LocalSGD(VirtualWorkersStrategy):
             options=self._options,
             worker_speeds=self._worker_speeds,
         )
-        self.rounds = self._make_rounds(make, module, local, self._comm)
-        self._uneven = None
-        if not module.automatic_optimization:
-            for optimizer in optimizers:  # sees those who step torch's own optimizer, too
-                optimizer.register_step_post_hook(self._note_step)
-        self._resumed = False
-        callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-        others = [c for c in callbacks if not isinstance(c, RoundCallback | SignalCallback)]
-        callbacks[:] = [RoundCallback(self), *others, SignalCallback()]
-
-    @override
-    def configure_ddp(self) -> None:
-        """Workers of one rank need no wrapper, and no gradient all-reduce; `Rounds` gives all the weights of rank 0."""
-        self._comm = Communicator(self._timeout, self._ranks_inside)
-        if self._ranks_inside > 1:
-            self._ddp_kwargs["process_group"] = self._comm.new_group_inside()
-            super().configure_ddp()
-
-    @property
-    def _ranks_inside(self) -> int:
-        return self.num_processes if self._ranks_per_worker == "node" else self._ranks_per_worker
-
-    @property
-    @override
-    def _num_sending(self) -> int:
-        return self.num_workers // self._ranks_inside
+        local = self.optimizers[0] if len(self.optimizers) == 1 else JointOptimizer(self.optimizers)
+        assert self._comm is not None
+        return self._workers.make_rounds(make, trainer, local, self._comm, self.timeout)
 
     @override
     def on_train_start(self) -> None:
         super().on_train_start()
-        trainer = self._trainer
-        assert self.rounds is not None
-        if not self._resumed:
-            self.rounds.step_idx = self._steps_so_far(trainer)
-        self._uneven = UnevenInputs(trainer, self.rounds)
-        self.rounds.total_steps = self._uneven.total_steps()
-        if self.rounds.comm.num_workers == 1:
+        trainer, rounds = self._trainer, self._present_rounds
+        self._resume.start(trainer)
+        if not self._resume.goes_on:
+            rounds.step_idx = _steps_so_far(trainer)
+        self.signals = Signals(trainer, self.broadcast(uuid.uuid4().hex))
+        self._uneven = UnevenInputs(trainer, rounds, self.signals)
+        rounds.total_steps = self._uneven.total_steps()
+        if self.num_workers == 1:
             rank_zero_info(
                 "There is one worker (K = 1): nothing is communicated, and a round ends with the outer step alone."
             )
-        self.signals = Signals(trainer, self.broadcast(uuid.uuid4().hex), self._uneven.clock)
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        if self.rounds is not None:
+            self.rounds.abandon_round()
+
+    @override
+    def teardown(self) -> None:
+        self._resume.clear()
+        self._loaders.unwrap()
+        self._loaders.forget()
+        super().teardown()
+
+    @property
+    def _trainer(self) -> pl.Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    @property
+    def _present_rounds(self) -> ProcessRounds:
+        assert self.rounds is not None
+        return self.rounds
+
+    @property
+    def _is_fitting(self) -> bool:
+        trainer = host.trainer_of(self.lightning_module)
+        return trainer is not None and trainer.state.fn == TrainerFn.FITTING
+
+    @property
+    def _is_training(self) -> bool:  # and does not validate within a fit
+        return self._is_fitting and self._trainer.training
+
+    # -- data -----------------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        own = super().distributed_sampler_kwargs
+        return self._workers.sampler_kwargs(own) if self._is_training else own
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        if not self._is_training:
+            return super().process_dataloader(dataloader)
+        self._workers.interleave(dataloader)
+        loader = super().process_dataloader(dataloader)
+        self._loaders.wrap(loader, host.epochs_done(self._trainer), self._workers.number)
+        return self._workers.deal(loader)
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
     @override
-    def optimizer_step(
-        self,
-        optimizer: Optimizer,
-        closure: Callable[[], Any],
-        model: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        self._note_step()
-        if self._trainer.lightning_module.automatic_optimization:
-            self._tick()
-        return output
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        self._resume.begin_batch(self._trainer)
+        self._workers.begin_batch(self._trainer, batch, batch_idx)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         self._stepped = False
-        output = super().training_step(*args, **kwargs)
+        output = self._workers.training_step(partial(super().training_step, **kwargs), self._trainer, args)
         if self._stepped and not self._trainer.lightning_module.automatic_optimization:
-            self._tick()  # once per batch, however many optimizers stepped
+            self._end_step()  # once per batch, however many optimizers stepped
+        return output
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        step = partial(super().optimizer_step, optimizer, closure, model, **kwargs)
+        output = self._workers.optimizer_step(step, self._trainer)
+        self._note_step()
+        if self._trainer.lightning_module.automatic_optimization:
+            self._end_step()
         return output
 
     def _note_step(self, *_: Any) -> None:
         self._stepped = True
 
-    def _tick(self) -> None:
-        assert self.rounds is not None
-        with explained(self._timeout):
-            self.rounds.step()  # attempts count: all ranks make as many
+    def _end_step(self) -> None:
+        with explain_lost_worker(self.timeout):
+            self._present_rounds.step()  # attempts count: all ranks make as many
 
-    @staticmethod
-    def _steps_so_far(trainer: pl.Trainer) -> int:
-        """Local steps before this fit: with manual optimization `global_step` counts every optimizer."""
-        if trainer.lightning_module.automatic_optimization:
-            return trainer.global_step
-        return trainer.fit_loop.total_batch_idx + 1
+    def end_batch(self, batch_idx: int) -> None:
+        """Call the hook of a batch's end for virtual workers, and act on signals, after the hooks of all callbacks.
+
+        Args:
+            batch_idx: Index of the batch in its epoch.
+        """
+        assert self.signals is not None
+        assert self._uneven is not None
+        self._workers.end_batch(self._trainer, batch_idx)
+        self.signals.act(self._uneven.common_step())
 
     # -- global weights -------------------------------------------------------------------------------------------
 
     def join(self, point: SyncPoint) -> None:
-        """Wait for the other workers, if they may be unequally far."""
+        """Wait for the other workers, if they may be unequally far.
+
+        Args:
+            point: Point that this worker has come to.
+        """
         if self._uneven is None:
             return
-        if self._trainer.state.fn == TrainerFn.FITTING and not self._trainer.interrupted:
-            with explained(self._timeout):
+        if self._is_fitting and not self._trainer.interrupted:
+            with explain_lost_worker(self.timeout):
                 self._uneven.join(point)
 
     def swap_in_global_weights(self) -> None:
         """Show the global weights to whoever evaluates or saves, until `on_validation_end`."""
-        if self.rounds is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            with explained(self._timeout):
+        if self.rounds is not None and self._is_fitting:
+            with explain_lost_worker(self.timeout):
                 self.rounds.swap_in("anchor" if self._trainer.interrupted else self._eval_weights)
+
+    @override
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        if self._is_fitting:
+            self._workers.zero_gradients(self._trainer)
 
     @override
     def on_validation_end(self) -> None:
@@ -313,29 +432,49 @@ class LocalSGD(VirtualWorkersStrategy):
         finally:
             self.rounds.swap_out()
 
-    @override
-    def on_exception(self, exception: BaseException) -> None:
-        super().on_exception(exception)
-        if self.rounds is not None:
-            self.rounds.abandon_round()
+    # -- checkpoints ----------------------------------------------------------------------------------------------
 
-    # -- processes ------------------------------------------------------------------------------------------------
-
+    @property
     @override
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        self.join(SyncPoint.COLLECTIVE_WITHIN_BATCH)
-        return super().reduce(tensor, group, reduce_op)
+    def checkpoint_io(self) -> CheckpointIO:
+        return host.checkpoint_io_of(self, AtomicCheckpointIO)
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        host.set_checkpoint_io(self, io)
 
     @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        self.join(SyncPoint.COLLECTIVE_WITHIN_BATCH)
-        return super().broadcast(obj, src)
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        write = partial(super().save_checkpoint, checkpoint, filepath, storage_options=storage_options)
+        if self.rounds is None or "optimizer_states" not in checkpoint:  # weights alone
+            write()
+            return
+        assert self._comm is not None
+        automatic = self._trainer.lightning_module.automatic_optimization
+        accumulating = host.accumulates_gradients(self._trainer) if automatic else not self._stepped
+        self._writer.write(
+            self._trainer, self.rounds, self._comm, checkpoint, filepath, write, accumulating=accumulating
+        )
 
     @override
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        module = self.lightning_module
-        if module is None or module._trainer is None or not module.trainer.interrupted:
-            super().barrier(*args, **kwargs)  # else the other workers may never come
+    def remove_checkpoint(self, filepath: Any) -> None:
+        super().remove_checkpoint(filepath)
+        self._writer.remove_files(filepath)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        checkpoint_path = self.broadcast(checkpoint_path)  # "best" may be another name where steps are unequal
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        if self._is_fitting:
+            self._resume.read(checkpoint, checkpoint_path, weights_only)
+        return checkpoint
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        super().load_optimizer_state_dict(checkpoint)
+        self._resume.restore(self._trainer, self._present_rounds, checkpoint)
+
+    # -- registry -------------------------------------------------------------------------------------------------
 
     @classmethod
     @override
@@ -347,3 +486,10 @@ class LocalSGD(VirtualWorkersStrategy):
                 description=f"{cls.__name__} with `start_method` '{start_method}'",
                 start_method=start_method,
             )
+
+
+def _steps_so_far(trainer: pl.Trainer) -> int:
+    """The local steps before this fit: with manual optimization `global_step` counts every optimizer."""
+    if trainer.lightning_module.automatic_optimization:
+        return trainer.global_step
+    return trainer.fit_loop.total_batch_idx + 1

@@ -24,12 +24,15 @@ class SlowMo(LocalSGD):
 
     Args:
         local_steps: H >= 1, or a schedule.
-        outer_lr: α > 0; 1 is usual.
-        momentum: β in [0, 1); the authors suggest .2 for 4 workers, .5 for 8, .6 for 16.
-        **kwargs: those of `LocalSGD`.
+        outer_lr: Step size α > 0; 1 is usual.
+        momentum: Decay β in [0, 1); the authors suggest .2 for 4 workers, .5 for 8, .6 for 16.
+        **kwargs: Arguments of `LocalSGD`.
 
-    Memory: 4 bytes per parameter on top of `LocalSGD`; the same bytes per round. Fails where β is too large
-    for so few workers: the steps overshoot.
+    Raises:
+        ValueError: α or β is out of its range.
+
+    Memory: 4 bytes per parameter on top of `LocalSGD`; the same bytes per round. Fails where β is too
+    large for the number of workers: the steps overshoot.
 
     Source: arXiv 1910.00643, algorithm 1.
 
@@ -60,12 +63,12 @@ class DiLoCo(LocalSGD):
 
     Args:
         local_steps: H >= 1, or a schedule; the paper has 500.
-        outer_lr: η > 0; the paper has 0.7.
-        momentum: μ in [0, 1); the paper has 0.9, and 0 is plain SGD.
-        **kwargs: those of `LocalSGD`.
+        outer_lr: Step size η > 0; the paper has 0.7.
+        momentum: Decay μ in [0, 1); the paper has 0.9, and 0 is plain SGD.
+        **kwargs: Arguments of `LocalSGD`.
 
     Raises:
-        ValueError: η or μ out of its range.
+        ValueError: η or μ is out of its range.
 
     Memory: 4 bytes per parameter on top of `LocalSGD`; the same bytes per round. Fails with momentum in the local
     optimizer at a large rate, where the usual setting can diverge: lower η and μ.
@@ -99,23 +102,23 @@ class LOSCAR(LocalSGD):
     .. math:: x_{ij} = a_j + (z_{ij} - y_{ij}) \quad (j \in S), \qquad x_{ij} = z_{ij} \quad (j \notin S)
 
     y are worker i's parameters when the sync is launched, z when it is finished, and a is the mean of y, or any outer
-    step from it. There is no common model between syncs: the workers' mean, which the merge preserves, is evaluated.
+    step from it. There is no common model between syncs; the workers' mean is evaluated, which the merge preserves.
     Workers may take unequal numbers of steps, H_i and Q_i in proportion to `worker_speeds`; they count 1/K each.
     With density 1 this is CoCoD-SGD, with overlap 0 and one local step SPARTA, with density 1 and overlap 0 Local SGD.
 
     Args:
         local_steps: H >= 1, all local steps of a round, or a schedule; a round of at most Q steps overlaps all but one.
-        overlap_steps: Q >= 0, less than H; best as many steps as the transfer takes.
-        density: share of the coordinates, in (0, 1]; 0.1 is a start.
-        **kwargs: those of `LocalSGD`.
+        overlap_steps: Number of steps Q >= 0 in flight, less than H; best as many as the transfer takes.
+        density: Share of the coordinates, in (0, 1]; 0.1 is a start.
+        **kwargs: Arguments of `LocalSGD`.
 
     Raises:
-        ValueError: an overlap without room, or an outer optimizer that needs whole tensors.
+        ValueError: The overlap has no room, or the outer optimizer needs whole tensors.
 
     Memory: 4 bytes per parameter for the anchor, 8 × density for the next round's coordinates, which are drawn ahead,
-    and during a sync 16 × density for its coordinates, y and what is in flight. Sends density × 2(K-1)/K × 4 bytes per
-    parameter and round. Fails when H / density steps, the time in which a coordinate is sent about once, let the
-    workers drift apart: watch `RoundMonitor`'s drift.
+    and during a sync 16 × density for its coordinates, y, and the values in flight. Sends density × 2(K-1)/K × 4 bytes
+    per parameter and round. Fails when workers drift apart within H / density steps, in which each coordinate is sent
+    about once: watch `RoundMonitor`'s drift.
 
     Source: arXiv 2605.20866.
 
@@ -141,27 +144,27 @@ class LearnedLocalSGD(LocalSGD):
 
     .. math:: a \leftarrow a - \mathrm{step}(\mathrm{MLP}(\text{Ada features of } a, g))
 
-    There is nothing to tune: the bundled weights are the default. For each coordinate they weigh three forms of a
-    Nesterov step s, plain, orthogonalised and whitened (`AdaMLP.base_step`), and gate and correct their mean:
+    There is nothing to tune: the bundled weights are the default. For each coordinate the network weighs three forms of
+    a Nesterov step s, plain, orthogonalised and whitened (`AdaMLP.base_step`), and gates and corrects their mean:
     :math:`\mathrm{step} = e^m (w_1 s + w_2 O(s) + w_3 W(s)) + d\,\mathrm{rms}(s)`. A step that is not finite, or more
     than 100 times the averaged one, is replaced by averaging, with a warning.
 
     Args:
         local_steps: H >= 1, or a schedule.
-        network: an `AdaMLP`, a path to a weights file, the name of bundled weights, or None for the default ones.
-        **kwargs: those of `LocalSGD`, without `outer_optimizer`.
+        network: An `AdaMLP`, a path to a weights file, the name of bundled weights, or None for the default ones.
+        **kwargs: Arguments of `LocalSGD`, without `outer_optimizer`.
 
     Raises:
-        WeightsError: a weights file that cannot be used.
-        ValueError: a network that belongs to another number of workers.
+        WeightsError: The weights file cannot be used.
+        ValueError: The network belongs to another number of workers.
 
     Memory: 16 bytes per parameter and a little per row and column on top of `LocalSGD`, and for the default's Gram
     matrices 3 to 16 more in usual models (of a matrix n × m at most 4 min(4, 512/n) + 4 min(4, 512/m)); the same bytes
     per round (LAgg-A: K-1 all-gathered payloads instead of an all-reduce, and K times the memory during a sync; an
     all-reduce's bytes and 1/K of the state with `sharded=True`).
 
-    When it fails: on convolutions with momentum in the local optimizer and on low-rank factors (LoRA), at a large rate;
-    on inputs of very unlike scales.
+    Fails on convolutions with momentum in the local optimizer and on low-rank factors (LoRA), at a large rate;
+    and on inputs of very unlike scales.
 
     Source: arXiv 2312.02204.
 

@@ -1,93 +1,43 @@
-"""What happens when a worker is lost or told to stop."""
+"""SIGTERM and SLURM's requeue signal: all workers act on them after the same batch."""
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
-from torch._C._distributed_c10d import PrefixStore, Store
-from torch.distributed import DistError, DistNetworkError
-from torch.distributed.distributed_c10d import _get_default_store
-from typing_extensions import override
+from torch.distributed import DistNetworkError
 
-from lightning_lopt.comm import DisagreementError
-
-
-class WorkerLostError(RuntimeError):
-    """Another worker died or hangs, and so a collective failed."""
-
-
-@contextmanager
-def explained(timeout: timedelta | None) -> Iterator[None]:
-    """Say what the backend's error means, if a collective fails inside.
-
-    Args:
-        timeout: of the collectives.
-
-    Raises:
-        WorkerLostError: instead of the error of gloo or NCCL.
-    """
-    try:
-        yield
-    except DisagreementError:
-        raise
-    except RuntimeError as error:
-        text = str(error)
-        if not isinstance(error, DistError) and not any(name in text for name in ("gloo", "NCCL")):
-            raise
-        raise WorkerLostError(
-            f"Another worker died, or did not come to this sync within {timeout}: {text.splitlines()[0]}. Look for the "
-            "first error in the other workers' logs. The last checkpoint is intact: resume with "
-            "trainer.fit(..., ckpt_path='last'), by itself under torchrun --max-restarts. If a worker is only slow, "
-            "raise the strategy's timeout; if it reduces something in every batch while others are out of data, do so "
-            "once per epoch: self.log(..., sync_dist=True, on_step=False)."
-        ) from error
+from lightning_lopt.strategies import host
+from lightning_lopt.strategies.errors import WorkerLostError
 
 
 class Signals:
     """SIGTERM and SLURM's requeue signal act at the end of a batch, the same one on all workers.
 
-    Lightning acts inside the handlers, with collectives that wait for a worker which waits in a sync for this one.
-    Here handlers only take a note. Workers that have one, or see in the store every few seconds that another has,
-    publish their step at the end of each batch and train on until all are at the same one.
+    Lightning acts inside its handlers, with collectives; another worker may wait in a sync for this one meanwhile.
+    The handlers here only note the signal. A worker that has noted one, or finds in the store, every few seconds, that
+    another has, publishes its step at the end of each batch and trains on until all are at the same step.
 
     Args:
-        trainer: whose handlers are replaced until its fit ends.
-        name: of this fit, the same on all workers.
-        clock: a number that all workers come to, None where they cannot wait for each other.
-        interval: seconds between looks into the store.
-        patience: seconds for which a worker waits for the others.
+        trainer: Trainer whose handlers are replaced until its fit ends.
+        name: Name of this fit in the store, the same on all workers.
+        interval: Seconds between looks into the store.
+        patience: Seconds for which a worker waits for the others at a step.
     """
 
-    def __init__(
-        self, trainer: Any, name: str, clock: Callable[[], int | None], interval: float = 5.0, patience: float = 600.0
-    ) -> None:
-        self._trainer, self._clock, self._interval, self._patience = trainer, clock, interval, patience
+    def __init__(self, trainer: pl.Trainer, name: str, interval: float = 5.0, patience: float = 600.0) -> None:
+        self._trainer, self._interval, self._patience = trainer, interval, patience
         self._noted: list[Callable[[], None]] = []
         self._informed = False  # that some worker has noted a signal
-        self._store: Store | None = None
+        self._store: host.Store | None = None
         if trainer.world_size > 1:
-            self._store = PrefixStore(f"lightning_lopt/signals/{name}", _get_default_store())
+            self._store = host.shared_store(f"lightning_lopt/signals/{name}")
         self._last_look = time.monotonic()
-        connector = trainer._signal_connector
-        self._replace(connector._sigterm_notifier_fn, self._note_sigterm)
-        self._replace(connector._slurm_sigusr_handler_fn, self._note_requeue)
-        epoch_loop = trainer.fit_loop.epoch_loop
-        if hasattr(epoch_loop, "_broadcast_sigterm_tensor"):  # in Lightning >= 2.6, once per batch
-            epoch_loop._broadcast_sigterm_tensor = lambda: None
-
-    @staticmethod
-    def _replace(old: Any, new: Callable[[int, Any], None]) -> None:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-            handlers = getattr(signal.getsignal(number), "signal_handlers", [])
-            handlers[:] = [new if handler == old else handler for handler in handlers]
+        host.replace_signal_handlers(trainer, self._note_sigterm, self._note_requeue)
+        host.skip_signal_broadcast(trainer)
 
     def _note_sigterm(self, number: int, frame: Any) -> None:
         launcher = self._trainer.strategy.launcher
@@ -96,22 +46,26 @@ class Signals:
         self._noted.append(self._stop)
 
     def _note_requeue(self, number: int, frame: Any) -> None:
-        self._noted.append(lambda: self._trainer._signal_connector._slurm_sigusr_handler_fn(number, frame))
+        self._noted.append(lambda: host.requeue_job(self._trainer, number, frame))
 
     def _stop(self) -> None:
-        self._trainer._signal_connector.received_sigterm = True  # Lightning raises at the end of this batch
+        host.stop_after_batch(self._trainer)
 
     def pause(self) -> None:
-        """While this worker waits for others elsewhere: they are not to wait for it at the end of a batch."""
+        """Tell the others not to wait for this worker at the end of a batch, while it waits for them elsewhere."""
         if self._store is not None:
             self._store.set(str(self._trainer.global_rank), f"{sys.maxsize} going")
 
-    def act(self) -> None:
-        """At the end of a batch: do what was noted, once all workers are here."""
+    def act(self, step: int | None) -> None:
+        """Do what was noted, once all workers are here.
+
+        Args:
+            step: Number of this step that all workers come to, None where they cannot wait for each other.
+        """
         ready = bool(self._noted)
         if self._store is not None:
             try:
-                ready = self._is_someone_signalled(self._store) and self._have_all_come(self._store)
+                ready = self._is_someone_signalled(self._store) and self._have_all_come(self._store, step)
             except DistNetworkError:  # its worker has finished; if it is lost instead, the next sync says so
                 self._store = None
         if ready:
@@ -128,7 +82,7 @@ class Signals:
         for action in noted:
             action()
 
-    def _is_someone_signalled(self, store: Store) -> bool:
+    def _is_someone_signalled(self, store: host.Store) -> bool:
         now = time.monotonic()
         if self._noted:
             store.set("any", "1")
@@ -138,15 +92,15 @@ class Signals:
             self._informed = store.check(["any"])
         return self._informed
 
-    def _have_all_come(self, store: Store) -> bool:
-        """Whether all workers wait at this step; False means: train on, the others are ahead or not yet informed."""
-        step, rank = self._clock(), self._trainer.global_rank
+    def _have_all_come(self, store: host.Store, step: int | None) -> bool:
+        """Whether all workers wait at this step; if not, train on: the others are ahead or not yet informed."""
         if step is None:
             return False
+        rank = self._trainer.global_rank
         keys = [str(r) for r in range(self._trainer.world_size)]
         store.set(str(rank), f"{step} going")
         if not store.check(keys):
-            store.set(str(rank), f"{step + 1} going")  # who comes to this step must not wait here
+            store.set(str(rank), f"{step + 1} going")  # a worker that comes to this step must not wait here
             return False
         end = time.monotonic() + self._patience
         while time.monotonic() < end:
@@ -159,15 +113,3 @@ class Signals:
                 return True
             time.sleep(0.01)
         raise WorkerLostError(f"A worker did not come to step {step}, where all were to stop after a signal.")
-
-
-class SignalCallback(Callback):
-    """The last callback: what must happen when everybody else's hooks have run."""
-
-    @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        strategy: Any = trainer.strategy
-        strategy.end_batch(batch_idx)
-        strategy.signals.act()

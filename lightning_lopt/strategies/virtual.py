@@ -1,261 +1,454 @@
-"""K workers in one process, on one device: in every step they take turns in the module, each on its own batch."""
+"""The workers of one process: a single one, or K that take turns in the module, each on its own batch."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.optimizer import _optimizer_to_device
-from lightning.pytorch.loops.optimization.automatic import ClosureResult
-from lightning.pytorch.trainer import call
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
-from torch.optim import Optimizer
-from torch.utils._pytree import tree_unflatten
 from typing_extensions import override
 
 from lightning_lopt.comm import Communicator
 from lightning_lopt.rounds import Rounds
-from lightning_lopt.strategies.checkpoint.strategy import CheckpointingStrategy
+from lightning_lopt.strategies import host
+from lightning_lopt.sync.replica import LocalOptimizer
+from lightning_lopt.sync.report import RoundReport
+from lightning_lopt.sync.status import SyncPoint
+from lightning_lopt.sync.sync import EvalWeights, Sync
 from lightning_lopt.virtual.rounds import VirtualRounds
 from lightning_lopt.virtual.shared_module import SharedModule
 from lightning_lopt.virtual.worker_batches import Dealt, interleave
+from lightning_lopt.worker_speeds import WorkerSpeeds
 
 
-class VirtualWorkersStrategy(CheckpointingStrategy):
-    """A strategy whose process holds several workers.
+class ProcessRounds(Protocol):
+    """The rounds of the workers of one process: `Rounds` of one, `VirtualRounds` of several.
 
-    The Trainer counts steps, logs and calls callbacks as rank 0 of K processes would; the hooks of one batch, from its
-    transfer to `on_train_batch_end`, are called for each worker, with its weights in the module.
-
-    Args:
-        virtual_workers: K >= 1; with one, everything is left as it is.
-        **kwargs: those of `DDPStrategy`.
-
-    Raises:
-        ValueError: K < 1, or a training loop that has no turns: accumulated batches, `dataloader_iter`,
-            `SyncBatchNorm`.
-        MisconfigurationException: more than one process.
+    Methods are for all of these workers, attributes are those of the first. See `Rounds` for their meaning.
     """
 
-    def __init__(self, virtual_workers: int = 1, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if isinstance(virtual_workers, bool) or not isinstance(virtual_workers, int) or virtual_workers < 1:
-            raise ValueError(f"virtual_workers must be an integer >= 1, not {virtual_workers!r}.")
-        self._at_once = virtual_workers
-        self._shared_module: SharedModule | None = None
+    @property
+    def step_idx(self) -> int: ...
+    @step_idx.setter
+    def step_idx(self, value: int, /) -> None: ...
+    @property
+    def total_steps(self) -> int | None: ...
+    @total_steps.setter
+    def total_steps(self, value: int | None, /) -> None: ...
+    @property
+    def equal_steps(self) -> bool: ...
+    @equal_steps.setter
+    def equal_steps(self, value: bool, /) -> None: ...
+    @property
+    def round_idx(self) -> int: ...
+    @property
+    def local_step(self) -> int: ...
+    @property
+    def last_report(self) -> RoundReport | None: ...
+    @property
+    def listeners(self) -> list[Callable[[RoundReport], object]]: ...
+    @property
+    def comm(self) -> Communicator: ...
+    @property
+    def sync(self) -> Sync: ...
+    @property
+    def speeds(self) -> WorkerSpeeds: ...
+
+    def step(self) -> bool: ...
+    def join(self, point: SyncPoint = ..., *, last: bool = ...) -> None: ...
+    def finish_round(self) -> None: ...
+    def swap_in(self, weights: EvalWeights) -> None: ...
+    def swap_out(self) -> None: ...
+    def abandon_round(self) -> None: ...
+    def state_dict(self, *, alone: bool = ...) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def local_state(self) -> dict[str, Any]: ...
+    def load_local_state(self, state: dict[str, Any]) -> None: ...
+
+
+class ProcessWorkers(ABC):
+    """The work of a strategy for each worker of its process, where Lightning does it once.
+
+    Attributes:
+        number: Workers of this process.
+    """
+
+    number: int
+
+    @abstractmethod
+    def check_processes(self, number: int) -> None:
+        """Refuse a number of processes that cannot be.
+
+        Raises:
+            MisconfigurationException: Several processes with several workers each.
+        """
+
+    @abstractmethod
+    def make_rounds(
+        self,
+        make: Callable[..., Rounds],
+        trainer: pl.Trainer,
+        optimizer: LocalOptimizer,
+        comm: Communicator,
+        timeout: timedelta | None,
+    ) -> ProcessRounds:
+        """Make the rounds of these workers.
+
+        Args:
+            make: Makes one worker's rounds from a model, an optimizer, and a communicator.
+            trainer: Trainer whose module and optimizers are ready.
+            optimizer: The local optimizer, or several as one.
+            comm: Collectives of the processes.
+            timeout: Time limit for workers that wait for each other.
+        """
+
+    @abstractmethod
+    def sampler_kwargs(self, own: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of the training loaders' `DistributedSampler`.
+
+        Args:
+            own: Arguments for a process that is one worker.
+        """
+
+    @abstractmethod
+    def interleave(self, loader: Any) -> None:
+        """Let a training loader go through the batches of all these workers."""
+
+    @abstractmethod
+    def deal(self, loader: Any) -> Any:
+        """Return a training loader as the first worker sees it."""
+
+    @abstractmethod
+    def begin_batch(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> None:
+        """Take the other workers' batches, and call `on_train_batch_start` of the module for them."""
+
+    @abstractmethod
+    def optimizer_step(self, step: Callable[[], Any], trainer: pl.Trainer) -> Any:
+        """Take a step of the optimizer for each worker; return the first worker's output."""
+
+    @abstractmethod
+    def training_step(self, step: Callable[..., Any], trainer: pl.Trainer, args: Sequence[Any]) -> Any:
+        """Call `training_step` for the worker whose turn it is, or, with manual optimization, for each.
+
+        Args:
+            step: Calls the module's hook.
+            trainer: Trainer in a fit.
+            args: Arguments of the hook; the first of them is the first worker's batch.
+        """
+
+    @abstractmethod
+    def end_batch(self, trainer: pl.Trainer, batch_idx: int) -> None:
+        """Call `on_train_batch_end` of the module for all workers but the first, for whom Lightning calls it."""
+
+    @abstractmethod
+    def zero_gradients(self, trainer: pl.Trainer) -> None:
+        """Delete the other workers' gradients before a validation, where Lightning deletes the first worker's."""
+
+    @abstractmethod
+    def parts(self, trainer: pl.Trainer, first: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the part of a checkpoint of each worker.
+
+        Args:
+            trainer: Trainer in a fit.
+            first: Part of the first worker.
+        """
+
+    @abstractmethod
+    def check_parts(self, parts: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse parts of a checkpoint that these workers cannot go on from.
+
+        Raises:
+            ValueError: Workers that take turns had taken unequal numbers of steps.
+        """
+
+    @abstractmethod
+    def load_parts(
+        self, trainer: pl.Trainer, parts: Sequence[Mapping[str, Any]], checkpoint: Mapping[str, Any]
+    ) -> None:
+        """Restore all workers but the first, whom Lightning and `Rounds.load_local_state` restore.
+
+        Args:
+            trainer: Trainer in a fit.
+            parts: Part of each worker; none to give the others the first one's state.
+            checkpoint: Checkpoint with the first worker's states.
+        """
+
+    @abstractmethod
+    def load_gradients(self, parts: Sequence[Mapping[str, Any]]) -> None:
+        """Restore the gradients that all workers but the first were accumulating."""
+
+
+class OneWorker(ProcessWorkers):
+    """A process that is one worker: everything is left as it is."""
+
+    number = 1
+
+    @override
+    def check_processes(self, number: int) -> None:
+        pass
+
+    @override
+    def make_rounds(
+        self,
+        make: Callable[..., Rounds],
+        trainer: pl.Trainer,
+        optimizer: LocalOptimizer,
+        comm: Communicator,
+        timeout: timedelta | None,
+    ) -> ProcessRounds:
+        return make(trainer.lightning_module, optimizer, comm=comm)
+
+    @override
+    def sampler_kwargs(self, own: dict[str, Any]) -> dict[str, Any]:
+        return own
+
+    @override
+    def interleave(self, loader: Any) -> None:
+        pass
+
+    @override
+    def deal(self, loader: Any) -> Any:
+        return loader
+
+    @override
+    def begin_batch(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> None:
+        pass
+
+    @override
+    def optimizer_step(self, step: Callable[[], Any], trainer: pl.Trainer) -> Any:
+        return step()
+
+    @override
+    def training_step(self, step: Callable[..., Any], trainer: pl.Trainer, args: Sequence[Any]) -> Any:
+        return step(*args)
+
+    @override
+    def end_batch(self, trainer: pl.Trainer, batch_idx: int) -> None:
+        pass
+
+    @override
+    def zero_gradients(self, trainer: pl.Trainer) -> None:
+        pass
+
+    @override
+    def parts(self, trainer: pl.Trainer, first: dict[str, Any]) -> list[dict[str, Any]]:
+        return [first]
+
+    @override
+    def check_parts(self, parts: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
+    @override
+    def load_parts(
+        self, trainer: pl.Trainer, parts: Sequence[Mapping[str, Any]], checkpoint: Mapping[str, Any]
+    ) -> None:
+        pass
+
+    @override
+    def load_gradients(self, parts: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
+
+class VirtualWorkers(ProcessWorkers):
+    """K workers in one process, on one device.
+
+    The Trainer counts steps, logs and calls callbacks as rank 0 of K processes would; the module's hooks of one batch,
+    from its transfer to `on_train_batch_end`, are called for each worker, with its weights in the module.
+
+    Args:
+        number: K >= 2.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
         self._batches: list[Any] = []  # of each worker, in the present step
         self._outputs: dict[int, Any] = {}
 
-    @property
     @override
-    def num_workers(self) -> int:
-        return self._at_once if self._at_once > 1 else super().num_workers
-
-    @property
-    @override
-    def _own_ranks(self) -> list[int]:
-        return list(range(self._at_once)) if self._at_once > 1 else super()._own_ranks
-
-    # -- setup ----------------------------------------------------------------------------------------------------
-
-    @override
-    def _configure_launcher(self) -> None:  # called by the Trainer's constructor, before any process is started
-        if self._at_once > 1 and self.num_nodes * self.num_processes > 1:
+    def check_processes(self, number: int) -> None:
+        if number > 1:
             raise MisconfigurationException(
-                f"virtual_workers={self._at_once} live in one process, and this Trainer has "
-                f"{self.num_nodes * self.num_processes}. Use Trainer(devices=1, num_nodes=1), or leave virtual_workers "
-                "out: each process is a worker then."
+                f"virtual_workers={self.number} live in one process, and this Trainer has {number}. Use "
+                "Trainer(devices=1, num_nodes=1), or leave virtual_workers out: each process is a worker then."
             )
-        super()._configure_launcher()
 
-    def _make_rounds(
-        self, make: Callable[..., Rounds], module: pl.LightningModule, optimizer: Optimizer, comm: Communicator
-    ) -> Rounds:
-        """One worker's rounds, or those of all virtual ones."""
-        self._shared_module = None
-        if self._at_once == 1:
-            return make(module, optimizer, comm=comm)
+    @override
+    def make_rounds(
+        self,
+        make: Callable[..., Rounds],
+        trainer: pl.Trainer,
+        optimizer: LocalOptimizer,
+        comm: Communicator,
+        timeout: timedelta | None,
+    ) -> ProcessRounds:
+        module, precision = trainer.lightning_module, trainer.precision_plugin
         if any(isinstance(m, nn.SyncBatchNorm) for m in module.modules()):
             raise ValueError("SyncBatchNorm needs real processes, not virtual_workers: use BatchNorm.")
         if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
             raise ValueError("virtual_workers cannot share a dataloader_iter: let training_step take a batch.")
-        scaler = [(self.precision_plugin, "scaler")] if getattr(self.precision_plugin, "scaler", None) else []
         self._shared_module = SharedModule(
             module,
-            self.optimizers,
-            self._at_once,
+            trainer.optimizers,
+            self.number,
             gradients=not module.automatic_optimization,
-            others=scaler,
+            others=[(precision, "scaler")] if getattr(precision, "scaler", None) else [],
         )
-        return cast(Rounds, VirtualRounds(make, self._shared_module, optimizer, self._timeout))
+        self._rounds = VirtualRounds(make, self._shared_module, optimizer, timeout)
+        return self._rounds
 
     # -- data -----------------------------------------------------------------------------------------------------
 
-    @property
     @override
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        if self._at_once > 1 and self._trains:
-            return {"num_replicas": self._at_once, "rank": 0}
-        return super().distributed_sampler_kwargs
+    def sampler_kwargs(self, own: dict[str, Any]) -> dict[str, Any]:
+        return {"num_replicas": self.number, "rank": 0}
 
     @override
-    def process_dataloader(self, dataloader: object) -> object:
-        if self._at_once == 1 or not self._trains:
-            return super().process_dataloader(dataloader)
-        interleave(dataloader, self._at_once)
-        return Dealt(super().process_dataloader(dataloader), self._at_once)
+    def interleave(self, loader: Any) -> None:
+        interleave(loader, self.number)
 
-    @property
-    def _trains(self) -> bool:
-        return self._trainer.training and self._trainer.state.fn == TrainerFn.FITTING
-
-    def _deal(self, first: Any) -> list[Any]:
-        """Every worker's batch of this step, on the device."""
-        trainer, module = self._trainer, self.lightning_module
-        assert module is not None
-        loader = trainer.fit_loop._combined_loader
-        dealt = [d.others.popleft() if d.others else [None] * (self._at_once - 1) for d in loader.flattened]
-        batches = [first]
-        for leaves in zip(*dealt, strict=True):
-            batch = trainer.precision_plugin.convert_input(tree_unflatten(list(leaves), loader._spec))
-            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-            batches.append(self.batch_to_device(batch, dataloader_idx=0))
-        return batches
+    @override
+    def deal(self, loader: Any) -> Any:
+        return Dealt(loader, self.number)
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
     @override
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        super().on_train_batch_start(batch, batch_idx)
-        if self._shared_module is None:
-            return
-        module = self._trainer.lightning_module
-        if module.automatic_optimization and self._trainer.accumulate_grad_batches != 1:
+    def begin_batch(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> None:
+        module = trainer.lightning_module
+        if module.automatic_optimization and trainer.accumulate_grad_batches != 1:
             raise ValueError(
                 "virtual_workers take a step with every batch: set accumulate_grad_batches=1 and a larger batch_size, "
                 "or accumulate with manual optimization."
             )
-        self._batches = self._deal(batch)
+        loaders = host.train_loaders(trainer) or []
+        dealt = [d.others.popleft() if d.others else [None] * (self.number - 1) for d in loaders]
+        self._batches = [batch, *(host.transfer_batch(trainer, leaves) for leaves in zip(*dealt, strict=True))]
         if is_overridden("on_train_batch_start", module):
             for rank in self._shared_module.others():
-                args = self._batches[rank], batch_idx
-                call._call_lightning_module_hook(self._trainer, "on_train_batch_start", *args)
+                host.call_module_hook(trainer, "on_train_batch_start", self._batches[rank], batch_idx)
 
     @override
-    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        if self._shared_module is None or not self._trainer.lightning_module.automatic_optimization:
-            return super().optimizer_step(optimizer, closure, model, **kwargs)
+    def optimizer_step(self, step: Callable[[], Any], trainer: pl.Trainer) -> Any:
+        if not trainer.lightning_module.automatic_optimization:
+            return step()  # within the turn of a training_step
         output = None
         for _ in self._shared_module.turns():  # each calls the closure, and that training_step
-            output = super().optimizer_step(optimizer, closure, model, **kwargs)
+            output = step()
         return output
 
     @override
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        if self._shared_module is None:
-            return super().training_step(*args, **kwargs)
-        if self._trainer.lightning_module.automatic_optimization:
-            return self._training_step(*args, **kwargs)
-        output, before = None, self._manual_progress()
+    def training_step(self, step: Callable[..., Any], trainer: pl.Trainer, args: Sequence[Any]) -> Any:
+        if trainer.lightning_module.automatic_optimization:
+            return self._training_step(step, *args)
+        output, before = None, _manual_progress(trainer)
         for _ in self._shared_module.turns():
-            self._set_manual_progress(before)
-            output = self._training_step(*args, **kwargs)
+            _set_manual_progress(trainer, before)
+            output = self._training_step(step, *args)
         return output
 
-    def _training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """The active worker's."""
-        assert self._shared_module is not None
+    def _training_step(self, step: Callable[..., Any], batch: Any, *args: Any) -> Any:
         rank = self._shared_module.active
-        self._outputs[rank] = super().training_step(self._batches[rank] if rank else batch, *args, **kwargs)
+        self._outputs[rank] = step(self._batches[rank] if rank else batch, *args)
         return self._outputs[rank]
 
-    def _manual_progress(self) -> tuple[list[Any], dict[str, Any]]:
-        """What a `training_step` with manual optimization moves on, that all workers share."""
-        steps = self._trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
-        schedulers = [config.scheduler.state_dict() for config in self.lr_scheduler_configs]
-        return copy.deepcopy((schedulers, steps.state_dict()))
-
-    def _set_manual_progress(self, before: tuple[list[Any], dict[str, Any]]) -> None:
-        schedulers, steps = copy.deepcopy(before)
-        for config, state in zip(self.lr_scheduler_configs, schedulers, strict=True):
-            config.scheduler.load_state_dict(state)
-        self._trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.load_state_dict(steps)
-
-    def end_batch(self, batch_idx: int) -> None:
-        """Call `on_train_batch_end` of the module for all workers but the first, for whom Lightning calls it."""
-        module = self._trainer.lightning_module
-        if self._shared_module is not None and is_overridden("on_train_batch_end", module):
+    @override
+    def end_batch(self, trainer: pl.Trainer, batch_idx: int) -> None:
+        module = trainer.lightning_module
+        if is_overridden("on_train_batch_end", module):
             for rank in self._shared_module.others():
                 outputs = self._outputs[rank]
                 if module.automatic_optimization:
-                    outputs = ClosureResult.from_training_step_output(outputs).asdict()
-                args = outputs, self._batches[rank], batch_idx
-                call._call_lightning_module_hook(self._trainer, "on_train_batch_end", *args)
+                    outputs = host.as_hook_outputs(outputs)
+                host.call_module_hook(trainer, "on_train_batch_end", outputs, self._batches[rank], batch_idx)
         self._batches, self._outputs = [], {}
 
     @override
-    def on_validation_start(self) -> None:
-        super().on_validation_start()
-        loop = self._trainer.fit_loop
-        if self._shared_module is None or self._trainer.lightning_module.automatic_optimization:
+    def zero_gradients(self, trainer: pl.Trainer) -> None:
+        if trainer.lightning_module.automatic_optimization:  # there is one gradient for all
             return
-        if self._trainer.validating and self._trainer.state.fn == TrainerFn.FITTING and not loop._should_accumulate():
-            for _ in self._shared_module.others():  # the first worker's gradients are zero by now
-                call._call_lightning_module_hook(self._trainer, "on_validation_model_zero_grad")
+        if trainer.validating and not host.accumulates_gradients(trainer):
+            for _ in self._shared_module.others():
+                host.call_module_hook(trainer, "on_validation_model_zero_grad")
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     @override
-    def _gather_workers(self, checkpoint: dict[str, Any]) -> list[dict[str, Any]] | None:
-        parts = super()._gather_workers(checkpoint) if self._shared_module is None else [self._worker_state(checkpoint)]
-        if self._shared_module is None or parts is None:
-            return parts
-        plugin = type(self.precision_plugin).__qualname__
+    def parts(self, trainer: pl.Trainer, first: dict[str, Any]) -> list[dict[str, Any]]:
+        parts, precision = [first], trainer.precision_plugin
+        plugin = type(precision).__qualname__
         for rank in self._shared_module.others():
-            own = {**parts[0]["checkpoint"], "optimizer_states": [o.state_dict() for o in self.optimizers]}
+            own = {**first["checkpoint"], "optimizer_states": [o.state_dict() for o in trainer.optimizers]}
             if plugin in own:
-                own[plugin] = self.precision_plugin.state_dict()
-            gradients = self._shared_module.gradients(rank) if parts[0]["gradients"] else {}
-            local = self._virtual_rounds[rank].local_state()
-            parts.append({**parts[0], "checkpoint": own, "local": local, "gradients": gradients})
+                own[plugin] = precision.state_dict()
+            gradients = self._shared_module.gradients(rank) if first["gradients"] else {}
+            local = self._rounds.workers[rank].local_state()
+            parts.append({**first, "checkpoint": own, "local": local, "gradients": gradients})
         return parts
 
-    @property
-    def _virtual_rounds(self) -> list[Rounds]:
-        return cast(VirtualRounds, self.rounds).workers
-
     @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        steps = {part["local"]["step_idx"] for part in self._own or []}
+    def check_parts(self, parts: Sequence[Mapping[str, Any]]) -> None:
+        steps = {part["local"]["step_idx"] for part in parts}
         if len(steps) > 1:
             raise ValueError(
                 f"The checkpoint's workers have taken between {min(steps)} and {max(steps)} steps, and virtual_workers "
                 "take turns, a step each. Resume with processes (Trainer(devices=K) without virtual_workers), or begin "
                 "anew from its weights: load_from_checkpoint."
             )
-        super().load_optimizer_state_dict(checkpoint)
-        if self._shared_module is None:
-            return
-        for rank in self._shared_module.others():
-            saved = checkpoint if self._own is None else self._own[rank]["checkpoint"]
-            for optimizer, state in zip(self.optimizers, saved["optimizer_states"], strict=True):
-                optimizer.load_state_dict(copy.deepcopy(state))
-                _optimizer_to_device(optimizer, self.root_device)
-            if (plugin := type(self.precision_plugin).__qualname__) in saved:
-                self.precision_plugin.load_state_dict(saved[plugin])
-            if self._own is not None:
-                self._virtual_rounds[rank].load_local_state(self._own[rank]["local"])
 
     @override
-    def on_train_start(self) -> None:
-        parts = self._own or []
-        super().on_train_start()
+    def load_parts(
+        self, trainer: pl.Trainer, parts: Sequence[Mapping[str, Any]], checkpoint: Mapping[str, Any]
+    ) -> None:
+        precision = trainer.precision_plugin
+        plugin = type(precision).__qualname__
+        for rank in self._shared_module.others():
+            saved = parts[rank]["checkpoint"] if parts else checkpoint
+            for optimizer, state in zip(trainer.optimizers, saved["optimizer_states"], strict=True):
+                optimizer.load_state_dict(copy.deepcopy(state))
+                host.optimizer_to_device(optimizer, trainer.strategy.root_device)
+            if plugin in saved:
+                precision.load_state_dict(saved[plugin])
+            if parts:
+                self._rounds.workers[rank].load_local_state(parts[rank]["local"])
+
+    @override
+    def load_gradients(self, parts: Sequence[Mapping[str, Any]]) -> None:
         for rank, part in enumerate(parts):
-            if rank > 0 and part["gradients"] and self._shared_module is not None:
+            if rank > 0 and part.get("gradients"):
                 self._shared_module.set_gradients(rank, part["gradients"])
+
+
+def workers_of_process(virtual_workers: int) -> ProcessWorkers:
+    """Return the workers of this process.
+
+    Args:
+        virtual_workers: Their number.
+
+    Raises:
+        ValueError: Not an integer >= 1.
+    """
+    if isinstance(virtual_workers, bool) or not isinstance(virtual_workers, int) or virtual_workers < 1:
+        raise ValueError(f"virtual_workers must be an integer >= 1, not {virtual_workers!r}.")
+    return OneWorker() if virtual_workers == 1 else VirtualWorkers(virtual_workers)
+
+
+def _manual_progress(trainer: pl.Trainer) -> tuple[list[Any], dict[str, Any]]:
+    """Return what a `training_step` with manual optimization moves on and all workers share."""
+    steps = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+    schedulers = [config.scheduler.state_dict() for config in trainer.strategy.lr_scheduler_configs]
+    return copy.deepcopy((schedulers, steps.state_dict()))
+
+
+def _set_manual_progress(trainer: pl.Trainer, before: tuple[list[Any], dict[str, Any]]) -> None:
+    """Restore what `_manual_progress` returned."""
+    schedulers, steps = copy.deepcopy(before)
+    for config, state in zip(trainer.strategy.lr_scheduler_configs, schedulers, strict=True):
+        config.scheduler.load_state_dict(state)
+    trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.load_state_dict(steps)

@@ -406,9 +406,9 @@ class Sync:
         self.replica.load_state_dict(state)
         if self._outer_step is not None:
             self._outer_step.load_state_dict(state["outer"])
-        self._outliers.norms, self.common, self._exchange = Norms(**state["norms"]), state["common"], None
-        if state["exchange"] is not None:
-            self._exchange = self._exchange_of(parameters, state["exchange"])
+        self._outliers.norms, self.common = Norms(**state.get("norms", {})), state.get("common", True)
+        exchange = state.get("exchange")
+        self._exchange = None if exchange is None else self._exchange_of(parameters, exchange)
 
     def _exchange_of(self, parameters: Sequence[AnchoredParameter], state: Mapping[str, Any]) -> Exchange:
         """The exchange in flight that a state holds."""

@@ -11,21 +11,27 @@ from typing import Any
 from lightning_lopt.comm import Communicator
 from lightning_lopt.rounds import Rounds
 from lightning_lopt.sync.replica import LocalOptimizer
+from lightning_lopt.sync.report import RoundReport
+from lightning_lopt.sync.status import SyncPoint
+from lightning_lopt.sync.sync import EvalWeights, Sync
 from lightning_lopt.virtual.shared_module import SharedModule
 from lightning_lopt.virtual.thread_group import ThreadGroup, VirtualGroup
+from lightning_lopt.worker_speeds import WorkerSpeeds
 
 
 class VirtualRounds:
-    """The `Rounds` of K workers in one process; attributes are those of the first worker.
+    """The `Rounds` of K workers in one process.
+
+    Methods are for all workers. Attributes are those of the first worker; setting one sets it for all.
 
     Args:
-        make: Makes the `Rounds` of one worker from a model, an optimizer and a communicator.
+        make: Makes one worker's rounds from a model, an optimizer, and a communicator.
         shared_module: Weights and states of the workers.
-        optimizer: The local optimizer.
-        timeout: Time after which a worker that waits for the others fails.
+        optimizer: Local optimizer of the module.
+        timeout: Time limit for a worker that waits for the others.
 
     Attributes:
-        workers: The `Rounds` of each worker.
+        workers: Rounds of each worker.
     """
 
     def __init__(
@@ -45,14 +51,46 @@ class VirtualRounds:
 
         self.workers: list[Rounds] = self._group.run([partial(make_one, rank) for rank in range(size)])
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "workers" or name.startswith("__"):  # not there yet
-            raise AttributeError(name)
-        return getattr(self.workers[0], name)
+    # -- attributes -----------------------------------------------------------------------------------------------
+
+    @property
+    def round_idx(self) -> int:
+        """See `Rounds`."""
+        return self.workers[0].round_idx
+
+    @property
+    def local_step(self) -> int:
+        """See `Rounds`."""
+        return self.workers[0].local_step
+
+    @property
+    def last_report(self) -> RoundReport | None:
+        """See `Rounds`."""
+        return self.workers[0].last_report
+
+    @property
+    def listeners(self) -> list[Callable[[RoundReport], object]]:
+        """See `Rounds`; they hear of each round once."""
+        return self.workers[0].listeners
+
+    @property
+    def comm(self) -> Communicator:
+        """Collectives of the first worker."""
+        return self.workers[0].comm
+
+    @property
+    def sync(self) -> Sync:
+        """Sync of the first worker."""
+        return self.workers[0].sync
+
+    @property
+    def speeds(self) -> WorkerSpeeds:
+        """Speeds of the workers, which are equal."""
+        return self.workers[0].speeds
 
     @property
     def step_idx(self) -> int:
-        """See `Rounds`; as all attributes, the same for all workers."""
+        """See `Rounds`."""
         return self.workers[0].step_idx
 
     @step_idx.setter
@@ -70,6 +108,23 @@ class VirtualRounds:
         for rounds in self.workers:
             rounds.total_steps = value
 
+    @property
+    def synced(self) -> bool:
+        """See `Rounds`."""
+        return self.workers[0].synced
+
+    @property
+    def equal_steps(self) -> bool:
+        """See `Rounds`."""
+        return self.workers[0].equal_steps
+
+    @equal_steps.setter
+    def equal_steps(self, value: bool) -> None:
+        for rounds in self.workers:
+            rounds.equal_steps = value
+
+    # -- all workers together -------------------------------------------------------------------------------------
+
     def _together(self, work: Callable[[Rounds], Any]) -> list[Any]:
         self._shared_module.collect()
         _ = self._optimizer.param_groups  # a joint one takes up new groups here, not in every thread
@@ -79,14 +134,18 @@ class VirtualRounds:
             self._shared_module.show()
 
     def step(self) -> bool:
-        """All workers have taken a local step: count, and sync if it is time. See `Rounds.step`."""
+        """Count a local step that all workers have taken, and sync if it is time. See `Rounds.step`."""
         return self._together(Rounds.step)[0]
+
+    def join(self, point: SyncPoint = SyncPoint.EPOCH_END, *, last: bool = False) -> None:
+        """See `Rounds.join`."""
+        self._together(lambda rounds: rounds.join(point, last=last))
 
     def finish_round(self) -> None:
         """See `Rounds.finish_round`."""
         self._together(Rounds.finish_round)
 
-    def swap_in(self, weights: Any) -> None:
+    def swap_in(self, weights: EvalWeights) -> None:
         """See `Rounds.swap_in`."""
         self._together(lambda rounds: rounds.swap_in(weights))
 
@@ -98,10 +157,20 @@ class VirtualRounds:
         """See `Rounds.abandon_round`."""
         self._together(Rounds.abandon_round)
 
+    # -- states ---------------------------------------------------------------------------------------------------
+
     def state_dict(self, *, alone: bool = False) -> dict[str, Any]:
-        """See `Rounds.state_dict`; the same for all workers."""
+        """Return the state that all workers share. See `Rounds.state_dict`."""
         return self._together(lambda rounds: rounds.state_dict(alone=alone))[0]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Rounds.load_state_dict`."""
         self._together(lambda rounds: rounds.load_state_dict(copy.deepcopy(state)))  # it is not copied in there
+
+    def local_state(self) -> dict[str, Any]:
+        """Return the first worker's own state; those of the others are in `workers`. See `Rounds.local_state`."""
+        return self.workers[0].local_state()
+
+    def load_local_state(self, state: dict[str, Any]) -> None:
+        """Restore the first worker's own state."""
+        self.workers[0].load_local_state(state)

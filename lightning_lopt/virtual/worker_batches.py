@@ -1,4 +1,4 @@
-"""One loader's batches, dealt to workers that share it."""
+"""The batches of one loader, dealt to workers that share it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Interleaved:
     """The batches of K workers in turn, each from a `DistributedSampler` of its own rank.
 
     Args:
-        sampler: worker 0's: a `DistributedSampler`, or a batch sampler around one.
+        sampler: Worker 0's `DistributedSampler`, or a batch sampler around it.
         num_workers: K.
     """
 
@@ -47,35 +47,61 @@ class Interleaved:
 def interleave(loader: Any, num_workers: int) -> None:
     """Let a loader that was given worker 0's `DistributedSampler` go through the batches of all workers.
 
+    Args:
+        loader: Loader of any kind; only a `DataLoader` with a `DistributedSampler` for K replicas is changed.
+        num_workers: K.
+
     Raises:
-        ValueError: a batch sampler that hides its sampler.
+        ValueError: A batch sampler that hides its sampler.
     """
     if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, DistributedSampler):
         return
     if loader.sampler.num_replicas != num_workers:
         return
-    name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-    index_sampler: Any = getattr(loader, name)
-    if name == "batch_sampler" and getattr(index_sampler, "sampler", None) is not loader.sampler:
+    sampler = index_sampler(loader)
+    if loader.batch_sampler is not None and getattr(sampler, "sampler", None) is not loader.sampler:
         raise ValueError(
-            f"{type(index_sampler).__name__} has no attribute `sampler` that is the loader's: virtual workers cannot "
+            f"{type(sampler).__name__} has no attribute `sampler` that is the loader's: virtual workers cannot "
             "get shards from it. Give it one, or set Trainer(use_distributed_sampler=False): batches are then dealt "
             "to the workers in turn."
         )
-    vars(loader)[name] = Interleaved(index_sampler, num_workers)  # DataLoader refuses the assignment
+    set_index_sampler(loader, Interleaved(sampler, num_workers))
+
+
+def index_sampler(loader: DataLoader) -> Any:
+    """Return the object that a loader takes its indices from: the batch sampler if it makes batches, else the sampler.
+
+    Args:
+        loader: Loader of a map-style dataset.
+    """
+    return getattr(loader, _index_sampler_name(loader))
+
+
+def set_index_sampler(loader: DataLoader, sampler: Any) -> None:
+    """Replace the object that a loader takes its indices from; `DataLoader` refuses a plain assignment.
+
+    Args:
+        loader: Loader of a map-style dataset.
+        sampler: New batch sampler, or sampler where the loader makes no batches.
+    """
+    vars(loader)[_index_sampler_name(loader)] = sampler
+
+
+def _index_sampler_name(loader: DataLoader) -> str:
+    return "sampler" if loader.batch_sampler is None else "batch_sampler"
 
 
 class Dealt:
-    """A loader as worker 0 sees it: its batches are every K-th of the loader's; the others lie ready.
+    """A loader as worker 0 sees it: its batches are every K-th of the loader's, and the others lie ready.
 
     Fewer than K last batches are dropped.
 
     Args:
-        loader: any iterable of batches.
+        loader: Any iterable of batches.
         num_workers: K.
 
     Attributes:
-        others: of each batch that was taken, those of workers 1, 2, ...
+        others: The batches of workers 1, 2, ... for each batch that worker 0 took.
 
     Example:
         >>> loader = Dealt([10, 11, 12, 13, 14], num_workers=2)

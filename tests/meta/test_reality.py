@@ -18,7 +18,7 @@ from lightning_lopt.meta.local import MOMENTUM, LocalOptimizer
 from lightning_lopt.meta.tasks import ImageMLP
 from lightning_lopt.meta.unroll import local_round, outer_step, zero_states
 from tests.processes import run_workers
-from tests.strategies_support import trainer
+from tests.strategies.support import trainer
 
 NUM_WORKERS, LOCAL_STEPS, NUM_ROUNDS, LOCAL_LR = 2, 3, 5, 0.3
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from lightning_lopt import AdaMLP, LearnedLocalSGD, LocalSGD, RoundMonitor, SlowMo
 from tests.processes import run_command, run_workers
-from tests.strategies_support import Classifier, flat, loader, trainer
+from tests.strategies.support import Classifier, flat, loader, trainer
 
 
 class Gan(Classifier):
@@ -269,7 +269,7 @@ NOTEBOOK = """
 import torch
 
 import lightning_lopt  # registers the strategy's name
-from tests.strategies_support import Classifier, flat, loader, trainer
+from tests.strategies.support import Classifier, flat, loader, trainer
 
 module = Classifier(seed=0)
 start = flat(module)

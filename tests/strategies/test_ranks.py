@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lopt import AdaMLP, LearnedLocalSGD, LocalSGD, RoundMonitor, SlowMo
 from tests.processes import run_workers
-from tests.strategies_support import Classifier, flat, loader, trainer
+from tests.strategies.support import Classifier, flat, loader, trainer
 
 STRATEGIES = {
     "local_sgd": partial(LocalSGD),

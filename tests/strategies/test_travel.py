@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 from lightning_lopt import LOSCAR, AdaMLP, DiLoCo, Fragments, LearnedLocalSGD, LocalSGD, RoundMonitor, SyncOptions, TopK
 from tests.processes import run_workers
-from tests.strategies_support import Classifier, cli_trainer, flat, loader, trainer
+from tests.strategies.support import Classifier, cli_trainer, flat, loader, trainer
 
 STRATEGIES = {
     "loscar": partial(LOSCAR, overlap_steps=2, density=0.3),

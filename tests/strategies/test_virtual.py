@@ -26,9 +26,9 @@ from lightning_lopt import (
     TopK,
 )
 from tests.processes import run_workers
-from tests.strategies.test_checkpoint import SaveEverywhere
+from tests.strategies.support import Classifier, flat, loader, trainer
+from tests.strategies.checkpoint.test_resume import SaveEverywhere
 from tests.strategies.test_models import Gan
-from tests.strategies_support import Classifier, flat, loader, trainer
 
 
 class Double(Classifier):
@@ -166,7 +166,7 @@ def test_workers_of_unequal_steps_are_not_resumed(tmp_path):
     run_workers(_saved, 1, make, Classifier, 1, str(tmp_path), connect=False)
     path = tmp_path / "03_batch.ckpt"
     checkpoint = torch.load(path, weights_only=False)
-    checkpoint["lightning_lopt"]["workers"][1]["local"]["step_idx"] -= 1
+    checkpoint["lightning_lopt"]["parts"][1]["local"]["step_idx"] -= 1
     torch.save(checkpoint, path)
     run = trainer(make(), 1, max_epochs=2)
     with pytest.raises(ValueError, match="between 2 and 3 steps"):

@@ -11,23 +11,20 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from typing_extensions import override
 
-END_BYTES = 22  # of a zip file's last record
+from lightning_lopt.strategies import host
+from lightning_lopt.strategies.errors import CheckpointError
 
-
-class CheckpointError(ValueError):
-    """A file that is no checkpoint, or was damaged."""
+END_BYTES = 22  # size of a zip file's last record
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target and renames: a kill at any moment leaves the old file or the new one.
+    """Files of which a kill at any moment leaves the old one or the new one, whole.
 
-    Checksums are compared before anything is read, which torch does not do.
-
-    Lightning's own writes into the system's temporary folder, and from another disk it is copied to its place, which a
-    kill can leave half done. Remote paths go Lightning's way.
+    A file is written beside its target and renamed. Lightning's own writer uses the system's temporary folder, and
+    copies the file if that is on another disk, which a kill can leave half done. Before a file is read, its checksums
+    are compared, which torch does not do. Remote paths go Lightning's way.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -36,7 +33,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        if storage_options is not None or not _is_local_file_protocol(path):
+        if storage_options is not None or not host.is_local_path(path):
             super().save_checkpoint(checkpoint, path, storage_options=storage_options)
             return
         target = Path(str(path).removeprefix("file://"))
@@ -54,12 +51,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except BaseException as error:
             Path(name).unlink(missing_ok=True)
             if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-                raise error.__context__ from None  # torch.save's own says nothing of a full disk
+                raise error.__context__ from None  # torch.save's own error does not mention a full disk
             raise
 
     @override
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if not _is_local_file_protocol(path):
+        if not host.is_local_path(path):
             return super().load_checkpoint(path, *args, **kwargs)
         file = Path(str(path).removeprefix("file://"))
         if file.is_file():
@@ -81,7 +78,7 @@ def _check(file: Path) -> None:
             opened.seek(-END_BYTES, os.SEEK_END)
             plain = min(i.header_offset for i in infos) == 0 and opened.read(4) == b"PK\5\6"
             plain = plain and not any(i.external_attr & 0x10 for i in infos)  # a folder: torch would not read its bytes
-    except Exception as error:  # zipfile has many for what is no longer a zip file
+    except Exception as error:  # zipfile has many kinds for a file that is no zip file any more
         raise _damaged(file, f"{type(error).__name__}: {error}") from error
     if entry is not None:
         raise _damaged(file, f"the checksum of {entry} is wrong")

@@ -23,7 +23,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from lightning_lopt import SlowMo
 from lightning_lopt.strategies.signals import Signals
 from tests.processes import free_port, run_workers
-from tests.strategies_support import Classifier, flat, loader, trainer
+from tests.strategies.support import Classifier, flat, loader, trainer
 
 
 class At(pl.Callback):
@@ -131,19 +131,18 @@ def test_sigterm_while_another_waits_in_a_sync():
 
 
 def _signals(rank, store, **kwargs):
-    """Of one of two workers, and a function that puts it at a step."""
+    """Those of one of two workers, and a function that acts at a step."""
     connector = SimpleNamespace(_sigterm_notifier_fn=None, _slurm_sigusr_handler_fn=None)
-    fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=0))
+    fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace())
     launch = SimpleNamespace(launcher=None)
     worker = SimpleNamespace(
         world_size=1, global_rank=rank, fit_loop=fit_loop, strategy=launch, _signal_connector=connector
     )
-    signals = Signals(worker, "test", lambda: fit_loop.epoch_loop.total_batch_idx, **kwargs)
+    signals = Signals(worker, "test", **kwargs)
     worker.world_size, signals._store = 2, store
 
     def act(step):
-        fit_loop.epoch_loop.total_batch_idx = step
-        signals.act()
+        signals.act(step)
         return getattr(connector, "received_sigterm", False)
 
     return signals, act
@@ -216,7 +215,7 @@ def test_slurm_requeue_saves_all_workers_at_one_step_of_a_long_round(tmp_path):
     first = run_workers(_requeued, 2, str(tmp_path), False, connect=False)
     saved = torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)
     assert saved["global_step"] >= 8
-    assert len(saved["lightning_lopt"]["workers"]) == 2
+    assert len(saved["lightning_lopt"]["parts"]) == 2
     assert first[0][2] == [["scontrol", "requeue", "7"]]
     for (weights, *_), (again, step, _) in zip(
         first, run_workers(_requeued, 2, str(tmp_path), True, connect=False), strict=True

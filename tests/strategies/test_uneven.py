@@ -17,12 +17,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-import lightning_lopt.strategies.checkpoint.strategy as checkpoint_module
-import lightning_lopt.strategies.uneven as rendezvous_module
+import lightning_lopt.strategies.checkpoint.writing as checkpoint_module
+import lightning_lopt.strategies.uneven as uneven_module
 from lightning_lopt import LOSCAR, DiLoCo, LocalSGD, RoundMonitor, SlowMo, TopK
 from lightning_lopt.comm import DisagreementError
 from tests.processes import run_workers
-from tests.strategies_support import Classifier, cli_trainer, flat, loader, trainer
+from tests.strategies.support import Classifier, cli_trainer, flat, loader, trainer
 
 BATCHES = [3, 14, 6, 9]
 
@@ -209,7 +209,7 @@ def test_resume_from_a_meeting(tmp_path, speeds, name):
 def _informed(rank):
     said = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rendezvous_module, "rank_zero_info", said.append)
+        patch.setattr(uneven_module, "rank_zero_info", said.append)
         for batches, speeds in (([4, 4], [1, 2]), ([4, 8], [1, 2]), ([4, 4], None)):
             _fit(rank, LocalSGD(local_steps=4, worker_speeds=speeds), batches, stream=False, epochs=1)
     return said

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from lightning_lopt import QSR, AdaMLP, DiLoCo, LearnedLocalSGD, LocalSGD, RoundMonitor, SlowMo
 from tests.processes import free_port, living, run_command, run_workers
-from tests.strategies_support import Classifier, check_script, cli_trainer, flat, loader, trainer, write_script
+from tests.strategies.support import Classifier, check_script, cli_trainer, flat, loader, trainer, write_script
 
 STRATEGIES = {
     "local_sgd": partial(LocalSGD),
@@ -274,7 +274,7 @@ def test_an_exception_in_one_worker_ends_all_in_time(tmp_path):
         assert seconds < 30
         assert step == 4
     saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
-    assert saved["lightning_lopt"]["workers"] is None
+    assert saved["lightning_lopt"]["parts"] is None
 
 
 class _NoOptimizer(Classifier):
@@ -477,7 +477,7 @@ class _Idle(Classifier):
 @pytest.mark.parametrize(("module", "last"), [(Classifier, "There is one worker"), (_Idle, "Nothing was synced")])
 def test_what_does_not_happen_is_said(module, last, monkeypatch):
     said = []
-    for name in ("local_sgd", "rendezvous"):
+    for name in ("local_sgd", "callbacks"):
         monkeypatch.setattr(f"lightning_lopt.strategies.{name}.rank_zero_info", said.append)
     trainer(LocalSGD(4), 1, max_epochs=1).fit(module(), loader())
     assert [text for text in said if "There is one worker" in text] == said[:1]

@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 
-from lightning_lopt import SlowMo
-from lightning_lopt.strategies.checkpoint.atomic import AtomicCheckpointIO, CheckpointError
-from tests.strategies_support import Classifier, damaged, loader, trainer
+from lightning_lopt import CheckpointError, SlowMo
+from lightning_lopt.strategies.checkpoint.atomic import AtomicCheckpointIO
+from tests.strategies.support import Classifier, damaged, loader, trainer
 
 
 @pytest.fixture(scope="module")

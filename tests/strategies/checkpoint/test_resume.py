@@ -15,12 +15,12 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
-import lightning_lopt.strategies.checkpoint.strategy as checkpoint_module
+import lightning_lopt.strategies.checkpoint.writing as checkpoint_module
 from lightning_lopt import LOSCAR, QSR, AdaMLP, DiLoCo, Fragments, LearnedLocalSGD, LocalSGD, SlowMo, TopK
-from lightning_lopt.strategies.checkpoint.strategy import AtomicCheckpointIO
+from lightning_lopt.strategies.checkpoint.atomic import AtomicCheckpointIO
 from tests.processes import run_workers
+from tests.strategies.support import Classifier, flat, loader, trainer
 from tests.strategies.test_models import Accumulates, Gan
-from tests.strategies_support import Classifier, flat, loader, trainer
 
 
 class Trace(pl.Callback):
@@ -283,7 +283,7 @@ def test_large_parts_lie_in_files_beside_the_checkpoint(tmp_path):
     assert sum(name.startswith("step=10.ckpt.") for name in parts) == 2
     assert sum(name.startswith("latest[0].ckpt.") for name in parts) == 4  # overwritten: the last two sets
     saved = torch.load(tmp_path / "a" / "step=10.ckpt", weights_only=True)
-    assert saved["lightning_lopt"]["workers"] is None
+    assert saved["lightning_lopt"]["parts"] is None
     assert saved["optimizer_states"]  # one worker's, for those who load it without this package
     path = tmp_path / "a" / "step=10.ckpt"
     (tmp_path / "a" / "link.ckpt").symlink_to("step=10.ckpt")
@@ -404,7 +404,7 @@ def test_another_number_of_workers(name, tmp_path):
     before = partial(make, virtual_workers=1) if virtual > 1 else make
     run_workers(_other_number, 4, 4, before, str(tmp_path / "a"), None, gather_bytes, connect=False)
     path = tmp_path / "a" / "step=6.ckpt"  # the round has 4 steps
-    parts = torch.load(path, weights_only=True)["lightning_lopt"]["workers"]
+    parts = torch.load(path, weights_only=True)["lightning_lopt"]["parts"]
     if parts is None:
         parts = [torch.load(file, weights_only=True) for file in sorted(path.parent.glob("step=6.ckpt.*.worker*"))]
     local = {**_mean([{**part["local"]["sync"], "exchange": None} for part in parts])}

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False}
 SCRIPT = """\
 from lightning_lopt import LearnedLocalSGD, LocalSGD
-from tests.strategies_support import Classifier, flat, loader, trainer
+from tests.strategies.support import Classifier, flat, loader, trainer
 
 if __name__ == "__main__":
     run = trainer({strategy}, {devices}, **{options})
@@ -100,7 +100,7 @@ def write_script(folder: Path, strategy: str, devices: int, **options) -> tuple[
     path = folder / "script.py"
     path.write_text(SCRIPT.format(strategy=strategy, devices=devices, options=options))
     loopback = {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    return path, {**os.environ, **loopback, "PYTHONPATH": str(Path(__file__).parents[1])}
+    return path, {**os.environ, **loopback, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 def check_script(printed: str, num_workers: int) -> None:

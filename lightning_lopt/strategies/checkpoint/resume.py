@@ -1,0 +1,208 @@
+"""Going on from a checkpoint: in the middle of a round and of an epoch, with the same or another number of workers."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Mapping
+from fractions import Fraction
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_lopt.strategies import host
+from lightning_lopt.strategies.checkpoint.entry import CHECKPOINT_KEY, check_version, required
+from lightning_lopt.strategies.checkpoint.mean import mean_part
+from lightning_lopt.strategies.checkpoint.worker_files import load_part
+from lightning_lopt.strategies.errors import CheckpointError, run_on_all
+from lightning_lopt.strategies.loaders import ResumableLoaders
+from lightning_lopt.strategies.virtual import ProcessRounds, ProcessWorkers
+
+if TYPE_CHECKING:
+    from lightning_lopt.strategies.local_sgd import LocalSGD
+
+
+class Resume:
+    """The parts of a checkpoint that belong to this process, from reading it to the first batch.
+
+    Args:
+        strategy: Strategy of the fit.
+        workers: Workers of this process.
+        loaders: Training loaders of the fit.
+
+    Attributes:
+        goes_on: Whether the fit goes on with the workers' own states, within the round that was saved.
+    """
+
+    def __init__(self, strategy: LocalSGD, workers: ProcessWorkers, loaders: ResumableLoaders) -> None:
+        self._strategy, self._workers, self._loaders = strategy, workers, loaders
+        self._parts: list[dict[str, Any]] = []
+        self._validation_is_over = False  # in the epoch that begins, where Lightning would count on
+        self.goes_on = False
+
+    def read(self, checkpoint: dict[str, Any], path: Any, weights_only: bool | None) -> None:
+        """Read the parts of this process, and put its own states into the checkpoint for Lightning.
+
+        Args:
+            checkpoint: Checkpoint that was read from the path.
+            path: Path of the checkpoint, the same on all processes.
+            weights_only: As for `torch.load`.
+
+        Raises:
+            CheckpointError: The entry is that of another release, or a file beside the checkpoint is missing or
+                damaged.
+        """
+        self._parts = []
+        entry = checkpoint.get(CHECKPOINT_KEY)
+        if entry is None:
+            return
+        check_version(entry)
+        self._parts = self._read_parts(entry, path, weights_only)
+        self._workers.check_parts(self._parts)
+        if self._parts:
+            checkpoint.update(self._parts[0]["checkpoint"])
+
+    def _read_parts(self, entry: dict[str, Any], path: Any, weights_only: bool | None) -> list[dict[str, Any]]:
+        """Return the parts of this process, none after an exception."""
+        parts, files = entry.pop("parts", None), entry.pop("files", None)
+        if parts is None and files is None:
+            rank_zero_warn(
+                "The checkpoint was written after an exception: all workers continue from its last synced weights with "
+                "the first worker's optimizer state."
+            )
+            return []
+        strategy, own = self._strategy, self._strategy.own_parts
+        saved = required(entry, "num_parts"), required(entry, "num_workers")
+        present = strategy.num_parts, strategy.num_workers
+        numbers = own if saved == present else range(saved[0])
+        if parts is not None:
+            wanted = (parts[number] for number in numbers)
+        else:
+            real = os.path.realpath(path) if host.is_local_path(path) else path  # "last" may be a link
+            io, token = strategy.checkpoint_io, files["token"]
+            wanted = (load_part(io, real, token, number, weights_only) for number in numbers)
+        elsewhere = CheckpointError(f"Another worker could not read its file beside {path}: see its error.")
+        if saved == present:
+            return run_on_all(strategy, partial(list, wanted), elsewhere)
+        rank_zero_warn(
+            f"The checkpoint holds {_count(*saved)}, there are {_count(*present)} now: all continue from the mean of "
+            "their weights, optimizer states and error feedback. Their random states, gradients that were accumulating "
+            "and the states of loaders that have their own are dropped."
+        )
+        required(entry, "rounds")["sync"]["exchange"] = None
+        part = run_on_all(strategy, partial(mean_part, wanted, strategy.num_parts), elsewhere)
+        part["checkpoint"]["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
+        return [part, *(copy.deepcopy(part) for _ in own[1:])]
+
+    def restore(self, trainer: pl.Trainer, rounds: ProcessRounds, checkpoint: Mapping[str, Any]) -> None:
+        """Restore rounds, loaders, and all workers of this process, after Lightning has restored the first one.
+
+        Args:
+            trainer: Trainer in a fit.
+            rounds: Rounds of the fit.
+            checkpoint: Checkpoint that was read.
+        """
+        entry = checkpoint.get(CHECKPOINT_KEY)
+        if entry is None:
+            rank_zero_warn("This checkpoint was not written by a lightning_lopt strategy: a fresh round begins.")
+        else:
+            rounds.load_state_dict(required(entry, "rounds"))
+            if self._parts:
+                self.goes_on = True
+                rounds.load_local_state(required(self._parts[0], "local"))
+                self._restore_loaders(trainer, self._parts[0].get("loaders", []))
+            else:
+                rounds.abandon_round()
+        self._workers.load_parts(trainer, self._parts, checkpoint)
+
+    def _restore_loaders(self, trainer: pl.Trainer, states: list[dict[str, Any] | None]) -> None:
+        self._loaders.load_state_dicts(states, host.epochs_done(trainer))
+        if host.train_loaders(trainer) is not None:  # configure_optimizers asked for the number of steps
+            host.restore_stateful_loaders(trainer)
+            host.make_train_iterators(trainer)
+        if None not in states:
+            warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+
+    def start(self, trainer: pl.Trainer) -> None:
+        """Restore everything that making the loaders' iterators has changed, and the place in the epoch."""
+        parts, self._parts = self._parts, []
+        if not parts:
+            return
+        first = parts[0]
+        self._loaders.start()
+        gradients = first.get("gradients", {})
+        for name, p in trainer.lightning_module.named_parameters():
+            if name in gradients:
+                p.grad = gradients[name].to(p.device)
+        random = first.get("random")
+        if random is None:  # there were other workers
+            _share_out_epoch(trainer, first.get("batch_ratio", Fraction(1)))
+        else:
+            host.set_random_state(random)  # not earlier: making an iterator of the loader draws a seed
+        self._begin_epoch(trainer)
+        self._workers.load_gradients(parts)
+
+    def _begin_epoch(self, trainer: pl.Trainer) -> None:
+        """Make the iterators of an epoch of which nothing is done yet, where Lightning takes those made before."""
+        loop = trainer.fit_loop
+        epoch_loop = loop.epoch_loop
+        in_epoch = 0 < host.batches_done(trainer) < loop.max_batches
+        ends_epoch_first = loop.restarted_mid_epoch and epoch_loop.restarted_on_last  # saved by its last validation
+        if in_epoch or ends_epoch_first or host.epochs_done(trainer) == 0:
+            return
+        if not (loop.is_resuming or loop.restarting):
+            return
+        if loop.restarted_on_epoch_end:
+            host.begin_new_epoch(trainer)
+        for loader in host.train_loaders(trainer) or []:
+            host.set_sampler_epoch(loader, host.epochs_done(trainer))
+        _pass_over_validation(trainer)
+        host.make_train_iterators(trainer)
+        if loop.restarted_mid_epoch or loop.restarted_on_epoch_end:
+            loop.reset_restart_stage()  # else Lightning does not count the new epoch, nor calls its first hooks
+            self._validation_is_over = True
+
+    def begin_batch(self, trainer: pl.Trainer) -> None:
+        """Let validations of the epoch count again; in one that begins, from 0."""
+        host.count_validation_progress(trainer)
+        if self._validation_is_over:  # Lightning resets it before it runs the last epoch's validation
+            trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset()
+            self._validation_is_over = False
+
+    def clear(self) -> None:
+        """Forget the checkpoint, at the end of a fit."""
+        self._parts, self.goes_on = [], False
+
+
+def _share_out_epoch(trainer: pl.Trainer, batch_ratio: Fraction) -> None:
+    """Count what other workers did in this epoch as batches of these.
+
+    Args:
+        trainer: Trainer in a fit.
+        batch_ratio: Batches of one of these workers for one of the others'.
+    """
+    progress, last = trainer.fit_loop.epoch_loop.batch_progress, trainer.fit_loop.max_batches
+    if not progress.is_last_batch:
+        host.move_within_epoch(trainer, int(min(int(progress.current.ready * batch_ratio), last - 1)))
+    elif last != float("inf"):
+        host.move_within_epoch(trainer, int(last))
+
+
+def _pass_over_validation(trainer: pl.Trainer) -> None:
+    """Draw the seeds of a validation that came after the save, as Lightning does, but only where there was one."""
+    epoch_loop = trainer.fit_loop.epoch_loop
+    every, epochs, batches = trainer.val_check_batch, trainer.check_val_every_n_epoch, epoch_loop.batch_progress
+    count = batches.total.ready if epochs is None else batches.current.ready
+    due = epochs is None or host.epochs_done(trainer) % epochs == 0
+    due = due and (every == float("inf") or (every is not None and count % every == 0))
+    if due and trainer.enable_validation and epoch_loop.restarted_on_train_batch_end:
+        epoch_loop.val_loop.increment_progress_to_evaluation_end()
+    host.keep_validation_progress(trainer)
+
+
+def _count(num_parts: int, num_workers: int) -> str:
+    several = f" of {num_parts // num_workers} processes" if num_parts > num_workers else ""
+    return f"{num_workers} workers{several}"

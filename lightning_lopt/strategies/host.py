@@ -1,0 +1,415 @@
+"""Every use of private API of Lightning and torch by the strategies and callbacks, each with its reason.
+
+Lightning has no public way for what stands here; an upgrade of Lightning or torch that breaks something breaks it in
+this module. Checked with Lightning 2.6.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.fabric.utilities.optimizer import _optimizer_to_device
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.fabric.utilities.types import _Stateful
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loops.loop import _Loop
+from lightning.pytorch.loops.optimization.automatic import ClosureResult
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer import call
+from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _get_default_store
+from torch.nn.modules.batchnorm import _BatchNorm as Norm
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_unflatten
+
+# -- the strategy's base class ------------------------------------------------------------------------------------
+
+
+def checkpoint_io_of(strategy: DDPStrategy, make_default: Callable[[], CheckpointIO]) -> CheckpointIO:
+    """Return the strategy's `CheckpointIO`, or give it a default one where the user gave none.
+
+    Reason: the public property creates a `TorchCheckpointIO` on its first use, also inside of wrappers such as
+    `AsyncCheckpointIO`, and a default passed to the constructor excludes the user's plugins.
+    """
+    if strategy._checkpoint_io is None:
+        strategy._checkpoint_io = make_default()
+    elif isinstance(strategy._checkpoint_io, _WrappingCheckpointIO):
+        strategy._checkpoint_io.checkpoint_io = make_default()  # a wrapper that has one already keeps it
+    return strategy._checkpoint_io
+
+
+def set_checkpoint_io(strategy: DDPStrategy, io: CheckpointIO) -> None:
+    """Set the strategy's `CheckpointIO`.
+
+    Reason: a property whose getter is overridden needs its setter again.
+    """
+    strategy._checkpoint_io = io
+
+
+def set_gradient_group(strategy: DDPStrategy, group: ProcessGroup | None) -> None:
+    """Let DDP average gradients in a process group of its own.
+
+    Reason: the arguments of the DDP wrapper are fixed in the constructor, before there are processes.
+    """
+    strategy._ddp_kwargs["process_group"] = group
+
+
+def has_synced_batch_norm(trainer: pl.Trainer) -> bool:
+    """Whether `Trainer(sync_batchnorm=True)` was given.
+
+    Reason: the Trainer passes this flag on and does not keep it.
+    """
+    return getattr(trainer.strategy, "_layer_sync", None) is not None
+
+
+def trainer_of(module: pl.LightningModule | None) -> pl.Trainer | None:
+    """Return the Trainer that a module is attached to, None without one.
+
+    Reason: the public property raises an error before the module is attached.
+    """
+    return None if module is None else module._trainer
+
+
+# -- hooks --------------------------------------------------------------------------------------------------------
+
+
+def call_module_hook(trainer: pl.Trainer, name: str, *args: Any) -> Any:
+    """Call a hook of the LightningModule as the Trainer does: profiled, with `self.log` knowing where it is.
+
+    Reason: the hooks of one batch are called for each virtual worker, and Lightning calls them once.
+    """
+    return call._call_lightning_module_hook(trainer, name, *args)
+
+
+def as_hook_outputs(output: Any) -> Any:
+    """Return the output of `training_step` in the form in which `on_train_batch_end` gets it.
+
+    Reason: with automatic optimization Lightning converts it between the two.
+    """
+    return ClosureResult.from_training_step_output(output).asdict()
+
+
+def transfer_batch(trainer: pl.Trainer, leaves: Sequence[Any]) -> Any:
+    """Build a training batch from one item of each loader, and bring it to the device as Lightning does.
+
+    Reason: Lightning fetches and transfers the first virtual worker's batch only.
+
+    Args:
+        trainer: Trainer in a fit.
+        leaves: Batches of the single loaders, in their order.
+    """
+    combined = trainer.fit_loop._combined_loader
+    assert combined is not None
+    batch = tree_unflatten(list(leaves), combined._spec)
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def optimizer_to_device(optimizer: Optimizer, device: torch.device) -> None:
+    """Move an optimizer's state to a device, where it stays after loading it.
+
+    Reason: Lightning does so for the optimizers that it loads itself.
+    """
+    _optimizer_to_device(optimizer, device)
+
+
+# -- position in the run ------------------------------------------------------------------------------------------
+
+
+def epochs_done(trainer: pl.Trainer) -> int:
+    """Return the number of epochs whose batches are all done; their last hooks may yet be to come.
+
+    Reason: `trainer.current_epoch` counts an epoch later.
+    """
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    return progress.processed
+
+
+def batches_done(trainer: pl.Trainer) -> int:
+    """Return the number of batches of this epoch that are done; their last hooks may yet be to come.
+
+    Reason: the Trainer counts batches only over all epochs.
+    """
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return progress.processed
+
+
+def is_within_batch(trainer: pl.Trainer) -> bool:
+    """Whether a training batch has begun and not ended.
+
+    Reason: no hook of a strategy ends a batch.
+    """
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return trainer.training and progress.ready > progress.completed
+
+
+def accumulates_gradients(trainer: pl.Trainer) -> bool:
+    """Whether the optimizer takes no step with the present batch.
+
+    Reason: it depends on the batch's position, on the last batch of an epoch, and on the strategy.
+    """
+    return trainer.fit_loop._should_accumulate()
+
+
+def is_out_of_data(trainer: pl.Trainer) -> bool:
+    """Whether this worker has used the last batch of its epoch.
+
+    Reason: validation at the end of an epoch runs before the epoch's counters say that it is over.
+    """
+    return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+
+
+def move_within_epoch(trainer: pl.Trainer, batches: int) -> None:
+    """Let the epoch go on after another number of batches than the loops' loaded state says.
+
+    Reason: with another number of workers the same rows are another number of batches.
+    """
+    current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    moved = batches - current.ready
+    current.ready += moved
+    current.started += moved
+    current.processed += moved
+    current.completed += moved
+
+
+def begin_new_epoch(trainer: pl.Trainer) -> None:
+    """Let a resumed fit whose epoch is over begin the next one, and not train on in the old one.
+
+    Reason: with `max_steps` Lightning takes any checkpoint for one within an epoch, and the public setter of
+    `FitLoop.restarting` cannot say otherwise.
+    """
+    trainer.fit_loop.epoch_progress.increment_completed()
+    _Loop.restarting.__set__(trainer.fit_loop, False)
+
+
+def keep_validation_progress(trainer: pl.Trainer) -> None:
+    """Do not count a validation as done when the next batch begins; `count_validation_progress` takes this back.
+
+    Reason: a restarted epoch loop that comes to its first batch asks whether batch -1 was followed by a validation,
+    and if so, goes through the validation's loaders, which draws a seed. An epoch that begins has none behind it.
+    """
+    trainer.fit_loop.epoch_loop.val_loop.increment_progress_to_evaluation_end = _keep_progress
+
+
+def count_validation_progress(trainer: pl.Trainer) -> None:
+    """Take back `keep_validation_progress`, if it was called.
+
+    Reason: only the first batch of an epoch is to be spared.
+    """
+    vars(trainer.fit_loop.epoch_loop.val_loop).pop("increment_progress_to_evaluation_end", None)
+
+
+def _keep_progress() -> None:
+    """Leave the validation loop's counters and loaders as they are."""
+
+
+# -- data ---------------------------------------------------------------------------------------------------------
+
+
+def train_loaders(trainer: pl.Trainer) -> list[Any] | None:
+    """Return the training loaders as Lightning iterates over them, None before they are set up.
+
+    Reason: `trainer.train_dataloader` has them in the user's nested structure.
+    """
+    combined = trainer.fit_loop._combined_loader
+    return None if combined is None else combined.flattened
+
+
+def restarts_short_loaders(trainer: pl.Trainer) -> bool:
+    """Whether training loaders that end before the longest one begin anew.
+
+    Reason: a `CombinedLoader` keeps its mode for itself.
+    """
+    combined = trainer.fit_loop._combined_loader
+    return combined is not None and combined._mode == "max_size_cycle"
+
+
+def restore_stateful_loaders(trainer: pl.Trainer) -> None:
+    """Give training loaders that have a state of their own the one of the checkpoint.
+
+    Reason: Lightning does so when it sets up the data, which can be before the checkpoint's loops were restored.
+    """
+    trainer.fit_loop._load_combined_loader_states()
+
+
+def make_train_iterators(trainer: pl.Trainer) -> None:
+    """Make the iterators of the training loaders anew, from where their samplers are now.
+
+    Reason: Lightning makes them when it sets up the data, and takes these for the first epoch after a restart.
+    """
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    iter(fetcher)
+
+
+def set_sampler_epoch(loader: Any, epoch: int) -> None:
+    """Tell the samplers of a loader the epoch that comes, as Lightning does.
+
+    Reason: processes of a loader fetch before Lightning tells them.
+    """
+    _set_sampler_epoch(loader, epoch)
+
+
+def is_stateful(loader: Any) -> bool:
+    """Whether Lightning saves and restores the loader's own state.
+
+    Reason: those rewind themselves.
+    """
+    return isinstance(loader, _Stateful)
+
+
+def random_state() -> dict[str, Any]:
+    """Return the states of torch, CUDA, numpy and Python, as types that `torch.load(weights_only=True)` accepts.
+
+    Reason: Lightning collects them, with numpy's arrays, for its own `isolate_rng`.
+    """
+    states = _collect_rng_states()
+    if "numpy" in states:
+        states["numpy"] = [x.tolist() if isinstance(x, np.ndarray) else x for x in states["numpy"]]
+    return states
+
+
+def set_random_state(states: Mapping[str, Any]) -> None:
+    """Restore what `random_state` returned.
+
+    Reason: Lightning restores them, too, for its own `isolate_rng`.
+    """
+    _set_rng_states(dict(states))
+
+
+# -- files --------------------------------------------------------------------------------------------------------
+
+
+def is_local_path(path: Any) -> bool:
+    """Whether a path lies in the local file system, which has atomic renames and links.
+
+    Reason: fsspec's names for it are known to Lightning.
+    """
+    return _is_local_file_protocol(path)
+
+
+# -- signals ------------------------------------------------------------------------------------------------------
+
+
+def replace_signal_handlers(
+    trainer: pl.Trainer, stop: Callable[[int, Any], None], requeue: Callable[[int, Any], None]
+) -> None:
+    """Replace Lightning's handlers of SIGTERM and of SLURM's requeue signal, until the Trainer restores the old ones.
+
+    Reason: Lightning acts inside of them, with collectives, while another worker waits in a sync for this one.
+
+    Args:
+        trainer: Trainer in a fit.
+        stop: Handler in the place of the one for SIGTERM.
+        requeue: Handler in the place of the one that saves and asks SLURM to start the job again.
+    """
+    connector = trainer._signal_connector
+    new = ((connector._sigterm_notifier_fn, stop), (connector._slurm_sigusr_handler_fn, requeue))
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        handlers: list[Any] = getattr(signal.getsignal(number), "signal_handlers", [])
+        for old, replacement in new:
+            handlers[:] = [replacement if handler == old else handler for handler in handlers]
+
+
+def requeue_job(trainer: pl.Trainer, number: int, frame: Any) -> None:
+    """Save a checkpoint and ask SLURM to start the job again, as Lightning's own handler does.
+
+    Reason: this handler was replaced, and is to run when all workers are at the same step.
+    """
+    trainer._signal_connector._slurm_sigusr_handler_fn(number, frame)
+
+
+def stop_after_batch(trainer: pl.Trainer) -> None:
+    """Let the Trainer raise `SIGTERMException` at the end of the present batch.
+
+    Reason: `trainer.received_sigterm` cannot be set.
+    """
+    trainer._signal_connector.received_sigterm = True
+
+
+def skip_signal_broadcast(trainer: pl.Trainer) -> None:
+    """Stop Lightning from broadcasting in every batch whether rank 0 received SIGTERM (since 2.6).
+
+    Reason: nothing is communicated between syncs; `Signals` lets all workers stop at the same step without it.
+    """
+    epoch_loop = trainer.fit_loop.epoch_loop
+    if hasattr(epoch_loop, "_broadcast_sigterm_tensor"):
+        epoch_loop._broadcast_sigterm_tensor = _broadcast_nothing
+
+
+def _broadcast_nothing() -> None:
+    """Broadcast nothing: a signal is noted in the store of the process group."""
+
+
+def shared_store(name: str) -> Store:
+    """Return a key-value store that all processes share.
+
+    Reason: torch gives no public access to the one of the default process group, and another one would need a port.
+
+    Args:
+        name: Prefix of the keys.
+    """
+    return PrefixStore(name, _get_default_store())
+
+
+# -- callbacks and layers -----------------------------------------------------------------------------------------
+
+
+def callbacks_of(trainer: Any) -> list[Callback]:
+    """Return the list of the Trainer's callbacks, which can be changed.
+
+    Reason: the Trainer does not declare it, and reorders a list that it is given.
+    """
+    return trainer.callbacks
+
+
+def average_model_of(callback: Callback) -> nn.Module | None:
+    """Return the average that a callback holds (`WeightAveraging`, `StochasticWeightAveraging`), None without one.
+
+    Reason: neither shows it.
+    """
+    average = getattr(callback, "_average_model", None)
+    return average if isinstance(average, nn.Module) else None
+
+
+def averages_weights(callback: Callback) -> bool:
+    """Whether a callback averages weights over time; it may hold no average yet.
+
+    Reason: `WeightAveraging` is no class of Lightning 2.5, and both kinds have this attribute.
+    """
+    return hasattr(callback, "_average_model")
+
+
+def steps_between_saves(callback: ModelCheckpoint) -> int:
+    """Return `every_n_train_steps` of a `ModelCheckpoint`, 0 if it does not count steps.
+
+    Reason: it does not show its arguments.
+    """
+    return callback._every_n_train_steps
+
+
+def saves_by_time(callback: ModelCheckpoint) -> bool:
+    """Whether a `ModelCheckpoint` has a `train_time_interval`.
+
+    Reason: it does not show its arguments.
+    """
+    return bool(callback._train_time_interval)
+
+
+def normalization_layers(module: nn.Module) -> list[Norm]:
+    """Return the BatchNorm layers that have running statistics, of any number of dimensions.
+
+    Reason: their common base class is private.
+    """
+    return [m for m in module.modules() if isinstance(m, Norm) and isinstance(m.running_mean, Tensor)]
