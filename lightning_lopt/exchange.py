@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from lightning_lopt.agreement import Standing, Told, tell
 from lightning_lopt.buffers import maxima
 from lightning_lopt.comm import Communicator
-from lightning_lopt.functional.compression import Codec
+from lightning_lopt.compression import Codec
 from lightning_lopt.functional.outliers import Norms, outliers
 from lightning_lopt.packing import Part, Wire
 from lightning_lopt.parameters import wire_dtype
@@ -228,7 +228,7 @@ def compressed_mean(
         The mean [n], this worker's residual [n], and all workers' decoded values [K, n] if `gather`.
 
     Example:
-        >>> from lightning_lopt.functional.compression import TopK
+        >>> from lightning_lopt.compression import TopK
         >>> compressed_mean(Communicator(), torch.tensor([1.0, 3.0]), [2], TopK(0.5))[:2]
         (tensor([0., 3.]), tensor([1., 0.]))
     """

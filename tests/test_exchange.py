@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lightning_lopt.comm import Communicator
+from lightning_lopt.compression import BF16, Int8, TopK
 from lightning_lopt.exchange import Background, compressed_mean
-from lightning_lopt.functional.compression import BF16, Int8, TopK
 from tests.processes import run_workers
 
 SIZES = [700, 0, 1, 299]

@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from lightning_lopt.agreement import Place
 from lightning_lopt.comm import Communicator
-from lightning_lopt.functional.compression import Codec
+from lightning_lopt.compression import Codec
 from lightning_lopt.functional.merge import MergeRule
 from lightning_lopt.pace import WorkerSpeeds, check_speeds
 from lightning_lopt.rounds import Rounds, check_combination
