@@ -137,9 +137,9 @@ def step_model(
         total: Sum over the shards of the model.
     """
     factor = damp_model(tensors, [tensor.state for tensor in tensors], total)
-    for tensor, own in zip(tensors, settings, strict=True):
+    for tensor, its_settings in zip(tensors, settings, strict=True):
         if tensor.param.numel():
-            _step(tensor, own, factor)
+            _step(tensor, its_settings, factor)
 
 
 def damp_model(tensors: Sequence[ModelTensor[Any]], states: Sequence[BaseState], total: Total = local_total) -> Tensor:

@@ -18,12 +18,12 @@ class Feature(NamedTuple):
 
     Attributes:
         name: Name by which it is looked up.
-        count: Number of inputs.
+        size: Number of inputs.
         kind: Dimensions along which it varies.
     """
 
     name: str
-    count: int
+    size: int
     kind: FeatureKind
 
 
@@ -67,9 +67,9 @@ def feature_slices(num_inputs: int, kinds: tuple[FeatureKind, ...] = ALL_KINDS) 
         (slice(1, 2, None), slice(8, 9, None), slice(3, 6, None))
     """
     slices, start = {}, 0
-    for name, count, kind in FEATURES:
+    for name, size, kind in FEATURES:
         if kind in kinds:
-            stop = start + (num_inputs if name == "grads" else count)
+            stop = start + (num_inputs if name == "grads" else size)
             slices[name] = slice(start, stop)
             start = stop
     return slices

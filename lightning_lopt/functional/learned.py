@@ -1,6 +1,6 @@
 """The learned step of LOpt-A and LAgg-A in its exact separable form.
 
-`functional.layers` says how the network separates. What is left per coordinate runs in blocks that stay in a cache.
+`functional.layers` separates the network; the part that is left per coordinate runs in blocks that stay in a cache.
 `functional.plain` holds the plain form, which this one equals up to rounding.
 
 A step needs whole tensors: rows, columns and norms go into it, and an update with a base step orthogonalises and

@@ -1,6 +1,6 @@
 """The plain form of the learned step: the paper's formulas, every feature formed for every coordinate.
 
-Slow and hungry (over 39 floats per parameter). `functional.learned` is tested and timed against it.
+It is slow and needs over 39 floats per parameter. `functional.learned` is tested and timed against it.
 """
 
 from __future__ import annotations

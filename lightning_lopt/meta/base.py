@@ -26,7 +26,7 @@ class AbstractTask(ABC):
 
     @property
     def validation(self) -> AbstractTask | None:
-        """The same model on data that the task itself never draws; None if there is none."""
+        """Task of the same model on data that this one never draws; None if there is none."""
         return None
 
     @property

@@ -29,7 +29,7 @@ SETTINGS_KEY = f"{STATE_KEY}.settings"
 
 
 class Iterations:
-    """A data loader that only counts; the data are the tasks' own, and it can go on from where it was."""
+    """A data loader that only counts, since the tasks hold the data; it can go on from where it was."""
 
     def __init__(self, total: int) -> None:
         self._total = total

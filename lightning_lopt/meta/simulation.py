@@ -86,7 +86,7 @@ class Simulation:
         return losses.mean(0).mean(1)
 
     def restart(self, runs: Sequence[int], starts: Tensors) -> None:
-        """Begin some runs anew; the memory of the outer step is its own.
+        """Begin some runs anew, but for the memory of the outer step.
 
         Args:
             runs: Indices of the runs.

@@ -122,7 +122,7 @@ class ImageMLP(DataTask):
     @override
     @torch.no_grad()
     def sgd_step(self, params: Tensors, batch: Batch, local_lr: Tensor) -> Tensor:
-        # What flows back is the descent direction -γ dℓ/dz, so that each product with it is an update.
+        # The descent direction -γ dℓ/dz flows back, so that each product with it is an update.
         loss, layers = self._backward(params, batch, -local_lr)
         for i, descent, inputs in layers:
             params[f"layers.{i}.weight"].baddbmm_(descent.mT, inputs)

@@ -97,7 +97,7 @@ class WholeModelOptimizer(Optimizer, ABC):
         Raises:
             ValueError: The state is of another version of this optimizer, or of another one.
         """
-        states = {
+        states: dict[Any, dict[str, Tensor]] = {
             index: {OLD_NAMES.get(name, name): value for name, value in saved.items()}
             for index, saved in state_dict["state"].items()
         }

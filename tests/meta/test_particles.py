@@ -1,4 +1,4 @@
-"""Particles: what a pair shares, where unrolls restart, which loss a round gives, how they are shared out."""
+"""Particles: common starts and data of a pair, restarts of unrolls, losses of rounds, parts of several processes."""
 
 from __future__ import annotations
 

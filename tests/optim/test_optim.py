@@ -111,6 +111,21 @@ def test_a_state_of_another_version_is_refused_and_changes_nothing(missing):
     assert outer.state[params[0]]["step"] == 2
 
 
+def test_a_state_with_the_names_of_version_0_1_goes_on():
+    old_names = {"squared_norm": "square", "norm_limit": "limit", "left_gram": "left", "right_gram": "right"}
+    whole, network = _parameters(torch.float32), AdaMLP.base_step(seed=0)
+    outer = LearnedOptimizer(whole, network)
+    _steps(outer, whole, 0, 3)
+    state, params = copy.deepcopy(outer.state_dict()), copy.deepcopy(whole)
+    for index, saved in state["state"].items():
+        state["state"][index] = {old_names.get(name, name): value for name, value in saved.items()}
+    resumed = LearnedOptimizer(params, network)
+    resumed.load_state_dict(state)
+    _steps(outer, whole, 3, 5)
+    _steps(resumed, params, 3, 5)
+    assert all(torch.equal(a, b) for a, b in zip(whole, params, strict=True))
+
+
 @pytest.mark.parametrize("old", [AdaMLP(seed=0), AdaMLP.base_step(seed=0)], ids=["published", "blended"])
 def test_a_state_of_another_kind_of_network_is_refused(old):
     new = AdaMLP.base_step(seed=0) if old.update == "published" else AdaMLP(seed=0)
