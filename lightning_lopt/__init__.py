@@ -2,9 +2,9 @@
 
 from lightning_lopt.callbacks import BatchNormReestimation, RoundMonitor
 from lightning_lopt.comm import DisagreementError
-from lightning_lopt.functional.compression import TopK
+from lightning_lopt.compression import TopK
 from lightning_lopt.network import AdaMLP
-from lightning_lopt.optim import LearnedOptimizer, SlowMomentum
+from lightning_lopt.optim import BlendedNesterov, LearnedOptimizer, SlowMomentum
 from lightning_lopt.rounds import Rounds
 from lightning_lopt.schedules import QSR, Constant, RoundInfo
 from lightning_lopt.selection import Fragments, RandomCoordinates
@@ -20,6 +20,7 @@ __all__ = [
     "QSR",
     "AdaMLP",
     "BatchNormReestimation",
+    "BlendedNesterov",
     "CheckpointError",
     "Constant",
     "DiLoCo",

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lopt.functional import ada
-from lightning_lopt.functional.layers import NUM_TENSOR_FEATURES, Network
-from lightning_lopt.functional.updates import GATE_RANGE, UPDATES
+from lightning_lopt.functional.features import count_features, feature_slices
+from lightning_lopt.functional.layers import Network
+from lightning_lopt.functional.updates import GATE_RANGE, UPDATES, Update
 from lightning_lopt.weights_file import WeightsError, read_file, write_file
 
 FORMAT = "lightning_lopt.AdaMLP"
 DEFAULT_WEIGHTS = "default"
+ABLATION_FEATURES = ("grads", "param", "time")
 
 
 class AdaMLP(nn.Module):
@@ -28,17 +30,17 @@ class AdaMLP(nn.Module):
     .. math:: (d, m) = W_3\,\mathrm{relu}(W_2\,\mathrm{relu}(W_1 f + b_1) + b_2) + b_3
 
     Args:
-        inputs: ``"mean"`` sees the averaged pseudo-gradient (LOpt-A, 39 features); an integer K sees those of K
-            workers in fixed order (LAgg-A, 38 + K features) and belongs to that K.
-        hidden: widths of the two hidden layers.
-        step_mult: λ1 > 0, the size of the step.
-        exp_mult: λ2 >= 0, the range of the magnitude.
-        update: how the output becomes a step: ``"published"`` (the paper's) or ``"blended_nesterov"``, which also
-            sees 11 features of the tensor as a whole (see `lightning_lopt.functional.updates`).
-        ada_features: False hides all features but the pseudo-gradients, the parameter and the time: the paper's
-            ablation, LOpt and LAgg. They are computed all the same.
-        card: provenance, anything JSON can hold; saved with the weights.
-        seed: of the initial weights (truncated normal, std 1/sqrt(fan in); biases 0); None leaves torch's
+        inputs: Pseudo-gradients that the network sees: ``"mean"`` for their average (LOpt-A, 39 features), or an
+            integer K for those of K workers in fixed order (LAgg-A, 38 + K features); it then belongs to that K.
+        hidden: Widths of the two hidden layers.
+        step_mult: Size λ1 > 0 of the step.
+        exp_mult: Range λ2 >= 0 of the magnitude.
+        update: Kind of update that the output becomes: ``"published"`` (the paper's) or ``"blended_nesterov"``, which
+            also sees 11 features of the tensor as a whole (see `lightning_lopt.functional.updates`).
+        ada_features: Whether the network sees Ada features; without them only the pseudo-gradients, the parameter and
+            the time: the paper's ablation, LOpt and LAgg. They are computed all the same.
+        card: Provenance, anything that JSON can hold; saved with the weights.
+        seed: Seed of the initial weights (truncated normal, std 1/sqrt(fan in); biases 0); None leaves torch's
             global generator in charge.
 
     Shape:
@@ -46,7 +48,7 @@ class AdaMLP(nn.Module):
         ``decays.rms`` [1], ``decays.factored`` [3].
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: An argument out of its range.
 
     Source: arXiv 2312.02204, section 3 and appendix.
 
@@ -71,7 +73,7 @@ class AdaMLP(nn.Module):
             raise ValueError(f"inputs must be 'mean' or a number of workers >= 1, not {inputs!r}.")
         if update not in UPDATES:
             raise ValueError(f"update must be one of {sorted(UPDATES)}, not {update!r}.")
-        if UPDATES[update].relative and not ada_features:
+        if "tensor" in UPDATES[update].feature_kinds and not ada_features:
             raise ValueError(f"The update {update!r} is made of Ada features: ada_features must be True.")
         if not (step_mult > 0 and math.isfinite(step_mult) and exp_mult >= 0 and math.isfinite(exp_mult)):
             raise ValueError(f"step_mult must be > 0 and exp_mult >= 0, not {step_mult} and {exp_mult}.")
@@ -84,7 +86,7 @@ class AdaMLP(nn.Module):
         self.update = update
         self.ada_features = bool(ada_features)
         self.card = dict(card or {})
-        sizes = (self.num_features, *self.hidden, UPDATES[update].num_outputs)
+        sizes = (self.num_features, *self.hidden, self._update.num_outputs)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.decays = nn.ParameterDict(
             {
@@ -100,11 +102,11 @@ class AdaMLP(nn.Module):
         cls,
         lr: float = 1.1,
         momentum: float = 0.85,
-        shares: tuple[float, float, float] = (0.05, 0.45, 0.5),
+        blend: tuple[float, float, float] = (0.05, 0.45, 0.5),
         hidden: tuple[int, int] = (8, 8),
         seed: int | None = None,
     ) -> AdaMLP:
-        r"""A network that takes the step which meta-training of ``"blended_nesterov"`` starts from.
+        r"""Create a network that takes the step which meta-training of ``"blended_nesterov"`` starts from.
 
         .. math:: m \leftarrow \beta_t \rho_t m + (1 - \beta_t) g,\quad
             s = g + \frac{\beta_t}{1-\beta_t} m,\quad p \leftarrow p - \mathrm{lr}\; (w_1 s + w_2 O(s) + w_3 W(s))
@@ -115,63 +117,60 @@ class AdaMLP(nn.Module):
         in round t, from 0: Nesterov momentum that grows to its β, and shrinks with the pseudo-gradient. O makes the
         singular values of a matrix nearly equal, and leaves a vector as it is; W whitens by recent pseudo-gradients;
         both keep the norm. A pseudo-gradient that has grown by more than half is first multiplied with its `damping`.
-        The last layer's weights are 0.
+        The last layer's weights are 0. `BlendedNesterov` takes the same step without a network.
 
         Args:
-            lr: in [0.02, 1.65].
-            momentum: β in (0, 1).
-            shares: w, each at least 1e-6, of sum 1.
-            hidden: widths of the two hidden layers.
-            seed: of their weights.
+            lr: Learning rate, in [0.02, 1.65].
+            momentum: Momentum β in (0, 1).
+            blend: Weights w of the three forms, each at least 1e-6, of sum 1.
+            hidden: Widths of the two hidden layers.
+            seed: Seed of their weights.
 
         Raises:
-            ValueError: an argument out of its range.
+            ValueError: An argument out of its range.
 
-        Source: `lightning_lopt.functional`: `orthogonal`, `whitening`, `updates`, `damping`.
+        Source: `lightning_lopt.functional`: `blended`, `orthogonal`, `whitening`, `damping`.
 
         Example:
             >>> from lightning_lopt import LearnedOptimizer
             >>> p = torch.nn.Parameter(torch.zeros(2))
             >>> p.grad = torch.tensor([1.0, -2.0])
-            >>> LearnedOptimizer([p], AdaMLP.base_step(lr=0.5, shares=(0.5, 0.3, 0.2))).step()
+            >>> LearnedOptimizer([p], AdaMLP.base_step(lr=0.5, blend=(0.5, 0.3, 0.2))).step()
             >>> [round(x, 3) for x in p.tolist()]  # in the first round there is no momentum yet
             [-0.558, 0.959]
         """
         low, high = (math.exp(end) for end in GATE_RANGE)
         if not (low <= lr <= high and 0 < momentum < 1):
             raise ValueError(f"lr must be in [{low:.2f}, {high:.2f}] and momentum in (0, 1), not {lr} and {momentum}.")
-        if not (
-            isinstance(shares, Sequence) and len(shares) == 3 and min(shares) >= 1e-6 and abs(sum(shares) - 1) < 1e-6
-        ):
-            raise ValueError(f"shares must be three numbers of at least 1e-6 whose sum is 1, not {shares!r}.")
+        if not (isinstance(blend, Sequence) and len(blend) == 3 and min(blend) >= 1e-6 and abs(sum(blend) - 1) < 1e-6):
+            raise ValueError(f"blend must be three numbers of at least 1e-6 whose sum is 1, not {blend!r}.")
         network = cls("mean", hidden, 1.0, 1.0, "blended_nesterov", seed=seed)
         last = network.layers[-1]
         assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.weight)
         with torch.no_grad():
             last.bias[1] = math.log(lr)
-            last.bias[2:] = torch.tensor([share / shares[0] for share in shares[1:]]).log()
+            last.bias[2:] = torch.tensor([weight / blend[0] for weight in blend[1:]]).log()
         nn.init.constant_(network.decays["momentum"][:1], math.log((1 - momentum) / (1 - ada.MOMENTUM_INIT[0])) / 10)
         return network
 
     @property
     def num_inputs(self) -> int:
-        """Pseudo-gradients the network sees: 1, or K."""
+        """Number of pseudo-gradients that the network sees: 1, or K."""
         return self.inputs if isinstance(self.inputs, int) else 1
 
     @property
-    def relative(self) -> bool:
-        """Whether the update starts from a base step."""
-        return UPDATES[self.update].relative
+    def _update(self) -> Update:
+        return UPDATES[self.update]
 
     @property
     def num_features(self) -> int:
-        shared = ada.NUM_SHARED_FEATURES + ada.NUM_TIME_FEATURES
-        return self.num_inputs + shared + (NUM_TENSOR_FEATURES if self.relative else 0)
+        """Number of inputs of the first layer."""
+        return count_features(self.num_inputs, self._update.feature_kinds)
 
     @property
     def config(self) -> dict[str, Any]:
-        """What `__init__` needs to build this network again (besides the card)."""
+        """Arguments with which `__init__` builds this network again, besides the card."""
         return {
             "inputs": self.inputs,
             "hidden": list(self.hidden),
@@ -189,11 +188,11 @@ class AdaMLP(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def functional(self, parameters: Mapping[str, Tensor] | None = None) -> Network:
-        """The meta-parameters as `functional.learned` takes them.
+        """Return the meta-parameters as `functional.learned` takes them.
 
         Args:
-            parameters: named like `named_parameters`, each with a leading particle dimension P; default: this
-                module's own, with P = 1.
+            parameters: Meta-parameters named like `named_parameters`, each with a leading particle dimension P;
+                default: this module's own, with P = 1.
         """
         if parameters is None:
             parameters = {name: p.detach().unsqueeze(0) for name, p in self.named_parameters()}
@@ -201,7 +200,9 @@ class AdaMLP(nn.Module):
         first, *others = (parameters[f"layers.{i}.weight"] for i in range(count))
         if not self.ada_features:
             first = first.clone()
-            first[..., self.num_inputs + 1 : -ada.NUM_TIME_FEATURES] = 0
+            for feature, columns in feature_slices(self.num_inputs, self._update.feature_kinds).items():
+                if feature not in ABLATION_FEATURES:
+                    first[..., columns] = 0
         return Network(
             weights=(first, *others),
             biases=tuple(parameters[f"layers.{i}.bias"] for i in range(count)),
@@ -209,20 +210,20 @@ class AdaMLP(nn.Module):
             num_inputs=self.num_inputs,
             step_mult=self.step_mult,
             exp_mult=self.exp_mult,
-            update=self.update,
+            update=self._update,
         )
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the weights, the configuration and the card to a safetensors file.
 
         Args:
-            path: where to.
-            overwrite: replace the file if there is one, at once and as a whole.
+            path: Path of the file.
+            overwrite: Whether a file that is there is replaced, at once and as a whole.
 
         Raises:
-            FileExistsError: there is such a file, and not `overwrite`.
-            FileNotFoundError: there is no such folder; none is made, as torch.save makes none.
-            WeightsError: a weight is not finite.
+            FileExistsError: There is such a file, and not `overwrite`.
+            FileNotFoundError: There is no such folder; none is made, as torch.save makes none.
+            WeightsError: A weight is not finite.
         """
         write_file(path, FORMAT, self.config, self.card, dict(self.named_parameters()), overwrite)
 
@@ -231,8 +232,8 @@ class AdaMLP(nn.Module):
         """Read a network from a file that `save` wrote. Nothing in the file is executed.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            WeightsError: the file is corrupt, truncated, of another format or version, or holds wrong shapes or
+            FileNotFoundError: There is no such file.
+            WeightsError: The file is corrupt, truncated, of another format or version, or holds wrong shapes or
                 values that are not finite.
 
         Example:
@@ -249,22 +250,22 @@ class AdaMLP(nn.Module):
 
     @classmethod
     def bundled(cls, name: str = DEFAULT_WEIGHTS) -> AdaMLP:
-        """A network whose weights come with the package.
+        """Load a network whose weights come with the package.
 
         Args:
-            name: one of `bundled_names()`.
+            name: Name of the network, one of `bundled_names()`.
         """
         return cls.load(cls.bundled_path(name))
 
     @staticmethod
     def bundled_names() -> list[str]:
-        """The names that `bundled` knows."""
+        """List the names that `bundled` knows."""
         folder = resources.files("lightning_lopt") / "weights"
         return sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".safetensors"))
 
     @staticmethod
     def bundled_path(name: str) -> Path:
-        """Where the file of a bundled network is."""
+        """Return the path of the file of a bundled network."""
         if name not in AdaMLP.bundled_names():
             raise WeightsError(f"There are no bundled weights {name!r}; there are {AdaMLP.bundled_names()}.")
         return Path(str(resources.files("lightning_lopt") / "weights" / f"{name}.safetensors"))
@@ -278,5 +279,5 @@ def _is_width(value: Any) -> bool:
 
 
 def parameter_shapes(network: AdaMLP) -> dict[str, tuple[int, ...]]:
-    """The shape of each meta-parameter, by name."""
+    """List the shapes of all meta-parameters by name."""
     return {name: tuple(p.shape) for name, p in network.named_parameters()}

@@ -15,22 +15,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lopt.functional.blocks import block_shape, cut
+from lightning_lopt.functional.blocks import block_shape, split_blocks
 from lightning_lopt.functional.grams import gram_shapes
 
 MOMENTUM_INIT = (0.9, 0.99, 0.999)
 RMS_INIT = (0.999,)
 FACTORED_INIT = (0.9, 0.99, 0.999)
 TIME_SCALES = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
-NUM_SHARED_FEATURES = 27  # all that is normalised, besides the pseudo-gradient inputs themselves
-NUM_TIME_FEATURES = len(TIME_SCALES)
 
 SQUARE_EPS = 1e-30
 MIN_SCALE = 1e-20
 
 
 class Epsilons(NamedTuple):
-    """What is added before roots and divisions, [P, 1, 1, 1] each; `rms` is a number."""
+    """Terms added before roots and divisions.
+
+    Attributes:
+        factor: Term of the factored features, [P, 1, 1, 1].
+        second: Term of the second moment, [P, 1, 1, 1].
+        rsqrt: Term of the inverse roots of rows and columns, [P, 1, 1, 1].
+        rms: Term of the normalisation by the root mean square, a number.
+    """
 
     factor: Tensor
     second: Tensor
@@ -39,9 +44,13 @@ class Epsilons(NamedTuple):
 
 
 class Decays(NamedTuple):
-    """Complements `1 - decay`, which is what float32 can hold: momentum [P, 3], rms [P, 1], factored [P, 3].
+    """Decays of the accumulators, as complements ``1 - decay``, which float32 holds exactly enough.
 
-    And what the first momentum is multiplied with before it is advanced, [P]; None leaves it as it is.
+    Attributes:
+        momentum: Complements for the momenta, [P, 3].
+        rms: Complement for the second moment, [P, 1].
+        factored: Complements for rows and columns, [P, 3].
+        shrink: Factor of the first momentum before it is advanced, [P]; None for 1.
     """
 
     momentum: Tensor
@@ -58,9 +67,9 @@ def decay_complements(momentum: Tensor, rms: Tensor, factored: Tensor) -> Decays
     The complements of the rms and factored decays are clipped to [0, 1], those of momentum are not.
 
     Args:
-        momentum: offsets [P, 3].
-        rms: offsets [P, 1].
-        factored: offsets [P, 3].
+        momentum: Offsets of the momenta, [P, 3].
+        rms: Offset of the second moment, [P, 1].
+        factored: Offsets of rows and columns, [P, 3].
 
     Source: arXiv 2312.02204, reference code `FedAdafacMLPLOpt`.
 
@@ -83,13 +92,13 @@ def decay_complements(momentum: Tensor, rms: Tensor, factored: Tensor) -> Decays
 
 @dataclass(frozen=True)
 class Factoring:
-    """How a tensor of shape [*S] is seen as [B, a, b], and along which of a, b the row factor R runs.
+    """View of a tensor of shape [*S] as [B, a, b], and the direction of its factors.
 
     Attributes:
-        permutation: dimensions of the tensor, the factored pair last.
-        shape: (B, a, b).
-        row_axis: -2 if R runs along a (d0 is b), -1 if it runs along b.
-        factored: False for vectors and scalars, which are [1, 1, n] with D = R along b and no column factor.
+        permutation: Dimensions of the tensor, the factored pair last.
+        shape: Sizes (B, a, b).
+        row_axis: Axis along which the row factor R runs: -2 for a (d0 is b), -1 for b.
+        factored: Whether there are factors; vectors and scalars are [1, 1, n] with D = R along b and no column factor.
     """
 
     permutation: tuple[int, ...]
@@ -99,18 +108,19 @@ class Factoring:
 
     @property
     def col_axis(self) -> int:
+        """Axis along which the column factor C runs."""
         return -3 - self.row_axis
 
     def matrices(self, tensor: Tensor) -> Tensor:
-        """[P, *S] -> [P, 1, B, a, b]; a view where the permutation allows it."""
+        """View [P, *S] as [P, 1, B, a, b]; a copy where the permutation does not allow a view."""
         return tensor.permute(0, *(1 + d for d in self.permutation)).reshape(tensor.shape[0], 1, *self.shape)
 
     def along(self, vector: Tensor, axis: int) -> Tensor:
-        """[P, X, B, n] along `row_axis` or `col_axis` -> [P, X, B, n, 1] or [P, X, B, 1, n]."""
+        """View [P, X, B, n] along `row_axis` or `col_axis` as [P, X, B, n, 1] or [P, X, B, 1, n]."""
         return vector.unsqueeze(-1 if axis == -2 else -2)
 
     def restore(self, matrices: Tensor, like: Tensor) -> Tensor:
-        """[P, 1, B, a, b] -> [P, *S], the inverse of `matrices`."""
+        """Invert `matrices`: [P, 1, B, a, b] to [P, *S]."""
         inverse = sorted(range(len(self.permutation)), key=self.permutation.__getitem__)
         permuted = matrices.reshape(like.shape[0], *(like.shape[1 + d] for d in self.permutation))
         return permuted.permute(0, *(1 + d for d in inverse))
@@ -118,7 +128,7 @@ class Factoring:
 
 @lru_cache(maxsize=4096)
 def factoring(shape: tuple[int, ...]) -> Factoring:
-    """The factoring of a tensor of this shape.
+    """Choose the factoring of a tensor of a shape.
 
     d0 is the largest dimension and d1 the second largest, by a stable sort (on a tie the later index is d0).
 
@@ -137,29 +147,68 @@ def factoring(shape: tuple[int, ...]) -> Factoring:
 
 
 @dataclass
+class BaseState:
+    """Memory of the blended Nesterov step of one parameter tensor, updated in place.
+
+    Attributes:
+        momentum: Momentum m, [P, 1, B, a, b].
+        squared_norm: Squared norm of the pseudo-gradient of the round before, [P]; 0 before the first.
+        norm_limit: Norm of the pseudo-gradient from which on it is damped, [P]; 0 for none yet.
+        local_scale: γH of the last round in which it was known, [P].
+        left_gram: Exponential sum of G Gᵀ in diagonal blocks, [P, *`grams.gram_shapes`].
+        right_gram: Exponential sum of Gᵀ G, likewise.
+    """
+
+    momentum: Tensor
+    squared_norm: Tensor
+    norm_limit: Tensor
+    local_scale: Tensor
+    left_gram: Tensor
+    right_gram: Tensor
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...], num_particles: int, dtype: torch.dtype, device: torch.device) -> BaseState:
+        """Create the memory of a parameter before its first step.
+
+        Args:
+            shape: Shape of the parameter, [*S].
+            num_particles: Number of particles P.
+            dtype: Type of the memory.
+            device: Device of the memory.
+        """
+
+        def new(*tail: int) -> Tensor:
+            return torch.zeros(num_particles, *tail, dtype=dtype, device=device)
+
+        left, right = gram_shapes(shape)
+        return cls(new(1, *factoring(shape).shape), new(), new(), new(), new(*left), new(*right))
+
+
+@dataclass
 class AdaState:
     """Accumulators of one parameter tensor, updated in place.
 
     Attributes:
-        momentum: m_i, [P, 3, B, a, b].
-        second: v, [P, B, a, b].
-        row: R_i, [P, 3, B, size of d1]; for vectors D_i, [P, 3, 1, n].
-        col: C_i, [P, 3, B, size of d0]; unused for vectors.
-        square: |g|² of the round before, [P]; 0 before the first.
-        limit: of |g|, from which on it is damped, [P]; 0 for none yet.
+        momentum: Momenta m_i, [P, 3, B, a, b].
+        second: Second moment v, [P, B, a, b].
+        row: Row factors R_i, [P, 3, B, size of d1]; for vectors D_i, [P, 3, 1, n].
+        col: Column factors C_i, [P, 3, B, size of d0]; unused for vectors.
+        squared_norm: Squared norm of the pseudo-gradient of the round before, [P]; 0 before the first.
+        norm_limit: Norm of the pseudo-gradient from which on it is damped, [P]; 0 for none yet.
         local_scale: γH of the last round in which it was known, [P].
-        left, right: sums of recent G Gᵀ and Gᵀ G in diagonal blocks, [P, *`grams.gram_shapes`]; empty if not wanted.
+        left_gram: Exponential sum of G Gᵀ in diagonal blocks, [P, *`grams.gram_shapes`]; empty if not wanted.
+        right_gram: Exponential sum of Gᵀ G, likewise.
     """
 
     momentum: Tensor
     second: Tensor
     row: Tensor
     col: Tensor
-    square: Tensor
-    limit: Tensor
+    squared_norm: Tensor
+    norm_limit: Tensor
     local_scale: Tensor
-    left: Tensor
-    right: Tensor
+    left_gram: Tensor
+    right_gram: Tensor
 
     @classmethod
     def zeros(
@@ -170,7 +219,15 @@ class AdaState:
         device: torch.device,
         grams: bool = False,
     ) -> AdaState:
-        """Accumulators of a parameter of shape [*S] before its first step, with Gram matrices or without."""
+        """Create the accumulators of a parameter before its first step.
+
+        Args:
+            shape: Shape of the parameter, [*S].
+            num_particles: Number of particles P.
+            dtype: Type of the accumulators.
+            device: Device of the accumulators.
+            grams: Whether Gram matrices are kept.
+        """
         factors = factoring(shape)
         batch, *sides = factors.shape
         left, right = gram_shapes(shape) if grams else [(0, 1, 1)] * 2
@@ -183,11 +240,23 @@ class AdaState:
             second=new(*factors.shape),
             row=new(3, batch, sides[factors.row_axis]),
             col=new(3, batch, sides[factors.col_axis]),
-            square=new(),
-            limit=new(),
+            squared_norm=new(),
+            norm_limit=new(),
             local_scale=new(),
-            left=new(*left),
-            right=new(*right),
+            left_gram=new(*left),
+            right_gram=new(*right),
+        )
+
+    @property
+    def base(self) -> BaseState:
+        """Memory of the base step that an update may start from, as views; its momentum is the first one."""
+        return BaseState(
+            self.momentum[:, :1],
+            self.squared_norm,
+            self.norm_limit,
+            self.local_scale,
+            self.left_gram,
+            self.right_gram,
         )
 
 
@@ -197,11 +266,11 @@ SUM_BLOCK = 30_000
 
 
 def factored_sums(grad: Tensor, factors: Factoring) -> tuple[Tensor, Tensor]:
-    """Sums of g² over d0 and over d1; a caller whose tensors are sharded adds them up over its shards.
+    """Sum g² over d0 and over d1.
 
     Args:
-        grad: averaged pseudo-gradient, [P, 1, B, a, b].
-        factors: the factoring of the parameter.
+        grad: Averaged pseudo-gradient, [P, 1, B, a, b].
+        factors: Factoring of the parameter.
 
     Returns:
         Row sums [P, B, size of d1] and column sums [P, B, size of d0].
@@ -210,7 +279,8 @@ def factored_sums(grad: Tensor, factors: Factoring) -> tuple[Tensor, Tensor]:
     block = block_shape(grid, max(1, SUM_BLOCK // num_particles))
     along_a = grad.new_zeros(num_particles, 1, *grid[:2], 1)
     along_b = grad.new_zeros(num_particles, 1, grid[0], 1, grid[2])
-    for part, sum_a, sum_b in zip(*(cut(x, grid, block) for x in (grad, along_a, along_b)), strict=True):
+    parts = (split_blocks(tensor, grid, block) for tensor in (grad, along_a, along_b))
+    for part, sum_a, sum_b in zip(*parts, strict=True):
         squares = part.square()
         sum_a += squares.sum(-1, keepdim=True)
         sum_b += squares.sum(-2, keepdim=True)
@@ -225,10 +295,10 @@ def update_factors(state: AdaState, sums: tuple[Tensor, Tensor], decays: Decays,
         C_i \leftarrow \phi_i C_i + (1-\phi_i)\,\mathrm{mean}_{d_1}(g^2 + 10^{-30})
 
     Args:
-        state: the accumulators.
-        sums: the result of `factored_sums`.
-        decays: complements of the decays.
-        factors: the factoring of the parameter.
+        state: Accumulators of the parameter.
+        sums: Result of `factored_sums`.
+        decays: Complements of the decays.
+        factors: Factoring of the parameter.
 
     Source: arXiv 2312.02204, appendix, after Shazeer & Stern 2018.
     """
@@ -246,10 +316,10 @@ def update_moments(momentum: Tensor, second: Tensor, grad: Tensor, decays: Decay
     .. math:: m_i \leftarrow \beta_i m_i + (1-\beta_i) g,\quad v \leftarrow \beta_v v + (1-\beta_v) g^2
 
     Args:
-        momentum: [P, 3, B, a, b].
-        second: [P, 1, B, a, b].
-        grad: averaged pseudo-gradient, [P, 1, B, a, b].
-        decays: complements of the decays.
+        momentum: Momenta m_i, [P, 3, B, a, b].
+        second: Second moment v, [P, 1, B, a, b].
+        grad: Averaged pseudo-gradient g, [P, 1, B, a, b].
+        decays: Complements of the decays.
 
     Source: arXiv 2312.02204, appendix.
     """
@@ -260,40 +330,30 @@ def update_moments(momentum: Tensor, second: Tensor, grad: Tensor, decays: Decay
 
 
 def row_means(state: AdaState) -> Tensor:
-    """Means of R_i over the tensor, [P, 3]: running means of g²."""
+    """Compute the means of R_i over the tensor, [P, 3]: running means of g²."""
     rows = state.row.flatten(2)
-    return _sum(rows) / rows.shape[2]
-
-
-def norm_ratio(state: AdaState, sums: tuple[Tensor, Tensor]) -> Tensor:
-    """|g| over the |g| of the round before, [P], infinite after 0; |g|² is remembered for the next one.
-
-    Args:
-        state: the accumulators.
-        sums: the result of `factored_sums`.
-    """
-    square = _sum(sums[0].flatten(1).unsqueeze(1)).squeeze(1)
-    ratio = ((square + SQUARE_EPS) / state.square).sqrt_()
-    state.square.copy_(square)
-    return ratio
+    return sum_in_blocks(rows) / rows.shape[2]
 
 
 def squared_norm(tensor: Tensor) -> Tensor:
-    """[P, *S] -> [P], in an order that does not depend on the number of threads."""
+    """Sum the squares of a tensor, [P, *S] to [P], in an order that does not depend on the number of threads."""
     parts = tensor.reshape(len(tensor), -1).split(max(1, SUM_BLOCK // len(tensor)), dim=1)
     return torch.stack([part.square().sum(1) for part in parts]).sum(0)
 
 
-def _sum(rows: Tensor) -> Tensor:
-    """[P, X, n] -> [P, X], each part of the sum by one thread."""
+def sum_in_blocks(rows: Tensor) -> Tensor:
+    """Sum [P, X, n] to [P, X], each part of the sum in one thread."""
     parts = rows.split(max(1, SUM_BLOCK // rows[..., 0].numel()), dim=2)
     return torch.stack([part.sum(2) for part in parts]).sum(0)
 
 
 def epsilons(state: AdaState, *, relative: bool) -> Epsilons:
-    """The published constants, in units of 1, or of the running mean of g² over the tensor.
+    """Return the published constants.
 
-    With the latter the features do not change when all pseudo-gradients are scaled.
+    Args:
+        state: Accumulators of the parameter, already advanced.
+        relative: Whether they are in units of the running mean of g² over the tensor, so that the features do not
+            change when all pseudo-gradients are scaled; else in units of 1.
     """
     scale = row_means(state)[:, -1:, None, None].clamp_(min=MIN_SCALE)
     if not relative:
@@ -302,7 +362,12 @@ def epsilons(state: AdaState, *, relative: bool) -> Epsilons:
 
 
 def gradient_scales(state: AdaState, eps: Epsilons, factors: Factoring) -> tuple[Tensor, Tensor, Tensor]:
-    """What makes the factored features: the scale of m along R, that along C, and for vectors that of g.
+    """Compute the scales of the factored features: that of m along R, that along C, and for vectors that of g.
+
+    Args:
+        state: Accumulators of the parameter, already advanced.
+        eps: Terms added before roots and divisions.
+        factors: Factoring of the parameter.
 
     Returns:
         For matrices rf [P, 3, B, size of d1], cf [P, 3, B, size of d0], and rf again: g and m are both scaled by
@@ -316,7 +381,7 @@ def gradient_scales(state: AdaState, eps: Epsilons, factors: Factoring) -> tuple
 
 
 def time_features(step: Tensor, dtype: torch.dtype) -> Tensor:
-    """tanh(t/x - 1) for the eleven time scales x: [P] -> [P, 11].
+    """Compute tanh(t/x - 1) for the eleven time scales x: [P] to [P, 11].
 
     Example:
         >>> time_features(torch.tensor([1]), torch.float32)[0, 0].item()

@@ -1,4 +1,4 @@
-"""Cutting tensors of shape [P, X, B, a, b] into blocks of bounded size, and running over them in threads."""
+"""Blocks of bounded size of tensors [P, X, B, a, b], and their computation in threads."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import Tensor
 Grid = tuple[int, int, int]
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-_threads: ContextVar[int] = ContextVar("threads", default=0)  # that `over` may use; 0: as many as torch
+_threads: ContextVar[int] = ContextVar("threads", default=0)  # that `in_threads` may use; 0: as many as torch
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let only `over` use as many threads as torch may, and torch's operations one.
+    """Keep torch's operations to one thread each, and let `in_threads` alone use as many as torch may.
 
     Where other processes share the cores, an operation on some thousands of elements waits a thousand times as long for
     its threads as it computes.
@@ -36,14 +36,14 @@ def one_thread() -> Iterator[None]:
 
 
 def block_shape(grid: Grid, size: int) -> Grid:
-    """The shape of the blocks that cover [B, a, b]: matrices, rows or parts of a row, about equal in size.
+    """Choose the shape of the blocks that cover [B, a, b]: matrices, rows or parts of a row, about equal in size.
 
     Args:
-        grid: (B, a, b).
-        size: the most elements that a block may have, >= 1.
+        grid: Sizes (B, a, b).
+        size: Largest number of elements of a block, >= 1.
 
     Returns:
-        The block (B, a, b); those at an end may be smaller.
+        Sizes (B, a, b) of a block; those at an end may be smaller.
 
     Example:
         >>> block_shape((9, 10, 10), 250), block_shape((9, 10, 10), 60), block_shape((1, 10, 10), 7)
@@ -57,12 +57,17 @@ def block_shape(grid: Grid, size: int) -> Grid:
     return block[0], block[1], block[2]
 
 
-def cut(tensor: Tensor, grid: Grid, block: Grid) -> list[Tensor]:
-    """Views of [P, X, B, a, b] by block, in row-major order; dimensions of size 1 stand for all blocks along them.
+def split_blocks(tensor: Tensor, grid: Grid, block: Grid) -> list[Tensor]:
+    """Split [P, X, B, a, b] into views, one for each block, in row-major order.
+
+    Args:
+        tensor: Tensor to split; dimensions of size 1 stand for all blocks along them.
+        grid: Sizes (B, a, b) that the blocks cover.
+        block: Sizes (B, a, b) of a block.
 
     Example:
         >>> column = torch.arange(3).view(1, 1, 1, 3, 1)
-        >>> [view.flatten().tolist() for view in cut(column, (1, 3, 4), (1, 2, 2))]
+        >>> [view.flatten().tolist() for view in split_blocks(column, (1, 3, 4), (1, 2, 2))]
         [[0, 1], [0, 1], [2], [2]]
     """
     views = [tensor]
@@ -76,12 +81,22 @@ def cut(tensor: Tensor, grid: Grid, block: Grid) -> list[Tensor]:
     return views
 
 
-def over(jobs: Sequence[Job], work: Callable[[Sequence[Job]], list[Result]], device: torch.device) -> list[Result]:
-    """Call `work` on all jobs, on a CPU in as many threads as torch may use, and return its results in order.
+def in_threads(
+    work: Callable[[Sequence[Job]], list[Result]], jobs: Sequence[Job], device: torch.device
+) -> list[Result]:
+    """Call `work` on all jobs, on a CPU in as many threads as torch may use.
 
     Each thread runs whole jobs: the operations on a block are too small to be worth splitting, and waiting for each
     other after each of them is slow beyond measure when other processes share the cores. Results do not depend on
     the number of threads.
+
+    Args:
+        work: Function of several jobs; returns one result for each, or none at all.
+        jobs: Jobs, each of which one thread does.
+        device: Device on which the jobs compute.
+
+    Returns:
+        Results in the order of the jobs.
     """
     before = torch.get_num_threads()
     threads = _threads.get() or before
@@ -91,8 +106,8 @@ def over(jobs: Sequence[Job], work: Callable[[Sequence[Job]], list[Result]], dev
         torch.set_num_threads(1)
         if len(jobs) < 2 * threads:
             return work(jobs)
-        cuts = [round(i * len(jobs) / threads) for i in range(threads + 1)]
-        parts = [jobs[start:stop] for start, stop in pairwise(cuts)]
+        bounds = [round(i * len(jobs) / threads) for i in range(threads + 1)]
+        parts = [jobs[start:stop] for start, stop in pairwise(bounds)]
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return [result for results in pool.map(torch.no_grad()(work), parts) for result in results]
     finally:

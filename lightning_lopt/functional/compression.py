@@ -1,159 +1,102 @@
-"""Codecs: flat tensors as bytes, and back with a loss.
-
-What is lost of `values` is `values - decode(encode(values))`; the sender adds it to its next values (error feedback).
-"""
+"""Lossy codes of flat tensors: rounding and selection, as tensors of codes and back."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 12
+CHUNK = 1 << 12  # coordinates among which the largest are kept
 
 
-class Codec(Protocol):
-    """A lossy code of flat tensors as bytes.
-
-    Attributes:
-        sparse: whether a mean of several decoded tensors is denser than each of them, and does not fit the code.
-    """
-
-    @property
-    def sparse(self) -> bool: ...
-
-    def encode(self, values: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Code float32 [n], made of pieces of these sizes, as uint8 [b]; b depends on the sizes alone."""
-        ...
-
-    def decode(self, code: Tensor, sizes: Sequence[int]) -> Tensor:
-        """What the bytes say: uint8 [>= b] -> float32 [n]."""
-        ...
-
-
-@dataclass(frozen=True)
-class BF16:
-    """Rounding to bfloat16: 2 bytes per coordinate, of which the mean's are sent once more, 2(K-1)/K × 2 in all.
-
-    Example:
-        >>> codec = BF16()
-        >>> codec.decode(codec.encode(torch.tensor([1.0, 1.001]), [2]), [2])
-        tensor([1., 1.])
-    """
-
-    sparse = False
-
-    def encode(self, values: Tensor, sizes: Sequence[int]) -> Tensor:
-        return values.bfloat16().view(torch.uint8)
-
-    def decode(self, code: Tensor, sizes: Sequence[int]) -> Tensor:
-        return code[: 2 * sum(sizes)].view(torch.bfloat16).float()
-
-
-@dataclass(frozen=True)
-class Int8:
-    r"""Rounding to 255 levels, symmetric: a byte per coordinate, and a float32 scale s per piece.
+def round_to_int8(values: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    r"""Round to 255 levels, symmetric, with a scale s per piece.
 
     .. math:: q = \mathrm{round}(x / s), \qquad s = \max|x| / 127
 
-    A sync sends 2(K-1)/K bytes per coordinate. Fails where a few huge coordinates of a piece coarsen all others.
+    Args:
+        values: Values x, [n].
+        sizes: Sizes of the pieces that the values are made of.
+
+    Returns:
+        Scales, one for each piece, in the type of the values, and levels q, int8 [n].
 
     Example:
-        >>> codec = Int8()
-        >>> codec.decode(codec.encode(torch.tensor([1.0, -0.3, 127.0]), [3]), [3])
-        tensor([  1.,   0., 127.])
+        >>> round_to_int8(torch.tensor([1.0, -0.3, 127.0]), [3])
+        (tensor([1.]), tensor([  1,   0, 127], dtype=torch.int8))
     """
-
-    sparse = False
-
-    def encode(self, values: Tensor, sizes: Sequence[int]) -> Tensor:
-        scales, codes = values.new_zeros(len(sizes)), values.new_empty(len(values), dtype=torch.int8)
-        for i, (piece, code) in enumerate(zip(values.split(list(sizes)), codes.split(list(sizes)), strict=True)):
-            if len(piece):
-                scales[i] = piece.abs().amax() / 127
-                code.copy_((piece / scales[i]).nan_to_num_().round_())
-        return torch.cat([scales.view(torch.uint8), codes.view(torch.uint8)])
-
-    def decode(self, code: Tensor, sizes: Sequence[int]) -> Tensor:
-        scales, rest = code[: 4 * len(sizes)].view(torch.float32), code[4 * len(sizes) :].view(torch.int8)
-        values = rest[: sum(sizes)].float()
-        for piece, scale in zip(values.split(list(sizes)), scales, strict=True):
-            piece.mul_(scale)
-        return values
+    scales, levels = values.new_zeros(len(sizes)), values.new_empty(len(values), dtype=torch.int8)
+    for i, (piece, level) in enumerate(zip(values.split(list(sizes)), levels.split(list(sizes)), strict=True)):
+        if len(piece):
+            scales[i] = piece.abs().amax() / 127
+            level.copy_((piece / scales[i]).nan_to_num_().round_())
+    return scales, levels
 
 
-@dataclass(frozen=True)
-class TopK:
-    """The largest coordinates by magnitude of every 4,096: 6 bytes for each that is kept.
+def from_int8(scales: Tensor, levels: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Compute the values of scales and levels as `round_to_int8` returns them, float32 [n]."""
+    values = levels.float()
+    for piece, scale in zip(values.split(list(sizes)), scales, strict=True):
+        piece.mul_(scale)
+    return values
+
+
+def top_k_chunks(numel: int, density: float) -> list[tuple[int, int, int]]:
+    """Divide coordinates into chunks of equal length: all whole ones, then the rest.
 
     Args:
-        density: share of the coordinates to keep, in (0, 1], rounded up in each chunk; 0.02 is a start.
+        numel: Number of coordinates.
+        density: Share of the coordinates of a chunk that are kept, rounded up.
 
-    Raises:
-        ValueError: `density` outside (0, 1].
-
-    A sync sends (K-1) × density × 6 bytes per coordinate. Fails with many workers, each of whom gets all codes, and
-    with short runs: what is not sent waits in the error feedback.
-
-    Source: arXiv 2508.15706 (SparseLoCo).
+    Returns:
+        Number of chunks, their length, and the number of coordinates that each keeps.
 
     Example:
-        >>> codec = TopK(density=0.5)
-        >>> codec.decode(codec.encode(torch.tensor([1.0, -3.0, 2.0, 0.5]), [4]), [4])
-        tensor([ 0., -3.,  2.,  0.])
+        >>> top_k_chunks(10_000, 0.02)
+        [(2, 4096, 82), (1, 1808, 37)]
     """
-
-    density: float = 0.02
-    sparse = True
-
-    def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:
-            raise ValueError(f"density must be in (0, 1], the share of the coordinates to keep, not {self.density!r}.")
-
-    def _blocks(self, numel: int) -> list[tuple[int, int, int]]:
-        """Chunks of equal length: how many, of which length, and how many coordinates each keeps."""
-        blocks = [(numel // CHUNK, CHUNK), (1, numel % CHUNK)]
-        return [(num, length, math.ceil(self.density * length)) for num, length in blocks if num * length]
-
-    def encode(self, values: Tensor, sizes: Sequence[int]) -> Tensor:
-        kept, indices, start = [], [], 0
-        for num, length, keep in self._blocks(len(values)):
-            chunks = values[start : start + num * length].view(num, length)
-            index = chunks.abs().topk(keep, sorted=False).indices
-            kept.append(chunks.gather(1, index).flatten())
-            indices.append(index.flatten().to(torch.int16))
-            start += num * length
-        return torch.cat([t.view(torch.uint8) for t in (*kept, *indices)])
-
-    def decode(self, code: Tensor, sizes: Sequence[int]) -> Tensor:
-        values, start, first = code.new_zeros(sum(sizes), dtype=torch.float32), 0, 0
-        blocks = self._blocks(len(values))
-        total = sum(num * keep for num, _, keep in blocks)
-        kept, indices = code[: 4 * total].view(torch.float32), code[4 * total : 6 * total].view(torch.int16).long()
-        for num, length, keep in blocks:
-            part = slice(first, first + num * keep)
-            chunks = values[start : start + num * length].view(num, length)
-            chunks.scatter_(1, indices[part].view(num, keep), kept[part].view(num, keep))
-            start, first = start + num * length, first + num * keep
-        return values
+    chunks = [(numel // CHUNK, CHUNK), (1, numel % CHUNK)]
+    return [(num, length, math.ceil(density * length)) for num, length in chunks if num * length]
 
 
-def as_codec(compression: str | Codec | None) -> Codec | None:
-    """`"bf16"` and `"int8"` become codecs; a codec or None is taken as it is.
+def select_top_k(values: Tensor, density: float) -> tuple[list[Tensor], list[Tensor]]:
+    """Select the largest coordinates by magnitude of every chunk.
 
-    Raises:
-        ValueError: an unknown name, or neither a name nor a codec.
+    Args:
+        values: Values, [n].
+        density: Share of the coordinates to keep.
 
-    Example:
-        >>> as_codec("int8")
-        Int8()
+    Returns:
+        Values that are kept and their places in their chunks, int16, flat, for each entry of `top_k_chunks`.
     """
-    named = {"bf16": BF16(), "int8": Int8()}
-    codec = named.get(compression) if isinstance(compression, str) else compression
-    if compression is not None and (isinstance(codec, type) or not hasattr(codec, "encode")):
-        raise ValueError(f"compression must be 'bf16', 'int8', TopK(...) or None, not {compression!r}.")
-    return codec
+    kept, places, start = [], [], 0
+    for num, length, keep in top_k_chunks(len(values), density):
+        chunks = values[start : start + num * length].view(num, length)
+        place = chunks.abs().topk(keep, sorted=False).indices
+        kept.append(chunks.gather(1, place).flatten())
+        places.append(place.flatten().to(torch.int16))
+        start += num * length
+    return kept, places
+
+
+def from_top_k(kept: Tensor, places: Tensor, numel: int, density: float) -> Tensor:
+    """Put values that were kept back into their places, with 0 elsewhere.
+
+    Args:
+        kept: Values that `select_top_k` kept, joined.
+        places: Their places, joined, int64.
+        numel: Number of coordinates n.
+        density: Share of the coordinates that were kept.
+
+    Returns:
+        Values, float32 [n].
+    """
+    values, start, first = kept.new_zeros(numel, dtype=torch.float32), 0, 0
+    for num, length, keep in top_k_chunks(numel, density):
+        part = slice(first, first + num * keep)
+        chunks = values[start : start + num * length].view(num, length)
+        chunks.scatter_(1, places[part].view(num, keep), kept[part].view(num, keep))
+        start, first = start + num * length, first + num * keep
+    return values

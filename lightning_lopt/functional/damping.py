@@ -1,4 +1,4 @@
-"""How much of a pseudo-gradient counts that is larger than those before it let expect."""
+"""Damping of pseudo-gradients that grow much faster than in earlier rounds."""
 
 from __future__ import annotations
 
@@ -7,20 +7,28 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_lopt.functional.ada import AdaState, squared_norm
+from lightning_lopt.functional.ada import BaseState, squared_norm
 
 GROWTH = 1.5  # of |g| in a round, from which on it is damped
 FORGET = 0.999  # per round: what comes once in 400 rounds still counts
 
+Total = Callable[[Tensor], Tensor]
+"""Sum over all shards of sums over the tensors of one of them."""
+
+
+def local_total(sums: Tensor) -> Tensor:
+    """Return sums over tensors as they are: the total where nobody else holds tensors of the model."""
+    return sums
+
 
 def damping(
     grads: Sequence[Tensor],
-    states: Sequence[AdaState],
+    states: Sequence[BaseState],
     rounds: Sequence[Tensor],
     local_scales: Sequence[Tensor],
-    total: Callable[[Tensor], Tensor] = lambda sums: sums,
+    total: Total = local_total,
 ) -> Tensor:
-    r"""What all pseudo-gradients of a round are multiplied with before a step that is relative to them.
+    r"""Compute the common factor of all pseudo-gradients of a round before a step that is relative to them.
 
     .. math:: q_t = \min\Big(1, \frac{L_t}{|g_t|}\max\big(1, \tfrac{s_t}{s_{t-1}}\big)\Big),\qquad d_t = q_t^2,\qquad
         L_{t+1} = \max(1.5\, q_t |g_t|,\; 0.999\, L_t)
@@ -33,17 +41,17 @@ def damping(
     full: in its first one a fragment has trained for a shorter time.
 
     Args:
-        grads: averaged pseudo-gradient of each tensor, [P, *S].
-        states: its accumulators; remembers L and s.
-        rounds: number of steps already taken, from 0, [P].
-        local_scales: s >= 0, [P]; 0 or nan where it is not known.
-        total: makes sums over all shards of these over the given tensors, [2, P].
+        grads: Averaged pseudo-gradient of each tensor, [P, *S].
+        states: Memory of each tensor, in which L and s are kept.
+        rounds: Number of steps already taken by each tensor, from 0, [P].
+        local_scales: Scale s >= 0 of each tensor, [P]; 0 or nan where it is not known.
+        total: Sum over all shards of sums over the given tensors, [2, P].
 
     Returns:
-        d in [0, 1], [P], float64.
+        Factor d in [0, 1], [P], float64.
 
     Example:
-        >>> state = AdaState.zeros((2,), 1, torch.float32, torch.device("cpu"))
+        >>> state = BaseState.zeros((2,), 1, torch.float32, torch.device("cpu"))
         >>> round_idx, unknown = torch.tensor([5]), torch.zeros(1)
         >>> for x in (2.0, 3.0, 9.0, 9.0):
         ...     print(round(damping([torch.tensor([[x, 0.0]])], [state], [round_idx], [unknown]).item(), 4))
@@ -52,22 +60,24 @@ def damping(
         0.25
         0.5625
     """
-    squares, limits = [], []
+    squared_norms, squared_limits = [], []
     for grad, state, scale in zip(grads, states, local_scales, strict=True):
         known = (scale > 0) & (state.local_scale > 0)
         rise = torch.where(known, scale / state.local_scale, 1.0).clamp(min=1).double()
-        squares.append(squared_norm(grad).double())
-        limits.append((state.limit * rise).square())
+        squared_norms.append(squared_norm(grad).double())
+        squared_limits.append((state.norm_limit * rise).square())
         state.local_scale.copy_(torch.where(scale > 0, scale, state.local_scale))
-    sums = [torch.stack([square * (limit > 0), limit]) for square, limit in zip(squares, limits, strict=True)]
+    sums = [
+        torch.stack([square * (limit > 0), limit]) for square, limit in zip(squared_norms, squared_limits, strict=True)
+    ]
     now, allowed = total(torch.stack(sums).sum(0) if sums else torch.zeros(2, 1, dtype=torch.float64))
     factor = torch.where(allowed > 0, (allowed / now).clamp(max=1), 1.0)
-    for square, limit, state, round_idx in zip(squares, limits, states, rounds, strict=True):
+    for square, limit, state, round_idx in zip(squared_norms, squared_limits, states, rounds, strict=True):
         counted = torch.where(square.isfinite(), square * factor, limit).sqrt()
-        state.limit.copy_(torch.maximum(GROWTH * counted, FORGET * state.limit) * (round_idx > 0))
+        state.norm_limit.copy_(torch.maximum(GROWTH * counted, FORGET * state.norm_limit) * (round_idx > 0))
     return factor
 
 
-def damped(grads: Tensor, damping: Tensor) -> Tensor:
-    """Their product: [P, *], [P] -> [P, *]."""
-    return grads * damping.to(grads).view(-1, *[1] * (grads.dim() - 1))
+def damped(grads: Tensor, factor: Tensor) -> Tensor:
+    """Multiply pseudo-gradients with their damping: [P, *], [P] to [P, *]."""
+    return grads * factor.to(grads).view(-1, *[1] * (grads.dim() - 1))

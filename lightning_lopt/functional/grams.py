@@ -1,4 +1,4 @@
-"""Which blocks of a tensor's Gram matrices are kept."""
+"""Blocks of a tensor's Gram matrices that are kept."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ MAX_RATIO = 4  # of that side to the other side of the matrix: bounds the memory
 
 @lru_cache(maxsize=4096)
 def gram_shapes(shape: tuple[int, ...]) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """The blocks of the two Gram matrices of a tensor, seen as a matrix of its first dimension by the rest.
+    """Choose the blocks of the two Gram matrices of a tensor, seen as a matrix of its first dimension by the rest.
 
     A vector has blocks of one element on the left, and none on the right.
 
     Returns:
-        (number, side, side) on the left and on the right.
+        Sizes (number, side, side) on the left and on the right.
 
     Example:
         >>> gram_shapes((128, 784)), gram_shapes((3000, 2)), gram_shapes((7,))

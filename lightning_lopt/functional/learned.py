@@ -1,10 +1,10 @@
 """The learned step of LOpt-A and LAgg-A in its exact separable form.
 
-`functional.layers` says how the network separates. What is left per coordinate runs in blocks that stay in a cache.
+`functional.layers` separates the network; the part that is left per coordinate runs in blocks that stay in a cache.
 `functional.plain` holds the plain form, which this one equals up to rounding.
 
-A step is `ada.factored_sums` -> `accumulate` -> `apply`; `step` is the three in a row. The sums of the first two
-add up over shards of a tensor, so a caller that shards tensors reduces them in between.
+A step needs whole tensors: rows, columns and norms go into it, and an update with a base step orthogonalises and
+whitens whole matrices. `step_model` is the step of a model, `step` that of one of its tensors.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from torch import Tensor
 
 from lightning_lopt.functional import ada
 from lightning_lopt.functional.ada import AdaState, Factoring
-from lightning_lopt.functional.blocks import Grid, block_shape, cut, over
-from lightning_lopt.functional.damping import damped
+from lightning_lopt.functional.blocks import Grid, block_shape, in_threads, split_blocks
+from lightning_lopt.functional.damping import Total, damped, local_total
+from lightning_lopt.functional.features import count_features, feature_slices
 from lightning_lopt.functional.layers import Layers, Moments, Network, separate
-from lightning_lopt.functional.updates import UPDATES, Base, base_forms, decays_of_round, nesterov
-from lightning_lopt.functional.whitening import update_grams
+from lightning_lopt.functional.model import ModelTensor
+from lightning_lopt.functional.updates import Base, Update
 
 # Elements per block, over all particles. A thread needs 2 x 32 floats for each: on a CPU larger blocks fall out of
 # the cache and smaller ones cost more in dispatch; a GPU wants few large launches. Tens of MB, whatever the model.
@@ -30,7 +31,7 @@ BLOCK_SIZE = {"cpu": 9 << 11, "other": 1 << 18}
 
 
 class _Operands(NamedTuple):
-    """What a step reads and writes, of a whole tensor or of a block: [P, X, B, a, b]."""
+    """All that a step reads and writes, of a whole tensor or of a block: [P, X, B, a, b]."""
 
     param: Tensor
     grad: Tensor
@@ -69,17 +70,22 @@ class _Operands(NamedTuple):
 
     @property
     def grid(self) -> Grid:
+        """Sizes (B, a, b)."""
         _, _, batch, a, b = self.grad.shape
         return batch, a, b
 
     @property
     def block(self) -> Grid:
+        """Sizes (B, a, b) of a block."""
         size = BLOCK_SIZE.get(self.grad.device.type, BLOCK_SIZE["other"])
         return block_shape(self.grid, max(1, size // len(self.grad)))
 
     def blocks(self) -> list[_Operands]:
+        """Views of all blocks."""
         grid, block = self.grid, self.block
-        return [_Operands(*views) for views in zip(*(cut(tensor, grid, block) for tensor in self), strict=True)]
+        return [
+            _Operands(*views) for views in zip(*(split_blocks(tensor, grid, block) for tensor in self), strict=True)
+        ]
 
 
 class _Views(NamedTuple):
@@ -104,16 +110,17 @@ class _Workspace:
     """The buffers of one thread: the features and the layers of the network alternate between two of them.
 
     Args:
-        operands: of the whole tensor.
-        num_tiled: features constant along a, which come as vectors.
-        widths: outputs of each layer.
+        operands: Operands of the whole tensor.
+        num_tiled: Number of features constant along a, which come as vectors.
+        widths: Number of outputs of each layer.
     """
 
     def __init__(self, operands: _Operands, num_tiled: int = 0, widths: Sequence[int] = ()) -> None:
         num_inputs = operands.inputs.shape[1]
         self._factored = operands.factored
-        self._sections = [num_tiled + num_inputs + 1, 3, 1, 3, 1, 3, 3]
-        self._widths = [sum(self._sections), *widths]
+        self._num_tiled = num_tiled
+        self._columns = feature_slices(num_inputs, ("coordinate",))
+        self._widths = [num_tiled + count_features(num_inputs, ("coordinate",)), *widths]
         size = len(operands.grad) * max(self._widths) * math.prod(operands.block)
         self._buffers = [operands.grad.new_empty(size) for _ in self._widths[:2]]
         self._views: dict[torch.Size, _Views] = {}
@@ -125,15 +132,15 @@ class _Workspace:
                 self._buffers[i % 2][: width * like.numel()].view(len(like), width, *like.shape[2:])
                 for i, width in enumerate(self._widths)
             )
-            _, momentum, second, normed_m, rsqrt_v, fac_g, fac_m = features.split(self._sections, dim=1)
+            part = {name: features[:, self._num_tiled :][:, columns] for name, columns in self._columns.items()}
             self._views[like.shape] = _Views(
-                copied=features.narrow(1, 0, sum(self._sections[:3])),
-                momentum=momentum,
-                second=second,
-                normed_m=normed_m,
-                rsqrt_v=rsqrt_v,
-                fac_g=fac_g,
-                fac_m=fac_m,
+                copied=features[:, : self._num_tiled + self._columns["second"].stop],
+                momentum=part["momentum"],
+                second=part["second"],
+                normed_m=part["normed_momentum"],
+                rsqrt_v=part["rsqrt_second"],
+                fac_g=part["factored_grad"],
+                fac_m=part["factored_momentum"],
                 flat_features=features.flatten(2),
                 layers=layers,
                 flat_layers=[layer.flatten(2) for layer in layers],
@@ -154,7 +161,7 @@ class _Workspace:
 
 def accumulate(operands: _Operands, network: Network) -> Moments:
     """Advance m and v and return the sums over the tensor that the rest needs."""
-    relative = UPDATES[network.update].relative
+    num_inputs = operands.inputs.shape[1]
 
     def work(blocks: Sequence[_Operands]) -> list[Tensor]:
         workspace = _Workspace(operands)
@@ -162,31 +169,34 @@ def accumulate(operands: _Operands, network: Network) -> Moments:
         for x in blocks:
             ada.update_moments(x.momentum, x.second, x.grad, network.decays)
             views = workspace.features(x)
-            parts = [torch.linalg.vector_norm(views.flat_features, dim=-1).square_()]
-            if relative:
-                grad = x.grad.flatten(2)
-                base = nesterov(x.grad, x.momentum, network.decays).flatten(1)
-                products = torch.bmm(torch.cat([grad, views.momentum.flatten(2)], 1), grad.mT).squeeze(2)
-                parts += [torch.linalg.vector_norm(base, dim=-1, keepdim=True).square_(), products]
-            sums.append(torch.cat(parts, 1))
+            features = torch.linalg.vector_norm(views.flat_features, dim=-1).square_()
+            sums.append(torch.cat([features, *network.update.block_sums(x.grad, views.momentum, network.decays)], 1))
         return sums
 
-    sums = torch.stack(over(operands.blocks(), work, operands.grad.device)).sum(0)
-    features, base, products = sums.tensor_split([operands.inputs.shape[1] + 15, operands.inputs.shape[1] + 16], 1)
+    sums = torch.stack(in_threads(work, operands.blocks(), operands.grad.device)).sum(0)
+    count = count_features(num_inputs, ("coordinate",))
+    features, base, products = sums.tensor_split([count, count + 1], 1)
     return Moments(features, base, products, operands.grad[0].numel())
 
 
-def apply(operands: _Operands, layers: Layers, moments: Moments, network: Network, forms: Tensor | None) -> None:
-    """Run the network over all coordinates and move `operands.param`, in place; `forms` are those of its base step."""
-    kind = UPDATES[network.update]
+def apply(operands: _Operands, layers: Layers, moments: Moments, update: Update, forms: Tensor | None) -> None:
+    """Run the network over all coordinates and move `operands.param`, in place.
+
+    Args:
+        operands: Operands of the tensor.
+        layers: Result of `layers.separate`.
+        moments: Result of `accumulate`.
+        update: Kind of update.
+        forms: Forms of its base step, [P, 3, B, a, b]; None for an update without one.
+    """
     *hidden_weights, last_weight = layers.weights
     grid, block = operands.grid, operands.block
     constants = layers.tiled.expand(-1, -1, *grid), layers.bias, *layers.thresholds
-    constant_blocks = list(zip(*(cut(tensor, grid, block) for tensor in constants), strict=True))
+    constant_blocks = list(zip(*(split_blocks(tensor, grid, block) for tensor in constants), strict=True))
     bases = [None] * len(constant_blocks)
     if forms is not None:
         base_rms = (moments.base / moments.numel).sqrt_()[..., None, None, None]
-        bases = [Base(part, base_rms) for part in cut(forms, grid, block)]
+        bases = [Base(part, base_rms) for part in split_blocks(forms, grid, block)]
 
     def work(blocks: Sequence[tuple[_Operands, Base | None, tuple[Tensor, ...]]]) -> list[None]:
         workspace = _Workspace(operands, layers.tiled.shape[1], [weight.shape[1] for weight in layers.weights])
@@ -199,10 +209,10 @@ def apply(operands: _Operands, layers: Layers, moments: Moments, network: Networ
                 hidden = torch.bmm(weight, hidden, out=flat)
                 torch.maximum(buffer, threshold, out=buffer)
             torch.bmm(last_weight, hidden, out=flat_output)
-            x.param.sub_(kind.step(output.add_(last_bias), base))
+            x.param.sub_(update.step(output.add_(last_bias), base))
         return []
 
-    over(list(zip(operands.blocks(), bases, constant_blocks, strict=True)), work, operands.grad.device)
+    in_threads(work, list(zip(operands.blocks(), bases, constant_blocks, strict=True)), operands.grad.device)
 
 
 @torch.no_grad()
@@ -214,22 +224,22 @@ def step(
     round_idx: Tensor,
     worker_grads: Tensor | None = None,
     damping: Tensor | None = None,
-    carried: Tensor | None = None,
+    retained_momentum: Tensor | None = None,
 ) -> None:
-    r"""One outer step of the learned optimizer, in place on `param` and `state`.
+    r"""Take one outer step of the learned optimizer on one tensor, in place on `param` and `state`.
 
     .. math:: p \leftarrow p - \lambda_1 d \exp(\lambda_2 m),\quad (d, m) = \mathrm{MLP}(\text{Ada features})
 
     Args:
-        param: anchor, [P, *S], float32 or float64.
-        grad: averaged pseudo-gradient (global - local), [P, *S], same dtype.
-        state: the accumulators of this tensor.
-        network: meta-parameters, same dtype.
-        round_idx: number of steps already taken, from 0, [P].
-        worker_grads: each worker's pseudo-gradient in fixed order, [P, K, *S]; for networks with K inputs.
-        damping: what an update with a base step multiplies all pseudo-gradients with, [P]; None for 1.
-        carried: the share of their momentum that the workers keep over a round, [P], which such an update does not
-            remember again; None for 0.
+        param: Anchor, [P, *S], float32 or float64.
+        grad: Averaged pseudo-gradient (global - local), [P, *S], of the same type.
+        state: Accumulators of this tensor.
+        network: Meta-parameters, of the same type.
+        round_idx: Number of steps already taken, from 0, [P].
+        worker_grads: Pseudo-gradient of each worker in fixed order, [P, K, *S]; for networks with K inputs.
+        damping: Factor of all pseudo-gradients, as the update chose it for the whole model, [P]; None for 1.
+        retained_momentum: Share of their momentum that the workers retain over a round, [P], which an update with a
+            base step does not remember again; None for 0.
 
     Source: arXiv 2312.02204, section 3 and appendix.
 
@@ -243,22 +253,59 @@ def step(
     """
     if param.numel() == 0:
         return
-    factors, kind = ada.factoring(tuple(param.shape[1:])), UPDATES[network.update]
-    if kind.relative and damping is not None:
+    factors, update = ada.factoring(tuple(param.shape[1:])), network.update
+    if damping is not None:
         grad, worker_grads = damped(grad, damping), None if worker_grads is None else damped(worker_grads, damping)
     sums = ada.factored_sums(factors.matrices(grad), factors)
-    if kind.relative:
-        decays = decays_of_round(network.decays, round_idx, ada.norm_ratio(state, sums), carried)
-        network = network._replace(decays=decays)
-        update_grams(state, grad)
+    network = network._replace(decays=update.advance(state, grad, sums, network.decays, round_idx, retained_momentum))
     ada.update_factors(state, sums, network.decays, factors)
-    eps = ada.epsilons(state, relative=kind.relative)
+    eps = update.epsilons(state)
     operands = _Operands.of(param, grad, worker_grads, state, eps, factors)
     moments = accumulate(operands, network)
-    forms = None
-    if kind.relative:
-        base_step = nesterov(operands.grad, operands.momentum, network.decays)
-        forms = base_forms(base_step, state, factors, param)
-    apply(operands, separate(network, state, moments, eps, round_idx, factors), moments, network, forms)
+    forms = update.base_forms(operands.grad, state, network.decays, factors, param)
+    apply(operands, separate(network, state, moments, eps, round_idx, factors), moments, update, forms)
     if operands.param.data_ptr() != param.data_ptr():  # the permuted view was a copy
         param.copy_(factors.restore(operands.param, param))
+
+
+@torch.no_grad()
+def step_model(
+    tensors: Sequence[ModelTensor[AdaState]],
+    networks: Sequence[Network],
+    update: Update,
+    total: Total = local_total,
+) -> None:
+    """Take one outer step of the learned optimizer on a whole model, in place.
+
+    The pseudo-gradients of all tensors are damped together, then each tensor takes its `step`.
+
+    Args:
+        tensors: Tensors of the model; none where others hold all of them, who wait in `total`.
+        networks: Meta-parameters for each tensor, in the type of its pseudo-gradient and on its device.
+        update: Kind of update of these networks.
+        total: Sum over the shards of the model.
+
+    Example:
+        >>> from lightning_lopt import AdaMLP
+        >>> network, zero = AdaMLP.base_step().functional(), torch.zeros(1)
+        >>> param, grad = torch.ones(1, 2, 2), torch.eye(2).unsqueeze(0)
+        >>> state = network.update.init_state((2, 2), 1, torch.float32, param.device)
+        >>> step_model([ModelTensor(param, grad, state, torch.tensor([0]), zero, zero)], [network], network.update)
+        >>> [round(x, 3) for x in param.flatten().tolist()]
+        [-0.1, 1.0, 1.0, -0.1]
+    """
+    factor = update.damp(tensors, total)
+    for tensor, network in zip(tensors, networks, strict=True):
+        work = tensor.param.to(tensor.grad.dtype)
+        step(
+            work,
+            tensor.grad,
+            tensor.state,
+            network,
+            tensor.round_idx,
+            tensor.worker_grads,
+            factor,
+            tensor.retained_momentum,
+        )
+        if work.data_ptr() != tensor.param.data_ptr():  # of another type
+            tensor.param.copy_(work)

@@ -1,4 +1,4 @@
-"""Which coordinates a round shares, and how a worker takes up what comes back."""
+"""The choice of the coordinates that a round sends, and the merge of the result with a worker's own parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MergeRule = Literal["delay_corrected", "overwrite"] | float
 
 
 def merge(anchor: Tensor, launched: Tensor | None, present: Tensor, rule: MergeRule) -> Tensor:
-    r"""The worker's new parameters, from the anchor a that a sync gave, its own y at launch and z at the finish.
+    r"""Compute a worker's new parameters, from the anchor a that a sync gave, its own y at launch and z at the finish.
 
     .. math:: x = a + (z - y) \quad|\quad x = a \quad|\quad x = \alpha z + (1 - \alpha) a
 
@@ -21,10 +21,10 @@ def merge(anchor: Tensor, launched: Tensor | None, present: Tensor, rule: MergeR
     with plain averaging mean x = mean z.
 
     Args:
-        anchor: a, [*S].
-        launched: y, [*S]; None if nothing was in flight, so that y = z.
-        present: z, [*S].
-        rule: `"delay_corrected"`, `"overwrite"`, or α in [0, 1], the weight of z.
+        anchor: Anchor a after the sync, [*S].
+        launched: Parameters y at the launch, [*S]; None if nothing was in flight, so that y = z.
+        present: Parameters z at the finish, [*S].
+        rule: Name `"delay_corrected"` or `"overwrite"`, or α in [0, 1], the weight of z.
 
     Source: arXiv 2605.20866 (delay-corrected), 2501.18512 (blend).
 
@@ -41,15 +41,15 @@ def merge(anchor: Tensor, launched: Tensor | None, present: Tensor, rule: MergeR
 
 
 def shared_indices(numel: int, count: int, seed: int, round_idx: int) -> Tensor:
-    """A uniformly random subset of `count` of `numel` coordinates, the same for everybody who asks; ascending.
+    """Draw a uniformly random subset of `count` of `numel` coordinates, ascending, the same for everybody who asks.
 
     Costs time and memory of the order of `count` up to half of the coordinates: nothing is sorted, and no mask made.
 
     Args:
-        numel: number of coordinates.
-        count: in [0, numel].
-        seed: of the whole run.
-        round_idx: each round has another subset.
+        numel: Number of coordinates.
+        count: Size of the subset, in [0, numel].
+        seed: Seed of the whole run.
+        round_idx: Index of the round; each has another subset.
 
     Example:
         >>> shared_indices(10, 3, seed=0, round_idx=0).tolist() == shared_indices(10, 3, seed=0, round_idx=0).tolist()
@@ -79,7 +79,7 @@ def _subset(numel: int, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _complement(numel: int, index: Tensor) -> Tensor:
-    """All coordinates but these ascending ones; several times faster than a mask."""
+    """List all coordinates but these ascending ones; several times faster than a mask."""
     jumps = torch.ones(numel - len(index), dtype=torch.int64)
     before = index - torch.arange(len(index))  # how many of the others come before each
     inside = before[before < len(jumps)]

@@ -10,19 +10,19 @@ from torch import Tensor
 def slow_momentum(
     param: Tensor, grad: Tensor, buffer: Tensor, *, outer_lr: float, momentum: float, local_lr: float
 ) -> None:
-    r"""One slow-momentum step, in place on `param` and `buffer`.
+    r"""Take one slow-momentum step, in place on `param` and `buffer`.
 
     .. math:: u \leftarrow \beta u + g / \gamma,\qquad a \leftarrow a - \alpha \gamma u
 
     With γ = 0 (a warm-up from zero) no worker has moved: u stays as it is and so does the anchor.
 
     Args:
-        param: anchor a, [*S].
-        grad: averaged pseudo-gradient g = global - local, [*S].
-        buffer: slow momentum u, [*S].
-        outer_lr: α > 0.
-        momentum: β in [0, 1).
-        local_lr: γ >= 0, the local learning rate at the sync.
+        param: Anchor a, [*S].
+        grad: Averaged pseudo-gradient g = global - local, [*S].
+        buffer: Slow momentum u, [*S].
+        outer_lr: Outer learning rate α > 0.
+        momentum: Decay β of the slow momentum, in [0, 1).
+        local_lr: Local learning rate γ >= 0 at the sync.
 
     Source: arXiv 1910.00643, algorithm 1.
 

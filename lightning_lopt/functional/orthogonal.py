@@ -20,10 +20,10 @@ def orthogonalise(step: Tensor) -> Tensor:
     Five such Newton-Schulz iterations carry singular values between 1 and about 0.01 of |S| to between 0.7 and 1.2.
 
     Args:
-        step: S, [P, *S], a matrix of its first dimension by the rest.
+        step: Step S, [P, *S], a matrix of its first dimension by the rest.
 
     Returns:
-        O, of the same shape; 0 where S is 0.
+        Orthogonalised step O, of the same shape; 0 where S is 0.
 
     Source: Jordan et al. 2024, "Muon"; the norm is grafted as in Agarwal et al. 2020, arXiv 2002.11803.
 

@@ -1,4 +1,4 @@
-"""Which workers a round leaves out: those that diverged, and those far from all others."""
+"""Workers that a round leaves out: those that diverged, and those far from all others."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ FORGET = 0.99
 
 
 class Norms(NamedTuple):
-    """Norms of earlier pseudo-gradients, of those workers that the rounds took.
+    """Norms of earlier pseudo-gradients, of the workers that the rounds took.
 
     Attributes:
-        last: in the round before; empty in the first one.
-        peak: the largest of all rounds, one that is n rounds old times 0.99^n.
+        last: Norms in the round before, 0 for workers that it left out; empty in the first one.
+        peak: Largest norm of all rounds, one that is n rounds old times 0.99^n.
     """
 
     last: Sequence[float] = ()
     peak: float = 0.0
 
     def then(self, norms: Sequence[float]) -> Norms:
-        """What is remembered after a round with these norms.
+        """Add a round with these norms.
 
         Example:
             >>> Norms().then([4.0, 2.0]).then([1.0, 1.0])
@@ -33,7 +33,7 @@ class Norms(NamedTuple):
 
 
 def outliers(norms: Sequence[float], before: Norms) -> list[int]:
-    r"""The workers k to leave out, by the norms of all workers' pseudo-gradients.
+    r"""Choose the workers k that a round leaves out, by the norms of all workers' pseudo-gradients.
 
     .. math:: \lVert g_k \rVert \text{ not finite} \quad\text{or}\quad
         \lVert g_k \rVert > \max\big(10 \operatorname{median}(\lVert g_1 \rVert, \dots, \lVert g_K \rVert,
@@ -46,8 +46,8 @@ def outliers(norms: Sequence[float], before: Norms) -> list[int]:
     one with a hard example a hundred times that.
 
     Args:
-        norms: of this round, one per worker.
-        before: of earlier rounds.
+        norms: Norm of each worker's pseudo-gradient in this round.
+        before: Norms of earlier rounds.
 
     Example:
         >>> outliers([1.0, float("nan"), 2.0, 50.0], Norms())
@@ -66,8 +66,49 @@ def outliers(norms: Sequence[float], before: Norms) -> list[int]:
     return [k for k, norm in enumerate(norms) if not math.isfinite(norm) or norm > limit]
 
 
+class OutlierFilter:
+    """The choice of the workers that rounds leave out, with its memory of earlier rounds.
+
+    Args:
+        norms: Norms of earlier rounds; None before the first.
+
+    Attributes:
+        norms: Norms of earlier rounds.
+        num_left_out: Number of workers that rounds left out so far.
+
+    Example:
+        >>> outlier_filter = OutlierFilter()
+        >>> for norms in ([1.0, 2.0], [1.0, 60.0], [50.0, 60.0]):
+        ...     left_out = outlier_filter.outliers(norms)
+        ...     outlier_filter.update(norms, left_out)
+        ...     print(left_out)
+        []
+        [1]
+        []
+    """
+
+    def __init__(self, norms: Norms | None = None) -> None:
+        self.norms = norms or Norms()
+        self.num_left_out = 0
+
+    def outliers(self, norms: Sequence[float]) -> list[int]:
+        """Choose the workers that a round with these norms leaves out."""
+        return outliers(norms, self.norms)
+
+    def update(self, norms: Sequence[float], left_out: Sequence[int]) -> None:
+        """Remember a round; one that left out all workers is forgotten.
+
+        Args:
+            norms: Norm of each worker's pseudo-gradient.
+            left_out: Workers that the round left out.
+        """
+        self.num_left_out += len(left_out)
+        if len(left_out) < len(norms):
+            self.norms = self.norms.then([0.0 if k in left_out else norm for k, norm in enumerate(norms)])
+
+
 def to_integer(norm: float) -> int:
-    """A float >= 0 as a 64-bit integer >= 0, in the same order; NaN becomes infinity.
+    """Turn a float >= 0 into a 64-bit integer >= 0, in the same order; NaN becomes infinity.
 
     Example:
         >>> to_integer(0.0), to_integer(1.0) < to_integer(1.5) < to_integer(float("nan"))
@@ -77,7 +118,7 @@ def to_integer(norm: float) -> int:
 
 
 def from_integer(integer: int) -> float:
-    """The float of which `to_integer` made this.
+    """Invert `to_integer`.
 
     Example:
         >>> from_integer(to_integer(0.1))

@@ -16,7 +16,12 @@ Tensors = dict[str, Tensor]
 
 
 class Estimate(NamedTuple):
-    """Result of one window: the gradient, mean over particles {[*S]}, and the next accumulators {[P, *S]}."""
+    """Result of one window.
+
+    Attributes:
+        gradient: Meta-gradient, mean over particles, {[*S]}.
+        accumulator: Accumulators ξ of the next window, {[P, *S]}.
+    """
 
     gradient: Tensors
     accumulator: Tensors
@@ -30,13 +35,13 @@ def perturbations(
     .. math:: \varepsilon \sim \mathcal N(0, \sigma^2 I)
 
     Args:
-        parameters: meta-parameters θ, {[*S]}.
-        num_particles: P >= 1.
-        sigma: σ > 0, in the units of the meta-parameters.
-        generator: a CPU generator, so that the draw does not depend on the device.
+        parameters: Meta-parameters θ, {[*S]}.
+        num_particles: Number of particles P >= 1.
+        sigma: Standard deviation σ > 0, in the units of the meta-parameters.
+        generator: Generator on the CPU, so that the draw does not depend on the device.
 
     Returns:
-        ε, {[P, *S]}.
+        Perturbations ε, {[P, *S]}.
     """
     return {
         name: (sigma * torch.randn(num_particles, *p.shape, generator=generator, dtype=p.dtype)).to(p.device)
@@ -45,7 +50,7 @@ def perturbations(
 
 
 def antithetic(parameters: Mapping[str, Tensor], noise: Mapping[str, Tensor]) -> Tensors:
-    """θ + ε of all particles, then θ − ε of all particles: {[*S]}, {[P, *S]} -> {[2P, *S]}.
+    """Join θ + ε of all particles and θ − ε of all particles: {[*S]}, {[P, *S]} to {[2P, *S]}.
 
     Example:
         >>> antithetic({"w": torch.tensor(1.0)}, {"w": torch.tensor([0.25, 0.5])})["w"].tolist()
@@ -57,22 +62,22 @@ def antithetic(parameters: Mapping[str, Tensor], noise: Mapping[str, Tensor]) ->
 def pes_gradient(
     loss_pos: Tensor, loss_neg: Tensor, done: Tensor, noise: Tensors, accumulator: Tensors, sigma: float
 ) -> Estimate:
-    r"""The PES gradient of one window, unbiased also where unrolls end inside it.
+    r"""Estimate the PES gradient of one window, unbiased also where unrolls end inside it.
 
     .. math:: \frac{1}{2 \sigma^2 W P} \sum_{p, j} (\ell^+_{jp} - \ell^-_{jp})
         \begin{cases} \xi_p + \varepsilon_p & \text{no unroll of } p \text{ has ended before round } j \\
         \varepsilon_p & \text{else} \end{cases}
 
     Args:
-        loss_pos: losses under θ + ε, round by round, [W, P].
-        loss_neg: losses under θ − ε, on the same data, [W, P].
-        done: whether round j was the last one of an unroll, [W, P] bool; the next round starts a new one.
-        noise: ε of this window, {[P, *S]}.
-        accumulator: ξ, the sum of the earlier ε of the unroll that the window starts in, {[P, *S]}.
-        sigma: σ, the standard deviation of ε.
+        loss_pos: Losses under θ + ε, round by round, [W, P].
+        loss_neg: Losses under θ − ε, on the same data, [W, P].
+        done: Whether round j was the last one of an unroll, [W, P] bool; the next round starts a new one.
+        noise: Perturbations ε of this window, {[P, *S]}.
+        accumulator: Sum ξ of the earlier ε of the unroll that the window starts in, {[P, *S]}.
+        sigma: Standard deviation σ of ε.
 
     Returns:
-        The gradient and the accumulators of the next window: ξ + ε, or ε after an end.
+        Gradient, and accumulators of the next window: ξ + ε, or ε after an end.
 
     Source: Vicol et al. 2021 (arXiv 2112.13835), equation 11.
 
@@ -97,22 +102,22 @@ def published_pes_gradient(
     accumulator: Tensors,
     sigma: float,
 ) -> Estimate:
-    """The window formula of the reference code, which is biased towards zero for unrolls of a few windows.
+    """Estimate the gradient by the reference code's formula, which is biased towards zero for unrolls of a few windows.
 
     It credits the last loss of an unroll to ε instead of ξ + ε, and divides by the number of valid rounds in the
     window instead of W. Kept to reproduce published runs.
 
     Args:
-        loss_pos: as for `pes_gradient`, like all the others.
-        loss_neg: [W, P].
-        mask: False for a round that merely resets, [W, P] bool; its loss does not count.
-        done: [W, P] bool.
-        noise: {[P, *S]}.
-        accumulator: {[P, *S]}.
-        sigma: σ.
+        loss_pos: Losses under θ + ε, round by round, [W, P].
+        loss_neg: Losses under θ − ε, on the same data, [W, P].
+        mask: Whether the loss of a round counts, [W, P] bool; False for a round that merely resets.
+        done: Whether round j was the last one of an unroll, [W, P] bool.
+        noise: Perturbations ε of this window, {[P, *S]}.
+        accumulator: Sum ξ of the earlier ε of the unroll that the window starts in, {[P, *S]}.
+        sigma: Standard deviation σ of ε.
 
     Returns:
-        As `pes_gradient`.
+        Gradient, and accumulators of the next window, as `pes_gradient` returns them.
 
     Source: `truncated_pes.compute_pes_grad` of google/learned_optimization.
     """
@@ -121,20 +126,20 @@ def published_pes_gradient(
 
 
 def truncated_es_gradient(loss_pos: Tensor, loss_neg: Tensor, noise: Tensors, sigma: float) -> Estimate:
-    r"""The gradient of plain truncated evolution strategies, which is blind to what happened before the window.
+    r"""Estimate the gradient by plain truncated evolution strategies, blind to what happened before the window.
 
     .. math:: \frac{1}{2 \sigma^2 W P} \sum_{p, j} (\ell^+_{jp} - \ell^-_{jp})\, \varepsilon_p
 
     The baseline to PES. Both signs must start the window from the same state.
 
     Args:
-        loss_pos: as for `pes_gradient`, like all the others.
-        loss_neg: [W, P].
-        noise: {[P, *S]}.
-        sigma: σ.
+        loss_pos: Losses under θ + ε, round by round, [W, P].
+        loss_neg: Losses under θ − ε, on the same data, [W, P].
+        noise: Perturbations ε of this window, {[P, *S]}.
+        sigma: Standard deviation σ of ε.
 
     Returns:
-        The gradient, and accumulators that stay 0.
+        Gradient, and accumulators that stay 0.
 
     Example:
         >>> noise, loss = {"w": torch.tensor([0.5])}, torch.tensor([[1.0], [1.0]])

@@ -1,6 +1,6 @@
 """The plain form of the learned step: the paper's formulas, every feature formed for every coordinate.
 
-Slow and hungry (over 39 floats per parameter). `functional.learned` is tested and timed against it.
+It is slow and needs over 39 floats per parameter. `functional.learned` is tested and timed against it.
 """
 
 from __future__ import annotations
@@ -12,26 +12,25 @@ from lightning_lopt.functional import ada
 from lightning_lopt.functional.ada import AdaState, Epsilons, Factoring
 from lightning_lopt.functional.damping import damped
 from lightning_lopt.functional.layers import Network
-from lightning_lopt.functional.updates import UPDATES, Base, base_forms, decays_of_round, nesterov
-from lightning_lopt.functional.whitening import update_grams
+from lightning_lopt.functional.updates import Base
 
 
 def features(
     param: Tensor, grad: Tensor, inputs: Tensor, state: AdaState, eps: Epsilons, round_idx: Tensor, factors: Factoring
 ) -> Tensor:
-    """All features in the documented order, normalised, from accumulators already advanced.
+    """Form all features but those of the tensor, in the order of `features.FEATURES`, normalised.
 
     Args:
-        param: [P, 1, B, a, b].
-        grad: averaged pseudo-gradient, [P, 1, B, a, b].
-        inputs: the pseudo-gradients that the network sees, [P, G, B, a, b].
-        state: the accumulators.
-        eps: what is added before roots and divisions.
-        round_idx: [P].
-        factors: the factoring of the parameter.
+        param: Parameter, [P, 1, B, a, b].
+        grad: Averaged pseudo-gradient, [P, 1, B, a, b].
+        inputs: Pseudo-gradients that the network sees, [P, G, B, a, b].
+        state: Accumulators of the tensor, already advanced.
+        eps: Terms added before roots and divisions.
+        round_idx: Number of steps already taken, from 0, [P].
+        factors: Factoring of the parameter.
 
     Returns:
-        [P, G + 38, B, a, b].
+        Features, [P, G + 38, B, a, b].
     """
     eps_factor, eps_second, eps_rsqrt = (e.unsqueeze(-1) for e in eps[:3])
     m, v, g = state.momentum, state.second.unsqueeze(1), grad
@@ -58,7 +57,7 @@ def features(
 def tensor_features(
     param: Tensor, grad: Tensor, state: AdaState, network: Network, round_idx: Tensor, factors: Factoring
 ) -> Tensor:
-    """The features of the whole tensor that `layers.tensor_features` makes from sums, [P, 11]."""
+    """Form the features of the whole tensor that `layers.tensor_features` makes from sums, [P, 11]."""
     tiny, age = ada.MIN_SCALE, (round_idx + 1)[:, None]
     products = (grad * state.momentum).mean((2, 3, 4))
     g, p, m = (x.square().mean((2, 3, 4)) for x in (grad, param, state.momentum))
@@ -72,7 +71,7 @@ def tensor_features(
 
 
 def evaluate(all_features: Tensor, network: Network) -> Tensor:
-    """The network on every coordinate: [P, F, B, a, b] -> (λ1 d, λ2 m, ...) as [P, outputs, B, a, b]."""
+    """Run the network on every coordinate: [P, F, B, a, b] to (λ1 d, λ2 m, ...) as [P, outputs, B, a, b]."""
     hidden = all_features.flatten(2)
     for layer, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
         hidden = weight @ (hidden.relu() if layer else hidden) + bias.unsqueeze(-1)
@@ -89,9 +88,9 @@ def step(
     round_idx: Tensor,
     worker_grads: Tensor | None = None,
     damping: Tensor | None = None,
-    carried: Tensor | None = None,
+    retained_momentum: Tensor | None = None,
 ) -> None:
-    """`functional.learned.step`, in the plain form; same arguments.
+    """Take the step of `functional.learned.step`, in the plain form; arguments are the same.
 
     Example:
         >>> from lightning_lopt import AdaMLP
@@ -106,9 +105,8 @@ def step(
     """
     if param.numel() == 0:
         return
-    kind, base = UPDATES[network.update], None
-    factors = ada.factoring(tuple(param.shape[1:]))
-    if kind.relative and damping is not None:
+    factors, update = ada.factoring(tuple(param.shape[1:])), network.update
+    if damping is not None:
         grad, worker_grads = damped(grad, damping), None if worker_grads is None else damped(worker_grads, damping)
     p, g = factors.matrices(param), factors.matrices(grad)
     inputs = g
@@ -116,20 +114,16 @@ def step(
         inputs = torch.cat([factors.matrices(worker) for worker in worker_grads.unbind(1)], 1)
     squares = g.square().squeeze(1)
     sums = squares.sum(factors.col_axis), squares.sum(factors.row_axis)
-    if kind.relative:
-        decays = decays_of_round(network.decays, round_idx, ada.norm_ratio(state, sums), carried)
-        network = network._replace(decays=decays)
-        update_grams(state, grad)
-    ada.update_factors(state, sums, network.decays, factors)
-    ada.update_moments(state.momentum, state.second.unsqueeze(1), g, network.decays)
+    decays = update.advance(state, grad, sums, network.decays, round_idx, retained_momentum)
+    network = network._replace(decays=decays)
+    ada.update_factors(state, sums, decays, factors)
+    ada.update_moments(state.momentum, state.second.unsqueeze(1), g, decays)
 
-    eps = ada.epsilons(state, relative=kind.relative)
-    seen = features(p, g, inputs, state, eps, round_idx, factors)
-    if kind.relative:
+    seen = features(p, g, inputs, state, update.epsilons(state), round_idx, factors)
+    if "tensor" in update.feature_kinds:
         context = tensor_features(p, g, state, network, round_idx, factors)
         seen = torch.cat([seen, context[:, :, None, None, None].expand(-1, -1, *g.shape[2:])], 1)
-        base_step = nesterov(g, state.momentum, network.decays)
-        rms = base_step.square().mean((2, 3, 4), keepdim=True).sqrt()
-        base = Base(base_forms(base_step, state, factors, param), rms)
-    change = kind.step(evaluate(seen, network), base)
+    forms = update.base_forms(g, state, decays, factors, param)
+    base = None if forms is None else Base(forms, forms[:, :1].square().mean((2, 3, 4), keepdim=True).sqrt())
+    change = update.step(evaluate(seen, network), base)
     param.copy_(factors.restore(p - change, param))

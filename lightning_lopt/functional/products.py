@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from lightning_lopt.functional.ada import SUM_BLOCK
-from lightning_lopt.functional.blocks import over
+from lightning_lopt.functional.blocks import in_threads
 
 TILE = (64, 512)  # of a product
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
-    """[P, *S] -> [P, n, m], its first dimension by the rest; a vector or scalar is a column."""
+    """View [P, *S] as [P, n, m], its first dimension by the rest; a vector or scalar is a column."""
     return tensor.reshape(len(tensor), -1, 1) if tensor.dim() < 3 else tensor.flatten(2)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, [P, a, b] and [P, b, c]; on a CPU in tiles, each of which one thread takes."""
+    """Multiply [P, a, b] and [P, b, c]; on a CPU in tiles, each of which one thread takes."""
     if left.device.type != "cpu":
         return torch.bmm(left, right)
     height, width = TILE
@@ -37,14 +37,14 @@ def product(left: Tensor, right: Tensor) -> Tensor:
             torch.bmm(rows, columns, out=tile)
         return []
 
-    over(tiles, work, left.device)
+    in_threads(work, tiles, left.device)
     return result
 
 
 def norm(matrices: Tensor) -> Tensor:
-    """[P, *S] -> [P, 1, ...]: the Frobenius norm, summed in blocks that one thread takes.
+    """Compute the Frobenius norm, [P, *S] to [P, 1, ...], summed in blocks that one thread takes.
 
-    Of anything that float32 can hold: squares are of what is left after a division by the largest element.
+    It is right for anything that float32 can hold: squares are of what is left after a division by the largest element.
     """
     flat = matrices.reshape(len(matrices), -1)
     largest = flat.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(flat.dtype).tiny)
@@ -54,5 +54,5 @@ def norm(matrices: Tensor) -> Tensor:
 
 
 def grafted(step: Tensor, like: Tensor) -> Tensor:
-    """A step at the norm of another one, [P, *S] each; 0 where it is 0."""
+    """Scale a step to the norm of another one, [P, *S] each; 0 where the step is 0."""
     return step * (norm(like) / norm(step).clamp_(min=torch.finfo(step.dtype).tiny))

@@ -1,163 +1,253 @@
-"""Kinds of update: how the output of the network becomes the step. Tensors are [P, X, *] with any trailing shape."""
+"""Kinds of update: from the output of the network to the step of a tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_lopt.functional.ada import AdaState, Decays, Factoring
-from lightning_lopt.functional.orthogonal import orthogonalise
-from lightning_lopt.functional.whitening import whiten
+from lightning_lopt.functional.ada import AdaState, Decays, Epsilons, Factoring, epsilons, sum_in_blocks
+from lightning_lopt.functional.blended import base_forms, complement_of_round, damp_model, nesterov, norm_ratio
+from lightning_lopt.functional.damping import Total, local_total
+from lightning_lopt.functional.features import ALL_KINDS, PUBLISHED_KINDS, FeatureKind
+from lightning_lopt.functional.model import ModelTensor
+from lightning_lopt.functional.whitening import update_grams
 
 GATE_RANGE = (-4.0, 0.5)  # of a gate's exponent: it damps more than it pushes
 MAX_CORRECTION = 1.0  # in units of the base step
-MOMENTUM_WARMUP = 2.0
 
 
 class Base(NamedTuple):
     """A hand-made step that an update starts from.
 
     Attributes:
-        forms: the step in its three forms, per coordinate, [P, 3, *].
-        rms: the root mean square over the tensor that all of them have, [P, 1, *] with trailing dimensions of size 1.
+        forms: Step in its three forms, [P, 3, *].
+        rms: Root mean square over the tensor, which all forms have, [P, 1, *] with trailing dimensions of size 1.
     """
 
     forms: Tensor
     rms: Tensor
 
 
-def published(output: Tensor, base: Base | None) -> Tensor:
-    r"""The step of the paper: :math:`\lambda_1 d \exp(\lambda_2 m)`, absolute in size.
+class Update(ABC):
+    """A kind of update; it has no state of its own.
 
-    Args:
-        output: (λ1 d, λ2 m), [P, 2, *]; overwritten.
-        base: ignored.
-
-    Returns:
-        What is subtracted from the parameter, [P, 1, *].
+    Attributes:
+        num_outputs: Number of outputs of the network.
+        feature_kinds: Kinds of the features that the network sees.
     """
-    direction, magnitude = output.split(1, dim=1)
-    return direction.mul_(magnitude.exp_())
+
+    num_outputs: ClassVar[int]
+    feature_kinds: ClassVar[tuple[FeatureKind, ...]]
+
+    @abstractmethod
+    def init_state(
+        self, shape: tuple[int, ...], num_particles: int, dtype: torch.dtype, device: torch.device
+    ) -> AdaState:
+        """Create the accumulators of a tensor before its first step; arguments are those of `AdaState.zeros`."""
+
+    @abstractmethod
+    def damp(self, tensors: Sequence[ModelTensor[AdaState]], total: Total = local_total) -> Tensor | None:
+        """Compute the factor of all pseudo-gradients of a model.
+
+        Args:
+            tensors: Tensors of the model.
+            total: Sum over the shards of the model.
+
+        Returns:
+            Factor in [0, 1], [P]; None for 1.
+        """
+
+    @abstractmethod
+    def advance(
+        self,
+        state: AdaState,
+        grad: Tensor,
+        sums: tuple[Tensor, Tensor],
+        decays: Decays,
+        round_idx: Tensor,
+        retained: Tensor | None,
+    ) -> Decays:
+        """Advance all that the base step remembers besides momenta, and choose the decays of the round.
+
+        Args:
+            state: Accumulators of the tensor, changed in place.
+            grad: Averaged pseudo-gradient, already damped, [P, *S].
+            sums: Row and column sums of its squares, as `ada.factored_sums` returns them.
+            decays: Decays of the network.
+            round_idx: Number of steps already taken, from 0, [P].
+            retained: Share of their momentum that the workers retain over a round, [P]; None for 0.
+        """
+
+    @abstractmethod
+    def epsilons(self, state: AdaState) -> Epsilons:
+        """Choose the terms added before roots and divisions, from accumulators already advanced."""
+
+    @abstractmethod
+    def block_sums(self, grad: Tensor, momentum: Tensor, decays: Decays) -> list[Tensor]:
+        """Sum products over a block, from which the base step and the features of the tensor are normalised.
+
+        Args:
+            grad: Averaged pseudo-gradient g of the block, [P, 1, B, a, b].
+            momentum: Momenta m_i of the block, already advanced, [P, 3, B, a, b].
+            decays: Decays of the round.
+
+        Returns:
+            Sums of the squared base step, [P, 1], and of g², g m_1, g m_2, g m_3, [P, 4]; nothing without a base step.
+        """
+
+    @abstractmethod
+    def base_forms(
+        self, grad: Tensor, state: AdaState, decays: Decays, factors: Factoring, like: Tensor
+    ) -> Tensor | None:
+        """Compute the forms of the base step.
+
+        Args:
+            grad: Averaged pseudo-gradient, [P, 1, B, a, b].
+            state: Accumulators of the tensor, already advanced.
+            decays: Decays of the round.
+            factors: Factoring of the tensor.
+            like: Tensor of the parameter's shape, [P, *S].
+
+        Returns:
+            Forms [P, 3, B, a, b]; None without a base step.
+        """
+
+    @abstractmethod
+    def step(self, output: Tensor, base: Base | None) -> Tensor:
+        """Turn outputs of the network into the step.
+
+        Args:
+            output: Outputs, all but the first already times λ2 and that times λ1, [P, outputs, *]; overwritten.
+            base: Base step, if the update has one.
+
+        Returns:
+            Step that is subtracted from the parameter, [P, 1, *].
+        """
 
 
-def gated(output: Tensor, base: Base | None) -> Tensor:
-    r"""A gate on a mean of the three forms b_i of a hand-made base step, plus a correction in its units:
+class PublishedUpdate(Update):
+    """The paper's update, from direction and magnitude."""
 
-    .. math:: e^{\lambda_2 m} \sum_i \mathrm{softmax}(0, \lambda_2 l)_i\, b_i + \mathrm{rms}(b)\,\lambda_1 d
+    num_outputs = 2
+    feature_kinds = PUBLISHED_KINDS
 
-    A zero output is the mean of all forms; the step anneals with the pseudo-gradient. The exponent is clamped to
-    `GATE_RANGE` and λ1 d to ±`MAX_CORRECTION`, which bounds the step by a multiple of the base step.
+    def init_state(
+        self, shape: tuple[int, ...], num_particles: int, dtype: torch.dtype, device: torch.device
+    ) -> AdaState:
+        return AdaState.zeros(shape, num_particles, dtype, device)
 
-    Args:
-        output: (λ1 d, λ2 m, λ2 l), with two l, [P, 4, *]; overwritten.
-        base: the base step.
+    def damp(self, tensors: Sequence[ModelTensor[AdaState]], total: Total = local_total) -> None:
+        return None
 
-    Returns:
-        What is subtracted from the parameter, [P, 1, *].
+    def advance(
+        self,
+        state: AdaState,
+        grad: Tensor,
+        sums: tuple[Tensor, Tensor],
+        decays: Decays,
+        round_idx: Tensor,
+        retained: Tensor | None,
+    ) -> Decays:
+        return decays
+
+    def epsilons(self, state: AdaState) -> Epsilons:
+        return epsilons(state, relative=False)
+
+    def block_sums(self, grad: Tensor, momentum: Tensor, decays: Decays) -> list[Tensor]:
+        return []
+
+    def base_forms(self, grad: Tensor, state: AdaState, decays: Decays, factors: Factoring, like: Tensor) -> None:
+        return None
+
+    def step(self, output: Tensor, base: Base | None) -> Tensor:
+        r"""Turn (λ1 d, λ2 m) into :math:`\lambda_1 d \exp(\lambda_2 m)`, a step that is absolute in size."""
+        direction, magnitude = output.split(1, dim=1)
+        return direction.mul_(magnitude.exp_())
+
+
+class BlendedNesterovUpdate(Update):
+    """An update of the blended Nesterov step, from a correction, a gate, and two logits that blend its forms.
+
+    No feature of the network changes with the scale of the pseudo-gradients.
     """
-    assert base is not None
-    correction, gate, logits = output.split([1, 1, 2], dim=1)
-    shares = torch.cat([torch.zeros_like(gate), logits], 1).softmax(1)
-    step = shares.mul_(base.forms).sum(1, keepdim=True)
-    correction.clamp_(-MAX_CORRECTION, MAX_CORRECTION).mul_(base.rms)
-    return correction.add_(gate.clamp_(*GATE_RANGE).exp_().mul_(step))
+
+    num_outputs = 4
+    feature_kinds = ALL_KINDS
+
+    def init_state(
+        self, shape: tuple[int, ...], num_particles: int, dtype: torch.dtype, device: torch.device
+    ) -> AdaState:
+        return AdaState.zeros(shape, num_particles, dtype, device, grams=True)
+
+    def damp(self, tensors: Sequence[ModelTensor[AdaState]], total: Total = local_total) -> Tensor:
+        return damp_model(tensors, [tensor.state.base for tensor in tensors], total)
+
+    def advance(
+        self,
+        state: AdaState,
+        grad: Tensor,
+        sums: tuple[Tensor, Tensor],
+        decays: Decays,
+        round_idx: Tensor,
+        retained: Tensor | None,
+    ) -> Decays:
+        base = state.base
+        squared_norm = sum_in_blocks(sums[0].flatten(1).unsqueeze(1)).squeeze(1)
+        update_grams(base, grad)
+        return decays_of_round(decays, round_idx, norm_ratio(base, squared_norm), retained)
+
+    def epsilons(self, state: AdaState) -> Epsilons:
+        return epsilons(state, relative=True)
+
+    def block_sums(self, grad: Tensor, momentum: Tensor, decays: Decays) -> list[Tensor]:
+        base = nesterov(grad, momentum[:, :1], decays.momentum[:, :1]).flatten(1)
+        grads = grad.flatten(2)
+        products = torch.bmm(torch.cat([grads, momentum.flatten(2)], 1), grads.mT).squeeze(2)
+        return [torch.linalg.vector_norm(base, dim=-1, keepdim=True).square_(), products]
+
+    def base_forms(self, grad: Tensor, state: AdaState, decays: Decays, factors: Factoring, like: Tensor) -> Tensor:
+        step = nesterov(grad, state.momentum[:, :1], decays.momentum[:, :1])
+        return base_forms(step, state.base, factors, like)
+
+    def step(self, output: Tensor, base: Base | None) -> Tensor:
+        r"""Gate a mean of the three forms b_i of the base step, and correct it in units of its root mean square.
+
+        .. math:: e^{\lambda_2 m} \sum_i \mathrm{softmax}(0, \lambda_2 l)_i\, b_i + \mathrm{rms}(b)\,\lambda_1 d
+
+        The outputs are (λ1 d, λ2 m, λ2 l), with two l. A zero output is the mean of all forms; the step anneals with
+        the pseudo-gradient. The exponent is clamped to `GATE_RANGE` and λ1 d to ±`MAX_CORRECTION`, which bounds the
+        step by a multiple of the base step.
+        """
+        assert base is not None
+        correction, gate, logits = output.split([1, 1, 2], dim=1)
+        blend = torch.cat([torch.zeros_like(gate), logits], 1).softmax(1)
+        step = blend.mul_(base.forms).sum(1, keepdim=True)
+        correction.clamp_(-MAX_CORRECTION, MAX_CORRECTION).mul_(base.rms)
+        return correction.add_(gate.clamp_(*GATE_RANGE).exp_().mul_(step))
 
 
-def decays_of_round(decays: Decays, round_idx: Tensor, norm_ratio: Tensor, carried: Tensor | None = None) -> Decays:
-    r"""The decays of round t for an update with a base step, whose first momentum is
+def decays_of_round(decays: Decays, round_idx: Tensor, norm_ratio: Tensor, retained: Tensor | None = None) -> Decays:
+    r"""Choose the decays of round t for an update of the blended Nesterov step.
 
-    .. math:: m_1 \leftarrow \beta_t \min\Big(1, \frac{|g_t|}{|g_{t-1}|}\Big) m_1 + (1 - \beta_t) g_t,\quad
-        1 - \beta_t = \max\Big(1 - (1 - \kappa)\,\beta_1, \frac{2}{t + 2}\Big)
+    Its first momentum is
 
-    with g already damped.
+    .. math:: m_1 \leftarrow \beta_t \min\Big(1, \frac{|g_t|}{|g_{t-1}|}\Big) m_1 + (1 - \beta_t) g_t
 
-    In the first rounds there is little to remember: it is g itself in round 0, then for a while a mean over about the
-    last half of the rounds. And where the pseudo-gradient becomes smaller, as with a learning rate that decays, what
-    is remembered does so, too. What the workers' own momentum keeps from round to round is not remembered again: with
-    heavy-ball momentum μ and H local steps that is a share κ = μ^H of its velocity.
+    with g already damped and the β_t of `blended.complement_of_round`.
 
     Args:
-        decays: of the network.
-        round_idx: t, from 0, [P].
-        norm_ratio: of the tensor's pseudo-gradients in this round and the one before, [P].
-        carried: κ in [0, 1], [P]; None for 0.
-
-    Source: Shamir and Zhang 2013, arXiv 1212.1824: polynomial-decay averaging with η = 1, until it is as slow as β_1.
-
-    Example:
-        >>> decays, ones = Decays(*torch.full((3, 1, 3), 0.1)), torch.ones(1)
-        >>> [round(1 - decays_of_round(decays, t * ones, ones).momentum[0, 0].item(), 2) for t in (0, 4, 12, 99)]
-        [0.0, 0.67, 0.86, 0.9]
+        decays: Decays of the network.
+        round_idx: Number of steps already taken t, from 0, [P].
+        norm_ratio: Norm of the tensor's pseudo-gradient in this round over that in the one before, [P].
+        retained: Share of their momentum that the workers retain over a round, [P]; None for 0.
     """
     first, others = decays.momentum.tensor_split([1], 1)
-    if carried is not None:
-        first = first + carried[:, None].to(first) * (1 - first)
-    floor = MOMENTUM_WARMUP / (round_idx[:, None].to(first) + MOMENTUM_WARMUP)
-    momentum = torch.cat([torch.maximum(first, floor), others], 1)
+    momentum = torch.cat([complement_of_round(first, round_idx, retained), others], 1)
     return decays._replace(momentum=momentum, shrink=norm_ratio.clamp(max=1))
 
 
-def carried(momentum: float, local_steps: int) -> float:
-    """The share μ^H of heavy-ball momentum μ that is left of it after a round; 0 without momentum or steps.
-
-    Example:
-        >>> round(carried(0.9, 4), 4), carried(0.0, 0), carried(float("nan"), 4)
-        (0.6561, 0.0, 0.0)
-    """
-    return min(momentum, 1.0) ** local_steps if momentum > 0 and local_steps else 0.0
-
-
-def nesterov(grad: Tensor, momentum: Tensor, decays: Decays) -> Tensor:
-    r"""Nesterov momentum: :math:`s = g + \frac{\beta}{1-\beta} m`, with the first momentum accumulator.
-
-    Args:
-        grad: [P, 1, B, a, b].
-        momentum: [P, 3, B, a, b], already advanced.
-        decays: complements of the decays of this round.
-
-    Returns:
-        [P, 1, B, a, b].
-    """
-    keep = decays.momentum[:, :1, None, None, None]
-    return torch.addcmul(grad, (1 - keep) / keep, momentum[:, :1])
-
-
-class Update(NamedTuple):
-    """A kind of update.
-
-    Attributes:
-        step: how the network's output becomes the step.
-        relative: whether it starts from a base step, in three forms, which take Gram matrices. The network then sees
-            the statistics of the tensor, and no feature changes with the scale of g.
-        num_outputs: of the network: direction and magnitude; or correction, gate, and what decides between the forms.
-    """
-
-    step: Callable[[Tensor, Base | None], Tensor]
-    relative: bool
-    num_outputs: int
-
-
-UPDATES = {
-    "published": Update(published, relative=False, num_outputs=2),
-    "blended_nesterov": Update(gated, relative=True, num_outputs=4),
-}
-
-
-def base_forms(step: Tensor, state: AdaState, factors: Factoring, like: Tensor) -> Tensor:
-    """A Nesterov step as it is, orthogonalised (a vector as it is) and whitened.
-
-    Args:
-        step: [P, 1, B, a, b].
-        state: the accumulators, already advanced.
-        factors: the factoring of the parameter.
-        like: a tensor of the parameter's shape, [P, *S].
-
-    Returns:
-        [P, 3, B, a, b].
-    """
-    whole = factors.restore(step, like)
-    orthogonal = factors.matrices(orthogonalise(whole)) if factors.factored else step
-    return torch.cat([step, orthogonal, factors.matrices(whiten(whole, state))], 1)
+UPDATES: dict[str, Update] = {"published": PublishedUpdate(), "blended_nesterov": BlendedNesterovUpdate()}

@@ -8,6 +8,7 @@ from lightning_lopt.meta.local import LocalOptimizer, LocalTraining
 from lightning_lopt.meta.models import image_conv, image_vit, language_model
 from lightning_lopt.meta.module import MetaTraining
 from lightning_lopt.meta.module_task import ModuleTask
+from lightning_lopt.meta.simulation import Simulation
 from lightning_lopt.meta.tasks import ImageMLP
 from lightning_lopt.meta.truncation import LogUniform
 
@@ -23,6 +24,7 @@ __all__ = [
     "LogUniform",
     "MetaTraining",
     "ModuleTask",
+    "Simulation",
     "image_conv",
     "image_vit",
     "language_model",

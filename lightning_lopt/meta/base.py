@@ -1,4 +1,4 @@
-"""What a task is: replicas of a small model as pure functions of their parameters and data."""
+"""Tasks: replicas of a small model as pure functions of their parameters and data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLIP = 1.5  # losses are clipped to this multiple of that of a uniform guess
 
 
 class AbstractTask(ABC):
-    """What is trained: the replicas of a small model, as pure functions of their parameters {[R, *S]} and data.
+    """A task to train on: replicas of a small model, as pure functions of their parameters {[R, *S]} and data.
 
     A task of one's own defines all that is abstract here. The gradient comes from `loss` through torch.func unless it
     is written out; a step of plain SGD may be fused with it.
@@ -26,23 +26,23 @@ class AbstractTask(ABC):
 
     @property
     def validation(self) -> AbstractTask | None:
-        """The same model on data that the task itself never draws; None if there is none."""
+        """Task of the same model on data that this one never draws; None if there is none."""
         return None
 
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where the data lies, and the parameters will."""
+        """Device of the data, and of the parameters."""
 
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """Of the parameters."""
+        """Type of the parameters."""
 
     @property
     @abstractmethod
     def max_loss(self) -> float:
-        """Where losses are clipped in meta-training; also what a diverged replica counts."""
+        """Bound to which losses are clipped in meta-training; also the loss that a diverged replica counts."""
 
     @abstractmethod
     def to(self, device: torch.device) -> Self:
@@ -50,26 +50,26 @@ class AbstractTask(ABC):
 
     @abstractmethod
     def init(self, num_replicas: int, generator: torch.Generator) -> Tensors:
-        """New parameters, {[R, *S]}, from a CPU generator."""
+        """Draw new parameters, {[R, *S]}, from a CPU generator."""
 
     @abstractmethod
     def draw(self, num_replicas: int, generator: torch.Generator) -> Tensor:
-        """Which data a batch of each replica holds, [R, *], on the CPU, from a CPU generator."""
+        """Draw the data that a batch of each replica holds, [R, *], on the CPU, from a CPU generator."""
 
     @abstractmethod
     def read(self, drawn: Tensor) -> Batch:
-        """The batches that were drawn, each tensor [R, B, *]."""
+        """Read the batches that were drawn, each tensor [R, B, *]."""
 
     def batch(self, num_replicas: int, generator: torch.Generator) -> Batch:
-        """A batch of its own for each replica, each tensor [R, B, *]."""
+        """Draw and read a batch of its own for each replica, each tensor [R, B, *]."""
         return self.read(self.draw(num_replicas, generator))
 
     @abstractmethod
     def loss(self, params: Tensors, batch: Batch) -> Tensor:
-        """Mean loss of each replica over its batch: {[R, *S]}, tensors [R, B, *] -> [R]."""
+        """Compute the mean loss of each replica over its batch: {[R, *S]}, tensors [R, B, *] to [R]."""
 
     def loss_and_grad(self, params: Tensors, batch: Batch) -> tuple[Tensor, Tensors]:
-        """The loss of each replica, [R], and its gradient, {[R, *S]}."""
+        """Compute the loss of each replica, [R], and its gradient, {[R, *S]}."""
 
         def total(params: Tensors) -> tuple[Tensor, Tensor]:
             loss = self.loss(params, batch)
@@ -80,17 +80,17 @@ class AbstractTask(ABC):
 
     @torch.no_grad()
     def sgd_step(self, params: Tensors, batch: Batch, local_lr: Tensor) -> Tensor:
-        r"""One SGD step of every replica, in place.
+        r"""Take one SGD step of every replica, in place.
 
         .. math:: x \leftarrow x - \gamma \nabla \ell(x)
 
         Args:
-            params: {[R, *S]}, changed in place.
-            batch: tensors [R, B, *].
-            local_lr: γ >= 0 of each replica, [R].
+            params: Parameters, {[R, *S]}, changed in place.
+            batch: Batch of each replica, tensors [R, B, *].
+            local_lr: Local learning rate γ >= 0 of each replica, [R].
 
         Returns:
-            The loss before the step, [R].
+            Loss before the step, [R].
         """
         loss, grads = self.loss_and_grad(params, batch)
         for name, p in params.items():
@@ -99,7 +99,7 @@ class AbstractTask(ABC):
 
 
 def column(vector: Tensor, like: Tensor) -> Tensor:
-    """One number per replica, [R], as [R, 1, ...] beside [R, *S]."""
+    """View one number per replica, [R], as [R, 1, ...] beside [R, *S]."""
     return vector.view(-1, *[1] * (like.dim() - 1))
 
 
@@ -107,13 +107,13 @@ class DataTask(AbstractTask):
     """A task on tensors in memory, whose batches are windows of neighbours in the shuffled examples.
 
     Args:
-        data: tensors or arrays [N, *] with N >= 1, or a TensorDataset; uint8 is read as fractions of 255.
-        batch_size: examples per local step of one worker, in [1, N - num_validation].
-        num_validation: examples held out for `validation`; 0 or at least batch_size.
+        data: Tensors or arrays [N, *] with N >= 1, or a TensorDataset; uint8 is read as fractions of 255.
+        batch_size: Number of examples per local step of one worker, in [1, N - num_validation].
+        num_validation: Number of examples held out for `validation`; 0 or at least batch_size.
 
     Raises:
-        TypeError: the data is something else.
-        ValueError: there is no data, or the arguments do not fit it.
+        TypeError: The data is something else.
+        ValueError: There is no data, or the arguments do not fit it.
     """
 
     def __init__(self, data: Sequence[Tensor] | TensorDataset, batch_size: int, num_validation: int = 0) -> None:
@@ -147,7 +147,7 @@ class DataTask(AbstractTask):
         return self.on(self._held_out) if self._held_out else None
 
     def on(self, data: Sequence[Tensor]) -> Self:
-        """The same task on other data, in the order in which they are."""
+        """Copy the task for other data, in the order in which they are."""
         task = copy.copy(self)
         task.data, task._held_out = list(data), []
         return task
@@ -165,22 +165,22 @@ class DataTask(AbstractTask):
 
     @override
     def draw(self, num_replicas: int, generator: torch.Generator) -> Tensor:
-        """Where windows start, [R]."""
+        """Draw the places where windows start, [R]."""
         return torch.randint(len(self.data[0]) - self.batch_size + 1, (num_replicas,), generator=generator)
 
     @override
     def read(self, drawn: Tensor) -> Batch:
-        """The windows, each tensor [R, batch_size, *]."""
+        """Read the windows, each tensor [R, batch_size, *]."""
         return self.windows(drawn, self.batch_size)
 
     def windows(self, starts: Tensor, length: int) -> Batch:
-        """Runs of neighbouring examples, each tensor [R, length, *]."""
+        """Read runs of neighbouring examples, each tensor [R, length, *]."""
         starts = starts.to(self.device)
         batch = (_windows(tensor, starts, length) for tensor in self.data)
         return tuple(part.to(self.dtype) / 255 if part.dtype == torch.uint8 else part for part in batch)
 
 
 def _windows(array: Tensor, starts: Tensor, length: int) -> Tensor:
-    """Runs of neighbours: [N, *S], [R] -> [R, length, *S]."""
+    """Read runs of neighbours: [N, *S], [R] to [R, length, *S]."""
     size = (len(array) - length + 1, length, *array.shape[1:])
     return array.as_strided(size, (array.stride(0), *array.stride()), array.storage_offset()).index_select(0, starts)

@@ -15,13 +15,13 @@ class Exporting(L.Callback):
     """Write an `Export` of a `MetaTraining` every so many meta-iterations and at the end, to one file.
 
     Args:
-        path: of the file; each export replaces the one before.
-        every_n_steps: N >= 1 meta-iterations.
-        overwrite: whether a file that is there before the run may be replaced, too.
+        path: Path of the file; each export replaces the one before.
+        every_n_steps: Number of meta-iterations N >= 1 from one export to the next.
+        overwrite: Whether a file that is there before the run may be replaced, too.
 
     Raises:
-        ValueError: an argument out of its range.
-        FileExistsError: at the start of the run: there is such a file, and not `overwrite`.
+        ValueError: An argument out of its range.
+        FileExistsError: There is such a file at the start of the run, and not `overwrite`.
     """
 
     def __init__(self, path: str | Path, every_n_steps: int = 20, overwrite: bool = False) -> None:

@@ -17,7 +17,13 @@ EstimatorKind = Literal["pes", "published_pes", "truncated_es"]
 
 
 class Window(NamedTuple):
-    """Result of one window: the meta-gradient {[*S]}, the mean loss, and the rounds simulated, all replicas counted."""
+    """Result of one window.
+
+    Attributes:
+        gradient: Meta-gradient, {[*S]}.
+        loss: Mean loss.
+        rounds: Number of rounds simulated, those of all replicas added up.
+    """
 
     gradient: Tensors
     loss: float
@@ -28,17 +34,17 @@ class Estimator:
     """Windows over the particles of one task.
 
     Args:
-        particles: the unrolls.
-        kind: ``"pes"`` (unbiased), ``"published_pes"`` (the reference code's window formula) or ``"truncated_es"``
-            (without memory of earlier windows; the baseline).
-        truncation: W >= 1, rounds per window.
-        sigma: σ > 0, standard deviation of the perturbations.
-        log_floor: minimise the mean of log(loss + log_floor) over rounds instead of that of the loss, so that late
-            progress counts too; > 0, or None for the loss.
-        seed: of the choice of H.
+        particles: Particles, whose unrolls go on from window to window.
+        kind: Name ``"pes"`` (unbiased), ``"published_pes"`` (the reference code's window formula) or
+            ``"truncated_es"`` (without memory of earlier windows; the baseline).
+        truncation: Number of rounds per window W >= 1.
+        sigma: Standard deviation σ > 0 of the perturbations.
+        log_floor: Floor > 0 to minimise the mean of log(loss + log_floor) over rounds instead of that of the loss, so
+            that late progress counts too; None for the loss.
+        seed: Seed of the choice of H.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: An argument out of its range.
     """
 
     def __init__(
@@ -71,17 +77,17 @@ class Estimator:
         """Advance all particles by one window under fresh perturbations of the network.
 
         Args:
-            network: meta-parameters θ; not changed.
-            iteration: counts the windows; what is drawn depends on it and the seed alone.
+            network: Network with the meta-parameters θ; not changed.
+            iteration: Index of the window; what is drawn depends on it and the seed alone.
 
         Returns:
-            The meta-gradient, with 0 where it is not finite.
+            Result of the window; its gradient is 0 where it is not finite.
         """
         particles, choices = self.particles, self.particles.training.steps
         generators = particles.generators(iteration)
         theta = {name: p.detach() for name, p in network.named_parameters()}
-        own_noise = [pes.perturbations(theta, 1, self.sigma, generator) for generator in generators]
-        noise = {name: torch.cat([each[name] for each in own_noise]) for name in theta}
+        drawn = [pes.perturbations(theta, 1, self.sigma, generator) for generator in generators]
+        noise = {name: torch.cat([each[name] for each in drawn]) for name in theta}
         perturbed = network.functional(pes.antithetic(theta, noise))
         chosen = torch.randint(len(choices), (), generator=seeded(self._seed, iteration))
         losses, done = [], []
@@ -111,7 +117,7 @@ class Estimator:
         return losses.nan_to_num(nan=limit).clamp(0, limit)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next window depends on, besides the network and the iteration."""
+        """Return all that the next window depends on, besides the network and the iteration."""
         return {**self.particles.state_dict(), "accumulator": self._accumulator}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -119,4 +125,4 @@ class Estimator:
         particles = self.particles
         particles.load_state_dict(state)
         device = particles.task.device
-        self._accumulator = {n: particles.own(t).to(device, copy=True) for n, t in state["accumulator"].items()}
+        self._accumulator = {n: particles.part_here(t).to(device, copy=True) for n, t in state["accumulator"].items()}

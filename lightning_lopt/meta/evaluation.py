@@ -1,21 +1,20 @@
-"""How a network compares with averaging and DiLoCo on a task, from the same starts and on the same data."""
+"""Comparison of a network with averaging and DiLoCo on a task, from the same starts and on the same data."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lightning_lopt.meta.base import AbstractTask, Tensors
-from lightning_lopt.meta.guard import Guard
 from lightning_lopt.meta.local import LocalTraining
-from lightning_lopt.meta.outer import Outer, averaging, learning, stepping, views
+from lightning_lopt.meta.outer import OuterStep, average, learned_step, optimizer_step, views
 from lightning_lopt.meta.particles import seeded
-from lightning_lopt.meta.unroll import local_round
+from lightning_lopt.meta.simulation import Simulation
 from lightning_lopt.network import AdaMLP
 
 SAMPLE_BATCHES = 32  # on which the loss of the global weights is taken
@@ -27,15 +26,15 @@ class Evaluation:
     """Runs of a task, whose starts, data and local learning rates are fixed by the seed.
 
     Args:
-        name: in the log, where each needs its own.
-        task: what is trained.
-        training: how; of several H the middle one is taken.
-        num_rounds: of each run, >= 1.
-        num_runs: N >= 1, that differ in all that is drawn.
-        seed: of everything drawn.
+        name: Name in the log, where each evaluation needs its own.
+        task: Task that is trained on.
+        training: Local training; of several H the middle one is taken.
+        num_rounds: Number of rounds of each run, >= 1.
+        num_runs: Number of runs N >= 1, which differ in all that is drawn.
+        seed: Seed of everything drawn.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: An argument out of its range.
 
     Example:
         >>> from lightning_lopt.meta import ImageMLP
@@ -63,27 +62,33 @@ class Evaluation:
         return self.training.steps[len(self.training.steps) // 2]
 
     def losses(self, network: AdaMLP) -> Tensor:
-        """The loss of the global weights on a fixed sample before the first round and after each, [rounds + 1, N]."""
-        carried = self.training.optimizer.carried(self._local_steps)
-        return self._losses(partial(learning, networks=[network], carried=carried))
+        """Compute the loss of the global weights on a fixed sample before the first round and after each.
+
+        Args:
+            network: Network that makes the outer step.
+
+        Returns:
+            Losses, [rounds + 1, N].
+        """
+        return self._losses(lambda anchor: learned_step(anchor, [network]))
 
     @cached_property
     def baselines(self) -> dict[str, Tensor]:
-        """The same with averaging (Local SGD) and with DiLoCo's Nesterov momentum (0.7, 0.9)."""
+        """Losses with averaging (Local SGD) and with DiLoCo's Nesterov momentum (0.7, 0.9)."""
 
-        def diloco(anchor: Tensors) -> Outer:
+        def diloco(anchor: Tensors) -> OuterStep:
             groups = [{"params": params} for params in views(anchor)]
-            return stepping(anchor, torch.optim.SGD(groups, lr=0.7, momentum=0.9, nesterov=True))
+            return optimizer_step(torch.optim.SGD(groups, lr=0.7, momentum=0.9, nesterov=True))
 
-        return {"averaging": self._losses(averaging), "diloco": self._losses(diloco)}
+        return {"averaging": self._losses(lambda anchor: average), "diloco": self._losses(diloco)}
 
     def final(self, losses: Tensor) -> float:
-        """Mean over the last 5 rounds and the runs; a diverged one counts as the task's `max_loss`."""
+        """Average over the last 5 rounds and the runs; a diverged one counts as the task's `max_loss`."""
         limit = self.task.max_loss
         return losses[-FINAL_ROUNDS:].nan_to_num(nan=limit).clamp(max=limit).mean().item()
 
     @torch.no_grad()
-    def _losses(self, outer: Callable[[Tensors], Outer]) -> Tensor:
+    def _losses(self, outer: Callable[[Tensors], OuterStep]) -> Tensor:
         task, training = self.task, self.training
         generators = [seeded(self.seed, "evaluation", index) for index in range(self.num_runs)]
         starts = [training.init(task, generator) for generator in generators]
@@ -91,9 +96,7 @@ class Evaluation:
         base_lr, decays = torch.tensor([training.draw_lr(generator) for generator in generators]).T
         sample = task.batch(SAMPLE_BATCHES, seeded(self.seed, "sample"))
         sample = tuple(part.flatten(0, 1).expand(self.num_runs, -1, *part.shape[2:]) for part in sample)
-        per_worker = {name: a.repeat_interleave(training.num_workers, 0) for name, a in anchor.items()}
-        local, step = training.optimizer.init(per_worker), outer(anchor)
-        guard = Guard(self.num_runs, training.num_workers)
+        simulation = Simulation(task, anchor, training.num_workers, outer(anchor), training.optimizer)
         losses = [task.loss(anchor, sample)]
         for round_idx in range(self.num_rounds):
             cosine = 0.5 * (1 + math.cos(math.pi * round_idx / self.num_rounds))
@@ -101,7 +104,6 @@ class Evaluation:
             drawn = torch.stack([task.draw(self._local_steps * training.num_workers, g) for g in generators])
             places = drawn.unflatten(1, (self._local_steps, -1)).unbind(1)
             batches = (task.read(place.flatten(0, 1).to(task.device)) for place in places)
-            workers, _ = local_round(task, anchor, batches, rates, training.num_workers, training.optimizer, local)
-            step(workers, rates, round_idx, guard.check(anchor, workers, local))
+            simulation.round(batches, rates, torch.full((self.num_runs,), round_idx, device=task.device))
             losses.append(task.loss(anchor, sample))
         return torch.stack(losses)

@@ -1,4 +1,4 @@
-"""A small file that meta-training goes on from with fresh particles: network and state of the meta-optimizer."""
+"""A small file from which meta-training goes on with fresh particles: network and state of the meta-optimizer."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ MOMENTS = {"first": "exp_avg", "second": "exp_avg_sq"}  # our names and torch's
 
 @dataclass(frozen=True)
 class Export:
-    """Where a meta-training stands, without its particles: tens of kB.
+    """The state of a meta-training, without its particles: tens of kB.
 
     Attributes:
-        network: its meta-parameters.
-        iterations: steps of the meta-optimizer so far, >= 0.
-        moments: AdamW's ``"first"`` and ``"second"`` moments, each {[*S]} by the names of the meta-parameters.
+        network: Network that is trained.
+        iterations: Number of steps of the meta-optimizer so far, >= 0.
+        moments: Moments of AdamW, ``"first"`` and ``"second"``, each {[*S]} by the names of the meta-parameters.
 
     Example:
         >>> Export.of(AdaMLP(seed=0), torch.optim.AdamW(AdaMLP(seed=0).parameters()), 0).iterations
@@ -38,7 +38,13 @@ class Export:
 
     @classmethod
     def of(cls, network: AdaMLP, optimizer: Optimizer, iterations: int) -> Self:
-        """Where a run stands: its network, AdamW on the meta-parameters, and the steps so far."""
+        """Collect the state of a run.
+
+        Args:
+            network: Network that is trained.
+            optimizer: AdamW on its meta-parameters.
+            iterations: Number of its steps so far.
+        """
         moments = {
             ours: {
                 name: optimizer.state.get(p, {}).get(theirs, torch.zeros_like(p))
@@ -67,8 +73,8 @@ class Export:
         """Read what `save` wrote. Nothing in the file is executed.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            WeightsError: the file is no export, is damaged, or holds numbers that no meta-training has.
+            FileNotFoundError: There is no such file.
+            WeightsError: The file is no export, is damaged, or holds numbers that no meta-training has.
         """
         network, tensors = read_file(path, FORMAT, AdaMLP, _shapes)
         iterations = tensors.pop("iterations").item()
@@ -82,7 +88,7 @@ class Export:
 
 
 def _shapes(network: AdaMLP) -> dict[str, tuple[int, ...]]:
-    """Of all tensors of an export."""
-    own = parameter_shapes(network)
-    moments = {f"{kind}.{name}": shape for kind in MOMENTS for name, shape in own.items()}
-    return {**own, **moments, "iterations": ()}
+    """List the shapes of all tensors of an export."""
+    parameters = parameter_shapes(network)
+    moments = {f"{kind}.{name}": shape for kind in MOMENTS for name, shape in parameters.items()}
+    return {**parameters, **moments, "iterations": ()}

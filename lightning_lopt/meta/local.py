@@ -1,4 +1,4 @@
-"""How workers train between syncs: their optimizers, batched over replicas, and what is drawn for each unroll."""
+"""Local training between syncs: optimizers batched over replicas, and the settings drawn for each unroll."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_lopt.functional.updates import carried
+from lightning_lopt.functional.blended import retained_momentum
 from lightning_lopt.meta.base import AbstractTask, Batch, Tensors, column
 
 OptimizerKind = Literal["sgd", "momentum", "adamw"]
@@ -20,11 +20,11 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 
 @dataclass
 class LocalState:
-    """What the optimizers of R replicas remember; empty dictionaries where a kind needs none.
+    """Memory of the optimizers of R replicas; empty dictionaries where a kind needs none.
 
     Attributes:
-        steps: taken so far, [R].
-        first: momentum, or Adam's first moment, {[R, *S]}.
+        steps: Number of steps taken so far, [R].
+        first: Momentum, or Adam's first moment, {[R, *S]}.
         second: Adam's second moment, {[R, *S]}.
     """
 
@@ -43,12 +43,12 @@ class LocalOptimizer:
     """An optimizer of the workers, equal to torch.optim's for each replica.
 
     Args:
-        kind: ``"sgd"``, ``"momentum"`` (SGD, momentum 0.9) or ``"adamw"`` (betas 0.9 and 0.999, epsilon 1e-8).
-        weight_decay: >= 0; added to the gradient by SGD, decoupled in AdamW.
-        max_grad_norm: > 0, to which the gradient of a replica is clipped; None leaves it.
+        kind: Name ``"sgd"``, ``"momentum"`` (SGD, momentum 0.9) or ``"adamw"`` (betas 0.9 and 0.999, epsilon 1e-8).
+        weight_decay: Weight decay >= 0; added to the gradient by SGD, decoupled in AdamW.
+        max_grad_norm: Norm > 0 to which the gradient of a replica is clipped; None leaves it.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: An argument out of its range.
 
     Example:
         >>> from lightning_lopt.meta import ImageMLP
@@ -75,7 +75,7 @@ class LocalOptimizer:
             raise ValueError(f"max_grad_norm must be positive or None, not {self.max_grad_norm}.")
 
     def init(self, params: Tensors) -> LocalState:
-        """The state before the first step."""
+        """Create the state before the first step."""
         some = next(iter(params.values()))
         state = LocalState(torch.zeros(len(some), dtype=torch.long, device=some.device))
         if self.kind != "sgd":
@@ -84,23 +84,23 @@ class LocalOptimizer:
             state.second = {name: torch.zeros_like(p) for name, p in params.items()}
         return state
 
-    def carried(self, local_steps: int) -> float:
-        """The share of heavy-ball momentum that is left of it after a round; 0 for optimizers without."""
-        return carried(MOMENTUM if self.kind == "momentum" else 0.0, local_steps)
+    def retained_momentum(self, local_steps: int) -> float:
+        """Compute the share of heavy-ball momentum that is left of it after a round; 0 for optimizers without."""
+        return retained_momentum(MOMENTUM if self.kind == "momentum" else 0.0, local_steps)
 
     @torch.no_grad()
     def step(self, task: AbstractTask, params: Tensors, batch: Batch, local_lr: Tensor, state: LocalState) -> Tensor:
-        """One step of every replica, in place on `params` and `state`.
+        """Take one step of every replica, in place on `params` and `state`.
 
         Args:
-            task: gives the gradient.
-            params: {[R, *S]}.
-            batch: tensors [R, B, *].
-            local_lr: γ >= 0 of each replica, [R].
-            state: as `init` made it.
+            task: Task that gives the gradient.
+            params: Parameters, {[R, *S]}.
+            batch: Batch of each replica, tensors [R, B, *].
+            local_lr: Local learning rate γ >= 0 of each replica, [R].
+            state: State of the optimizer, from `init`.
 
         Returns:
-            The loss before the step, [R].
+            Loss before the step, [R].
         """
         if self.kind == "sgd" and not self.weight_decay and self.max_grad_norm is None:
             state.steps += 1
@@ -111,7 +111,14 @@ class LocalOptimizer:
 
     @torch.no_grad()
     def apply(self, params: Tensors, grads: Tensors, local_lr: Tensor, state: LocalState) -> None:
-        """One step of every replica from its gradient {[R, *S]}, which is overwritten; the rest as for `step`."""
+        """Take one step of every replica from its gradient.
+
+        Args:
+            params: Parameters, {[R, *S]}, changed in place.
+            grads: Gradients, {[R, *S]}, overwritten.
+            local_lr: Local learning rate γ >= 0 of each replica, [R].
+            state: State of the optimizer, changed in place.
+        """
         state.steps += 1
         if self.max_grad_norm is not None:
             _clip(grads, self.max_grad_norm)
@@ -128,8 +135,8 @@ class LocalOptimizer:
             p.addcmul_(grad, column(local_lr, p), value=-1)
 
     def _adamw(self, params: Tensors, grads: Tensors, local_lr: Tensor, state: LocalState) -> None:
-        first_share, second_share = ((1 - beta ** state.steps.double()).to(local_lr) for beta in BETAS)
-        rate, eps = local_lr / first_share * second_share.sqrt(), EPS * second_share.sqrt()
+        first_weight, second_weight = ((1 - beta ** state.steps.double()).to(local_lr) for beta in BETAS)
+        rate, eps = local_lr / first_weight * second_weight.sqrt(), EPS * second_weight.sqrt()
         for name, p in params.items():
             grad, first, second = grads[name], state.first[name], state.second[name]
             first.lerp_(grad, 1 - BETAS[0])
@@ -149,18 +156,18 @@ def _clip(grads: Tensors, max_norm: float) -> None:
 
 @dataclass(frozen=True)
 class LocalTraining:
-    """How workers train, and from where: what a task distribution varies besides the task.
+    """Local training of the workers of an unroll, and its start: all that a task distribution varies besides the task.
 
     Args:
-        num_workers: K >= 1.
-        local_steps: H >= 1, or several, of which each window draws one.
-        local_lr: γ > 0, or (low, high): each unroll draws one log-uniformly.
-        decay_share: in [0, 1], of the unrolls whose γ falls to 0 along a cosine.
-        optimizer: of the workers; its state is kept from round to round of an unroll.
-        initial_scale: > 0, or (low, high): each unroll draws one log-uniformly; initial matrices are multiplied by it.
+        num_workers: Number of workers K >= 1.
+        local_steps: Number of local steps H >= 1, or several, of which each window draws one.
+        local_lr: Local learning rate γ > 0, or (low, high): each unroll draws one log-uniformly.
+        decay_share: Share in [0, 1] of the unrolls whose γ falls to 0 along a cosine.
+        optimizer: Optimizer of the workers; its state is kept from round to round of an unroll.
+        initial_scale: Factor > 0 of initial matrices, or (low, high): each unroll draws one log-uniformly.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: An argument out of its range.
 
     Example:
         >>> training = LocalTraining(local_steps=[1, 4], local_lr=(1e-4, 1e-2), optimizer=LocalOptimizer("adamw"))
@@ -189,16 +196,16 @@ class LocalTraining:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The choices of H."""
+        """Choices of H."""
         return (self.local_steps,) if isinstance(self.local_steps, int) else tuple(self.local_steps)
 
     def draw_lr(self, generator: torch.Generator) -> tuple[float, bool]:
-        """The first γ of an unroll, and whether it decays."""
+        """Draw the first γ of an unroll, and whether it decays."""
         lr = _log_uniform(self.local_lr, generator)
         return lr, bool(torch.rand((), generator=generator) < self.decay_share)
 
     def init(self, task: AbstractTask, generator: torch.Generator) -> Tensors:
-        """Parameters that an unroll starts from, {[1, *S]}."""
+        """Draw the parameters that an unroll starts from, {[1, *S]}."""
         scale = _log_uniform(self.initial_scale, generator)
         return {name: p * scale if p.dim() > 2 else p for name, p in task.init(1, generator).items()}
 

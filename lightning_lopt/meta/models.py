@@ -18,9 +18,9 @@ class Conv(nn.Module):
     """3×3 convolutions with ReLU, the first of stride 2, averaged over the image, and a linear layer.
 
     Args:
-        in_channels: of the image.
-        channels: of each convolution.
-        num_classes: outputs.
+        in_channels: Number of channels of the image.
+        channels: Number of channels of each convolution.
+        num_classes: Number of outputs.
 
     Source: the CIFAR-10 task of arXiv 2312.02204, with 32, 64 and 64 channels.
     """
@@ -43,9 +43,9 @@ class Block(nn.Module):
     """A pre-norm transformer block.
 
     Args:
-        width: of the residual stream.
-        num_heads: that divides it.
-        causal: whether a position sees itself and those before it only.
+        width: Width of the residual stream.
+        num_heads: Number of heads, which divides it.
+        causal: Whether a position sees itself and those before it only.
     """
 
     def __init__(self, width: int, num_heads: int, causal: bool) -> None:
@@ -72,12 +72,12 @@ class VisionTransformer(nn.Module):
     """Patches, learned positions, transformer blocks, and a linear layer on the mean.
 
     Args:
-        shape: of an image, (channels, height, width).
-        patch: side of a patch, that divides height and width.
-        width: of the residual stream.
-        depth: number of blocks.
-        num_heads: that divides width.
-        num_classes: outputs.
+        shape: Shape of an image, (channels, height, width).
+        patch: Side of a patch, which divides height and width.
+        width: Width of the residual stream.
+        depth: Number of blocks.
+        num_heads: Number of heads, which divides width.
+        num_classes: Number of outputs.
     """
 
     def __init__(
@@ -103,11 +103,11 @@ class LanguageModel(nn.Module):
     """Token and position embeddings, causal transformer blocks, and a linear layer.
 
     Args:
-        vocabulary: number of tokens.
-        context: number of positions.
-        width: of the residual stream.
-        depth: number of blocks.
-        num_heads: that divides width.
+        vocabulary: Number of tokens.
+        context: Number of positions.
+        width: Width of the residual stream.
+        depth: Number of blocks.
+        num_heads: Number of heads, which divides width.
     """
 
     def __init__(self, vocabulary: int, context: int, width: int, depth: int, num_heads: int) -> None:
@@ -130,15 +130,15 @@ def image_conv(
     size: int | None = None,
     num_validation: int = 0,
 ) -> ModuleTask:
-    """Classification by a `Conv`.
+    """Create a task of classification by a `Conv`.
 
     Args:
-        images: [N, height, width] or [N, channels, height, width], uint8 or floating.
-        labels: [N].
-        channels: of each convolution.
-        batch_size: images per local step of one worker.
-        size: side in pixels to which the images are resized by area.
-        num_validation: images held out.
+        images: Images [N, height, width] or [N, channels, height, width], uint8 or floating.
+        labels: Labels, [N].
+        channels: Number of channels of each convolution.
+        batch_size: Number of images per local step of one worker.
+        size: Side in pixels to which the images are resized by area.
+        num_validation: Number of images held out.
 
     Example:
         >>> image_conv(torch.rand(50, 8, 8), torch.arange(50) % 5, channels=(4, 8), batch_size=10)
@@ -161,7 +161,21 @@ def image_vit(
     size: int | None = None,
     num_validation: int = 0,
 ) -> ModuleTask:
-    """Classification by a `VisionTransformer`; images as for `image_conv`.
+    """Create a task of classification by a `VisionTransformer`.
+
+    Args:
+        images: Images [N, height, width] or [N, channels, height, width], uint8 or floating.
+        labels: Labels, [N].
+        patch: Side of a patch, which divides height and width.
+        width: Width of the residual stream.
+        depth: Number of blocks.
+        num_heads: Number of heads, which divides width.
+        batch_size: Number of images per local step of one worker.
+        size: Side in pixels to which the images are resized by area.
+        num_validation: Number of images held out.
+
+    Raises:
+        ValueError: A number that does not divide another as it must.
 
     Example:
         >>> image_vit(torch.rand(50, 8, 8), torch.arange(50) % 5, width=8, depth=1, num_heads=2, batch_size=10)
@@ -193,17 +207,17 @@ def language_model(
     batch_size: int = 16,
     num_validation: int = 0,
 ) -> ModuleTask:
-    """Prediction of the next token by a `LanguageModel`, on pieces of a text.
+    """Create a task of predicting the next token by a `LanguageModel`, on pieces of a text.
 
     Args:
-        tokens: the text, integers in [0, vocabulary), [N].
-        vocabulary: number of tokens, >= 2.
-        context: tokens per piece.
-        width: of the residual stream.
-        depth: number of blocks.
-        num_heads: that divides width.
-        batch_size: pieces per local step of one worker.
-        num_validation: pieces held out.
+        tokens: Text as integers in [0, vocabulary), [N].
+        vocabulary: Number of tokens, >= 2.
+        context: Number of tokens per piece.
+        width: Width of the residual stream.
+        depth: Number of blocks.
+        num_heads: Number of heads, which divides width.
+        batch_size: Number of pieces per local step of one worker.
+        num_validation: Number of pieces held out.
 
     Example:
         >>> language_model(torch.arange(500) % 7, 7, context=9, width=8, depth=1, num_heads=2, batch_size=4)

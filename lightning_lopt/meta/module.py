@@ -1,4 +1,4 @@
-"""MetaTraining: the learned optimizer's own training, as a LightningModule."""
+"""Training of the learned optimizer itself, as a LightningModule."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SETTINGS_KEY = f"{STATE_KEY}.settings"
 
 
 class Iterations:
-    """A data loader that only counts; the data are the tasks' own, and it can go on from where it was."""
+    """A data loader that only counts, since the tasks hold the data; it can go on from where it was."""
 
     def __init__(self, total: int) -> None:
         self._total = total
@@ -63,37 +63,39 @@ class MetaTraining(L.LightningModule):
     (``Trainer(strategy="ddp")``) share the particles; a checkpoint holds all of them, for any number of processes.
 
     Args:
-        task: what to train on; several are taken in turn, one per meta-iteration, each with particles of its own.
+        task: Task to train on; several are taken in turn, one per meta-iteration, each with particles of its own.
             A pair (task, `LocalTraining`) has a local training of its own; the next arguments hold for the others.
-        num_workers: K >= 1 simulated workers.
-        local_steps: H >= 1; of several, each window draws one.
-        local_lr: γ > 0; of a range (low, high), each unroll draws one log-uniformly, and half of the unrolls let it
-            fall to 0 along a cosine.
-        local_optimizer: ``"sgd"``, ``"momentum"`` or ``"adamw"``.
-        meta_loss: what is minimised: the workers' training loss (``"local"``), or the loss of the updated anchor on
+        num_workers: Number of simulated workers K >= 1.
+        local_steps: Number of local steps H >= 1; of several, each window draws one.
+        local_lr: Local learning rate γ > 0; of a range (low, high), each unroll draws one log-uniformly, and half of
+            the unrolls let it fall to 0 along a cosine.
+        local_optimizer: Name ``"sgd"``, ``"momentum"`` or ``"adamw"``.
+        meta_loss: Loss that is minimised: the workers' training loss (``"local"``), or that of the updated anchor on
             fresh batches (``"updated"``) or on validation batches (``"validation"``).
-        log_floor: minimise the mean of log(loss + log_floor), so that late progress counts; None: of the loss.
-        network: what to train; default ``AdaMLP(seed=seed)``.
-        start: where an earlier run stood, of the same kind of network; goes on from there with fresh particles.
-            The Trainer's `max_steps` then counts the steps of this run alone, the schedule those of both.
-        estimator: of the meta-gradient: ``"pes"``, the biased ``"published_pes"``, or ``"truncated_es"`` as a baseline.
-        num_particles: P >= 1 antithetic pairs per task.
-        truncation: W >= 1 rounds per window.
-        unroll_length: T in rounds, fixed or drawn for each unroll.
-        sigma: σ > 0, standard deviation of the perturbations of the meta-parameters.
-        max_window_norm: > 0, to which the gradient of every window is clipped before it is accumulated with those of
-            other tasks, so that none drowns the others; None leaves it.
-        lr: peak learning rate of the meta-optimizer, >= 0.
-        final_lr: where the cosine ends; default a third of `lr`, as published.
-        warmup_steps: of the meta-optimizer, >= 0.
-        decays_lr: that of the decays, whose offsets act tenfold in the exponent; default `lr`, as published.
-        evaluations: of the current network, by the Trainer's validation loop (every `val_check_interval` batches).
-            Logs each final loss, its ratios to the baselines', and the ratios' means.
-        seed: of everything drawn.
+        log_floor: Floor > 0 to minimise the mean of log(loss + log_floor), so that late progress counts; None for the
+            mean loss.
+        network: Network to train; default ``AdaMLP(seed=seed)``.
+        start: State of an earlier run, of the same kind of network, to go on from with fresh particles. The Trainer's
+            `max_steps` then counts the steps of this run alone, the schedule those of both.
+        estimator: Estimator of the meta-gradient: ``"pes"``, the biased ``"published_pes"``, or ``"truncated_es"`` as
+            a baseline.
+        num_particles: Number of antithetic pairs P >= 1 per task.
+        truncation: Number of rounds W >= 1 per window.
+        unroll_length: Length T in rounds, fixed or drawn for each unroll.
+        sigma: Standard deviation σ > 0 of the perturbations of the meta-parameters.
+        max_window_norm: Norm > 0 to which the gradient of every window is clipped before it is accumulated with those
+            of other tasks, so that none drowns the others; None leaves it.
+        lr: Peak learning rate of the meta-optimizer, >= 0.
+        final_lr: Learning rate at the end of the cosine; default a third of `lr`, as published.
+        warmup_steps: Number of warm-up steps of the meta-optimizer, >= 0.
+        decays_lr: Learning rate of the decays, whose offsets act tenfold in the exponent; default `lr`, as published.
+        evaluations: Evaluations of the current network by the Trainer's validation loop (every `val_check_interval`
+            batches). They log each final loss, its ratios to the baselines', and the ratios' means.
+        seed: Seed of everything drawn.
 
     Raises:
         TypeError: `network` is no `AdaMLP`.
-        ValueError: an argument out of its range, or two evaluations of the same name.
+        ValueError: An argument out of its range, or two evaluations of the same name.
 
     Source: arXiv 2312.02204, section 4 and appendix; PES: arXiv 2112.13835.
 
@@ -173,15 +175,15 @@ class MetaTraining(L.LightningModule):
         }
         self._estimators = []
         for index, (each, training) in enumerate(pairs):
-            own_seed = seed + 1_000_003 * index + 10_007 * self.start_iterations
-            particles = Particles(each, training, num_particles, lengths, meta_loss, own_seed, self.network.update)
-            self._estimators.append(Estimator(particles, estimator, truncation, sigma, log_floor, own_seed))
+            task_seed = seed + 1_000_003 * index + 10_007 * self.start_iterations
+            particles = Particles(each, training, num_particles, lengths, meta_loss, task_seed, self.network.update)
+            self._estimators.append(Estimator(particles, estimator, truncation, sigma, log_floor, task_seed))
 
     def _check_arguments(self, pairs: Sequence[tuple[AbstractTask, LocalTraining]]) -> None:
         for each, training in pairs:
-            if (own := next(self.network.parameters()).dtype) != each.dtype:
+            if (dtype := next(self.network.parameters()).dtype) != each.dtype:
                 raise ValueError(
-                    f"{each} computes in {each.dtype} but the network in {own}. Convert the data or the module to "
+                    f"{each} computes in {each.dtype} but the network in {dtype}. Convert the data or the module to "
                     "float32, or the network to float64 (network=AdaMLP().double())."
                 )
             if self.network.num_inputs not in (1, training.num_workers):
@@ -207,7 +209,7 @@ class MetaTraining(L.LightningModule):
         return self._start.iterations
 
     def export(self) -> Export:
-        """Where the run stands, for `start` of a later one."""
+        """Return the state of the run, for `start` of a later one."""
         optimizer = self.trainer.optimizers[0]
         return Export.of(self.network, optimizer, self.start_iterations + self.trainer.global_step)
 
@@ -219,7 +221,7 @@ class MetaTraining(L.LightningModule):
             particles, count = estimator.particles, self._comm.num_workers
             if particles.task.device != device or len(particles) * count != particles.num_particles:
                 particles.task.to(device)
-                estimator.particles = particles.share(self._comm.rank, count)
+                estimator.particles = particles.part_of(self._comm.rank, count)
 
         for evaluation in self.evaluations:
             evaluation.task.to(device)
@@ -282,7 +284,7 @@ class MetaTraining(L.LightningModule):
             self.log(f"over_{name}", ratio, batch_size=1, sync_dist=True, prog_bar=name == "averaging")
 
     def _clipped(self, gradient: Tensors) -> Tensors:
-        """The mean over the processes, clipped to `max_window_norm`."""
+        """Average over the processes and clip to `max_window_norm`."""
         flat = torch.cat([g.flatten() for g in gradient.values()])
         self._comm.mean_(flat)
         assert self.max_window_norm is not None
@@ -310,7 +312,7 @@ class MetaTraining(L.LightningModule):
                 f"{self.start_iterations}. Resume with the same start as that run."
             )
         found = {**self._settings, **checkpoint.get(SETTINGS_KEY, {})}  # older checkpoints do not say
-        if other := [name for name, own in self._settings.items() if found[name] != own]:
+        if other := [name for name, value in self._settings.items() if found[name] != value]:
             theirs, ours = (", ".join(f"{name}={of[name]}" for name in other) for of in (found, self._settings))
             raise ValueError(
                 f"The checkpoint is of a run with {theirs}, but this one has {ours}. Resume with the arguments of that "

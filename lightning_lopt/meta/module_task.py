@@ -24,21 +24,22 @@ class ModuleTask(DataTask):
     The module runs in evaluation mode (dropout does nothing); its buffers are constants.
 
     Args:
-        make: builds the module with new parameters, from torch's global generator.
-        data: tensors or arrays [N, *], or a TensorDataset: the inputs, of the module's floating type or integers, then
-            what else the loss takes. uint8 is read as float, divided by 255.
-        loss: of (output, *targets), the mean over a batch: a scalar.
-        batch_size: in [1, N - num_validation].
-        max_loss: > 0, where losses are clipped, as they are at 0; default: 1.5 times the loss of new parameters.
-        num_validation: examples held out; 0 or at least batch_size.
-        name: in messages and checkpoints; default: that of the module's class.
+        make: Function that builds the module with new parameters, from torch's global generator.
+        data: Tensors or arrays [N, *], or a TensorDataset: the inputs, of the module's floating type or integers, then
+            all else that the loss takes. uint8 is read as float, divided by 255.
+        loss: Function of (output, *targets), the mean over a batch: a scalar.
+        batch_size: Number of examples per local step of one worker, in [1, N - num_validation].
+        max_loss: Bound > 0 to which losses are clipped, as they are at 0; default: 1.5 times the loss of new
+            parameters.
+        num_validation: Number of examples held out; 0 or at least batch_size.
+        name: Name in messages and checkpoints; default: that of the module's class.
 
     Shape:
         Parameters of R replicas: those of the module by name, [R, *S].
 
     Raises:
-        TypeError: the data is something else.
-        ValueError: the data is empty, uneven or of another floating type than the module, an argument out of its range,
+        TypeError: The data is something else.
+        ValueError: The data is empty, uneven or of another floating type than the module, an argument out of its range,
             a loss of new parameters that is not positive and finite, or the module keeps running statistics.
 
     Example:

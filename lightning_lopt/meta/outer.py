@@ -3,57 +3,113 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_lopt.functional.learned import Network
 from lightning_lopt.meta.base import Tensors
 from lightning_lopt.meta.unroll import outer_step, zero_states
 from lightning_lopt.network import AdaMLP
 
-Outer = Callable[[Tensors, Tensor, int, Sequence[int]], None]
-"""Moves anchors in place: of the workers {[P, K, *S]}, γ of each run in this round [P], the round, from 0, and the runs
-that take no step in it, whose workers hold the anchor."""
+
+class Round(NamedTuple):
+    """A round of local training as an outer step sees it.
+
+    Attributes:
+        workers: Parameters of the workers, {[P, K, *S]}.
+        round_idx: Index of the round, from 0, [P].
+        local_lr: Local learning rate γ of each run, [P].
+        local_steps: Number of local steps H.
+        retained_momentum: Share of their momentum that the workers retain over the round.
+        skipped: Runs that take no outer step, whose workers hold the anchor.
+    """
+
+    workers: Tensors
+    round_idx: Tensor
+    local_lr: Tensor
+    local_steps: int
+    retained_momentum: float
+    skipped: Sequence[int]
 
 
-def averaging(anchor: Tensors) -> Outer:
-    """The mean of the workers: Local SGD."""
-
-    def step(workers: Tensors, rates: Tensor, round_idx: int, skipped: Sequence[int]) -> None:
-        for name, a in anchor.items():
-            a.copy_(workers[name].mean(1))
-
-    return step
+OuterStep = Callable[[Tensors, Round], None]
+"""A step that moves anchors {[P, *S]} in place after a round of local training."""
 
 
-def learning(anchor: Tensors, networks: Sequence[AdaMLP], carried: float = 0.0) -> Outer:
-    """The step of a network: of one for all runs, or of one for each; `carried` is that of `unroll.outer_step`."""
+def average(anchor: Tensors, training: Round) -> None:
+    """Move the anchors to the means of their workers: Local SGD."""
+    for name, a in anchor.items():
+        a.copy_(training.workers[name].mean(1))
+
+
+class LearnedStep:
+    """The step of the learned optimizer.
+
+    Args:
+        anchor: Global parameters of the runs, {[P, *S]}.
+        update: Kind of update of the networks.
+        network: Meta-parameters of each run, with a leading dimension P; None if they are set before the first round.
+
+    Attributes:
+        network: Meta-parameters of each run; they may be replaced between rounds.
+        states: Accumulators of the anchors.
+    """
+
+    def __init__(self, anchor: Tensors, update: str, network: Network | None = None) -> None:
+        self.network = network
+        self.states = zero_states(anchor, update)
+
+    def forget(self, runs: Sequence[int]) -> None:
+        """Begin anew for some runs."""
+        for state in self.states.values():
+            for tensor in vars(state).values():
+                tensor[list(runs)] = 0
+
+    def __call__(self, anchor: Tensors, training: Round) -> None:
+        assert self.network is not None
+        outer_step(
+            anchor,
+            training.workers,
+            self.states,
+            self.network,
+            training.round_idx,
+            training.local_lr * training.local_steps,
+            training.skipped,
+            training.retained_momentum,
+        )
+
+
+def learned_step(anchor: Tensors, networks: Sequence[AdaMLP]) -> LearnedStep:
+    """Create the step of one network for all runs, or of one for each.
+
+    Args:
+        anchor: Global parameters of the runs, {[P, *S]}.
+        networks: Networks of one kind, one or P.
+    """
     some = next(iter(anchor.values()))
     named = [dict(network.named_parameters()) for network in networks]
-    stacked = {name: torch.stack([own[name].detach() for own in named]).to(some.device) for name in named[0]}
-    whole = {name: p.expand(len(some), *p.shape[1:]) for name, p in stacked.items()}
-    theta, states = networks[0].functional(whole), zero_states(anchor, networks[0].update)
-    rounds = some.new_zeros(len(some), dtype=torch.long)
-    return lambda workers, rates, round_idx, skipped: outer_step(
-        anchor, workers, states, theta, rounds + round_idx, rates, skipped, carried
-    )
+    stacked = {name: torch.stack([each[name].detach() for each in named]).to(some.device) for name in named[0]}
+    expanded = {name: p.expand(len(some), *p.shape[1:]) for name, p in stacked.items()}
+    return LearnedStep(anchor, networks[0].update, networks[0].functional(expanded))
 
 
-def stepping(anchor: Tensors, optimizer: Optimizer) -> Outer:
-    """The step of an optimizer that has one parameter group for each run, as `views` gives them."""
+def optimizer_step(optimizer: Optimizer) -> OuterStep:
+    """Create the step of an optimizer that has one parameter group for each run, as `views` gives them."""
 
-    def step(workers: Tensors, rates: Tensor, round_idx: int, skipped: Sequence[int]) -> None:
-        grads = [a - workers[name].mean(1) for name, a in anchor.items()]
-        for i, (group, rate) in enumerate(zip(optimizer.param_groups, rates.tolist(), strict=True)):
+    def step(anchor: Tensors, training: Round) -> None:
+        grads = [a - training.workers[name].mean(1) for name, a in anchor.items()]
+        for i, (group, rate) in enumerate(zip(optimizer.param_groups, training.local_lr.tolist(), strict=True)):
             group["local_lr"] = rate
             for p, grad in zip(group["params"], grads, strict=True):
-                p.grad = None if i in skipped else grad[i]
+                p.grad = None if i in training.skipped else grad[i]
         optimizer.step()
 
     return step
 
 
 def views(anchor: Tensors) -> list[list[Tensor]]:
-    """The anchors of each run."""
+    """List the anchors of each run, as views."""
     return [[a[i] for a in anchor.values()] for i in range(len(next(iter(anchor.values()))))]

@@ -18,19 +18,19 @@ class ImageMLP(DataTask):
     r"""Classification of images held in memory, by a ReLU MLP with softmax cross-entropy.
 
     Args:
-        images: [N, *pixels], N >= 1; uint8 (divided by 255) or floating (taken as they are).
-        labels: integers in [0, num_classes), [N].
-        hidden: widths of the hidden layers.
-        batch_size: images per local step of one worker, in [1, N].
-        size: side in pixels to which [N, height, width] or [N, channels, height, width] are resized by area.
-        num_classes: default: the largest label plus 1.
-        num_validation: images held out for validation batches; 0, or in [batch_size, N - batch_size].
+        images: Images [N, *pixels], N >= 1; uint8 (divided by 255) or floating (taken as they are).
+        labels: Labels, integers in [0, num_classes), [N].
+        hidden: Widths of the hidden layers.
+        batch_size: Number of images per local step of one worker, in [1, N].
+        size: Side in pixels to which [N, height, width] or [N, channels, height, width] are resized by area.
+        num_classes: Number of classes; default: the largest label plus 1.
+        num_validation: Number of images held out for validation batches; 0, or in [batch_size, N - batch_size].
 
     Shape:
         Parameters of R replicas: ``layers.{i}.weight`` [R, out, in], ``layers.{i}.bias`` [R, out].
 
     Raises:
-        ValueError: there is no data, or the arguments do not fit it.
+        ValueError: There is no data, or the arguments do not fit it.
 
     Example:
         >>> task = ImageMLP(torch.rand(50, 8, 8), torch.arange(50) % 5, hidden=(16,), batch_size=10)
@@ -67,12 +67,12 @@ class ImageMLP(DataTask):
 
     @property
     def images(self) -> Tensor:
-        """[N, pixels], shuffled."""
+        """Images [N, pixels], shuffled."""
         return self.data[0]
 
     @property
     def labels(self) -> Tensor:
-        """[N]."""
+        """Labels [N], in the order of the images."""
         return self.data[1]
 
     @property
@@ -87,7 +87,7 @@ class ImageMLP(DataTask):
 
     @override
     def init(self, num_replicas: int, generator: torch.Generator) -> Tensors:
-        """New parameters: weights normal with std 1/sqrt(fan in), biases 0; {[R, *S]}."""
+        """Draw new parameters {[R, *S]}: weights normal with std 1/sqrt(fan in), biases 0."""
         params = {}
         for i, (fan_in, fan_out) in enumerate(pairwise(self.sizes)):
             weight = torch.randn(num_replicas, fan_out, fan_in, generator=generator) * fan_in**-0.5
@@ -96,7 +96,7 @@ class ImageMLP(DataTask):
         return params
 
     def _forward(self, params: Tensors, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The input of every layer, [R, B, in], and the logits, [R, classes, B] (a softmax over rows is far faster)."""
+        """Compute the input of every layer, [R, B, in], and the logits, [R, classes, B] (for a faster softmax)."""
         *hidden, last = [(params[f"layers.{i}.weight"], params[f"layers.{i}.bias"]) for i in range(len(self.sizes) - 1)]
         inputs = [images]
         for weight, bias in hidden:
@@ -105,7 +105,7 @@ class ImageMLP(DataTask):
 
     @override
     def loss(self, params: Tensors, batch: Batch) -> Tensor:
-        """Mean cross-entropy of each replica in nats: {[R, *S]}, ([R, B, pixels], [R, B]) -> [R]."""
+        """Compute the mean cross-entropy of each replica in nats: {[R, *S]}, ([R, B, pixels], [R, B]) to [R]."""
         images, labels = batch
         return F.cross_entropy(self._forward(params, images)[1], labels, reduction="none").mean(1)
 
@@ -122,7 +122,7 @@ class ImageMLP(DataTask):
     @override
     @torch.no_grad()
     def sgd_step(self, params: Tensors, batch: Batch, local_lr: Tensor) -> Tensor:
-        # What flows back is the descent direction -γ dℓ/dz, so that each product with it is an update.
+        # The descent direction -γ dℓ/dz flows back, so that each product with it is an update.
         loss, layers = self._backward(params, batch, -local_lr)
         for i, descent, inputs in layers:
             params[f"layers.{i}.weight"].baddbmm_(descent.mT, inputs)
@@ -132,7 +132,7 @@ class ImageMLP(DataTask):
     def _backward(
         self, params: Tensors, batch: Batch, factor: Tensor
     ) -> tuple[Tensor, Iterator[tuple[int, Tensor, Tensor]]]:
-        """The loss [R]; and from the last layer to the first: its index, factor · dℓ/dz [R, B, out], its input.
+        """Compute the loss [R]; and from the last layer to the first: its index, factor · dℓ/dz [R, B, out], its input.
 
         A layer's parameters may be changed once it has been given.
         """
@@ -171,7 +171,7 @@ def check_images(images: Tensor, labels: Tensor, num_classes: int | None) -> Non
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Images [N, (channels,) height, width] resized by area to [N, channels, size, size]."""
+    """Resize images [N, (channels,) height, width] by area to [N, channels, size, size]."""
     if images.dim() not in (3, 4):
         raise ValueError(f"Only [N, (channels,) height, width] can be resized, not shape {tuple(images.shape)}.")
     planes = images if images.dim() == 4 else images.unsqueeze(1)

@@ -1,4 +1,4 @@
-"""How long unrolls are."""
+"""Lengths of unrolls."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class LogUniform:
     .. math:: \log T \sim U(\log \text{low}, \log \text{high})
 
     Args:
-        low: shortest unroll in rounds, >= 1.
-        high: longest, >= low.
+        low: Length of the shortest unroll in rounds, >= 1.
+        high: Length of the longest, >= low.
 
     Raises:
-        ValueError: the bounds are not in order.
+        ValueError: The bounds are not in order.
 
     Source: Metz et al. 2022 (VeLO), arXiv 2211.09760; with 100 and 1,000 in arXiv 2312.02204.
 
@@ -37,12 +37,12 @@ class LogUniform:
             raise ValueError(f"Unroll lengths need 1 <= low <= high, not {self.low} and {self.high}.")
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Lengths of `count` unrolls, int64 [count]."""
+        """Draw lengths of `count` unrolls, int64 [count]."""
         span = math.log(self.high / self.low)
         uniform = torch.rand(count, generator=generator, dtype=torch.float64)
         return (self.low * torch.exp(span * uniform)).round().long()
 
     def draw_first(self, count: int, generator: torch.Generator) -> Tensor:
-        """Lengths of the first unrolls, cut short at random so that the particles are out of phase."""
+        """Draw lengths of the first unrolls, shortened at random so that the particles are out of phase."""
         lengths = self.draw(count, generator)
         return (torch.rand(count, generator=generator, dtype=torch.float64) * lengths).ceil().long().clamp(min=1)

@@ -1,4 +1,4 @@
-"""One round, simulated: K workers take H local steps from the anchor, then the outer step; all particles at once."""
+"""The two halves of a simulated round: K workers take H local steps from the anchor, then the learned outer step."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from torch import Tensor
 
 from lightning_lopt.functional import learned
 from lightning_lopt.functional.ada import AdaState
-from lightning_lopt.functional.damping import damping
 from lightning_lopt.functional.learned import Network
+from lightning_lopt.functional.model import ModelTensor
 from lightning_lopt.functional.updates import UPDATES
 from lightning_lopt.meta.base import AbstractTask, Batch, Tensors
 from lightning_lopt.meta.local import LocalOptimizer, LocalState
 
 SGD = LocalOptimizer("sgd")
+
+
+def repeat_for_workers(anchor: Tensors, num_workers: int) -> Tensors:
+    """Give each of K workers a copy of its particle's anchor: {[P, *S]} to {[P * K, *S]}."""
+    return {name: a.repeat_interleave(num_workers, 0) for name, a in anchor.items()}
 
 
 @torch.no_grad()
@@ -31,29 +36,34 @@ def local_round(
     """Let K workers take H local steps from the anchor.
 
     Args:
-        task: the model and its loss.
-        anchor: global parameters, {[P, *S]}; not changed.
-        batches: H batches, each tensor [P * K, B, *], the workers of a particle side by side.
-        local_lr: γ of each particle, [P].
-        num_workers: K >= 1.
-        optimizer: of the workers.
-        state: that of the optimizer, of P * K replicas, changed in place; None starts it anew in this round.
+        task: Task that the workers train on.
+        anchor: Global parameters, {[P, *S]}; not changed.
+        batches: Batches of the H steps, each tensor [P * K, B, *], the workers of a particle side by side.
+        local_lr: Local learning rate γ of each particle, [P].
+        num_workers: Number of workers K >= 1.
+        optimizer: Optimizer of the workers.
+        state: State of the optimizer, of P * K replicas, changed in place; None starts it anew in this round.
 
     Returns:
-        The workers' parameters {[P, K, *S]}, and the loss, mean over workers and steps, each before its step, [P].
+        Parameters of the workers, {[P, K, *S]}, and the loss of each before each of its steps, [H, P, K].
     """
-    workers = {name: p.repeat_interleave(num_workers, 0) for name, p in anchor.items()}
+    workers = repeat_for_workers(anchor, num_workers)
     worker_lr = local_lr.repeat_interleave(num_workers)
     state = optimizer.init(workers) if state is None else state
-    losses = [optimizer.step(task, workers, batch, worker_lr, state) for batch in batches]
-    loss = torch.stack(losses).mean(0).unflatten(0, (-1, num_workers)).mean(1)
-    return {name: w.unflatten(0, (-1, num_workers)) for name, w in workers.items()}, loss
+    losses = torch.stack([optimizer.step(task, workers, batch, worker_lr, state) for batch in batches])
+    shape = (-1, num_workers)
+    return {name: w.unflatten(0, shape) for name, w in workers.items()}, losses.unflatten(1, shape)
 
 
 def zero_states(anchor: Tensors, update: str) -> dict[str, AdaState]:
-    """Accumulators before the first round, one per tensor, for a kind of update."""
-    grams = UPDATES[update].relative
-    return {name: AdaState.zeros(tuple(p.shape[1:]), len(p), p.dtype, p.device, grams) for name, p in anchor.items()}
+    """Create the accumulators of anchors before the first round.
+
+    Args:
+        anchor: Global parameters, {[P, *S]}.
+        update: Kind of update of the networks, a key of `UPDATES`.
+    """
+    init = UPDATES[update].init_state
+    return {name: init(tuple(a.shape[1:]), len(a), a.dtype, a.device) for name, a in anchor.items()}
 
 
 @torch.no_grad()
@@ -65,34 +75,39 @@ def outer_step(
     round_idx: Tensor,
     local_scale: Tensor | None = None,
     skipped: Sequence[int] = (),
-    carried: float = 0.0,
+    retained_momentum: float = 0.0,
 ) -> None:
     r"""Apply the learned optimizer to the workers' pseudo-gradients, in place on `anchor` and `states`.
 
     .. math:: g = a - \mathrm{mean}_k\, y_k, \qquad a \leftarrow \mathrm{Outer}(a, g)
 
     Args:
-        anchor: {[P, *S]}.
-        workers: {[P, K, *S]}.
-        states: the accumulators of `anchor`.
-        network: meta-parameters of each particle.
-        round_idx: [P], from 0.
-        local_scale: γH of the round, [P]; None where it does not change.
-        skipped: particles that take no step.
-        carried: the share of their momentum that the workers keep over a round.
+        anchor: Global parameters, {[P, *S]}.
+        workers: Parameters of the workers, {[P, K, *S]}.
+        states: Accumulators of the anchors.
+        network: Meta-parameters of each particle.
+        round_idx: Index of the round, from 0, [P].
+        local_scale: Local learning rate times local steps, γH, [P]; None where it does not change.
+        skipped: Particles that take no step.
+        retained_momentum: Share of their momentum that the workers retain over a round.
     """
-    tensors = [*anchor.values(), *(part for state in states.values() for part in vars(state).values())]
-    kept = [tensor[list(skipped)] for tensor in tensors] if skipped else []
-    grads = {name: a - workers[name].mean(1) for name, a in anchor.items()}
-    factor = None
-    if UPDATES[network.update].relative:
-        scale = torch.zeros_like(round_idx, dtype=torch.float) if local_scale is None else local_scale
-        own = [states[name] for name in grads]
-        factor = damping([*grads.values()], own, [round_idx] * len(grads), [scale] * len(grads))
-    kept_by_workers = torch.full(round_idx.shape, carried, dtype=torch.float64, device=round_idx.device)
-    for name, a in anchor.items():
-        worker_grads = a.unsqueeze(1) - workers[name] if network.num_inputs > 1 else None
-        learned.step(a, grads[name], states[name], network, round_idx, worker_grads, factor, kept_by_workers)
+    memory = [*anchor.values(), *(tensor for state in states.values() for tensor in vars(state).values())]
+    before = [tensor[list(skipped)] for tensor in memory] if skipped else []
+    scale = torch.zeros_like(round_idx, dtype=torch.float) if local_scale is None else local_scale
+    retained = torch.full(round_idx.shape, retained_momentum, dtype=torch.float64, device=round_idx.device)
+    tensors = [
+        ModelTensor(
+            param=a,
+            grad=a - workers[name].mean(1),
+            state=states[name],
+            round_idx=round_idx,
+            local_scale=scale,
+            retained_momentum=retained,
+            worker_grads=a.unsqueeze(1) - workers[name] if network.num_inputs > 1 else None,
+        )
+        for name, a in anchor.items()
+    ]
+    learned.step_model(tensors, [network] * len(tensors), network.update)
     if skipped:
-        for tensor, before in zip(tensors, kept, strict=True):
-            tensor[list(skipped)] = before
+        for tensor, values in zip(memory, before, strict=True):
+            tensor[list(skipped)] = values

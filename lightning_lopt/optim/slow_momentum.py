@@ -21,12 +21,13 @@ class SlowMomentum(Optimizer):
     plain averaging; with one worker it is Lookahead.
 
     Args:
-        params: anchors, or groups of them.
-        lr: α > 0.
-        momentum: β in [0, 1). SlowMo's authors suggest .2 for 4 workers, .5 for 8, .6 for 16.
+        params: Anchors, or groups of them.
+        lr: Outer learning rate α > 0.
+        momentum: Decay β of the slow momentum, in [0, 1). SlowMo's authors suggest .2 for 4 workers, .5 for 8, .6
+            for 16.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: An argument out of its range.
 
     Memory: one number per coordinate, u.
 
@@ -51,7 +52,7 @@ class SlowMomentum(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One outer step on every parameter that has a gradient."""
+        """Take one outer step on every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

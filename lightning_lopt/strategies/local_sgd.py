@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lopt.comm import Communicator
-from lightning_lopt.functional.compression import Codec
+from lightning_lopt.compression import Codec
 from lightning_lopt.functional.merge import MergeRule
 from lightning_lopt.rounds import Rounds, check_combination
 from lightning_lopt.schedules import RoundInfo, as_schedule

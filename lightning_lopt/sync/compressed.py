@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_lopt.comm import Communicator
-from lightning_lopt.functional.compression import Codec
+from lightning_lopt.compression import Codec
 
 
 def compressed_mean(
@@ -33,7 +33,7 @@ def compressed_mean(
         The mean [n], this worker's residual [n], and all workers' decoded values [K, n] if `gather`.
 
     Example:
-        >>> from lightning_lopt.functional.compression import TopK
+        >>> from lightning_lopt.compression import TopK
         >>> compressed_mean(Communicator(), torch.tensor([1.0, 3.0]), [2], TopK(0.5))[:2]
         (tensor([0., 3.]), tensor([1., 0.]))
     """

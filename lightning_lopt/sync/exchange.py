@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_lopt.comm import Communicator
-from lightning_lopt.functional.compression import Codec
-from lightning_lopt.functional.outliers import Norms, outliers
+from lightning_lopt.compression import Codec
+from lightning_lopt.functional.outliers import OutlierFilter
 from lightning_lopt.sync.anchors import flat_dtype
 from lightning_lopt.sync.background import Background
 from lightning_lopt.sync.buffers import BufferSnapshot, maxima
@@ -42,7 +42,7 @@ class Exchange:
     """One status message and one exchange of parameters and buffers among all workers.
 
     The status tells all workers where each of them is, before anything else is sent. If all wait at the same point,
-    nothing else is. Workers whose pseudo-gradients it shows to be `outliers` send zeros, and a mean is that of the
+    nothing else is. Workers whose pseudo-gradients it shows to be outliers send zeros, and a mean is that of the
     others; if all are, nothing is sent.
 
     Its life: `launch`, then `wait` until everything has arrived; the owner then settles it, by an outer step and a
@@ -61,7 +61,7 @@ class Exchange:
         everything: Whether the weights shall be the same on all workers afterwards.
         differences: Whether to send anchor - y, the pseudo-gradient, rather than y.
         transport: Way in which the payload is sent.
-        norms_before: Norms of the pseudo-gradients in earlier rounds.
+        outlier_filter: Choice of the workers to leave out, which remembers earlier rounds; it is not changed.
 
     Attributes:
         round_idx: Index of the round that ends.
@@ -94,12 +94,12 @@ class Exchange:
         everything: bool = False,
         differences: bool = False,
         transport: Transport | None = None,
-        norms_before: Norms | None = None,
+        outlier_filter: OutlierFilter | None = None,
     ) -> None:
         self._comm, self._device = comm, device
         self._own_status, self._equal, self._settings = status, equal, settings or LocalSettings()
         self._differences, self._transport = differences, transport or Transport()
-        self._norms_before = norms_before or Norms()
+        self._outlier_filter = outlier_filter or OutlierFilter()
         self._changed = buffers.changed
         self.round_idx, self.everything = round_idx, everything
         self.buffers = buffers.values
@@ -174,7 +174,7 @@ class Exchange:
         start, bytes_before = time.perf_counter(), self._comm.bytes_sent
         own = replace(self._own_status, norm=math.sqrt(self.squared_norm()))
         self.status = gather_status(self._comm, self._device, self._equal, own, self._changed, self._settings)
-        self.left_out = outliers(self.status.norms, self._norms_before)
+        self.left_out = self._outlier_filter.outliers(self.status.norms)
         if not self.status.all_wait and not self.skipped:
             self._send_all(self.status.changed_buffers)
         self.bytes_sent = self._comm.bytes_sent - bytes_before

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_lopt.comm import digest
-from lightning_lopt.functional.compression import Codec, as_codec
+from lightning_lopt.compression import Codec, as_codec
 from lightning_lopt.functional.merge import MergeRule
 from lightning_lopt.selection import Everything, RandomCoordinates, Selection
 

@@ -1,38 +1,15 @@
-"""The memory of which pseudo-gradients were usual, and a warning when a round leaves a worker out."""
+"""The warning of a round that leaves workers out."""
 
 from __future__ import annotations
 
 import math
-import warnings
 
-from lightning_lopt.functional.outliers import FACTOR, Norms
+from lightning_lopt.functional.outliers import FACTOR
 from lightning_lopt.sync.exchange import Exchange
 
 
-class OutlierFilter:
-    """Norms that `outliers` compares a round with, and a single warning.
-
-    Args:
-        warns: Whether this process is the one that warns.
-
-    Attributes:
-        norms: Norms of the pseudo-gradients of which earlier syncs took the mean.
-    """
-
-    def __init__(self, *, warns: bool) -> None:
-        self._warns = warns
-        self.norms = Norms()
-
-    def update(self, exchange: Exchange) -> None:
-        """Remember the norms of an exchange, and warn once if it left a worker out."""
-        if not exchange.skipped:
-            self.norms = self.norms.then(exchange.kept_norms)
-        if exchange.left_out and self._warns:
-            self._warns = False
-            warnings.warn(_explanation(exchange), stacklevel=3)
-
-
-def _explanation(exchange: Exchange) -> str:
+def explain_outliers(exchange: Exchange) -> str:
+    """Text of a warning about the workers that an exchange left out, with causes and remedies."""
     norms = [f"{norm:.3g}" if math.isfinite(norm) else "not finite" for norm in exchange.status.norms]
     who = ", ".join(f"worker {k} ({norms[k]})" for k in exchange.left_out)
     kept = f", the others' up to {max(exchange.kept_norms):.3g}" if exchange.kept_norms else ""

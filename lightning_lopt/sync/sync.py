@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -19,9 +20,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_lopt.comm import Communicator, digest
-from lightning_lopt.functional.compression import Codec
+from lightning_lopt.compression import Codec
 from lightning_lopt.functional.merge import MergeRule, merge
-from lightning_lopt.functional.outliers import Norms
+from lightning_lopt.functional.outliers import Norms, OutlierFilter
 from lightning_lopt.optim.outer import OuterFactory
 from lightning_lopt.selection import Everything, drawn_ahead
 from lightning_lopt.sync.anchors import AnchoredParameter, num_coordinates
@@ -29,7 +30,7 @@ from lightning_lopt.sync.exchange import Exchange, Transport
 from lightning_lopt.sync.flat import ParameterSlice, choose
 from lightning_lopt.sync.options import SyncOptions
 from lightning_lopt.sync.outer_step import OuterStep, StepResult, average
-from lightning_lopt.sync.outliers import OutlierFilter
+from lightning_lopt.sync.outliers import explain_outliers
 from lightning_lopt.sync.replica import LocalOptimizer, NamedTensors, Replica
 from lightning_lopt.sync.report import RoundReport
 from lightning_lopt.sync.sharding import Shards
@@ -85,7 +86,8 @@ class Sync:
         self.worker_statuses: list[WorkerStatus] = []
         self.common = True
         self._exchange: Exchange | None = None  # launched and not finished
-        self._outliers = OutlierFilter(warns=comm.rank == 0)
+        self._outlier_filter = OutlierFilter()
+        self._warns = comm.rank == 0  # once, of the first workers that are left out
         named = self.replica.named_tensors()
         comm.check_same_shapes(named, self.device)
         comm.broadcast_([tensor for _, tensor in named])
@@ -176,7 +178,7 @@ class Sync:
             everything=everything,
             differences=self._outer_step is not None or self._codec is not None,
             transport=self._transport(None if as_it_is else self._codec),
-            norms_before=self._outliers.norms,
+            outlier_filter=self._outlier_filter,
         )
         self._exchange.launch(background=in_flight)
         self._exchange.launch_seconds = time.perf_counter() - start
@@ -211,7 +213,10 @@ class Sync:
             result = self._step_anchors(exchange)
             self._merge(exchange)
             self._settle(exchange)
-        self._outliers.update(exchange)
+        self._outlier_filter.update(exchange.status.norms, exchange.left_out)
+        if exchange.left_out and self._warns:
+            self._warns = False
+            warnings.warn(explain_outliers(exchange), stacklevel=2)
         if self._comm.rank in exchange.left_out:
             self._come_back(exchange)
         drifts = any(worker.point is SyncPoint.LAUNCH for worker in exchange.status.workers)
@@ -349,7 +354,7 @@ class Sync:
             buffers=self.replica.buffers.snapshot(),
             status=WorkerStatus(0),
             equal={"parameters in training": num_coordinates(parameters)},
-            norms_before=self._outliers.norms,
+            outlier_filter=self._outlier_filter,
         )
         exchange.launch(background=False)
         return exchange
@@ -376,7 +381,7 @@ class Sync:
             **self.replica.state_dict(),
             "outer": None if self._outer_step is None else self._outer_step.state_dict(alone=alone),
             "outer_kind": type(self.outer).__name__,
-            "norms": self._outliers.norms._asdict(),
+            "norms": self._outlier_filter.norms._asdict(),
             "common": self.common,
             "exchange": None if alone or self._exchange is None else self._exchange.state_dict(),
         }
@@ -406,7 +411,7 @@ class Sync:
         self.replica.load_state_dict(state)
         if self._outer_step is not None:
             self._outer_step.load_state_dict(state["outer"])
-        self._outliers.norms, self.common = Norms(**state.get("norms", {})), state.get("common", True)
+        self._outlier_filter.norms, self.common = Norms(**state.get("norms", {})), state.get("common", True)
         exchange = state.get("exchange")
         self._exchange = None if exchange is None else self._exchange_of(parameters, exchange)
 

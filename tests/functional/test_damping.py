@@ -66,8 +66,8 @@ def test_more_steps_or_a_higher_rate_are_no_growth(rise):
 def test_all_tensors_share_one_factor_and_new_ones_do_not_count():
     shared = {"dtype": torch.float64, "device": CPU, "num_particles": 2}
     states = [AdaState.zeros((2,), **shared), AdaState.zeros((5,), **shared), AdaState.zeros((), **shared)]
-    states[0].limit[:] = torch.tensor([3.0, 30.0])
-    states[1].limit[:] = torch.tensor([1.0, 10.0])
+    states[0].norm_limit[:] = torch.tensor([3.0, 30.0])
+    states[1].norm_limit[:] = torch.tensor([1.0, 10.0])
     grads = [torch.full((2, 2), 4.0), torch.zeros(2, 5), torch.full((2,), 1e9)]
     rounds = [torch.tensor([9, 9])] * 3
     factor = damping([g.double() for g in grads], states, rounds, [torch.zeros(2)] * 3)
@@ -78,7 +78,7 @@ def test_sums_over_shards_are_those_over_all_tensors():
     def states():
         both = [AdaState.zeros((2,), 1, torch.float64, CPU) for _ in range(2)]
         for i, state in enumerate(both):
-            state.limit[:] = i + 1.0
+            state.norm_limit[:] = i + 1.0
         return both
 
     grads, unknown = [torch.tensor([[3.0, 4.0]]).double(), torch.tensor([[0.0, 5.0]]).double()], torch.zeros(1)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from lightning_lopt.functional.outliers import Norms, outliers
+from lightning_lopt.functional.outliers import Norms, OutlierFilter, outliers
 
 INF, NAN = float("inf"), float("nan")
 
@@ -56,3 +56,17 @@ def test_what_recent_rounds_took_is_taken_again():
     for _ in range(200):
         before = before.then([0.01, 0.02])
     assert outliers([0.01, 2.9], before) == [1]
+
+
+def test_the_filter_remembers_only_what_rounds_took():
+    outlier_filter = OutlierFilter()
+    for norms, expected in (([1.0, 2.0, NAN], [2]), ([NAN, INF, NAN], [0, 1, 2]), ([1.0, 2.0, 1.0], [])):
+        before = outlier_filter.norms
+        left_out = outlier_filter.outliers(norms)
+        assert left_out == expected
+        assert outlier_filter.norms is before
+        outlier_filter.update(norms, left_out)
+        if len(left_out) == 3:
+            assert outlier_filter.norms is before
+    assert outlier_filter.num_left_out == 4
+    assert outlier_filter.norms == Norms([1.0, 2.0, 1.0], 2.0)

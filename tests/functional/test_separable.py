@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lightning_lopt import AdaMLP, LearnedOptimizer
+from lightning_lopt import AdaMLP, BlendedNesterov, LearnedOptimizer
 from lightning_lopt.functional import ada, blocks, learned, plain
 from lightning_lopt.functional.damping import FORGET, GROWTH
 from lightning_lopt.functional.orthogonal import orthogonalise
@@ -39,13 +39,13 @@ def steps(form, shape, network: AdaMLP, num_particles=1, num_steps=3, dtype=torc
     named = {name: p.detach().to(dtype) + 0.1 * rand(num_particles, *p.shape) for name, p in network.named_parameters()}
     theta = network.to(dtype).functional(named)
     param = rand(num_particles, *shape)
-    state = ada.AdaState.zeros(shape, num_particles, dtype, param.device, network.relative)
+    state = theta.update.init_state(shape, num_particles, dtype, param.device)
     for t in range(num_steps):
         workers = rand(num_particles, theta.num_inputs, *shape)
         rounds = torch.arange(num_particles) + t
         damping = torch.rand(num_particles, generator=generator, dtype=dtype)
-        carried = torch.rand(num_particles, generator=generator, dtype=dtype)
-        form(param, workers.mean(1), state, theta, rounds, workers if theta.num_inputs > 1 else None, damping, carried)
+        retained = torch.rand(num_particles, generator=generator, dtype=dtype)
+        form(param, workers.mean(1), state, theta, rounds, workers if theta.num_inputs > 1 else None, damping, retained)
     return param, state
 
 
@@ -127,7 +127,7 @@ def test_one_thread_for_all_but_the_jobs():
         torch.set_num_threads(2)
         with blocks.one_thread():
             assert torch.get_num_threads() == 1
-            blocks.over(range(8), lambda jobs: seen.append(len(jobs)) or [], torch.device("cpu"))
+            blocks.in_threads(lambda jobs: seen.append(len(jobs)) or [], range(8), torch.device("cpu"))
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 2
     finally:
@@ -138,7 +138,7 @@ def test_one_thread_for_all_but_the_jobs():
 def test_the_number_of_threads_is_restored():
     threads = torch.get_num_threads()
     with pytest.raises(ZeroDivisionError):
-        blocks.over(range(100), lambda jobs: [1 / job for job in jobs], torch.device("cpu"))
+        blocks.in_threads(lambda jobs: [1 / job for job in jobs], range(100), torch.device("cpu"))
     assert torch.get_num_threads() == threads
 
 
@@ -148,17 +148,22 @@ def test_blocks_cover_each_element_once(size):
     block = blocks.block_shape(grid, size)
     assert math.prod(block) <= size
     ones = torch.zeros(1, 1, *grid)
-    for view in blocks.cut(ones, grid, block):
+    for view in blocks.split_blocks(ones, grid, block):
         view += 1
     assert bool((ones == 1).all())
 
 
+def with_network(params, lr, momentum, blend):
+    return LearnedOptimizer(params, AdaMLP.base_step(lr, momentum, blend))
+
+
+@pytest.mark.parametrize("make", [with_network, BlendedNesterov])
 @pytest.mark.parametrize("shape", [(7,), (5, 6), (6, 5), (4, 3, 3, 3)], ids=str)
-def test_a_network_whose_output_is_zero_takes_the_base_step(shape):
+def test_a_network_whose_output_is_zero_takes_the_base_step(shape, make):
     """Nesterov momentum on a mean of about the last half of the rounds, then on an exponential one, which shrinks
     with the pseudo-gradient; a mean of it, of its polar factor and of what whitening makes of it."""
     param, mean = torch.nn.Parameter(torch.zeros(shape)), torch.zeros(shape)
-    outer = LearnedOptimizer([param], AdaMLP.base_step(lr=0.5, momentum=0.6, shares=(0.2, 0.3, 0.5)))
+    outer = make([param], lr=0.5, momentum=0.6, blend=(0.2, 0.3, 0.5))
     grams = ada.AdaState.zeros(shape, 1, param.dtype, param.device, grams=True)
     norm, limit = torch.tensor(1.0), 0.0
     for t, share in enumerate((1.0, 2 / 3, 0.5, 0.4, 0.4, 0.4)):

@@ -37,12 +37,12 @@ def test_the_gram_matrices_are_exponential_sums(shape):
     matrices = [grad.reshape(2, shape[0] if shape else 1, -1) for grad in grads]
     left = sum(KEEP ** (2 - t) * matrix @ matrix.mT for t, matrix in enumerate(matrices))
     if len(shape) < 2:
-        torch.testing.assert_close(state.left.flatten(1), left.diagonal(dim1=1, dim2=2))
-        assert state.right.numel() == 0
+        torch.testing.assert_close(state.left_gram.flatten(1), left.diagonal(dim1=1, dim2=2))
+        assert state.right_gram.numel() == 0
         return
     right = sum(KEEP ** (2 - t) * matrix.mT @ matrix for t, matrix in enumerate(matrices))
-    torch.testing.assert_close(state.left.squeeze(1), left)
-    torch.testing.assert_close(state.right.squeeze(1), right)
+    torch.testing.assert_close(state.left_gram.squeeze(1), left)
+    torch.testing.assert_close(state.right_gram.squeeze(1), right)
 
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if len(shape) > 1], ids=str)
@@ -50,7 +50,7 @@ def test_both_sides_are_multiplied_with_their_roots(shape):
     grads = [torch.randn(2, *shape, dtype=torch.float64) for _ in range(3)]
     state, step = accumulated(grads), torch.randn(2, *shape, dtype=torch.float64)
     result = whiten(step, state)
-    wanted = root_by_eigenvalues(state.left[:, 0]) @ step.flatten(2) @ root_by_eigenvalues(state.right[:, 0])
+    wanted = root_by_eigenvalues(state.left_gram[:, 0]) @ step.flatten(2) @ root_by_eigenvalues(state.right_gram[:, 0])
     wanted *= torch.linalg.matrix_norm(step.flatten(2), keepdim=True) / torch.linalg.matrix_norm(wanted, keepdim=True)
     torch.testing.assert_close(result.flatten(2), wanted)
 
@@ -81,15 +81,15 @@ def test_sides_that_are_too_long_are_cut_into_blocks(monkeypatch):
         state, step = accumulated(grads), torch.randn(2, 7, 10, dtype=torch.float64)
     finally:
         grams.gram_shapes.cache_clear()
-    assert state.left.shape == (2, 2, 4, 4)
-    assert state.right.shape == (2, 3, 4, 4)
+    assert state.left_gram.shape == (2, 2, 4, 4)
+    assert state.right_gram.shape == (2, 3, 4, 4)
 
     def cut(gram, sizes):
         gram = gram / gram.flatten(1).norm(dim=1).view(2, 1, 1, 1)
         roots = inverse_root(gram.flatten(0, 1)).view_as(gram)
         return [torch.block_diag(*(root[:n, :n] for root, n in zip(each, sizes, strict=True))) for each in roots]
 
-    pairs = zip(cut(state.left, (4, 3)), step, cut(state.right, (4, 4, 2)), strict=True)
+    pairs = zip(cut(state.left_gram, (4, 3)), step, cut(state.right_gram, (4, 4, 2)), strict=True)
     wanted = torch.stack([left @ matrix @ right for left, matrix, right in pairs])
     wanted *= (step.flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)).view(2, 1, 1)
     torch.testing.assert_close(whiten(step, state), wanted)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lightning_lopt import AdaMLP
-from lightning_lopt.functional import learned
-from lightning_lopt.meta import Evaluation, ImageMLP, LocalOptimizer, LocalTraining, unroll
+from lightning_lopt.functional import updates
+from lightning_lopt.meta import Evaluation, ImageMLP, LocalOptimizer, LocalTraining
 from tests.meta.test_module import make, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -25,9 +25,9 @@ def evaluation(name: str = "small", **keywords) -> Evaluation:
 @pytest.fixture
 def diloco(monkeypatch) -> AdaMLP:
     """The base step, undamped, always plain, and with a momentum that stays: Nesterov 0.9, rate 0.7."""
-    monkeypatch.setattr(learned, "base_forms", lambda step, *_: torch.cat([step] * 3, 1))
-    monkeypatch.setattr(learned, "decays_of_round", lambda decays, *_: decays)
-    monkeypatch.setattr(unroll, "damping", lambda *args: None)
+    monkeypatch.setattr(updates, "base_forms", lambda step, *_: torch.cat([step] * 3, 1))
+    monkeypatch.setattr(updates, "decays_of_round", lambda decays, *_: decays)
+    monkeypatch.setattr(updates, "damp_model", lambda *args: None)
     return AdaMLP.base_step(lr=0.7, momentum=0.9)
 
 

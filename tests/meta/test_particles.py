@@ -1,4 +1,4 @@
-"""Particles: what a pair shares, where unrolls restart, which loss a round gives, how they are shared out."""
+"""Particles: common starts and data of a pair, restarts of unrolls, losses of rounds, parts of several processes."""
 
 from __future__ import annotations
 
@@ -47,12 +47,13 @@ def test_unrolls_restart_one_by_one_from_fresh_parameters_common_to_the_pair(kin
             pos, neg = anchor.chunk(2)
             assert torch.equal(pos[fresh], neg[fresh])
             assert not torch.equal(pos[~fresh], neg[~fresh])
-            momentum = particles.states[name].momentum
+            momentum = particles.simulation.outer.states[name].momentum
             assert not momentum[fresh.repeat(2)].any()
             assert momentum[~fresh.repeat(2)].any()
         steps = particles.round_idx.repeat(2).repeat_interleave(2)
-        assert torch.equal(particles.local.steps, steps)
-        for accumulators in (particles.local.first, particles.local.second):
+        local = particles.simulation.local
+        assert torch.equal(local.steps, steps)
+        for accumulators in (local.first, local.second):
             for tensor in accumulators.values():
                 assert torch.equal(tensor.flatten(1).any(1), steps > 0)
     assert restarted > 12

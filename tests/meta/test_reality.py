@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from examples.benchmarks.compare.data import load_task
 from lightning_lopt import AdaMLP, LearnedLocalSGD, LearnedOptimizer, Rounds
-from lightning_lopt.functional.learned import UPDATES
+from lightning_lopt.functional.updates import UPDATES
 from lightning_lopt.meta.local import MOMENTUM, LocalOptimizer
 from lightning_lopt.meta.tasks import ImageMLP
 from lightning_lopt.meta.unroll import local_round, outer_step, zero_states
@@ -130,7 +130,8 @@ def test_the_default_in_a_trainer_follows_its_simulated_curve(kind, momentum):
     states, meta, simulation = zero_states(anchor, network.update), network.functional(), []
     for t, batches_of_round in enumerate(batches):
         workers, _ = local_round(task, anchor, batches_of_round, rate, NUM_WORKERS, optimizer, state)
-        outer_step(anchor, workers, states, meta, torch.tensor([t]), carried=optimizer.carried(LOCAL_STEPS))
+        retained = optimizer.retained_momentum(LOCAL_STEPS)
+        outer_step(anchor, workers, states, meta, torch.tensor([t]), retained_momentum=retained)
         sample = task.images[None, :1024], task.labels[None, :1024]
         simulation.append(task.loss(anchor, sample).item())
     for losses in run_workers(trained, NUM_WORKERS, momentum):

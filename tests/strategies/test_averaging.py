@@ -11,8 +11,8 @@ from torch import nn
 
 from lightning_lopt import LocalSGD, SlowMo
 from tests.processes import run_workers
-from tests.strategies.support import Classifier, flat, loader, trainer
 from tests.strategies.checkpoint.test_resume import SaveEverywhere
+from tests.strategies.support import Classifier, flat, loader, trainer
 
 
 class Plain(Classifier):

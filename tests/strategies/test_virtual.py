@@ -26,8 +26,8 @@ from lightning_lopt import (
     TopK,
 )
 from tests.processes import run_workers
-from tests.strategies.support import Classifier, flat, loader, trainer
 from tests.strategies.checkpoint.test_resume import SaveEverywhere
+from tests.strategies.support import Classifier, flat, loader, trainer
 from tests.strategies.test_models import Gan
 
 

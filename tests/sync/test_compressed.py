@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_lopt.comm import Communicator
-from lightning_lopt.functional.compression import BF16, Int8, TopK
+from lightning_lopt.compression import BF16, Int8, TopK
 from lightning_lopt.sync.compressed import compressed_mean
 from tests.processes import run_cases
 

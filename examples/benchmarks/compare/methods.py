@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
 from lightning_lopt.meta.base import AbstractTask, Batch, Tensors
-from lightning_lopt.meta.guard import Guard
 from lightning_lopt.meta.local import LocalOptimizer
-from lightning_lopt.meta.outer import Outer, averaging, learning, stepping, views
-from lightning_lopt.meta.unroll import local_round
+from lightning_lopt.meta.outer import OuterStep, average, learned_step, optimizer_step, views
 from lightning_lopt.network import AdaMLP
 from lightning_lopt.optim import SlowMomentum
 
@@ -81,27 +79,22 @@ def settings(method: str, local_lrs: Sequence[float]) -> list[Setting]:
     return [Setting(method, lr, options) for lr in rates for options in GRIDS[method](lr)]
 
 
-class Method(ABC):
-    """Rounds of one method on the anchors {[P, *S]} of all its settings.
+class Method(Protocol):
+    """Rounds of one method on the anchors {[P, *S]} of all its settings, as `Simulation` makes them.
 
     Attributes:
         left_out: Number of workers that the rounds of each run have left out so far.
     """
 
-    left_out: list[int]
+    @property
+    def left_out(self) -> list[int]: ...
 
-    @abstractmethod
-    def round(self, batches: Iterator[Batch], rates: Tensor, round_idx: int) -> None:
-        """Move the anchors by one round.
-
-        Args:
-            batches: H batches, each tensor [P * K, B, *].
-            rates: Local learning rate γ of each particle in this round, [P].
-            round_idx: Index of the round, from 0.
-        """
+    def round(self, batches: Iterator[Batch], local_lr: Tensor, round_idx: Tensor) -> object:
+        """Simulate one round; arguments are those of `Simulation.round`."""
+        ...
 
 
-class Parallel(Method):
+class Parallel:
     """Data-parallel training: one step per round on its K·H batches together, with as many bytes as the others send."""
 
     def __init__(self, task: AbstractTask, anchor: Tensors, optimizer: LocalOptimizer) -> None:
@@ -109,51 +102,31 @@ class Parallel(Method):
         self._state = optimizer.init(anchor)
         self.left_out = [0] * len(next(iter(anchor.values())))
 
-    def round(self, batches: Iterator[Batch], rates: Tensor, round_idx: int) -> None:
+    def round(self, batches: Iterator[Batch], local_lr: Tensor, round_idx: Tensor) -> None:
         gradients = []
         for batch in batches:
-            whole = tuple(part.unflatten(0, (len(rates), -1)).flatten(1, 2) for part in batch)
+            whole = tuple(part.unflatten(0, (len(local_lr), -1)).flatten(1, 2) for part in batch)
             gradients.append(self._task.loss_and_grad(self._anchor, whole)[1])
         mean = {name: torch.stack([grads[name] for grads in gradients]).mean(0) for name in self._anchor}
-        self._optimizer.apply(self._anchor, mean, rates, self._state)
+        self._optimizer.apply(self._anchor, mean, local_lr, self._state)
 
 
-class Local(Method):
-    """Local training and an outer step; workers that diverge are left out, with every method."""
-
-    def __init__(
-        self, task: AbstractTask, anchor: Tensors, num_workers: int, optimizer: LocalOptimizer, outer: Outer
-    ) -> None:
-        self._task, self._anchor, self._num_workers = task, anchor, num_workers
-        self._optimizer, self._outer = optimizer, outer
-        self._guard = Guard(len(next(iter(anchor.values()))), num_workers)
-        self.left_out = self._guard.left_out
-        self._state = optimizer.init({name: a.repeat_interleave(num_workers, 0) for name, a in anchor.items()})
-
-    def round(self, batches: Iterator[Batch], rates: Tensor, round_idx: int) -> None:
-        workers, _ = local_round(
-            self._task, self._anchor, batches, rates, self._num_workers, self._optimizer, self._state
-        )
-        self._outer(workers, rates, round_idx, self._guard.check(self._anchor, workers, self._state))
-
-
-def outer(particles: Sequence[Setting], anchor: Tensors, network: AdaMLP, retained_momentum: float = 0.0) -> Outer:
+def outer(particles: Sequence[Setting], anchor: Tensors, network: AdaMLP) -> OuterStep:
     """Make the outer step of a method.
 
     Args:
         particles: Settings of the method, one per particle.
         anchor: Anchors that the step moves in place, {[P, *S]}.
         network: Network of the method ``"learned"``.
-        retained_momentum: Fraction of their momentum that the workers keep over a round, in [0, 1].
     """
     method = particles[0].method
     if method == "local_sgd":
-        return averaging(anchor)
+        return average
     if method == "learned":
-        return learning(anchor, [network], retained_momentum)
+        return learned_step(anchor, [network])
     if method == "base_step":
         options = [setting.options for setting in particles]
-        return learning(anchor, [AdaMLP.base_step(each["lr"], each["momentum"]) for each in options], retained_momentum)
+        return learned_step(anchor, [AdaMLP.base_step(each["lr"], each["momentum"]) for each in options])
     groups = [
         {"params": params, "local_lr": setting.local_lr, **setting.options}
         for params, setting in zip(views(anchor), particles, strict=True)
@@ -164,4 +137,4 @@ def outer(particles: Sequence[Setting], anchor: Tensors, network: AdaMLP, retain
         optimizer = SGD(groups, nesterov=True, momentum=0.9)
     else:
         optimizer = Adam(groups, betas=(0.9, 0.99))
-    return stepping(anchor, optimizer)
+    return optimizer_step(optimizer)

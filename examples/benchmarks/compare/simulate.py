@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from examples.benchmarks.compare.clients import Shared
-from examples.benchmarks.compare.methods import PARALLEL, Local, Method, Parallel, Setting, outer
+from examples.benchmarks.compare.methods import PARALLEL, Method, Parallel, Setting, outer
 from lightning_lopt.meta.base import Batch, DataTask, Tensors
 from lightning_lopt.meta.local import LocalOptimizer
+from lightning_lopt.meta.simulation import Simulation
 from lightning_lopt.meta.unroll import SGD
 from lightning_lopt.network import AdaMLP
 
@@ -72,8 +73,7 @@ def _method(
     name = particles[0].method
     if name in PARALLEL:
         return Parallel(task, anchor, PARALLEL[name])
-    step = outer(particles, anchor, network, experiment.optimizer.carried(experiment.local_steps))
-    return Local(task, anchor, experiment.num_workers, experiment.optimizer, step)
+    return Simulation(task, anchor, experiment.num_workers, outer(particles, anchor, network), experiment.optimizer)
 
 
 @torch.no_grad()
@@ -105,7 +105,8 @@ def simulate(
 
     losses = [_losses(data.whole, anchor)]
     for round_idx in range(experiment.num_rounds):
-        method.round(batches(), rates * experiment.factor(round_idx), round_idx)
+        rounds = torch.full((len(particles),), round_idx, device=task.device)
+        method.round(batches(), rates * experiment.factor(round_idx), rounds)
         losses.append(_losses(data.whole, anchor))
     shape = (len(group), len(seeds))
     return Runs(torch.stack(losses, 1).unflatten(0, shape), torch.tensor(method.left_out).unflatten(0, shape))

@@ -25,9 +25,10 @@ import torch
 from examples.benchmarks.report import machine, table, write_json
 from examples.benchmarks.speed.outer_step import FLOP_PER_PARAMETER, sgemm_flops
 from lightning_lopt.functional import learned
-from lightning_lopt.meta import ImageMLP, LocalOptimizer, LocalTraining, LogUniform, particles
+from lightning_lopt.meta import ImageMLP, LocalOptimizer, LocalTraining, LogUniform, outer, simulation
 from lightning_lopt.meta.estimator import Estimator
 from lightning_lopt.meta.local import OptimizerKind
+from lightning_lopt.meta.particles import Particles
 from lightning_lopt.network import AdaMLP
 
 IMAGES = 10_000
@@ -126,7 +127,7 @@ def estimator(work: Work, kind: OptimizerKind, device: torch.device) -> Estimato
     labels = torch.randint(classes, (IMAGES,), generator=generator)
     task = ImageMLP(images, labels, hidden, work.batch_size, num_classes=classes).to(device)
     training = LocalTraining(work.num_workers, work.local_steps, 0.1, optimizer=LocalOptimizer(kind))
-    pairs = particles.Particles(task, training, work.num_pairs, LogUniform(100, 1_000), "local", seed=0)
+    pairs = Particles(task, training, work.num_pairs, LogUniform(100, 1_000), "local", seed=0)
     return Estimator(pairs, kind="pes", truncation=work.num_rounds, sigma=0.01, log_floor=None, seed=0)
 
 
@@ -146,8 +147,8 @@ def measure(work: Work, kind: OptimizerKind, update: str, repeats: int, device: 
         peak = max(peak, sgemm_flops())
         clock = Clock(device)
         with ExitStack() as stack:
-            stack.enter_context(clock.watch(particles, "local_round", "local steps"))
-            stack.enter_context(clock.watch(particles, "outer_step", "outer"))
+            stack.enter_context(clock.watch(simulation, "local_round", "local steps"))
+            stack.enter_context(clock.watch(outer, "outer_step", "outer"))
             stack.enter_context(clock.watch(learned, "apply", "network"))
             with clock.measure("whole"):
                 own.window(network, repeat)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from examples.benchmarks.report import machine, table, write_json
 from examples.benchmarks.speed.memory import extra_bytes
-from lightning_lopt.functional.compression import BF16, Int8, TopK
+from lightning_lopt.compression import BF16, Int8, TopK
 from lightning_lopt.functional.merge import shared_indices
 from lightning_lopt.selection import RandomCoordinates, drawn_ahead
 

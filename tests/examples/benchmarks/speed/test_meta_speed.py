@@ -9,14 +9,14 @@ import pytest
 from examples.benchmarks import __main__ as bench
 from examples.benchmarks.speed.meta_speed import Work
 from lightning_lopt.functional import learned
-from lightning_lopt.meta import particles
+from lightning_lopt.meta import outer, simulation
 
 
 def test_parts_add_up(tmp_path, capsys):
-    before = particles.local_round, particles.outer_step, learned.apply
+    before = simulation.local_round, outer.outer_step, learned.apply
     path = tmp_path / "speed.json"
     bench.main(["meta-speed", "--work", "8x8", "--repeats", "1", "--rounds", "3", "--json", str(path)])
-    assert (particles.local_round, particles.outer_step, learned.apply) == before
+    assert (simulation.local_round, outer.outer_step, learned.apply) == before
     rows = {row["part"]: row for row in json.loads(path.read_text())["8x8"]}
     assert list(rows) == ["local steps", "features", "network", "bookkeeping", "whole"]
     for key in ("seconds", "CPU seconds"):

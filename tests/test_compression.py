@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_lopt.functional.compression import BF16, CHUNK, Int8, TopK, as_codec
+from lightning_lopt.compression import BF16, Int8, TopK, as_codec
+from lightning_lopt.functional.compression import CHUNK
 
 CODECS = {"bf16": BF16(), "int8": Int8(), "topk": TopK(6 / 64)}
 

@@ -1,0 +1,89 @@
+"""The hand-made step that the default network starts from, as a `torch.optim.Optimizer`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.optim.optimizer import ParamsT
+from typing_extensions import override
+
+from lightning_lopt.functional import blended
+from lightning_lopt.functional.ada import BaseState
+from lightning_lopt.functional.blended import BlendedSettings
+from lightning_lopt.functional.model import ModelTensor
+from lightning_lopt.optim.whole_model import WholeModelOptimizer
+
+
+class BlendedNesterov(WholeModelOptimizer):
+    r"""A Nesterov step, blended with its orthogonalised (Muon) and its whitened (Shampoo) form.
+
+    .. math:: m \leftarrow \beta_t \rho_t m + (1 - \beta_t) g,\quad
+        s = g + \frac{\beta_t}{1-\beta_t} m,\quad p \leftarrow p - \mathrm{lr}\; (w_1 s + w_2 O(s) + w_3 W(s))
+
+        1 - \beta_t = \max\Big(1 - \beta, \frac{2}{t + 2}\Big),\quad
+        \rho_t = \min\Big(1, \frac{|g_t|}{|g_{t-1}|}\Big)
+
+    in round t, from 0: Nesterov momentum that grows to its β, and shrinks with the pseudo-gradient. O makes the
+    singular values of a matrix nearly equal, and leaves a vector as it is; W whitens by recent pseudo-gradients; both
+    keep the norm. A pseudo-gradient that has grown by more than half is first multiplied with its `damping`, unless
+    ``local_lr`` times ``local_steps`` has grown as much. What the workers' ``local_momentum`` retains over a round is
+    not remembered again. It takes the steps of ``LearnedOptimizer(params, AdaMLP.base_step(lr, momentum, blend))``, up
+    to rounding, without a network and with less state.
+
+    Args:
+        params: Anchors, or groups of them.
+        lr: Outer learning rate > 0.
+        momentum: Momentum β in [0, 1).
+        blend: Weights w of the three forms, each at least 0, of sum 1.
+
+    Attributes:
+        needs_whole_tensors: Whether the step is undefined on random coordinates of a tensor: True.
+        total: Sum over all shards of sums over the parameters here; whoever shards the parameters sets it.
+        max_update_ratio: Bound on the step in units of the averaged one, beyond which a sync averages instead.
+
+    Raises:
+        ValueError: An argument out of its range, sparse or complex parameters, or a gradient of another shape.
+
+    Memory: momentum (1 per coordinate) and the Gram matrices (at most 5 per coordinate).
+
+    Source: `lightning_lopt.functional`: `blended`, `orthogonal`, `whitening`, `damping`.
+
+    Example:
+        >>> p = torch.nn.Parameter(torch.zeros(2))
+        >>> outer = BlendedNesterov([p], lr=0.5, blend=(0.5, 0.3, 0.2))
+        >>> p.grad = torch.tensor([1.0, -2.0])
+        >>> outer.step()
+        >>> [round(x, 3) for x in p.tolist()]  # in the first round there is no momentum yet
+        [-0.558, 0.959]
+    """
+
+    _state_class = BaseState
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1.1,
+        momentum: float = 0.85,
+        blend: Sequence[float] = (0.05, 0.45, 0.5),
+    ) -> None:
+        if not lr > 0:
+            raise ValueError(f"BlendedNesterov needs lr > 0, not {lr}.")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"BlendedNesterov needs momentum in [0, 1), not {momentum}.")
+        if len(blend) != 3 or not min(blend) >= 0 or not abs(sum(blend) - 1) < 1e-6:
+            raise ValueError(f"blend must be three weights >= 0 whose sum is 1, not {blend!r}.")
+        super().__init__(params, {"lr": lr, "momentum": momentum, "blend": tuple(blend)})
+
+    @override
+    def _new_state(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> BaseState:
+        return BaseState.zeros(shape, 1, dtype, device)
+
+    @override
+    def _step_model(self, tensors: list[ModelTensor[BaseState]], groups: list[dict[str, Any]]) -> None:
+        settings = [
+            BlendedSettings(*(tensor.grad.new_tensor([group[name]]) for name in ("lr", "momentum", "blend")))
+            for tensor, group in zip(tensors, groups, strict=True)
+        ]
+        blended.step_model(tensors, settings, self.total)
