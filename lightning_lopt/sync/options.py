@@ -23,17 +23,17 @@ class SyncOptions:
     changed. The table says what each option sends instead and the memory that it adds, both in bytes per parameter, and
     when it fails:
 
-    | option                   | sent                    | memory             | fails when                              |
-    |--------------------------|-------------------------|--------------------|-----------------------------------------|
-    | `density=0.1`            | density × 4r            | 8 × density        | workers drift on what is seldom sent    |
-    | `selection=Fragments(4)` | 4r / 4, every H/4 steps |                    | a common model is needed between syncs  |
-    | `compression="bf16"`     | 2r                      | 4                  |                                         |
-    | `compression="int8"`     | r                       | 4                  | huge coordinates coarsen the others     |
-    | `compression=TopK(0.02)` | (K-1) × 0.02 × 6        | 4                  | K is large: all codes are gathered      |
-    | `overlap_steps=16`       |                         | 8 × what is sent ¹ | H - 16 < 16: everything is out of date  |
-    | `merge="overwrite"`      |                         |                    | many steps are in flight: they are lost |
-    | `local_state="average"`  | 4r more per momentum    |                    | the link is slow                        |
-    | `sharded=True`           | 4r                      | outer state / K    | a tensor exceeds 1/K of the model       |
+    | option                   | sent                    | memory             | fails when                             |
+    |--------------------------|-------------------------|--------------------|----------------------------------------|
+    | `density=0.1`            | density × 4r            | 8 × density        | workers drift on what is seldom sent   |
+    | `selection=Fragments(4)` | 4r / 4, every H/4 steps |                    | a common model is needed between syncs |
+    | `compression="bf16"`     | 2r                      | 4                  |                                        |
+    | `compression="int8"`     | r                       | 4                  | huge coordinates coarsen others        |
+    | `compression=TopK(0.02)` | (K-1) × 0.02 × 6        | 4                  | K is large: all codes are gathered     |
+    | `overlap_steps=16`       |                         | 8 × what is sent ¹ | H - 16 < 16: everything is out of date |
+    | `merge="overwrite"`      |                         |                    | many steps in flight, which are lost   |
+    | `local_state="average"`  | 4r more per momentum    |                    | the link is slow                       |
+    | `sharded=True`           | 4r                      | outer state / K    | a tensor exceeds 1/K of the model      |
 
     ¹ While the sync is in flight; 12 × what is sent if it is compressed.
 
