@@ -16,6 +16,7 @@ import copy
 import csv
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -88,10 +89,11 @@ def parse_args() -> argparse.Namespace:
 
 
 def provenance(args: argparse.Namespace, iterations: int, hours: float) -> dict[str, object]:
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    git = shutil.which("git")
+    commit = subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout if git else ""
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "commit": head.stdout.strip() or "unknown",
+        "commit": commit.strip() or "unknown",
         "meta_iterations": iterations,
         "hours_of_last_start": round(hours, 2),
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",

@@ -1,4 +1,4 @@
-"""The file that weights live in: safetensors with a configuration, a card and a checksum."""
+"""The format of weights files: safetensors with a configuration, a card and a checksum."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Described = TypeVar("Described")
 
 
 class WeightsError(ValueError):
-    """A weights file that cannot be used; the message says what is wrong with it and what to do."""
+    """A weights file cannot be used; the message gives the fault and the remedy."""
 
 
 def write_file(
@@ -29,20 +29,20 @@ def write_file(
     tensors: Mapping[str, Tensor],
     overwrite: bool,
 ) -> None:
-    """Write tensors, with what describes them; at once and as a whole.
+    """Write tensors with their description to a file, atomically.
 
     Args:
-        path: where to.
-        file_format: a name that `read_file` expects.
-        config: what makes the module that the tensors belong to; anything JSON can hold.
-        card: provenance; anything JSON can hold.
-        tensors: by name.
-        overwrite: replace the file if there is one.
+        path: Path of the file.
+        file_format: Name of the format, which `read_file` expects.
+        config: Arguments of the module that the tensors belong to, as JSON can hold them.
+        card: Provenance, as JSON can hold it.
+        tensors: Tensors by name.
+        overwrite: Whether to replace an existing file.
 
     Raises:
-        FileExistsError: there is such a file, and not `overwrite`.
-        FileNotFoundError: there is no such folder.
-        WeightsError: a tensor is not finite.
+        FileExistsError: The file exists, and `overwrite` is False.
+        FileNotFoundError: The folder does not exist.
+        WeightsError: A tensor is not finite.
     """
     path = Path(path)
     if path.exists() and not overwrite:
@@ -71,20 +71,20 @@ def read_file(
     make: Callable[..., Described],
     shapes: Callable[[Described], Mapping[str, tuple[int, ...]]],
 ) -> tuple[Described, dict[str, Tensor]]:
-    """What `write_file` wrote. Nothing in the file is executed.
+    """Read a file of `write_file`. Nothing in the file is executed.
 
     Args:
-        path: of the file.
-        file_format: expected.
-        make: takes the configuration and the card as keywords.
-        shapes: of the tensors that belong to what it makes.
+        path: Path of the file.
+        file_format: Expected name of the format.
+        make: Function that makes a module from the configuration and the card, as keywords.
+        shapes: Function that returns the shapes of the tensors of such a module.
 
     Returns:
-        What was made, without memory for its tensors, and the tensors.
+        The module, without memory for its tensors, and the tensors.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        WeightsError: the file is corrupt, truncated, of another format or version, or holds wrong shapes or values
+        FileNotFoundError: The file does not exist.
+        WeightsError: The file is corrupt, truncated, of another format or version, or holds wrong shapes or values
             that are not finite.
     """
     path = Path(path)
@@ -142,7 +142,7 @@ def _check_shapes(path: Path, file: Any, shapes: Mapping[str, tuple[int, ...]]) 
 
 
 def _sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """A checksum of all that a weights file holds."""
+    """Checksum of the whole content of a weights file."""
     parts = [json.loads(metadata["config"]), json.loads(metadata["card"])]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):

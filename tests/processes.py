@@ -10,7 +10,9 @@ import socket
 import subprocess
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -67,27 +69,82 @@ def run_workers(
         context.Process(target=_main, args=(send, function, rank, num_workers, port, connect, args), daemon=True)
         for rank, (_, send) in enumerate(pipes)
     ]
-    end = time.monotonic() + limit
+    started = []
     try:
         for process in processes:
             process.start()
+            started.append(process)
         for _, send in pipes:
             send.close()
-        results = []
-        for rank, (receive, _) in enumerate(pipes):
-            if not receive.poll(max(0.0, end - time.monotonic())):
-                raise TimeoutError(f"worker {rank} did not finish within {limit} s")
-            result, error = pickle.loads(receive.recv_bytes())  # plain pickle: torch's shares memory of the dead
-            if error is not None:
-                raise RuntimeError(f"worker {rank} failed:\n{error}")
-            results.append(result)
-        return results
+        return _results([receive for receive, _ in pipes], limit)
+    except BaseException:
+        for process in started:
+            process.kill()
+        raise
     finally:
-        for process in processes:
+        for process in started:
             process.join(timeout=5)
             if process.is_alive():
                 process.kill()
                 process.join()
+
+
+def _results(pipes: list[Connection], limit: float) -> list:
+    """Results by rank; the error of whichever worker fails first is raised at once."""
+    end = time.monotonic() + limit
+    results: dict[int, Any] = {}
+    dead: EOFError | None = None
+    ranks = {pipe: rank for rank, pipe in enumerate(pipes)}
+    while ranks:
+        ready = wait([*ranks], max(0.0, end - time.monotonic()))
+        if not ready:
+            raise TimeoutError(f"worker {min(ranks.values())} did not finish within {limit} s")
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            rank = ranks.pop(pipe)
+            try:
+                result, error = pickle.loads(pipe.recv_bytes())  # plain pickle: torch's shares memory of the dead
+            except EOFError as error:  # the others may say why
+                dead = error
+                continue
+            if error is not None:
+                raise RuntimeError(f"worker {rank} failed:\n{error}")
+            results[rank] = result
+    if dead is not None:
+        raise dead
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def run_cases(
+    function: Callable[..., Any],
+    num_workers: int,
+    cases: Mapping[str, tuple[Any, ...]],
+    connect: bool = True,
+    limit: float = 90,
+) -> dict[str, list]:
+    """Call `function(rank, *arguments)` for several cases in the same processes; by name, their results by rank.
+
+    For the fixture of a module whose tests would otherwise start processes each. An error names its case, and is one of
+    all tests that use the fixture.
+    """
+    by_rank = run_workers(_all_cases, num_workers, function, dict(cases), connect=connect, limit=limit)
+    return {name: [results[name] for results in by_rank] for name in cases}
+
+
+def _all_cases(rank: int, function: Callable[..., Any], cases: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    results = {}
+    for name, arguments in cases.items():
+        with _in_case(name):
+            results[name] = function(rank, *arguments)
+    return results
+
+
+@contextmanager
+def _in_case(name: str) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        raise RuntimeError(f"in the case {name!r}") from error
 
 
 def run_command(

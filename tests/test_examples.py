@@ -87,6 +87,7 @@ def test_plain_loop_of_one_worker(tmp_path: Path):
     check_report(output, ["average", "slow momentum", "learned"], rounds=2, plot=tmp_path / "plain_loop.png")
 
 
+@pytest.mark.processes  # it asks git for the commit
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_meta_training_goes_on_from_an_export_and_overwrites_nothing(tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setattr("lightning_lopt.meta.Evaluation", partial(Evaluation, num_rounds=30))

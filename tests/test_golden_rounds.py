@@ -12,16 +12,16 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lopt import LearnedLocalSGD, LearnedOptimizer, LocalSGD, Rounds, SlowMo, SlowMomentum
-from tests.conftest import SHARED
+from tests.conftest import VECTORS
 from tests.golden import golden_adamlp, golden_mlp
-from tests.processes import run_workers
+from tests.processes import run_cases
 
 METHODS = ["local_sgd", "slowmo", "lopt_a", "lagg_a"]
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}
 
 
 def _load(method):
-    return np.load(SHARED / "vectors" / f"rounds_{method}.npz")
+    return np.load(VECTORS / f"rounds_{method}.npz")
 
 
 def _batches(data, rank, dtype):
@@ -99,13 +99,27 @@ def _with_trainer(rank, method, dtype):
     return strategy.rounds.round_idx, module.losses
 
 
-@pytest.mark.parametrize("engine", ["rounds", "trainer"])
+CASES = {f"{method} {dtype}": (method, dtype) for method in METHODS for dtype in TOLERANCE}
+
+
+@pytest.fixture(scope="module")
+def plain_loops():
+    return run_cases(_with_rounds, 4, CASES)
+
+
+@pytest.fixture(scope="module")
+def trainers():
+    return run_cases(_with_trainer, 4, CASES, connect=False)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("engine", ["plain_loops", "trainers"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("method", METHODS)
-def test_rounds_equal_the_authors(vectors, method, dtype, engine):
+def test_rounds_equal_the_authors(vectors, request, method, dtype, engine):
     data = vectors(f"rounds_{method}.npz")
-    function, connect = (_with_rounds, True) if engine == "rounds" else (_with_trainer, False)
-    results = run_workers(function, int(data["K"]), method, dtype, connect=connect)
-    assert [rounds for rounds, _ in results] == [len(data["loss"])] * int(data["K"])
-    losses = np.array([losses for _, losses in results]).reshape(int(data["K"]), -1, int(data["H"])).mean((0, 2))
+    num_workers = int(data["K"])
+    results = request.getfixturevalue(engine)[f"{method} {dtype}"]
+    assert [rounds for rounds, _ in results] == [len(data["loss"])] * num_workers == [6] * 4
+    losses = np.array([losses for _, losses in results]).reshape(num_workers, -1, int(data["H"])).mean((0, 2))
     np.testing.assert_allclose(losses, data["loss"], rtol=0, atol=TOLERANCE[dtype])

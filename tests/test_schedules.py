@@ -9,7 +9,7 @@ import pytest
 
 from lightning_lopt import QSR, Constant, RoundInfo
 from lightning_lopt.schedules import as_schedule
-from tests.conftest import SHARED
+from tests.conftest import VECTORS
 
 
 def _learning_rate(case, step):
@@ -40,7 +40,7 @@ def _rounds(case):
 
 
 def test_qsr_equals_the_authors():
-    path = SHARED / "vectors" / "qsr.json"
+    path = VECTORS / "qsr.json"
     if not path.exists():
         pytest.skip("golden numbers are not here")
     checked = 0

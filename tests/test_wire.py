@@ -1,27 +1,27 @@
-"""On an interface of its own: the kernel counts the same bytes, and a slow link is hidden by local steps."""
+"""In a network namespace: the kernel counts the same bytes, and local steps hide a slow link."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import statistics
-import subprocess
 import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from examples.benchmarks.wire.namespaces import run_linked, why_not
 from lightning_lopt import AdaMLP, LearnedOptimizer, Rounds, SlowMomentum, SyncOptions, TopK
-from lightning_lopt.bench.namespaces import run_linked, why_not
 from lightning_lopt.comm import Communicator
 from tests.processes import run_command, run_workers
 
 K = 3
+LOOPBACK = "ip link set lo up"
 LIMIT = "tc qdisc add dev lo root tbf rate 200mbit burst 256kb latency 1s"
 LAGG = partial(LearnedOptimizer, network=AdaMLP(K, seed=0))
 CASES = {
@@ -36,13 +36,13 @@ CASES = {
 
 
 def _sent_by_kernel() -> int:
-    """Bytes sent over the loopback so far."""
+    """Bytes sent over the loopback interface so far."""
     line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
     return int(line.split(":")[1].split()[8])
 
 
 def _syncs(rank):
-    """For each case the bytes of one sync, as the kernel and as this worker count them."""
+    """Bytes of one sync in each case, as counted by the kernel and by this worker."""
     measured = {}
     for name, (sync_options, outer) in CASES.items():
         model = nn.Sequential(*(nn.Linear(1300, 1300) for _ in range(3)))  # 20 MB
@@ -61,7 +61,7 @@ def _syncs(rank):
 
 
 def _rounds_on_a_slow_link(rank, overlap_steps):
-    """Seconds of a second round's transfer and of waiting for it; a local step is 50 ms of somebody else's work."""
+    """Seconds of the transfer of a second round and of waiting for it; a local step sleeps for 50 ms."""
     model = nn.Sequential(*(nn.Linear(1100, 1100) for _ in range(2)))  # 9.7 MB
     sync_options = SyncOptions(overlap_steps=overlap_steps)
     rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=0.1), 32, options=sync_options)
@@ -71,19 +71,18 @@ def _rounds_on_a_slow_link(rank, overlap_steps):
     return rounds.last_report.transfer_seconds, rounds.last_report.waited_seconds
 
 
-@pytest.fixture(scope="module")
-def measured():
-    """The JSON that this module makes in a network namespace of its own."""
-    namespace = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "-"]
-    if not shutil.which("unshare") or subprocess.run([*namespace, "true"], capture_output=True).returncode:
-        pytest.skip("no right to make a network namespace; a shared interface has other traffic and no limit")
-    command = [*namespace, sys.executable, "-m", "tests.test_wire"]
+def _in_a_namespace(measurement: str, *setup: str) -> Any:
+    """Run a measurement of this module in a network namespace that commands set up, and parse its JSON."""
+    if reason := why_not(setup):
+        pytest.skip(reason)
+    namespace = ["unshare", "--net", "sh", "-c", " && ".join([*setup, 'exec "$@"']), "-"]
+    command = [*namespace, sys.executable, "-m", "tests.test_wire", measurement]
     printed, _ = run_command(command, 250, folder=Path(__file__).parents[1])
     return json.loads(printed)
 
 
-def test_counted_bytes_are_the_kernels(measured):
-    results = measured["bytes"]
+def test_counted_bytes_are_the_kernels():
+    results = _in_a_namespace("bytes", LOOPBACK)
     for name in CASES:
         counted = sum(worker[name][1] for worker in results)
         assert counted > 10e6, name
@@ -103,24 +102,25 @@ def _swaps():
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(why_not() is not None, reason="there is no right to limit a link")
 def test_an_all_to_all_uses_both_directions_at_once(capfd):
     """0.25 s each way, at 100 Mbit/s."""
+    if reason := why_not():
+        pytest.skip(reason)
     run_linked(["-m", "tests.test_wire", "swaps"], num_workers=2, mbit=100)
     assert max(map(float, capfd.readouterr().out.split())) < 0.4
 
 
-def test_local_steps_hide_the_transfer(measured):
+def test_local_steps_hide_the_transfer():
     """0.8 s of transfer, beside 24 steps that take 1.2 s."""
-    for transfer, waited in measured["slow"]:
+    for transfer, waited in _in_a_namespace("slow", LOOPBACK, LIMIT):
         assert transfer > 0.5
         assert waited < 0.1 * transfer
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["swaps"]:
+    if sys.argv[1] == "swaps":
         _swaps()
+    elif sys.argv[1] == "bytes":
+        print(json.dumps(run_workers(_syncs, K)))
     else:
-        results = {"bytes": run_workers(_syncs, K)}
-        subprocess.run(LIMIT.split(), check=True)
-        print(json.dumps({**results, "slow": run_workers(_rounds_on_a_slow_link, 2, 24)}))
+        print(json.dumps(run_workers(_rounds_on_a_slow_link, 2, 24)))

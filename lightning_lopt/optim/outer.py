@@ -73,12 +73,12 @@ class OuterContract:
     """The attributes of `OuterOptimizer` that one optimizer has, with defaults for the others.
 
     Attributes:
-        needs_worker_grads: As in `OuterOptimizer`, like the next three.
-        num_workers: The only K for which it works.
+        needs_worker_grads: Whether each parameter must also have ``.worker_grads``.
+        num_workers: The only K for which it works, or None for any.
         needs_whole_tensors: Whether a step needs whole tensors.
-        max_update_ratio: Limit of the step.
-        fingerprint: Text that tells kind, settings and own fingerprint.
-        takes_total: Whether the attribute `total` is to be assigned when the model is sharded.
+        max_update_ratio: Limit of the step, None without.
+        fingerprint: Text that differs for other kinds, settings or fingerprints.
+        takes_total: Whether the attribute `total` is to be assigned where the model is sharded.
     """
 
     needs_worker_grads: bool

@@ -25,7 +25,7 @@ from lightning_lopt.sync.status import GroupStatus, LocalSettings, WorkerStatus,
 
 @dataclass(frozen=True)
 class Transport:
-    """How the payload of an exchange is sent; by default as a plain mean.
+    """The way in which the payload of an exchange is sent; by default as a plain mean.
 
     Attributes:
         codec: Compression of the payload.
@@ -65,11 +65,11 @@ class Exchange:
 
     Attributes:
         round_idx: Index of the round that ends.
-        everything: As given.
+        everything: Whether the weights shall be the same on all workers afterwards.
         flat_buffers: The flat buffers by type; after the exchange they hold means.
         buffers: This worker's buffers at the launch.
         launched: A copy of y for each slice; None if nothing changes between launch and arrival.
-        optimizer_states: The states as given.
+        optimizer_states: States of the local optimizer to average.
         mean_states: Their means.
         arrived_buffers: Global values of the buffers that some worker changed, by position.
         status: Status of all workers.

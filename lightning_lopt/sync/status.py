@@ -1,4 +1,4 @@
-"""The small message that precedes each exchange: what must be equal, and how far every worker is."""
+"""The small message that precedes each exchange: integers that must be equal, and the progress of every worker."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ class LocalSettings:
 
 @dataclass(frozen=True)
 class WorkerStatus:
-    """How far one worker is.
+    """Progress of one worker.
 
     Attributes:
         local_steps: Local steps of this round, those to come in flight included.
-        point: Where the worker is: at a sync, or where it waits for all others.
+        point: Point at which the worker is: a sync, or one where it waits for all others.
         speed_share: Share of the fastest worker's steps that it takes in a round, in (0, 1].
         step_seconds: Seconds per local step, 0 if unknown.
         norm: Norm of its pseudo-gradient.

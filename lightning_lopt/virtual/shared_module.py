@@ -74,7 +74,7 @@ class SharedModule:
         others: Objects and names of attributes that take turns, too, copied for each worker.
 
     Attributes:
-        own: For each worker its tensors, by those of the module.
+        own: Tensors of each worker, by those of the module.
         active: The worker whose turn it is.
 
     Example:

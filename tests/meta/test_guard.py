@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from examples.benchmarks.compare import methods
+from examples.benchmarks.compare.methods import Local
 from lightning_lopt import AdaMLP
-from lightning_lopt.bench import methods
-from lightning_lopt.bench.methods import Local
 from lightning_lopt.meta.guard import Guard
 from lightning_lopt.meta.local import LocalOptimizer
 from lightning_lopt.meta.outer import averaging

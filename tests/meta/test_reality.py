@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from examples.benchmarks.compare.data import load_task
 from lightning_lopt import AdaMLP, LearnedLocalSGD, LearnedOptimizer, Rounds
-from lightning_lopt.bench.data import load_task
 from lightning_lopt.functional.learned import UPDATES
 from lightning_lopt.meta.local import MOMENTUM, LocalOptimizer
 from lightning_lopt.meta.tasks import ImageMLP

@@ -1,12 +1,12 @@
-"""The bundled default and the paper's network again, without the plain twin, which takes minutes."""
+"""Time the bundled default and the paper's network again, without the plain form, which takes minutes."""
 
 import torch
 from torchvision.models import get_model
 
-from lightning_lopt.bench import outer_step
+from examples.benchmarks.speed import outer_step
 
 torch.set_num_threads(2)
-del outer_step.OPTIMIZERS[outer_step.TWIN]
+del outer_step.OPTIMIZERS[outer_step.PLAIN]
 with torch.device("meta"):
     shapes = [tuple(p.shape) for p in get_model("vit_b_16").parameters()]
 times, peak = outer_step.time_steps(shapes, repeats=2)

@@ -1,4 +1,4 @@
-"""What gloo's collectives and our all-to-all take on a link, by themselves; started by `run_linked`, see the README."""
+"""Time gloo's collectives and this package's all-to-all on a link; started by `run_linked`, see the README."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The largest of K workers' shares of a sharded outer step, over the mean share."""
+"""Ratio of the largest to the mean share of K workers in a sharded outer step."""
 
 from types import SimpleNamespace
 from typing import cast

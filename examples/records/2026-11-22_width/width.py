@@ -1,4 +1,4 @@
-"""width.py DATA OUT: outer steps that were meta-trained on narrow networks, on one that is 8 times wider.
+"""Test outer steps that were meta-trained on narrow networks on one that is 8 times wider: width.py DATA OUT.
 
 muLO multiplies the learned step of every matrix whose inputs grew by base width / width.
 """
@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from examples.benchmarks.compare.clients import Shared
+from examples.benchmarks.compare.data import fashion_mnist
+from examples.benchmarks.compare.methods import Local
+from examples.benchmarks.compare.simulate import _losses
 from lightning_lopt import AdaMLP
-from lightning_lopt.bench.clients import Shared
-from lightning_lopt.bench.data import fashion_mnist
-from lightning_lopt.bench.methods import Local
-from lightning_lopt.bench.simulate import _losses
 from lightning_lopt.meta import ImageMLP
 from lightning_lopt.meta.base import Tensors
 from lightning_lopt.meta.outer import Outer, averaging, learning, stepping, views
@@ -26,7 +26,7 @@ BASE, NUM_WORKERS, LOCAL_STEPS, NUM_ROUNDS, LOCAL_LR, SEEDS = 128, 8, 4, 40, 0.5
 
 
 def learned(name: str, scale: float, anchor: Tensors) -> Outer:
-    """The step of a bundled network, times `scale` on all matrices but the first."""
+    """Step of a bundled network, multiplied by `scale` on all matrices except the first."""
     inner = learning(anchor, [AdaMLP.bundled(name)])
 
     def step(workers: Tensors, rates: Tensor, round_idx: int, skipped: Sequence[int]) -> None:
@@ -40,13 +40,13 @@ def learned(name: str, scale: float, anchor: Tensors) -> Outer:
 
 
 def diloco(anchor: Tensors) -> Outer:
-    """As tuned at width 128."""
+    """DiLoCo as tuned at width 128."""
     groups = [{"params": params} for params in views(anchor)]
     return stepping(anchor, torch.optim.SGD(groups, lr=0.5, momentum=0.9, nesterov=True))
 
 
 def methods(width: int) -> dict[str, Callable[[Tensors], Outer]]:
-    """By name, what makes an outer step for anchors."""
+    """Functions that make an outer step for anchors, by name."""
     found: dict[str, Callable[[Tensors], Outer]] = {"local_sgd": averaging, "diloco": diloco}
     for name in ("default", "lopt_a_short"):
         found[name] = partial(learned, name, 1.0)
@@ -56,7 +56,7 @@ def methods(width: int) -> dict[str, Callable[[Tensors], Outer]]:
 
 
 def train(task: ImageMLP, outer: Callable[[Tensors], Outer]) -> Tensor:
-    """The losses before the first round and after each, [rounds + 1, seeds]."""
+    """Train; return the losses before the first round and after each, [rounds + 1, seeds]."""
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     starts = [task.init(1, generator) for generator in generators]
     anchor = {key: torch.cat([start[key] for start in starts]) for key in starts[0]}

@@ -6,7 +6,8 @@ set -euo pipefail
 data=$1 out=$2
 shift 2
 names=" $* "
-bench="python -m lightning_lopt.bench"
+export PYTHONPATH="$(cd "$(dirname "$0")/../../.." && pwd)${PYTHONPATH:+:$PYTHONPATH}"
+bench="python -m examples.benchmarks"
 mkdir -p "$out"
 python -c 'import sys; from lightning_lopt import AdaMLP; AdaMLP.base_step(seed=0).save(sys.argv[1], True)' "$out/base_step.safetensors"
 

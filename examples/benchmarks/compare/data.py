@@ -1,0 +1,161 @@
+"""Tasks of the simulations: images or characters in memory, and a small model."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterable
+from pathlib import Path
+from pydoc_data import topics
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_lopt.meta import DataTask, ImageMLP, image_conv, image_vit, language_model
+
+TASKS = (
+    "digits",
+    "fashion_mnist",
+    "cifar10",
+    "characters",
+    "cifar10_conv",
+    "cifar10_vit",
+    "imagenet32",
+    "imagenet64",
+    "help_lm",
+    "novels_lm",
+    "lm1b",
+)
+ALPHABET = "abcdefghijklmnopqrstuvwxyz .,'\n"  # all other characters are one more
+CONTEXT, EXAMPLES = 8, 20_000
+SUBSET = 50_000  # rows of data sets that do not fit into memory
+
+
+def load_task(name: str, data: Path | None = None) -> DataTask:
+    """Make a task by its name.
+
+    ============================== ================================================================ =====
+    name                           data and model                                                   batch
+    ============================== ================================================================ =====
+    ``digits``                     scikit-learn's digits, 8×8; MLP 64-32-10                         32
+    ``fashion_mnist``              Fashion-MNIST, 28×28; MLP 784-128-128-10                         128
+    ``cifar10``                    CIFAR-10 resized to 16×16; MLP 768-128-128-10                    128
+    ``characters``                 next character from the eight before it, in the texts of         32
+                                   Python's `help()`; MLP 256-64-32
+    ``cifar10_conv``               CIFAR-10, 16×16; 3×3 convolutions 16-32-32                       32
+    ``cifar10_vit``                CIFAR-10, 16×16; transformer of width 32 with 2 blocks           32
+                                   on patches of 4
+    ``imagenet32``, ``imagenet64`` 50,000 images of ImageNet, 32×32 or 64×64; MLP 128-128           128
+    ``help_lm``                    texts of Python's `help()`; transformer of width 32 with         16
+                                   2 blocks on 32 characters
+    ``novels_lm``                  text of a train.txt; the same transformer                        16
+    ``lm1b``                       50,000 sentences of LM1B; the same transformer                   16
+    ============================== ================================================================ =====
+
+    Args:
+        name: Name of the task.
+        data: Folder that holds, at any depth, Fashion-MNIST's idx.gz files, train.txt, or the train*.parquet of
+            CIFAR-10 (columns img and label), ImageNet (image and label) or LM1B (text), as on the Hugging Face hub.
+
+    Raises:
+        FileNotFoundError: The data is not in the folder.
+        ValueError: The name is unknown.
+
+    Example:
+        >>> load_task("digits")
+        ImageMLP(1797 images, 64-32-10, batch_size=32)
+    """
+    if name == "digits":
+        from sklearn.datasets import load_digits  # an extra
+
+        pixels, labels = load_digits(return_X_y=True)
+        images = torch.as_tensor(pixels).float().unflatten(1, (8, 8)) / 16
+        return ImageMLP(images, torch.as_tensor(labels), hidden=(32,), batch_size=32)
+    if name == "fashion_mnist":
+        return ImageMLP(*fashion_mnist("train", data), hidden=(128, 128), batch_size=128)
+    if name == "cifar10":
+        return ImageMLP(*_images(_rows(data), "img"), hidden=(128, 128), batch_size=128, size=16)
+    if name == "characters":
+        return ImageMLP(*_characters(), hidden=(64,), batch_size=32)
+    if name == "cifar10_conv":
+        return image_conv(*_images(_rows(data), "img"), channels=(16, 32, 32), batch_size=32, size=16)
+    if name == "cifar10_vit":
+        return image_vit(*_images(_rows(data), "img"), width=32, batch_size=32, size=16)
+    if name in ("imagenet32", "imagenet64"):
+        images, labels = _images(_rows(data, SUBSET), "image", side=int(name[-2:]))
+        return ImageMLP(images, labels, hidden=(128, 128), batch_size=128)
+    if name in ("help_lm", "novels_lm", "lm1b"):
+        return language_model(_codes(_text(name, data)), len(ALPHABET) + 1, context=32, width=32)
+    raise ValueError(f"The task must be one of {TASKS}, not {name!r}.")
+
+
+def fashion_mnist(split: str, data: Path | None) -> tuple[Tensor, Tensor]:
+    """Load Fashion-MNIST: images, uint8 [N, 28, 28], and labels [N].
+
+    Args:
+        split: Name of the split, ``"train"`` or ``"t10k"``.
+        data: Folder that holds the idx.gz files, at any depth.
+    """
+    images, labels = (_idx(_find(data, f"{split}-{part}-ubyte.gz")[0]) for part in ("images-idx3", "labels-idx1"))
+    return images, labels
+
+
+def _find(folder: Path | None, pattern: str) -> list[Path]:
+    found = sorted(folder.rglob(pattern)) if folder else []
+    if not found:
+        raise FileNotFoundError(f"There is no {pattern} under {folder}: point --data at a folder that holds it.")
+    return found
+
+
+def _idx(path: Path) -> Tensor:
+    content = gzip.decompress(path.read_bytes())
+    sides = np.frombuffer(content, ">i4", count=content[3], offset=4)
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(sides).copy())
+
+
+def _rows(data: Path | None, count: int | None = None) -> Iterable[dict[str, Any]]:
+    """Stream the rows of parquet files, or a random sample of them."""
+    from datasets import load_dataset  # an extra
+
+    files = [str(path) for path in _find(data, "train*.parquet")]
+    rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
+    return rows if count is None else rows.shuffle(seed=0, buffer_size=10_000).take(count)
+
+
+def _images(rows: Iterable[dict[str, Any]], column: str, side: int | None = None) -> tuple[Tensor, Tensor]:
+    """Load colour images [N, 3, height, width], averaged to `side` pixels if it is given, and labels [N]."""
+    from PIL.Image import Resampling  # an extra
+
+    images, labels = [], []
+    for row in rows:
+        image = row[column].convert("RGB")
+        if side is not None and image.size != (side, side):
+            image = image.resize((side, side), Resampling.BOX)  # the filter of the downsampled ImageNet
+        images.append(np.asarray(image))
+        labels.append(row["label"])
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels)
+
+
+def _text(name: str, data: Path | None) -> str:
+    if name == "lm1b":
+        return "\n".join(row["text"] for row in _rows(data, SUBSET)).lower()
+    return _help() if name == "help_lm" else _find(data, "train.txt")[0].read_text().lower()
+
+
+def _help() -> str:
+    return "\n".join(topics.topics.values()).lower()
+
+
+def _codes(text: str) -> Tensor:
+    table = {ord(character): code for code, character in enumerate(ALPHABET)}
+    return torch.tensor([table.get(ord(character), len(ALPHABET)) for character in text])
+
+
+def _characters() -> tuple[Tensor, Tensor]:
+    """One-hot contexts [N, CONTEXT, 32] and next characters [N], from evenly spaced positions."""
+    codes = _codes(_help())
+    places = torch.linspace(0, len(codes) - CONTEXT - 1, EXAMPLES).long()
+    contexts = codes[places[:, None] + torch.arange(CONTEXT)]
+    return F.one_hot(contexts, len(ALPHABET) + 1).float(), codes[places + CONTEXT]

@@ -1,0 +1,1 @@
+"""Training over links of limited rate, beside a model of the network."""

@@ -1,0 +1,115 @@
+"""Methods that the benchmark `wire` compares: their options, and their rounds in the model of the network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from examples.benchmarks.wire.link import Round, all_gather, all_reduce, all_to_all, data_parallel
+from lightning_lopt.network import AdaMLP
+from lightning_lopt.optim import LearnedOptimizer
+from lightning_lopt.sync.options import SyncOptions
+from lightning_lopt.worker_speeds import Speeds, WorkerSpeeds
+
+DDP = "DDP"
+
+
+@dataclass(frozen=True)
+class Method:
+    """Options of a method of synchronisation.
+
+    Attributes:
+        options: Arguments of `SyncOptions`, except for the overlap.
+        overlap: Fraction of the H local steps that run during the transfer, in [0, 1).
+        outer: Function that makes the outer optimizer for K workers; None averages.
+        pace: Source of the workers' speeds, `"given"` or `"measured"`, to which their numbers of steps are
+            proportional; None gives H steps to all.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    overlap: float = 0.0
+    outer: Callable[[int], Any] | None = None
+    pace: Literal["given", "measured"] | None = None
+
+    def sync_options(self, local_steps: int) -> SyncOptions:
+        """Options of the syncs of rounds with H steps."""
+        return SyncOptions(overlap_steps=int(self.overlap * local_steps), **self.options)
+
+    def speeds(self, step_seconds: Sequence[float]) -> Speeds:
+        """Argument `worker_speeds` of `Rounds`, for workers with these times per local step."""
+        return [1 / seconds for seconds in step_seconds] if self.pace == "given" else self.pace
+
+    def round(self, local_steps: int, parameters: int, step_seconds: Sequence[float], rank: int) -> Round:
+        """Model of a round of one worker, given the times of a local step on all workers."""
+        sync_options, num_workers = self.sync_options(local_steps), len(step_seconds)
+        pace = WorkerSpeeds(
+            self.pace and [1 / seconds for seconds in step_seconds], num_workers, rank, torch.device("cpu")
+        )
+        own_steps = pace.steps(local_steps)
+        a_round = partial(Round, own_steps, pace.overlap(sync_options.overlap_steps, own_steps))
+        if sync_options.sharded:
+            half = all_to_all(4 * parameters, num_workers)
+            return a_round(half, exposed=half)
+        if sync_options.compression == "int8":
+            return a_round(all_to_all(parameters, num_workers) + all_gather(parameters / num_workers, num_workers))
+        return a_round(all_reduce(4 * sync_options.density * parameters, num_workers))
+
+
+def _lopt(num_workers: int) -> Any:
+    return partial(LearnedOptimizer, network=AdaMLP.bundled())
+
+
+def _lagg(num_workers: int) -> Any:
+    """A network of K inputs with a last layer of zeros, as before meta-training: a Nesterov step at LAgg-A's cost."""
+    network = AdaMLP(num_workers, hidden=(8, 8), update="blended_nesterov", step_mult=1.0, exp_mult=1.0, seed=0)
+    nn.init.zeros_(network.get_parameter("layers.2.weight"))
+    return partial(LearnedOptimizer, network=network)
+
+
+_SPARSE = {"density": 0.25}
+METHODS = {
+    "Local SGD": Method(),
+    "int8": Method({"compression": "int8"}),
+    "overlap": Method(overlap=5 / 8),
+    "LOSCAR": Method(_SPARSE, overlap=1 / 4),
+    "LOpt-A": Method(outer=_lopt),
+    "LAgg-A, sharded": Method({"sharded": True}, outer=_lagg),
+}
+FOR_UNEQUAL_SPEEDS = {
+    "Local SGD, paced": Method(pace="given"),
+    "overlap, paced": Method(overlap=5 / 8, pace="given"),
+    "overlap, paced, overwriting": Method({"merge": "overwrite"}, overlap=5 / 8, pace="given"),
+    "LOSCAR, paced": Method(_SPARSE, overlap=1 / 4, pace="given"),
+    "LOSCAR, paced, overwriting": Method({**_SPARSE, "merge": "overwrite"}, overlap=1 / 4, pace="given"),
+    "LOSCAR, pace measured": Method(_SPARSE, overlap=1 / 4, pace="measured"),
+}
+USUAL = [DDP, *METHODS]
+METHODS |= FOR_UNEQUAL_SPEEDS
+NAMES = [DDP, *METHODS]
+
+
+def round_of(name: str, local_steps: int, parameters: int, step_seconds: Sequence[float], rank: int = 0) -> Round:
+    """Model of a round of a method; a round of DDP is one step.
+
+    Args:
+        name: Name of the method, one of `NAMES`.
+        local_steps: Number of local steps of the fastest worker, H >= 1.
+        parameters: Number of parameters of the model.
+        step_seconds: Seconds of a local step on each worker.
+        rank: Rank of the worker.
+
+    Example:
+        >>> times = [0.1, 0.3]
+        >>> [round_of(name, 16, 1000, times).transfer.bytes_sent for name in ("DDP", "int8", "LOSCAR")]
+        [4000.0, 1000.0, 1000.0]
+        >>> [round_of("LOSCAR, paced", 12, 1000, times, rank).local_steps for rank in range(2)]
+        [12, 4]
+    """
+    if name == DDP:
+        return data_parallel(4 * parameters, len(step_seconds))
+    return METHODS[name].round(local_steps, parameters, step_seconds, rank)

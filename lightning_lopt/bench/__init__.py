@@ -1,1 +1,0 @@
-"""Benchmarks: `python -m lightning_lopt.bench --help`."""

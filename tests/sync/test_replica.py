@@ -1,0 +1,82 @@
+"""One worker's replica: the parameters that a sync follows, and their first values."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lopt import DisagreementError, Rounds, SlowMomentum
+from tests.threads import run_threads
+
+
+def _different_models(rank, make_comm):
+    model = nn.Linear(3, 1 + rank)
+    Rounds(model, torch.optim.SGD(model.parameters(), lr=0.1), 2, comm=make_comm())
+
+
+def test_different_models_are_an_error():
+    with pytest.raises(DisagreementError, match=r"'weight \(1, 3\) torch.float32' against 'weight \(2, 3\)"):
+        run_threads(_different_models, 2)
+
+
+def _start(rank, make_comm, models):
+    model = models[rank]
+    Rounds(model, torch.optim.SGD(model.parameters(), lr=0.1), 2, comm=make_comm())
+    return [t.clone() for t in model.state_dict().values()]
+
+
+def test_all_start_from_rank_0():
+    models = [nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)) for _ in range(2)]
+    weight = models[0][0].weight.detach().clone()
+    assert not torch.equal(weight, models[1][0].weight)
+    first, second = run_threads(_start, 2, models)
+    assert torch.equal(first[0], weight)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def _unfreeze(rank, make_comm):
+    """A parameter that is unfrozen, or added, in mid-training joins the syncs: its first one is an average."""
+    model = nn.ParameterList([torch.zeros(2), torch.zeros(2), torch.zeros(2)])
+    model[1].requires_grad_(False)
+    optimizer = torch.optim.SGD(list(model)[:2], lr=1.0)
+    rounds = Rounds(model, optimizer, 1, partial(SlowMomentum, momentum=0.0), comm=make_comm())
+
+    def move():
+        with torch.no_grad():
+            for p in model:
+                if p.requires_grad:
+                    p.sub_(float(rank))
+        rounds.step()
+        return [p[0].item() for p in model]
+
+    seen = []
+    model[2].requires_grad_(False)
+    seen.append(move())
+    model[1].requires_grad_(True)
+    seen.append(move())
+    model[2].requires_grad_(True)
+    optimizer.add_param_group({"params": [model[2]]})
+    seen += [move(), move()]
+    return seen
+
+
+def test_unfrozen_and_added_parameters():
+    expected = [[-0.5, 0, 0], [-1, -0.5, 0], [-1.5, -1, -0.5], [-2, -1.5, -1]]
+    assert run_threads(_unfreeze, 2) == [expected, expected]
+
+
+def test_nothing_to_train():
+    model = nn.Linear(1, 1).requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train"):
+        Rounds(model, torch.optim.SGD(model.parameters(), lr=1.0), 1)
+
+
+def test_a_state_of_parameters_of_another_shape():
+    state = Rounds(model := nn.Linear(2, 1), torch.optim.SGD(model.parameters(), lr=1.0), 1).state_dict()
+    model = nn.Linear(3, 1)
+    rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=1.0), 1)
+    with pytest.raises(ValueError, match=r"parameter 0 has the shape \(1, 2\), here it is \(1, 3\)"):
+        rounds.load_state_dict(state)

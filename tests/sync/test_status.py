@@ -1,0 +1,102 @@
+"""What workers tell one another before a sync: who is where, and what must be equal."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_lopt import DisagreementError, Rounds, SyncOptions
+from lightning_lopt.sync.status import SyncPoint
+from tests.processes import run_cases
+from tests.sync_support import Point, flat
+from tests.threads import run_threads
+
+
+def _new(make_comm=None, options=None):
+    model = Point(torch.zeros(4, dtype=torch.float64))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    return model, optimizer, Rounds(model, optimizer, 4, comm=make_comm and make_comm(), options=options)
+
+
+def _train(model, optimizer, rounds, gradient, num_steps):
+    for _ in range(num_steps):
+        model.x.grad = torch.full_like(model.x, gradient)
+        optimizer.step()
+        rounds.step()
+
+
+def _different_rounds(rank, make_comm):
+    _, _, rounds = parts = _new(make_comm)
+    _train(*parts, 1.0, 3)
+    if rank == 1:
+        rounds.round_idx += 1
+    rounds.step()
+
+
+def test_workers_in_different_rounds_are_an_error():
+    with pytest.raises(DisagreementError, match=r"disagree on round \(between 0 and 1\)"):
+        run_threads(_different_rounds, 2)
+
+
+def _different_settings(rank, make_comm):
+    _new(make_comm, SyncOptions(density=(rank + 1) / 2))
+
+
+def test_workers_with_other_settings_are_an_error():
+    with pytest.raises(DisagreementError, match="the sync options"):
+        run_threads(_different_settings, 2)
+
+
+PLACES = [("validation", "epoch end"), ("checkpoint", "validation"), ("checkpoint", "sync")]
+
+
+def _apart(rank, places):
+    _, _, rounds = parts = _new()
+    _train(*parts, 1.0, 3)
+    point = SyncPoint(places[rank])
+    come = rounds.sync.check if point is SyncPoint.CHECKPOINT else rounds.join
+    with pytest.raises(DisagreementError) as error:
+        rounds.step() if point is SyncPoint.SYNC else come(point)
+    return str(error.value)
+
+
+def _together(rank, options):
+    """Meetings and checks between two syncs; what they send, and what they change."""
+    model, optimizer, rounds = _new(options=options)
+    other, other_optimizer, others = _new(options=options)
+    _train(other, other_optimizer, others, 1.0 + rank, 10)
+    seen = []
+    for num in (2, 1, 7):
+        _train(model, optimizer, rounds, 1.0 + rank, num)
+        before = rounds.comm.num_collectives
+        rounds.sync.check(SyncPoint.CHECKPOINT)
+        if not options.overlap_steps:
+            rounds.join(SyncPoint.VALIDATION)
+        seen.append(rounds.comm.num_collectives - before)
+    return seen, torch.equal(flat(model), flat(other)), rounds.round_idx, rounds.equal_steps
+
+
+def _case(rank, function, *args):
+    return function(rank, *args)
+
+
+@pytest.fixture(scope="module")
+def results():
+    apart = {str(places): (_apart, places) for places in PLACES}
+    together = {str(overlap): (_together, SyncOptions(overlap_steps=overlap)) for overlap in (0, 2)}
+    return run_cases(_case, 2, apart | together)
+
+
+@pytest.mark.parametrize("places", PLACES)
+def test_who_waits_at_different_places_is_told(results, places):
+    for said in results[str(places)]:
+        assert f"worker 0 at the {places[0]}" in said
+        assert f"worker 1 at the {places[1]}" in said
+
+
+@pytest.mark.parametrize("overlap", [0, 2], ids=["at once", "in flight"])
+def test_who_is_together_goes_on_as_if_nothing_had_been(results, overlap):
+    for seen, equal, rounds, in_step in results[str(overlap)]:
+        assert equal
+        assert (rounds, in_step) == (2, True)
+        assert max(seen) <= 3  # a message each; the check waits for the agreement and transfer of what is in flight
