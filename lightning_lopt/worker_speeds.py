@@ -19,6 +19,32 @@ class WorkerSpeeds:
     .. math:: s_i = v_i / \max_k v_k, \qquad H_i = \max(1, \mathrm{round}(s_i H)), \qquad
         Q_i = \min(\lceil s_i Q \rceil, H_i - 1)
 
+    With speeds of 3 and 1 and H = 48, the workers take 48 and 16 steps in a round and come to its sync at about the
+    same time. `"measured"` begins with H for all, and takes the seconds per local step, data loading included, from
+    earlier rounds; they are sent with the syncs and saved in checkpoints. Every step of every worker moves the mean by
+    1/K of itself. With one slow worker of four on links of 20 Mbit/s, unequal steps and overlap reached the loss of
+    Local SGD 2.5 ± 0.1 times sooner, and 2.0 ± 0.4 times with measured speeds
+    (examples/records/2026-11-21_slow_worker).
+
+    **Data.** Lightning's sampler deals equal shares, so that the fast workers wait at the end of each epoch after all.
+    Give each worker data in proportion to its speed, by an `IterableDataset` that knows its rank, or by a sampler of
+    your own (`use_distributed_sampler=False`). A schedule like `QSR` sees each worker's own step and learning rate:
+    change the learning rate per epoch, not per step, so that it is the same for all.
+
+    **Unequal numbers of batches**, as from an `IterableDataset` or a sampler of your own, need no `worker_speeds`. A
+    worker that is out of data waits at the end of its epoch; it takes part in the others' syncs with its present
+    parameters and no further steps.
+
+    **Where workers wait.** With unequal speeds or data, all workers wait for one another at validation, at the ends of
+    epochs and at the checkpoints there. If they are unequally far within a round, it ends for all. Whatever counts
+    steps (`max_steps`, `min_steps`, an integer `val_check_interval`, `every_n_train_steps`) or asks the other workers
+    in every batch (`max_time`, `sync_dist` with `on_step`) is refused with the reason. Outer optimizers see the largest
+    of the workers' learning rates and numbers of steps; a checkpoint has the name that it has on rank 0.
+
+    Loaders of known and equal length need no waiting. With an `IterableDataset`, whose length is unknown, steps may be
+    counted as long as the streams are equally long; when they are not, all workers stop with an error that says where
+    each of them is. Waiting costs a small message and a pass over the parameters.
+
     Args:
         speeds: Speeds v, one positive number per worker, or `"measured"`: the inverse of the seconds per local step,
             the mean of those of the round before and those known before it. None is the same for all.

@@ -18,7 +18,38 @@ LocalState = Literal["keep", "reset", "average"]
 class SyncOptions:
     """Options of a sync; by default everything is sent at once, as it is.
 
-    The last sync of a run sends everything, uncompressed and with nothing in flight, whatever the options are.
+    The options combine with one another and with any outer optimizer, except as said below. By default a sync sends 4r
+    bytes per parameter, where r = 2(K-1)/K is the factor of a ring all-reduce among K workers, plus the buffers that
+    changed. The table says what each option sends instead and the memory that it adds, both in bytes per parameter, and
+    when it fails:
+
+    | option                   | sent                    | memory             | fails when                             |
+    |--------------------------|-------------------------|--------------------|----------------------------------------|
+    | `density=0.1`            | density × 4r            | 8 × density        | workers drift on what is seldom sent   |
+    | `selection=Fragments(4)` | 4r / 4, every H/4 steps |                    | a common model is needed between syncs |
+    | `compression="bf16"`     | 2r                      | 4                  |                                        |
+    | `compression="int8"`     | r                       | 4                  | huge coordinates coarsen others        |
+    | `compression=TopK(0.02)` | (K-1) × 0.02 × 6        | 4                  | K is large: all codes are gathered     |
+    | `overlap_steps=16`       |                         | 8 × what is sent ¹ | H - 16 < 16: everything is out of date |
+    | `merge="overwrite"`      |                         |                    | many steps in flight, which are lost   |
+    | `local_state="average"`  | 4r more per momentum    |                    | the link is slow                       |
+    | `sharded=True`           | 4r                      | outer state / K    | a tensor exceeds 1/K of the model      |
+
+    ¹ While the sync is in flight; 12 × what is sent if it is compressed.
+
+    A network with K inputs (LAgg-A) needs every worker's pseudo-gradient. It gathers them, 4(K-1) bytes per parameter,
+    2 or 1 times (K-1) if compressed; with `sharded=True` it sends the bytes of an all-reduce.
+
+    * `density` draws other coordinates in each round, from a seed that all workers share; an outer optimizer steps
+      these alone. It is not for optimizers with statistics of whole tensors (learned, Adafactor), nor for a
+      `local_state` other than `"keep"`.
+    * `overlap_steps` are the last of the H local steps. `sharded=True` lets them hide the first half of the traffic
+      only, and `local_state="average"` excludes them.
+    * `merge="delay_corrected"` keeps the steps that are taken while the sync is in flight.
+    * `sharded=True` excludes `compression`. The largest of 8 shares is 1.04 times the mean share with ViT-B/16, and 2.5
+      times with GPT-2, because of its embedding (examples/records/2026-11-22_shares).
+    * The last sync of a run sends everything, uncompressed and with nothing in flight, whatever the options are. Where
+      syncs send only a part, validation and checkpoints see the workers' mean by default.
 
     Args:
         density: Share of the coordinates that a sync sends, in (0, 1]; they are drawn anew in every round.
