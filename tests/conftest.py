@@ -77,7 +77,6 @@ def _refuse(*args: Any, **options: Any) -> None:
 @pytest.fixture(autouse=True)
 def _start_nothing(monkeypatch):
     """A Trainer for several devices would start this process's command again: all tests, once more."""
-
     launch = _SubprocessScriptLauncher._call_children_scripts
 
     def refuse(self):

@@ -161,7 +161,8 @@ def with_network(params, lr, momentum, blend):
 @pytest.mark.parametrize("shape", [(7,), (5, 6), (6, 5), (4, 3, 3, 3)], ids=str)
 def test_a_network_whose_output_is_zero_takes_the_base_step(shape, make):
     """Nesterov momentum on a mean of about the last half of the rounds, then on an exponential one, which shrinks
-    with the pseudo-gradient; a mean of it, of its polar factor and of what whitening makes of it."""
+    with the pseudo-gradient; a mean of it, of its polar factor and of what whitening makes of it.
+    """
     param, mean = torch.nn.Parameter(torch.zeros(shape)), torch.zeros(shape)
     outer = make([param], lr=0.5, momentum=0.6, blend=(0.2, 0.3, 0.5))
     grams = ada.AdaState.zeros(shape, 1, param.dtype, param.device, grams=True)

@@ -49,7 +49,7 @@ class Resume:
         Args:
             checkpoint: Checkpoint that was read from the path.
             path: Path of the checkpoint, the same on all processes.
-            weights_only: As for `torch.load`.
+            weights_only: Argument of `torch.load`.
 
         Raises:
             CheckpointError: The entry is that of another release, or a file beside the checkpoint is missing or

@@ -33,7 +33,7 @@ def load_part(
         checkpoint_path: Path of the checkpoint, without links.
         token: Name that all parts of the checkpoint share.
         rank: Number of the part.
-        weights_only: As for `torch.load`.
+        weights_only: Argument of `torch.load`.
 
     Raises:
         CheckpointError: The file is missing, damaged, or that of another worker or checkpoint.
