@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from lightning_lopt.bench import meta_speed, outer_step, overhead, plot, qsr, run, sparse, tune, wire
+from lightning_lopt.bench import meta_speed, outer_step, overhead, paper, plot, qsr, run, sparse, tune, wire
 
 COMMANDS = {
     "meta-speed": meta_speed,
     "outer-step": outer_step,
     "overhead": overhead,
+    "paper": paper,
     "qsr": qsr,
     "run": run,
     "sparse": sparse,

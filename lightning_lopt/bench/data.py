@@ -6,7 +6,7 @@ import gzip
 from collections.abc import Iterable
 from pathlib import Path
 from pydoc_data import topics
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from lightning_lopt.meta import DataTask, ImageMLP, image_conv, image_vit, langu
 TASKS = (
     "digits",
     "fashion_mnist",
+    "fashion_mnist_8x8",
+    "fashion_mnist_14x14",
     "cifar10",
     "characters",
     "cifar10_conv",
@@ -29,27 +31,34 @@ TASKS = (
     "lm1b",
 )
 ALPHABET = "abcdefghijklmnopqrstuvwxyz .,'\n"  # all other characters are one more
+FASHION_MNIST: dict[str, tuple[int | None, tuple[int, ...], int]] = {  # size in pixels, hidden widths, batch
+    "fashion_mnist": (None, (128, 128), 128),
+    "fashion_mnist_8x8": (8, (32,), 32),
+    "fashion_mnist_14x14": (14, (128, 128), 32),
+}
 CONTEXT, EXAMPLES = 8, 20_000
 SUBSET = 50_000  # rows of data sets that do not fit into memory
 
 
-def load_task(name: str, data: Path | None = None) -> DataTask:
+def load_task(name: str, data: Path | None = None, split: Literal["train", "test"] = "train") -> DataTask:
     """A task by name.
 
     Args:
         name: ``"digits"`` (scikit-learn's, MLP 64-32-10, batch 32), ``"fashion_mnist"`` (28×28, 784-128-128-10, batch
-            128), ``"cifar10"`` (resized to 16×16, 768-128-128-10, batch 128) or ``"characters"`` (the next character
+            128), ``"fashion_mnist_8x8"`` and ``"fashion_mnist_14x14"`` (resized, 64-32-10 and 196-128-128-10, batch
+            32), ``"cifar10"`` (resized to 16×16, 768-128-128-10, batch 128) or ``"characters"`` (the next character
             from the eight before it, in the texts of Python's `help()`, MLP 256-64-32, batch 32), ``"cifar10_conv"``
             (16×16, 3×3 convolutions 16-32-32, batch 32), ``"cifar10_vit"`` (16×16, patches of 4, width 32, 2 blocks,
             batch 32), ``"imagenet32"`` or ``"imagenet64"`` (32×32 or 64×64, MLP 128-128, batch 128, 50,000 images),
             ``"help_lm"``, ``"novels_lm"`` or ``"lm1b"`` (a transformer of width 32 and 2 blocks on 32 characters, batch
             16, of the same texts, of a train.txt, or of 50,000 sentences).
+        split: Examples to train on, or to test with; the latter of Fashion-MNIST only.
         data: folder that holds, at any depth, Fashion-MNIST's idx.gz files, train.txt, or the train*.parquet of
             CIFAR-10 (columns img and label), ImageNet (image and label) or LM1B (text), as on the Hugging Face hub.
 
     Raises:
         FileNotFoundError: the data is not there.
-        ValueError: an unknown name.
+        ValueError: an unknown name, or no test data of that name.
 
     Example:
         >>> load_task("digits")
@@ -61,8 +70,12 @@ def load_task(name: str, data: Path | None = None) -> DataTask:
         pixels, labels = load_digits(return_X_y=True)
         images = torch.as_tensor(pixels).float().unflatten(1, (8, 8)) / 16
         return ImageMLP(images, torch.as_tensor(labels), hidden=(32,), batch_size=32)
-    if name == "fashion_mnist":
-        return ImageMLP(*fashion_mnist("train", data), hidden=(128, 128), batch_size=128)
+    if name in FASHION_MNIST:
+        size, hidden, batch_size = FASHION_MNIST[name]
+        images = fashion_mnist("train" if split == "train" else "t10k", data)
+        return ImageMLP(*images, hidden=hidden, batch_size=batch_size, size=size)
+    if split == "test":
+        raise ValueError(f"There is no test data of {name!r}, only of {[*FASHION_MNIST]}.")
     if name == "cifar10":
         return ImageMLP(*_images(_rows(data), "img"), hidden=(128, 128), batch_size=128, size=16)
     if name == "characters":
