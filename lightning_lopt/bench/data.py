@@ -64,6 +64,8 @@ def load_task(name: str, data: Path | None = None, split: Literal["train", "test
         >>> load_task("digits")
         ImageMLP(1797 images, 64-32-10, batch_size=32)
     """
+    if split == "test" and name not in FASHION_MNIST:
+        raise ValueError(f"There is no test data of {name!r}, only of {[*FASHION_MNIST]}.")
     if name == "digits":
         from sklearn.datasets import load_digits  # an extra
 
@@ -74,8 +76,6 @@ def load_task(name: str, data: Path | None = None, split: Literal["train", "test
         size, hidden, batch_size = FASHION_MNIST[name]
         images = fashion_mnist("train" if split == "train" else "t10k", data)
         return ImageMLP(*images, hidden=hidden, batch_size=batch_size, size=size)
-    if split == "test":
-        raise ValueError(f"There is no test data of {name!r}, only of {[*FASHION_MNIST]}.")
     if name == "cifar10":
         return ImageMLP(*_images(_rows(data), "img"), hidden=(128, 128), batch_size=128, size=16)
     if name == "characters":
