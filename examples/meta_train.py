@@ -5,7 +5,8 @@ python examples/meta_train.py --recipe default --data fashion cifar10      the b
 python examples/meta_train.py --recipe paper --data fashion                LOpt-A as published, for a GPU
 python examples/meta_train.py --recipe lopt_a_short --data fashion         a sixteenth of its work, 500 steps
 python examples/meta_train.py --recipe lopt_a_8x8 --data fashion           LOpt-A by a curriculum, first stage; then
-    --recipe lopt_a_14x14, lopt_a_28x28 and lopt_a, each with --init OUT/export.safetensors of the stage before
+    --recipe lopt_a_14x14, lopt_a_28x28 and lopt_a, each with --init OUT/export.safetensors of the stage before,
+    and with --init-scale 0.2 for the step to 28x28
 
 Kill it whenever you like; --resume goes on with the same numbers. Where no checkpoint is left, --init goes on from
 OUT/export.safetensors, which is small, with fresh unrolls.
@@ -31,7 +32,7 @@ import matplotlib.pyplot as plt
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from recipes import RECIPES
+from recipes import RECIPES, scale_last_layer
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from typing_extensions import override
 
@@ -113,6 +114,7 @@ def parse_args() -> argparse.Namespace:
     add("--minutes", type=float, help="stop after this time, even if --steps are not done")
     add("--resume", type=Path, help="checkpoint to go on from, e.g. OUT/checkpoints/step=40.ckpt")
     add("--init", type=Path, help="export to go on from, with fresh unrolls")
+    add("--init-scale", type=float, default=1.0, help="factor of the last layer of that network (default: %(default)s)")
     add("--out", type=Path, help="folder for results (default: outputs/meta_train, or that of the run to --resume)")
     add("--seed", type=int, default=0, help="of everything drawn (default: %(default)s)")
     args = parser.parse_args()
@@ -122,6 +124,8 @@ def parse_args() -> argparse.Namespace:
     args.out = args.out or resumed or Path("outputs/meta_train")
     if args.out.resolve() != resumed and any((args.out / name).exists() for name in (NETWORK, EXPORT)):
         parser.error(f"{args.out} holds the weights of another run. Choose another --out, or --resume that run.")
+    if args.init_scale != 1 and not args.init:
+        parser.error("--init-scale is of the network of --init, which is not given.")
     if args.steps is not None and args.steps < 1:
         parser.error(f"--steps must be at least 1, not {args.steps}.")
     if args.minutes is not None and not args.minutes > 0:
@@ -181,6 +185,8 @@ def main() -> None:
     recipe = RECIPES[args.recipe]([*map(load_images, args.data)], args.seed)
     start_weights = copy.deepcopy(recipe.network)
     start = Export.load(args.init) if args.init else None
+    if start:
+        scale_last_layer(start.network, args.init_scale)
     evaluations = [Evaluation(f"task {i}", *pair) for i, pair in enumerate(recipe.tasks)]
     meta = MetaTraining(
         task=recipe.tasks,

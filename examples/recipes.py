@@ -141,6 +141,14 @@ def quick(data: Sequence[Images], seed: int) -> Recipe:
     return Recipe([(task, training) for task in tasks], network, 100, options=options)
 
 
+@torch.no_grad()
+def scale_last_layer(network: AdaMLP, factor: float) -> AdaMLP:
+    """Multiply the last layer of a network, in place, so that its published update takes smaller or larger steps."""
+    for p in network.layers[-1].parameters():
+        p *= factor
+    return network
+
+
 def published(
     inputs: Literal["mean"] | int,
     steps: int,
@@ -167,11 +175,7 @@ def published(
 
     def recipe(data: Sequence[Images], seed: int) -> Recipe:
         task = ImageMLP(*data[0], hidden=hidden, batch_size=batch_size, size=size)
-        network = AdaMLP(inputs, ada_features=ada_features, seed=seed)
-        last = network.layers[-1]
-        with torch.no_grad():
-            for p in last.parameters():
-                p *= last_scale
+        network = scale_last_layer(AdaMLP(inputs, ada_features=ada_features, seed=seed), last_scale)
         return Recipe([(task, LocalTraining(8, 4, 0.5))], network, steps, options={**options})
 
     return recipe
@@ -237,7 +241,8 @@ def default(data: Sequence[Images], seed: int) -> Recipe:
 
 PAPER: dict[str, Any] = {"estimator": "published_pes"}
 SHORT: dict[str, Any] = {**PAPER, "batch_size": 64, "num_particles": 2, "truncation": 25}  # a sixteenth of the work
-# A curriculum: each stage starts from the export of the one before (--init), with a schedule of its own.
+# A curriculum: each stage starts from the export of the one before (--init), with a schedule of its own. The steps are
+# absolute, so those of a stage of few pixels are too large for one of many: there --init-scale helps.
 STAGE: dict[str, Any] = {"last_scale": 0.1, "warmup_steps": 20, "restart_schedule": True}
 RECIPES: dict[str, Maker] = {
     "quick": quick,
@@ -249,7 +254,7 @@ RECIPES: dict[str, Maker] = {
         "mean", 2_000, 32, size=8, hidden=(32,), unroll_length=LogUniform(50, 500), lr=6e-3, **STAGE
     ),
     "lopt_a_14x14": published("mean", 1_500, 32, size=14, num_particles=4, lr=3e-3, **STAGE),
-    "lopt_a_28x28": published("mean", 1_000, 64, num_particles=4, lr=2e-3, final_lr=1e-3, **STAGE),
+    "lopt_a_28x28": published("mean", 220, 64, num_particles=4, lr=1.5e-3, final_lr=3e-4, **STAGE),
     "lopt_a": published("mean", 300, lr=1e-3, final_lr=1e-4, **STAGE),
     "lopt_a_short": published("mean", 500, **SHORT),
     "lagg_a_short": published(8, 500, **SHORT),
