@@ -147,7 +147,7 @@ def provenance(args: argparse.Namespace, iterations: int, hours: float) -> dict[
 
 
 def ratios(out: Path) -> dict[str, list[tuple[int, float]]]:
-    """What evaluations logged, by name: meta-iterations of this run, and final losses over those of a baseline."""
+    """Logged evaluations, by name: meta-iterations of this run, and final losses over those of a baseline."""
     found: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for path in sorted(out.glob("log/*/metrics.csv")):  # one for each start
         for row in csv.DictReader(path.open()):

@@ -1,4 +1,4 @@
-"""What to meta-train on: task distributions for examples/meta_train.py."""
+"""Recipes of examples/meta_train.py: distributions of tasks, networks and hyperparameters."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ Pairs = Sequence[tuple[AbstractTask, LocalTraining]]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `MetaTraining` and the Trainer take.
+    """Arguments of `MetaTraining` and the Trainer.
 
     Attributes:
-        tasks: each with its local training.
-        network: what is trained.
-        steps: of the meta-optimizer.
-        windows: accumulated in each step.
-        options: further arguments of `MetaTraining`.
+        tasks: Tasks, each with its local training.
+        network: Network to train, at its initialisation.
+        steps: Steps of the meta-optimizer.
+        windows: Windows accumulated in each step.
+        options: Further arguments of `MetaTraining`.
     """
 
     tasks: Pairs
@@ -52,11 +52,11 @@ def regression(sizes: Sequence[int], batch_size: int, noise: float, seed: int, s
     """A ReLU MLP fits a teacher with inputs of unequal scale and noise, by mean squared error; targets have variance 1.
 
     Args:
-        sizes: widths of all layers; the last is 1.
-        batch_size: samples per local step.
-        noise: standard deviation added to the targets.
-        seed: of the data.
-        spread: standard deviation of the logarithm of an input's scale.
+        sizes: Widths of all layers; the last is 1.
+        batch_size: Samples per local step.
+        noise: Standard deviation of the noise of the targets.
+        seed: Seed of the data.
+        spread: Standard deviation of the logarithm of an input's scale.
     """
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(2000, sizes[0], generator=generator)
@@ -94,9 +94,9 @@ def fine_tuning(data: Images, batch_size: int, low_rank: bool = False) -> Module
     """An MLP that has learned half of the images, at 8×8, goes on with the others, mirrored.
 
     Args:
-        data: images and labels.
-        batch_size: samples per local step.
-        low_rank: freeze the hidden layers and train `LowRank` changes of them.
+        data: Images and labels.
+        batch_size: Samples per local step.
+        low_rank: Whether the hidden layers are frozen and `LowRank` changes of them are trained.
     """
     images, labels = resize(data[0].float() / 255, 8).flatten(1), data[1].long()
     half = len(images) // 2
