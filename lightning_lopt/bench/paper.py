@@ -67,7 +67,7 @@ def _key(setting: Setting) -> str:
 
 
 class Book:
-    """Runs settings, except those whose runs stand in the file already.
+    """Runs settings from seeds, except where the file holds the run already.
 
     Args:
         args: The options of the command line.
@@ -99,17 +99,22 @@ class Book:
         """
         if network not in self._runners:
             self._runners[network] = Runner(argparse.Namespace(**{**vars(self._args), "network": network}))
-        keys = {_key(setting) for setting in grid}
-        rows = [
-            row
-            for row in self._found
-            if (row.get("stage"), row.get("network"), len(row["losses"])) == (stage, network, num_rounds + 1)
-            and row["seed"] in seeds
-            and _key(setting_of(row)) in keys
-        ]
-        done = {_key(setting_of(row)) for row in rows}
-        rest = [setting for setting in grid if _key(setting) not in done]
-        return rows + self._runners[network].run(rest, seeds, num_rounds, test, stage=stage, network=network)
+        missing = {_key(setting): {*seeds} for setting in grid}
+        rows = []
+        for row in self._found:
+            own = missing.get(_key(setting_of(row)), set())
+            kind = (row.get("stage"), row.get("network"), len(row["losses"]) - 1)
+            if kind == (stage, network, num_rounds) and row["seed"] in own:
+                own.remove(row["seed"])
+                rows.append(row)
+        together: dict[tuple[int, ...], list[Setting]] = {}
+        for setting in grid:
+            together.setdefault(tuple(sorted(missing[_key(setting)])), []).append(setting)
+        for rest, group in together.items():
+            if rest:
+                marks = {"stage": stage, "network": network}
+                rows += self._runners[network].run(group, rest, num_rounds, test, **marks)
+        return rows
 
 
 def halve(book: Book, args: argparse.Namespace, method: str) -> Setting:

@@ -56,6 +56,11 @@ def test_grids_are_halved_and_done_runs_reused(data, capsys):
         len(row["test_losses"]) == 11 and row["test_losses"] != row["losses"] for row in found["final", "diloco"]
     )
 
+    bench.main([*command, "default", "--seeds", "0", "1", "2"])
+    added = [json.loads(line) for line in out.read_text().splitlines()][len(rows) :]
+    assert [(row["method"], row["seed"]) for row in added] == [("local_sgd", 2), ("diloco", 2), ("learned", 2)]
+
+    rows += added
     bench.main([*command, "default", "lopt_a_short"])
     added = [json.loads(line) for line in out.read_text().splitlines()][len(rows) :]
     assert [(row["method"], row["network"], row["seed"]) for row in added] == [
