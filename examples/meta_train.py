@@ -4,6 +4,9 @@ python examples/meta_train.py                                              sciki
 python examples/meta_train.py --recipe default --data fashion cifar10      the bundled weights, half an hour
 python examples/meta_train.py --recipe paper --data fashion                LOpt-A as published, for a GPU
 python examples/meta_train.py --recipe lopt_a_short --data fashion         a sixteenth of its work, 500 steps
+python examples/meta_train.py --recipe lopt_a_8x8 --data fashion           LOpt-A by a curriculum, first stage; then
+    --recipe lopt_a_14x14, lopt_a_28x28 and lopt_a, each with --init OUT/export.safetensors of the stage before,
+    and with --init-scale 0.2 for the step to 28x28
 
 Kill it whenever you like; --resume goes on with the same numbers. Where no checkpoint is left, --init goes on from
 OUT/export.safetensors, which is small, with fresh unrolls.
@@ -20,7 +23,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,13 +33,53 @@ import matplotlib.pyplot as plt
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from recipes import RECIPES
+from recipes import RECIPES, scale_last_layer
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from typing_extensions import override
 
 from lightning_lopt import AdaMLP
 from lightning_lopt.meta import Evaluation, Export, Exporting, MetaTraining
 
-NETWORK, EXPORT = "network.safetensors", "export.safetensors"
+NETWORK, EXPORT, MEAN = "network.safetensors", "export.safetensors", "mean.safetensors"
 EVERY = 20  # meta-iterations between checkpoints, exports and evaluations
+
+
+class MeanWeights(L.Callback):
+    """Write the mean of the weights over the last meta-iterations, at each evaluation and at the end.
+
+    Args:
+        path: File of the mean; each replaces the one before.
+        count: Meta-iterations that the mean covers, or as many as there have been.
+    """
+
+    def __init__(self, path: Path, count: int = 200) -> None:
+        self.path = path
+        self.recent: deque[torch.Tensor] = deque(maxlen=count)
+
+    @override
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.recent.append(parameters_to_vector(pl_module.network.parameters()).detach().cpu())
+            if trainer.global_step % EVERY == 0:
+                self.save(pl_module.network)
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.save(pl_module.network)
+
+    def save(self, network: AdaMLP) -> None:
+        """Write the mean, with the card of `network`."""
+        mean = copy.deepcopy(network).cpu()
+        vector_to_parameters(torch.stack([*self.recent]).mean(0), mean.parameters())
+        mean.save(self.path, overwrite=True)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"recent": [*self.recent]}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.recent.extend(state_dict["recent"])
 
 
 def load_images(folder: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,10 +111,11 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, nargs="+", default=[None], help="folders of CIFAR-10 or Fashion-MNIST")
     add("--recipe", choices=RECIPES, default="quick", help="see examples/recipes.py (default: %(default)s)")
-    add("--steps", type=int, help="meta-iterations, those before --init included (default: the recipe's)")
+    add("--steps", type=int, help="meta-iterations, those before --init included where the schedule counts them")
     add("--minutes", type=float, help="stop after this time, even if --steps are not done")
     add("--resume", type=Path, help="checkpoint to go on from, e.g. OUT/checkpoints/step=40.ckpt")
     add("--init", type=Path, help="export to go on from, with fresh unrolls")
+    add("--init-scale", type=float, default=1.0, help="factor of the last layer of that network (default: %(default)s)")
     add("--out", type=Path, help="folder for results (default: outputs/meta_train, or that of the run to --resume)")
     add("--seed", type=int, default=0, help="of everything drawn (default: %(default)s)")
     args = parser.parse_args()
@@ -81,6 +125,8 @@ def parse_args() -> argparse.Namespace:
     args.out = args.out or resumed or Path("outputs/meta_train")
     if args.out.resolve() != resumed and any((args.out / name).exists() for name in (NETWORK, EXPORT)):
         parser.error(f"{args.out} holds the weights of another run. Choose another --out, or --resume that run.")
+    if args.init_scale != 1 and not args.init:
+        parser.error("--init-scale is of the network of --init, which is not given.")
     if args.steps is not None and args.steps < 1:
         parser.error(f"--steps must be at least 1, not {args.steps}.")
     if args.minutes is not None and not args.minutes > 0:
@@ -103,7 +149,7 @@ def provenance(args: argparse.Namespace, iterations: int, hours: float) -> dict[
 
 
 def ratios(out: Path) -> dict[str, list[tuple[int, float]]]:
-    """What evaluations logged, by name: meta-iterations of this run, and final losses over those of a baseline."""
+    """Logged evaluations, by name: meta-iterations of this run, and final losses over those of a baseline."""
     found: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for path in sorted(out.glob("log/*/metrics.csv")):  # one for each start
         for row in csv.DictReader(path.open()):
@@ -141,6 +187,8 @@ def main() -> None:
     recipe = RECIPES[args.recipe]([*map(load_images, args.data)], args.seed)
     start_weights = copy.deepcopy(recipe.network)
     start = Export.load(args.init) if args.init else None
+    if start:
+        scale_last_layer(start.network, args.init_scale)
     evaluations = [Evaluation(f"task {i}", *pair) for i, pair in enumerate(recipe.tasks)]
     meta = MetaTraining(
         task=recipe.tasks,
@@ -150,17 +198,18 @@ def main() -> None:
         seed=args.seed,
         **recipe.options,
     )
-    steps = (args.steps or recipe.steps) - meta.start_iterations
+    steps = (args.steps or recipe.steps) - meta.scheduled_iterations
     if steps < 1:
-        raise SystemExit(f"{args.init} has {meta.start_iterations} meta-iterations already: choose more --steps.")
+        raise SystemExit(f"{args.init} has {meta.scheduled_iterations} meta-iterations already: choose more --steps.")
+    mean = MeanWeights(args.out / MEAN)
     checkpoint = ModelCheckpoint(args.out / "checkpoints", "{step}", every_n_train_steps=EVERY, save_top_k=-1)
     trainer = L.Trainer(
-        accelerator="auto" if args.recipe.startswith("paper") else "cpu",
+        accelerator="auto" if args.recipe.startswith("paper") or args.recipe == "lopt_a" else "cpu",
         max_steps=steps,
         accumulate_grad_batches=recipe.windows,
         max_time=timedelta(minutes=args.minutes) if args.minutes else None,
         gradient_clip_val=1.0,  # below the usual norm, so that a diverging unroll weighs no more than the others
-        callbacks=[checkpoint, Exporting(args.out / EXPORT, EVERY, overwrite=args.resume is not None)],
+        callbacks=[checkpoint, mean, Exporting(args.out / EXPORT, EVERY, overwrite=args.resume is not None)],
         val_check_interval=EVERY * recipe.windows,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
@@ -172,6 +221,7 @@ def main() -> None:
     iterations = meta.start_iterations + trainer.global_step
     meta.network.card = provenance(args, iterations, (time.time() - began) / 3600)
     meta.network.save(args.out / NETWORK, overwrite=True)
+    mean.save(meta.network)
 
     draw(args.out, meta.evaluations[0], start_weights, meta.network, meta.start_iterations)
     print(f"Weights and plot are in {args.out}/. Use them: LearnedLocalSGD(network=AdaMLP.load(...)).")

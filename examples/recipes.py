@@ -1,4 +1,4 @@
-"""What to meta-train on: task distributions for examples/meta_train.py."""
+"""Recipes of examples/meta_train.py: distributions of tasks, networks and hyperparameters."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ Pairs = Sequence[tuple[AbstractTask, LocalTraining]]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `MetaTraining` and the Trainer take.
+    """Arguments of `MetaTraining` and the Trainer.
 
     Attributes:
-        tasks: each with its local training.
-        network: what is trained.
-        steps: of the meta-optimizer.
-        windows: accumulated in each step.
-        options: further arguments of `MetaTraining`.
+        tasks: Tasks, each with its local training.
+        network: Network to train, at its initialisation.
+        steps: Steps of the meta-optimizer.
+        windows: Windows accumulated in each step.
+        options: Further arguments of `MetaTraining`.
     """
 
     tasks: Pairs
@@ -52,11 +52,11 @@ def regression(sizes: Sequence[int], batch_size: int, noise: float, seed: int, s
     """A ReLU MLP fits a teacher with inputs of unequal scale and noise, by mean squared error; targets have variance 1.
 
     Args:
-        sizes: widths of all layers; the last is 1.
-        batch_size: samples per local step.
-        noise: standard deviation added to the targets.
-        seed: of the data.
-        spread: standard deviation of the logarithm of an input's scale.
+        sizes: Widths of all layers; the last is 1.
+        batch_size: Samples per local step.
+        noise: Standard deviation of the noise of the targets.
+        seed: Seed of the data.
+        spread: Standard deviation of the logarithm of an input's scale.
     """
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(2000, sizes[0], generator=generator)
@@ -94,9 +94,9 @@ def fine_tuning(data: Images, batch_size: int, low_rank: bool = False) -> Module
     """An MLP that has learned half of the images, at 8×8, goes on with the others, mirrored.
 
     Args:
-        data: images and labels.
-        batch_size: samples per local step.
-        low_rank: freeze the hidden layers and train `LowRank` changes of them.
+        data: Images and labels.
+        batch_size: Samples per local step.
+        low_rank: Whether the hidden layers are frozen and `LowRank` changes of them are trained.
     """
     images, labels = resize(data[0].float() / 255, 8).flatten(1), data[1].long()
     half = len(images) // 2
@@ -141,24 +141,42 @@ def quick(data: Sequence[Images], seed: int) -> Recipe:
     return Recipe([(task, training) for task in tasks], network, 100, options=options)
 
 
+@torch.no_grad()
+def scale_last_layer(network: AdaMLP, factor: float) -> AdaMLP:
+    """Multiply the last layer of a network, in place, so that its published update takes smaller or larger steps."""
+    for p in network.layers[-1].parameters():
+        p *= factor
+    return network
+
+
 def published(
-    inputs: Literal["mean"] | int, steps: int, batch_size: int = 128, ada_features: bool = True, **smaller: Any
+    inputs: Literal["mean"] | int,
+    steps: int,
+    batch_size: int = 128,
+    ada_features: bool = True,
+    size: int | None = None,
+    hidden: Sequence[int] = (128, 128),
+    last_scale: float = 1.0,
+    **options: Any,
 ) -> Maker:
-    """LOpt-A (inputs "mean") or LAgg-A (inputs 8) as in arXiv 2312.02204: K = 8, H = 4, an MLP on 28×28 images.
+    """LOpt-A (inputs "mean") or LAgg-A (inputs 8) of arXiv 2312.02204: K = 8, H = 4, an MLP on 28×28 images.
 
     Args:
-        inputs: of the network.
-        steps: of the meta-optimizer: 5,000 for LOpt-A and 10,000 for LAgg-A in the paper.
-        batch_size: of a local step.
+        inputs: Inputs of the network.
+        steps: Steps of the meta-optimizer: 5,000 for LOpt-A and 10,000 for LAgg-A in the paper.
+        batch_size: Images per local step.
         ada_features: False for the ablations LOpt and LAgg.
-        smaller: where a CPU's recipe departs from the paper's options of `MetaTraining`.
+        size: Side in pixels to which the images are resized; None leaves them.
+        hidden: Widths of the hidden layers of the MLP.
+        last_scale: Factor of the network's last layer at its initialisation. With 0.1 the first steps are small: no
+            unroll diverges, and the meta-loss leaves chance at once.
+        options: Departures from the paper's options of `MetaTraining`.
     """
 
     def recipe(data: Sequence[Images], seed: int) -> Recipe:
-        task = ImageMLP(*data[0], hidden=(128, 128), batch_size=batch_size)
-        options = {"estimator": "published_pes", **smaller}
-        network = AdaMLP(inputs, ada_features=ada_features, seed=seed)
-        return Recipe([(task, LocalTraining(8, 4, 0.5))], network, steps, options=options)
+        task = ImageMLP(*data[0], hidden=hidden, batch_size=batch_size, size=size)
+        network = scale_last_layer(AdaMLP(inputs, ada_features=ada_features, seed=seed), last_scale)
+        return Recipe([(task, LocalTraining(8, 4, 0.5))], network, steps, options={**options})
 
     return recipe
 
@@ -221,13 +239,23 @@ def default(data: Sequence[Images], seed: int) -> Recipe:
     return Recipe(tasks, network, steps=90, windows=len(tasks), options=options)
 
 
-SHORT: dict[str, Any] = {"batch_size": 64, "num_particles": 2, "truncation": 25}  # a sixteenth of the work
+PAPER: dict[str, Any] = {"estimator": "published_pes"}
+SHORT: dict[str, Any] = {**PAPER, "batch_size": 64, "num_particles": 2, "truncation": 25}  # a sixteenth of the work
+# A curriculum: each stage starts from the export of the one before (--init), with a schedule of its own. The steps are
+# absolute, so those of a stage of few pixels are too large for one of many: there --init-scale helps.
+STAGE: dict[str, Any] = {"last_scale": 0.1, "warmup_steps": 20, "restart_schedule": True}
 RECIPES: dict[str, Maker] = {
     "quick": quick,
-    "paper": published("mean", 5_000),
-    "paper_lagg_a": published(8, 10_000),
-    "paper_lopt": published("mean", 5_000, ada_features=False),
-    "paper_lagg": published(8, 10_000, ada_features=False),
+    "paper": published("mean", 5_000, **PAPER),
+    "paper_lagg_a": published(8, 10_000, **PAPER),
+    "paper_lopt": published("mean", 5_000, ada_features=False, **PAPER),
+    "paper_lagg": published(8, 10_000, ada_features=False, **PAPER),
+    "lopt_a_8x8": published(
+        "mean", 2_000, 32, size=8, hidden=(32,), unroll_length=LogUniform(50, 500), lr=6e-3, **STAGE
+    ),
+    "lopt_a_14x14": published("mean", 1_500, 32, size=14, num_particles=4, lr=3e-3, **STAGE),
+    "lopt_a_28x28": published("mean", 220, 64, num_particles=4, lr=1.5e-3, final_lr=3e-4, **STAGE),
+    "lopt_a": published("mean", 300, lr=1e-3, final_lr=1e-4, **STAGE),
     "lopt_a_short": published("mean", 500, **SHORT),
     "lagg_a_short": published(8, 500, **SHORT),
     "lopt_short": published("mean", 500, ada_features=False, **SHORT),

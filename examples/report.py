@@ -1,4 +1,4 @@
-"""What the examples share: their arguments, a curve per method, and a table and a plot of the curves."""
+"""Parts that the examples share: arguments, a curve per method, and a table and a plot of the curves."""
 
 import argparse
 import logging

@@ -83,6 +83,7 @@ OF_THE_WHOLE = {
     "strategies/test_ranks.py": "workers of several ranks",
     "strategies/test_travel.py": "options of a sync under a Trainer",
     "test_architecture.py": "the layers, the public names, and the places of tests",
+    "test_docstrings.py": "the English of docstrings",
     "test_examples.py": "the examples run",
     "test_golden_rounds.py": "rounds of the authors' code",
     "test_gpu.py": "the same on GPUs",

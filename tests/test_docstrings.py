@@ -19,28 +19,8 @@ FILES = [
 ENTRY = re.compile(r"^(?P<indent> *)(?P<name>\*{0,2}[A-Za-z_][\w.]*(?: \(.*?\))?): (?P<text>.*)$")
 SECTION = re.compile(r"^ *(Args|Attributes|Raises|Returns|Yields|Shape|Source|Example|Examples|Memory|Note):")
 QUESTIONS = {"what", "which", "who", "whom", "whose", "how", "why", "where", "when"}
-DANGLING = {
-    *QUESTIONS,
-    *(
-        "of",
-        "from",
-        "in",
-        "to",
-        "for",
-        "on",
-        "with",
-        "without",
-        "after",
-        "before",
-        "by",
-        "at",
-        "as",
-        "if",
-        "that",
-        "than",
-    ),
-    *("has", "have", "is", "are", "was", "were", "and", "or", "but"),
-}
+PREPOSITIONS = {"of", "from", "in", "to", "for", "on", "with", "without", "after", "before", "by", "at", "as", "than"}
+DANGLING = QUESTIONS | PREPOSITIONS | {"has", "have", "is", "are", "was", "were", "and", "or", "but", "if", "that"}
 
 
 def _docstrings(path: Path) -> Iterator[tuple[str, str]]:

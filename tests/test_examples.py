@@ -10,6 +10,7 @@ import runpy
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,6 +108,9 @@ def test_meta_training_goes_on_from_an_export_and_overwrites_nothing(tmp_path: P
         assert re.search(rf"^{curve} +final loss 0\.\d+$", output, re.MULTILINE), output
     assert AdaMLP.load(first / "network.safetensors").card["meta_iterations"] == 1
     assert (first / "curves.png").read_bytes().startswith(b"\x89PNG")
+    only = AdaMLP.load(first / "network.safetensors").state_dict()
+    mean = AdaMLP.load(first / "mean.safetensors").state_dict()
+    assert all(torch.equal(mean[name], only[name]) for name in only)
     main("--out", second, "--steps", 2, "--init", export)
     assert AdaMLP.load(second / "network.safetensors").card["meta_iterations"] == 2
     content = export.read_bytes()
@@ -119,6 +123,32 @@ def test_meta_training_goes_on_from_an_export_and_overwrites_nothing(tmp_path: P
     assert "has 1 meta-iterations already" in refused(*third, export, "--steps", 1)
     assert "is not a file that fits here" in refused(*third, first / "network.safetensors")
     assert "is no checkpoint. Use --init" in refused("--out", first, "--resume", export)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_meta_training_keeps_the_mean_of_the_last_weights(tmp_path: Path, monkeypatch, resumed):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    kept = runpy.run_path(str(EXAMPLES / "meta_train.py"))["MeanWeights"]
+    mean, network = kept(tmp_path / "mean.safetensors", count=3), AdaMLP(seed=0)
+    trainer = SimpleNamespace(accumulate_grad_batches=2, global_step=1)
+    for batch_idx in range(10):
+        torch.nn.init.constant_(network.layers[2].bias, float(batch_idx))
+        mean.on_train_batch_end(trainer, SimpleNamespace(network=network), None, None, batch_idx)
+        if resumed:
+            state, mean = mean.state_dict(), kept(tmp_path / "mean.safetensors", count=3)
+            mean.load_state_dict(state)
+    mean.save(network)
+    assert AdaMLP.load(mean.path).layers[2].bias.tolist() == [7.0, 7.0]  # of 5, 7 and 9: each second window is a step
+
+
+def test_the_last_layer_of_a_curriculum_begins_small(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    recipes = runpy.run_path(str(EXAMPLES / "recipes.py"))["RECIPES"]
+    data = [(torch.rand(200, 28, 28), torch.arange(200) % 10)]
+    small, whole = (recipes[name](data, 0) for name in ("lopt_a_8x8", "paper"))
+    assert [task.sizes for task, _ in small.tasks] == [(64, 32, 10)]
+    for index, factor in enumerate((1.0, 1.0, 0.1)):
+        torch.testing.assert_close(small.network.layers[index].weight, factor * whole.network.layers[index].weight)
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from examples.benchmarks.compare import plot, qsr, run, tune
+from examples.benchmarks.compare import paper, plot, qsr, run, tune
 from examples.benchmarks.speed import meta_speed, outer_step, overhead
 from examples.benchmarks.wire import wire
 
 COMMANDS = {
+    "paper": paper,
     "run": run,
     "tune": tune,
     "plot": plot,

@@ -88,6 +88,8 @@ class MetaTraining(L.LightningModule):
         lr: Peak learning rate of the meta-optimizer, >= 0.
         final_lr: Learning rate at the end of the cosine; default a third of `lr`, as published.
         warmup_steps: Number of warm-up steps of the meta-optimizer, >= 0.
+        restart_schedule: Whether to begin the warm-up and the cosine anew at `start`, for a curriculum of several
+            tasks; the moments of the meta-optimizer are kept.
         decays_lr: Learning rate of the decays, whose offsets act tenfold in the exponent; default `lr`, as published.
         evaluations: Evaluations of the current network by the Trainer's validation loop (every `val_check_interval`
             batches). They log each final loss, its ratios to the baselines', and the ratios' means.
@@ -131,6 +133,7 @@ class MetaTraining(L.LightningModule):
         lr: float = 3e-3,
         final_lr: float | None = None,
         warmup_steps: int = 100,
+        restart_schedule: bool = False,
         decays_lr: float | None = None,
         evaluations: Sequence[Evaluation] = (),
         seed: int = 0,
@@ -160,6 +163,7 @@ class MetaTraining(L.LightningModule):
         self.lr = lr
         self.final_lr = lr / 3 if final_lr is None else final_lr
         self.warmup_steps = warmup_steps
+        self.restart_schedule = restart_schedule
         self.decays_lr = lr if decays_lr is None else decays_lr
         self._check_arguments(pairs)
         # Not buffers: those would be overwritten by the broadcasts of distributed strategies.
@@ -208,6 +212,11 @@ class MetaTraining(L.LightningModule):
         """Meta-iterations of earlier runs, before the first of this one."""
         return self._start.iterations
 
+    @property
+    def scheduled_iterations(self) -> int:
+        """Meta-iterations of earlier runs that the schedule of this one counts."""
+        return 0 if self.restart_schedule else self.start_iterations
+
     def export(self) -> Export:
         """Return the state of the run, for `start` of a later one."""
         optimizer = self.trainer.optimizers[0]
@@ -244,11 +253,12 @@ class MetaTraining(L.LightningModule):
         self._start.restore(dict(self.network.named_parameters()), optimizer)
         if self.trainer.max_steps < 1:
             raise ValueError("The cosine needs to know its length: use Trainer(max_steps=...).")
-        total = self.start_iterations + self.trainer.max_steps
+        before = self.scheduled_iterations
+        total = before + self.trainer.max_steps
         final = self.final_lr / self.lr if self.lr else 0.0
 
         def factor(step: int) -> float:
-            step += self.start_iterations
+            step += before
             if step < self.warmup_steps:
                 return (step + 1) / self.warmup_steps
             progress = min(1.0, (step - self.warmup_steps) / max(1, total - self.warmup_steps))

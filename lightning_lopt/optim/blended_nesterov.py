@@ -28,9 +28,10 @@ class BlendedNesterov(WholeModelOptimizer):
     in round t, from 0: Nesterov momentum that grows to its β, and shrinks with the pseudo-gradient. O makes the
     singular values of a matrix nearly equal, and leaves a vector as it is; W whitens by recent pseudo-gradients; both
     keep the norm. A pseudo-gradient that has grown by more than half is first multiplied with its `damping`, unless
-    ``local_lr`` times ``local_steps`` has grown as much. What the workers' ``local_momentum`` retains over a round is
-    not remembered again. It takes the steps of ``LearnedOptimizer(params, AdaMLP.base_step(lr, momentum, blend))``, up
-    to rounding, without a network and with less state.
+    ``local_lr`` times ``local_steps`` has grown as much. The share of the momentum that the workers' ``local_momentum``
+    retains over a round is not counted again. The step equals that of
+    ``LearnedOptimizer(params, AdaMLP.base_step(lr, momentum, blend))`` up to rounding, without a network and with less
+    state.
 
     Args:
         params: Anchors, or groups of them.

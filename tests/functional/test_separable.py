@@ -160,8 +160,9 @@ def with_network(params, lr, momentum, blend):
 @pytest.mark.parametrize("make", [with_network, BlendedNesterov])
 @pytest.mark.parametrize("shape", [(7,), (5, 6), (6, 5), (4, 3, 3, 3)], ids=str)
 def test_a_network_whose_output_is_zero_takes_the_base_step(shape, make):
-    """Nesterov momentum on a mean of about the last half of the rounds, then on an exponential one, which shrinks
-    with the pseudo-gradient; a mean of it, of its polar factor and of what whitening makes of it.
+    """A mean of Nesterov momentum, its polar factor and its whitened form.
+
+    The momentum is over about the last half of the rounds, then exponential, and shrinks with the pseudo-gradient.
     """
     param, mean = torch.nn.Parameter(torch.zeros(shape)), torch.zeros(shape)
     outer = make([param], lr=0.5, momentum=0.6, blend=(0.2, 0.3, 0.5))

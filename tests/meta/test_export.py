@@ -64,6 +64,22 @@ def test_a_run_goes_on_from_it(exported):
         torch.testing.assert_close(p.detach(), expected, rtol=1e-5, atol=1e-7)
 
 
+def test_a_stage_of_a_curriculum_has_a_schedule_of_its_own(exported):
+    path, old = exported
+    rates, seconds = [], []
+
+    class Look(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            rates.append(optimizer.param_groups[0]["lr"])
+            seconds.append(optimizer.state[next(pl_module.parameters())]["exp_avg_sq"].clone())
+
+    meta = make(lr=2e-2, final_lr=1e-2, warmup_steps=2, start=Export.load(path), restart_schedule=True)
+    trainer(4, Look()).fit(meta)
+    assert rates == pytest.approx([1e-2, 2e-2, 2e-2, 1.5e-2])
+    assert torch.equal(seconds[0], old.trainer.optimizers[0].state[next(old.parameters())]["exp_avg_sq"])
+    assert meta.export().iterations == 3 + 4
+
+
 def test_exports_come_every_n_steps_and_at_the_end(tmp_path):
     class Look(L.Callback):
         def __init__(self):

@@ -6,7 +6,7 @@ import gzip
 from collections.abc import Iterable
 from pathlib import Path
 from pydoc_data import topics
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from lightning_lopt.meta import DataTask, ImageMLP, image_conv, image_vit, langu
 TASKS = (
     "digits",
     "fashion_mnist",
+    "fashion_mnist_8x8",
+    "fashion_mnist_14x14",
     "cifar10",
     "characters",
     "cifar10_conv",
@@ -29,11 +31,16 @@ TASKS = (
     "lm1b",
 )
 ALPHABET = "abcdefghijklmnopqrstuvwxyz .,'\n"  # all other characters are one more
+FASHION_MNIST: dict[str, tuple[int | None, tuple[int, ...], int]] = {  # size in pixels, hidden widths, batch
+    "fashion_mnist": (None, (128, 128), 128),
+    "fashion_mnist_8x8": (8, (32,), 32),
+    "fashion_mnist_14x14": (14, (128, 128), 32),
+}
 CONTEXT, EXAMPLES = 8, 20_000
 SUBSET = 50_000  # rows of data sets that do not fit into memory
 
 
-def load_task(name: str, data: Path | None = None) -> DataTask:
+def load_task(name: str, data: Path | None = None, split: Literal["train", "test"] = "train") -> DataTask:
     """Make a task by its name.
 
     ============================== ================================================================ =====
@@ -41,6 +48,8 @@ def load_task(name: str, data: Path | None = None) -> DataTask:
     ============================== ================================================================ =====
     ``digits``                     scikit-learn's digits, 8×8; MLP 64-32-10                         32
     ``fashion_mnist``              Fashion-MNIST, 28×28; MLP 784-128-128-10                         128
+    ``fashion_mnist_8x8``          Fashion-MNIST resized to 8×8; MLP 64-32-10                       32
+    ``fashion_mnist_14x14``        Fashion-MNIST resized to 14×14; MLP 196-128-128-10               32
     ``cifar10``                    CIFAR-10 resized to 16×16; MLP 768-128-128-10                    128
     ``characters``                 next character from the eight before it, in the texts of         32
                                    Python's `help()`; MLP 256-64-32
@@ -58,23 +67,28 @@ def load_task(name: str, data: Path | None = None) -> DataTask:
         name: Name of the task.
         data: Folder that holds, at any depth, Fashion-MNIST's idx.gz files, train.txt, or the train*.parquet of
             CIFAR-10 (columns img and label), ImageNet (image and label) or LM1B (text), as on the Hugging Face hub.
+        split: Part of the data: the examples to train on or, of Fashion-MNIST only, to test with.
 
     Raises:
         FileNotFoundError: The data is not in the folder.
-        ValueError: The name is unknown.
+        ValueError: The name is unknown, or there is no test data of that name.
 
     Example:
         >>> load_task("digits")
         ImageMLP(1797 images, 64-32-10, batch_size=32)
     """
+    if split == "test" and name not in FASHION_MNIST:
+        raise ValueError(f"There is no test data of {name!r}, only of {[*FASHION_MNIST]}.")
     if name == "digits":
         from sklearn.datasets import load_digits  # an extra
 
         pixels, labels = load_digits(return_X_y=True)
         images = torch.as_tensor(pixels).float().unflatten(1, (8, 8)) / 16
         return ImageMLP(images, torch.as_tensor(labels), hidden=(32,), batch_size=32)
-    if name == "fashion_mnist":
-        return ImageMLP(*fashion_mnist("train", data), hidden=(128, 128), batch_size=128)
+    if name in FASHION_MNIST:
+        size, hidden, batch_size = FASHION_MNIST[name]
+        images = fashion_mnist("train" if split == "train" else "t10k", data)
+        return ImageMLP(*images, hidden=hidden, batch_size=batch_size, size=size)
     if name == "cifar10":
         return ImageMLP(*_images(_rows(data), "img"), hidden=(128, 128), batch_size=128, size=16)
     if name == "characters":

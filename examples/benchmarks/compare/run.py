@@ -17,6 +17,7 @@ from examples.benchmarks.compare.methods import GRIDS, Setting, settings
 from examples.benchmarks.compare.plot import read, tune
 from examples.benchmarks.compare.simulate import Experiment, groups, simulate
 from examples.benchmarks.report import append_rows, machine
+from lightning_lopt.meta.base import DataTask
 from lightning_lopt.meta.local import LocalOptimizer, OptimizerKind
 from lightning_lopt.network import AdaMLP
 from lightning_lopt.optim.learned import resolve_network
@@ -86,7 +87,12 @@ class Runner:
         args.out.parent.mkdir(parents=True, exist_ok=True)
 
     def run(
-        self, grid: Sequence[Setting], seeds: Sequence[int], num_rounds: int | None = None, **marks: Any
+        self,
+        grid: Sequence[Setting],
+        seeds: Sequence[int],
+        num_rounds: int | None = None,
+        test: DataTask | None = None,
+        **marks: Any,
     ) -> list[dict[str, Any]]:
         """Simulate settings of one method.
 
@@ -94,6 +100,7 @@ class Runner:
             grid: Settings of the method.
             seeds: Seeds of the runs.
             num_rounds: Number of rounds; None for that of the experiment.
+            test: Test data, whose losses are written, too.
             marks: Further entries of each line.
 
         Returns:
@@ -115,7 +122,7 @@ class Runner:
         print(f"{self.data.task}: {method}, {len(grid)} settings, {len(seeds)} seeds", flush=True)
         for group in groups(self.data.task, grid, self.experiment.num_workers * len(seeds)):
             start = time.perf_counter()
-            runs = simulate(self.data, group, seeds, experiment, network)
+            runs = simulate(self.data, group, seeds, experiment, network, test)
             seconds = time.perf_counter() - start
             new = [
                 {
@@ -130,6 +137,9 @@ class Runner:
                 for setting, *of_setting in zip(group, runs.losses.tolist(), runs.left_out.tolist(), strict=True)
                 for seed, curve, left_out in zip(seeds, *of_setting, strict=True)
             ]
+            if runs.test_losses is not None:
+                for row, curve in zip(new, runs.test_losses.flatten(0, 1).tolist(), strict=True):
+                    row["test_losses"] = [float(f"{x:.5g}") for x in curve]
             append_rows(self._out, new)
             rows += new
             print(f"  {len(group)} settings in {seconds:.1f} s", flush=True)

@@ -61,10 +61,12 @@ class Runs(NamedTuple):
         losses: Loss of the global weights on a fixed sample of the training data, in nats, before the first round and
             after each, [settings, seeds, num_rounds + 1].
         left_out: Number of workers that the rounds left out, [settings, seeds].
+        test_losses: Losses on a fixed sample of the test data, of the same shape; None without test data.
     """
 
     losses: Tensor
     left_out: Tensor
+    test_losses: Tensor | None = None
 
 
 def _method(
@@ -78,7 +80,12 @@ def _method(
 
 @torch.no_grad()
 def simulate(
-    data: Shared, group: Sequence[Setting], seeds: Sequence[int], experiment: Experiment, network: AdaMLP
+    data: Shared,
+    group: Sequence[Setting],
+    seeds: Sequence[int],
+    experiment: Experiment,
+    network: AdaMLP,
+    test: DataTask | None = None,
 ) -> Runs:
     """Train with every setting and seed; a seed fixes the initial weights and the data for all settings.
 
@@ -88,6 +95,7 @@ def simulate(
         seeds: Seeds of the runs.
         experiment: Settings that all methods share.
         network: Network of the method ``"learned"``.
+        test: Test data of the task.
     """
     task, num_workers = data.task, experiment.num_workers
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -103,13 +111,15 @@ def simulate(
             batch = task.read(places.flatten())
             yield tuple(part.repeat(len(group), *[1] * (part.dim() - 1)) for part in batch)
 
-    losses = [_losses(data.whole, anchor)]
+    tasks = [data.whole, test] if test else [data.whole]
+    losses = [[_losses(each, anchor) for each in tasks]]
     for round_idx in range(experiment.num_rounds):
         rounds = torch.full((len(particles),), round_idx, device=task.device)
         method.round(batches(), rates * experiment.factor(round_idx), rounds)
-        losses.append(_losses(data.whole, anchor))
+        losses.append([_losses(each, anchor) for each in tasks])
     shape = (len(group), len(seeds))
-    return Runs(torch.stack(losses, 1).unflatten(0, shape), torch.tensor(method.left_out).unflatten(0, shape))
+    curves = [torch.stack(of_task, 1).unflatten(0, shape) for of_task in zip(*losses, strict=True)]
+    return Runs(curves[0], torch.tensor(method.left_out).unflatten(0, shape), curves[1] if test else None)
 
 
 def _losses(task: DataTask, anchor: Tensors) -> Tensor:
