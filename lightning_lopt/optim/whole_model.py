@@ -97,8 +97,8 @@ class WholeModelOptimizer(Optimizer, ABC):
         Raises:
             ValueError: The state is of another version of this optimizer, or of another one.
         """
-        states: dict[Any, dict[str, Tensor]] = {
-            index: {OLD_NAMES.get(str(name), str(name)): value for name, value in saved.items()}
+        states = {
+            index: {_current_name(name): value for name, value in saved.items()}
             for index, saved in state_dict["state"].items()
         }
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -129,6 +129,10 @@ class WholeModelOptimizer(Optimizer, ABC):
                 f"{expected}: it is of another model, or an optimizer with another kind of network wrote it. Load it "
                 "with that one, or begin with a fresh state."
             )
+
+
+def _current_name(name: str) -> str:
+    return OLD_NAMES.get(name, name)
 
 
 def _state_dtype(p: Tensor) -> torch.dtype:

@@ -181,10 +181,10 @@ def test_two_processes_share_the_particles(tmp_path):
         torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-5 * wanted.abs().max())
 
 
-def test_uneven_shares_are_refused():
+def test_uneven_parts_are_refused():
     particles = make(num_particles=3)._estimators[0].particles
     with pytest.raises(ValueError, match="2 processes cannot share num_particles=3 evenly"):
-        particles.share(0, 2)
+        particles.part_of(0, 2)
 
 
 def test_meta_training_improves_on_an_untrained_twin():

@@ -1,37 +1,36 @@
-"""Test outer steps that were meta-trained on narrow networks on one that is 8 times wider: width.py DATA OUT.
+"""width.py DATA OUT: outer steps that were meta-trained on narrow networks, on one that is 8 times wider.
 
 muLO multiplies the learned step of every matrix whose inputs grew by base width / width.
 """
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lightning_lopt import AdaMLP
 from examples.benchmarks.compare.clients import Shared
 from examples.benchmarks.compare.data import fashion_mnist
-from examples.benchmarks.compare.methods import Local
 from examples.benchmarks.compare.simulate import _losses
-from lightning_lopt import AdaMLP
 from lightning_lopt.meta import ImageMLP
 from lightning_lopt.meta.base import Tensors
-from lightning_lopt.meta.outer import Outer, averaging, learning, stepping, views
-from lightning_lopt.meta.unroll import SGD
+from lightning_lopt.meta.outer import OuterStep, Round, average, learned_step, optimizer_step, views
+from lightning_lopt.meta.simulation import Simulation
 
 BASE, NUM_WORKERS, LOCAL_STEPS, NUM_ROUNDS, LOCAL_LR, SEEDS = 128, 8, 4, 40, 0.5, (0, 1, 2)
 
 
-def learned(name: str, scale: float, anchor: Tensors) -> Outer:
-    """Step of a bundled network, multiplied by `scale` on all matrices except the first."""
-    inner = learning(anchor, [AdaMLP.bundled(name)])
+def learned(name: str, scale: float, anchor: Tensors) -> OuterStep:
+    """The step of a bundled network, times `scale` on all matrices but the first."""
+    whole = learned_step(anchor, [AdaMLP.bundled(name)])
 
-    def step(workers: Tensors, rates: Tensor, round_idx: int, skipped: Sequence[int]) -> None:
+    def step(anchor: Tensors, training: Round) -> None:
         before = {key: a.clone() for key, a in anchor.items()}
-        inner(workers, rates, round_idx, skipped)
+        whole(anchor, training)
         for key, a in anchor.items():
             if a.dim() == 3 and key != "layers.0.weight":
                 a.copy_(before[key].lerp_(a, scale))
@@ -39,15 +38,15 @@ def learned(name: str, scale: float, anchor: Tensors) -> Outer:
     return step
 
 
-def diloco(anchor: Tensors) -> Outer:
+def diloco(anchor: Tensors) -> OuterStep:
     """DiLoCo as tuned at width 128."""
     groups = [{"params": params} for params in views(anchor)]
-    return stepping(anchor, torch.optim.SGD(groups, lr=0.5, momentum=0.9, nesterov=True))
+    return optimizer_step(torch.optim.SGD(groups, lr=0.5, momentum=0.9, nesterov=True))
 
 
-def methods(width: int) -> dict[str, Callable[[Tensors], Outer]]:
+def methods(width: int) -> dict[str, Callable[[Tensors], OuterStep]]:
     """Functions that make an outer step for anchors, by name."""
-    found: dict[str, Callable[[Tensors], Outer]] = {"local_sgd": averaging, "diloco": diloco}
+    found: dict[str, Callable[[Tensors], OuterStep]] = {"local_sgd": lambda anchor: average, "diloco": diloco}
     for name in ("default", "lopt_a_short"):
         found[name] = partial(learned, name, 1.0)
         if width > BASE:
@@ -55,16 +54,17 @@ def methods(width: int) -> dict[str, Callable[[Tensors], Outer]]:
     return found
 
 
-def train(task: ImageMLP, outer: Callable[[Tensors], Outer]) -> Tensor:
+def train(task: ImageMLP, outer: Callable[[Tensors], OuterStep]) -> Tensor:
     """Train; return the losses before the first round and after each, [rounds + 1, seeds]."""
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     starts = [task.init(1, generator) for generator in generators]
     anchor = {key: torch.cat([start[key] for start in starts]) for key in starts[0]}
     data, rates = Shared(task), torch.full((len(SEEDS),), LOCAL_LR)
-    local, losses = Local(task, anchor, NUM_WORKERS, SGD, outer(anchor)), [_losses(task, anchor)]
+    simulation, losses = Simulation(task, anchor, NUM_WORKERS, outer(anchor)), [_losses(task, anchor)]
     for round_idx in range(NUM_ROUNDS):
         drawn = torch.stack([data.draw(LOCAL_STEPS, NUM_WORKERS, generator) for generator in generators], 1)
-        local.round((task.read(places.flatten()) for places in drawn), rates, round_idx)
+        rounds = torch.full((len(SEEDS),), round_idx)
+        simulation.round((task.read(places.flatten()) for places in drawn), rates, rounds)
         losses.append(_losses(task, anchor))
     return torch.stack(losses)
 
