@@ -19,6 +19,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -183,6 +184,7 @@ def work(text: str) -> None:
             row = train(name, seed, setup)
             if row is not None:
                 append_rows(setup.out, [row])
+    dist.destroy_process_group()  # its threads may abort a process that ends without this
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -293,6 +294,7 @@ def main(text: str) -> None:
         row["loss"] = trainings[run].loss(comm)
         if fabric.global_rank == 0:
             append_rows(setup.out, [{"method": run[0], "seed": run[1], "step_seconds": step_seconds, **row}])
+    dist.destroy_process_group()  # its threads may abort a process that ends without this
 
 
 if __name__ == "__main__":

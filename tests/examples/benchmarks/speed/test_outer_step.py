@@ -49,9 +49,3 @@ def test_the_command_prints_a_table_and_writes_json(monkeypatch, capsys, tmp_pat
 
 def _measured(parameters: int, repeats: int):
     return {"parameters": parameters, "sgemm_flops": 1e9, "rows": [{"optimizer": "x", "seconds": repeats}]}
-
-
-def test_an_unknown_command_is_an_error(capsys):
-    with pytest.raises(SystemExit):
-        bench.main(["nothing"])
-    assert "invalid choice" in capsys.readouterr().err
