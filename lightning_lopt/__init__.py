@@ -14,7 +14,7 @@ from lightning_lopt.sync.options import SyncOptions
 from lightning_lopt.sync.report import RoundReport
 from lightning_lopt.weights_file import WeightsError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "LOSCAR",
     "QSR",
