@@ -64,6 +64,35 @@ def test_wrong_arguments_of_the_base_step(options):
         AdaMLP.base_step(**options)
 
 
+# Sums of three tensors and their first number after four steps, as 0.1 computed them.
+STEPS_OF_0_1 = {
+    "default": [-20.414546249297, -0.886528138803, 20.452363009196, 0.9419719296307334],
+    "lagg_a_short": [-3.148743539912, -1.273139408679, -0.978794702537, 1.5405628831758833],
+    "lagg_short": [-3.141486185822, -1.270607315508, -0.951089257627, 1.541832929135854],
+    "lopt_a_short": [-3.152446949002, -1.271539045038, -0.960242130583, 1.5418423997133954],
+    "lopt_short": [-3.144506046933, -1.271258677782, -0.956965862112, 1.5403911734462368],
+}
+
+
+@pytest.mark.parametrize("name", STEPS_OF_0_1)
+def test_a_released_name_never_steps_otherwise(name):
+    """Weights and numerics under a name that a saved run may hold stay; new ones get a new name or version."""
+    network = AdaMLP.bundled(name)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(4, 3), (5,), (2, 2, 3, 3)]
+    params = [torch.nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64)) for s in shapes]
+    outer = LearnedOptimizer(params, network=network)
+    num_workers = network.inputs if isinstance(network.inputs, int) else 1
+    for t in range(4):
+        outer.param_groups[0].update(round_idx=t, local_steps=4, local_lr=0.1, local_momentum=0.5)
+        for p in params:
+            p.worker_grads = torch.randn((num_workers, *p.shape), generator=generator, dtype=torch.float64)
+            p.grad = p.worker_grads.mean(0)
+        outer.step()
+    found = [*(p.sum().item() for p in params), params[0][0, 0].item()]
+    assert found == pytest.approx(STEPS_OF_0_1[name], rel=1e-8)
+
+
 def test_bundled_weights_have_a_card_and_are_the_default():
     assert "default" in AdaMLP.bundled_names()
     for name in AdaMLP.bundled_names():
