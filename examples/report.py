@@ -76,9 +76,9 @@ def report(curves: dict[str, Curve], metrics: Sequence[str], file: Path) -> None
     """Print the last point of each curve as a table; plot all curves.
 
     Args:
-        curves: by the name of the method.
-        metrics: what the table shows; all are plotted over rounds, the first over megabytes too.
-        file: of the plot.
+        curves: Curve of each method, by name.
+        metrics: Metrics in the table; all are plotted over rounds, the first over megabytes, too.
+        file: Path of the plot.
     """
     columns = ["rounds", "MB sent", "seconds", *metrics]
     rows = [["method", *columns], *([name, *(f"{c[-1][k]:.4g}" for k in columns)] for name, c in curves.items())]

@@ -163,7 +163,8 @@ def test_every_module_has_its_tests_at_its_own_path():
 def test_every_test_file_belongs_to_a_module():
     files = {path.relative_to(TESTS) for path in TESTS.rglob("test_*.py")}
     roots = ROOT, ROOT.parent  # tests/examples mirrors examples
-    mirrors = {f for f in files if any((root / f.with_name(f.name.removeprefix("test_"))).exists() for root in roots)}
+    names = {f: {f.name.removeprefix("test_"), f.name.replace("test_main", "__main__")} for f in files}
+    mirrors = {f for f in files if any((root / f.with_name(n)).exists() for root in roots for n in names[f])}
     assert {str(file) for file in files - mirrors} == set(OF_THE_WHOLE)
 
 

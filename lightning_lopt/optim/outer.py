@@ -10,7 +10,8 @@ Before each step a sync writes into every parameter group, which mirrors a group
 * ``local_lr``: learning rate of the local optimizer's group, NaN if it has none;
 * ``local_momentum``: heavy-ball momentum of that group which lasts from one sync of a tensor to the next, 0 if none.
 
-All else is optional: see `OuterOptimizer`.
+Where random coordinates are sent (`density` < 1), the step sees these alone, as 1-D tensors. States of a parameter's shape
+must then begin with 0, or be made in the constructor. All else is optional: see `OuterOptimizer`.
 """
 
 from __future__ import annotations
@@ -118,17 +119,21 @@ def check_coordinatewise(factory: OuterFactory) -> None:
         factory: Makes the optimizer; it is tried on a parameter of its own.
 
     Raises:
-        ValueError: Its contract says so, or it has a state of another shape than the parameter's.
+        ValueError: Its contract says so, it has a state of another shape than the parameter's, or it begins a state
+            with other values than 0, which coordinates that are sent later would not get.
     """
     probe = torch.zeros(2, 3)
     probe.grad = torch.zeros(2, 3)
     optimizer = factory([{"params": [probe]}])
     if read_contract(optimizer).needs_whole_tensors:
         raise ValueError(_undefined(optimizer, "its statistics of rows, columns and whole tensors"))
+    before = set(optimizer.state[probe])
     optimizer.step()
     for key, value in optimizer.state[probe].items():
         if isinstance(value, Tensor) and value.numel() > 1 and value.shape != probe.shape:
             raise ValueError(_undefined(optimizer, f"its state {key!r}"))
+        if isinstance(value, Tensor) and value.shape == probe.shape and key not in before and value.any():
+            raise ValueError(_undefined(optimizer, f"its state {key!r}, which does not begin with 0,"))
 
 
 def _check_step(optimizer: Optimizer) -> None:

@@ -55,7 +55,11 @@ def test_outer_steps_on_random_coordinates(outer, reference):
 
 @pytest.mark.parametrize(
     ("outer", "what"),
-    [(LearnedOptimizer, "its statistics of rows"), (torch.optim.Adafactor, "its state 'row_var'")],
+    [
+        (LearnedOptimizer, "its statistics of rows"),
+        (torch.optim.Adafactor, "its state 'row_var'"),
+        (torch.optim.Rprop, "its state 'step_size', which does not begin with 0"),
+    ],
 )
 def test_outer_steps_that_need_whole_tensors_are_refused(outer, what):
     model = nn.Linear(2, 2)
