@@ -34,10 +34,20 @@ class AnchoredParameter:
         self.has_anchor = False
         self.residual: Tensor | None = None
 
+    @property
+    def frozen(self) -> bool:
+        """Whether the parameter is not in training at present."""
+        return not self.param.requires_grad
+
     def adopt(self, value: Tensor) -> None:
         """Make a copy of a value the anchor."""
         self.anchor.data = value.detach().to(self.dtype, copy=True)
         self.has_anchor = True
+
+
+def training_checksum(parameters: Sequence[AnchoredParameter]) -> int:
+    """The number of coordinates, to which frozen parameters add more: workers in agreement have the same."""
+    return sum(p.param.numel() * (1 + p.frozen * (i + 1)) for i, p in enumerate(parameters))
 
 
 def num_coordinates(parameters: Sequence[AnchoredParameter]) -> int:

@@ -19,10 +19,12 @@ class ParameterSlice:
     Attributes:
         parameter: The parameter.
         index: Ascending flat indices of the coordinates, None for all of them.
+        frozen: Whether the parameter was frozen when the sync was launched: it is averaged, not stepped.
     """
 
     parameter: AnchoredParameter
     index: Tensor | None = None
+    frozen: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -165,9 +167,9 @@ def choose(parameters: Sequence[AnchoredParameter], choices: Sequence[bool | Ten
     slices = []
     for p, choice in zip(parameters, choices, strict=True):
         if choice is True or not p.has_anchor:
-            slices.append(ParameterSlice(p))
+            slices.append(ParameterSlice(p, frozen=p.frozen))
         elif isinstance(choice, Tensor) and len(choice):
-            slices.append(ParameterSlice(p, choice.to(p.param.device)))
+            slices.append(ParameterSlice(p, choice.to(p.param.device), frozen=p.frozen))
     return slices
 
 

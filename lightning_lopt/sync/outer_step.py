@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -110,13 +110,13 @@ class OuterStep:
 
     def step(
         self,
-        flat_buffers: Iterable[FlatBuffer],
+        flat_buffers: Collection[FlatBuffer],
         keys: Mapping[str, int],
         settings: LocalSettings,
         *,
         scratch: bool,
     ) -> StepResult:
-        """Step the anchors.
+        """Step the anchors; those of frozen parameters are averaged instead, and their state waits.
 
         Args:
             flat_buffers: Buffers after the exchange.
@@ -125,20 +125,27 @@ class OuterStep:
             scratch: Whether the workers' own parameters may be overwritten.
         """
         received: list[ReceivedSlice] = []
+        frozen_squared_norm = 0.0
         for item in (item for flat_buffer in flat_buffers for item in flat_buffer.received()):
-            if item.slice.parameter.has_anchor:
+            anchor = item.slice.parameter.anchor
+            if not item.slice.parameter.has_anchor:  # from an anchor of 0, minus the pseudo-gradient is the mean
+                anchor.copy_(-item.mean)
+            elif item.slice.frozen:
+                item.slice.write(anchor, item.slice.read(anchor) - item.mean)
+                frozen_squared_norm += float(item.mean.square().sum())
+            else:
                 received.append(item)
-            else:  # from an anchor of 0, minus the pseudo-gradient is the mean
-                item.slice.parameter.anchor.copy_(-item.mean)
         for group, lr, momentum in zip(self.optimizer.param_groups, settings.lrs, settings.momenta, strict=True):
             group.update(keys, local_lr=lr, local_momentum=momentum)
         squared_norm = _total(sum(float(grad.square().sum()) for _, grad, _ in received), self._shards)
+        if any(s.frozen for flat_buffer in flat_buffers for s in flat_buffer.slices):  # the same on all workers
+            frozen_squared_norm = _total(frozen_squared_norm, self._shards)
         limit = self.contract.max_update_ratio
         with narrowed(self.optimizer, [s for s, *_ in received]), _gradients(received):
             before = [] if limit is None else [_copy_of_anchor(s, scratch=scratch) for s, *_ in received]
             self.optimizer.step()
             fell_back = limit is not None and self._fall_back(received, before, limit, squared_norm, keys["round_idx"])
-        return StepResult(squared_norm, fell_back)
+        return StepResult(squared_norm + frozen_squared_norm, fell_back)
 
     def _fall_back(
         self, received: list[ReceivedSlice], before: list[Tensor], limit: float, squared_norm: float, round_idx: int

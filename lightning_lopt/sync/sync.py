@@ -25,7 +25,7 @@ from lightning_lopt.functional.merge import MergeRule, merge
 from lightning_lopt.functional.outliers import Norms, OutlierFilter
 from lightning_lopt.optim.outer import OuterFactory
 from lightning_lopt.selection import Everything, drawn_ahead
-from lightning_lopt.sync.anchors import AnchoredParameter, num_coordinates
+from lightning_lopt.sync.anchors import AnchoredParameter, num_coordinates, training_checksum
 from lightning_lopt.sync.exchange import Exchange, Transport
 from lightning_lopt.sync.flat import ParameterSlice, choose
 from lightning_lopt.sync.options import SyncOptions
@@ -159,7 +159,7 @@ class Sync:
             round_idx,
             status.local_steps if same_steps and status.point.needs_sync else None,
             everything,
-            num_coordinates(parameters),
+            training_checksum(parameters),
             sum(s.checksum for s in slices),
             sum(state.numel() for state in states),
             self.replica.checksum(),

@@ -161,3 +161,79 @@ def test_the_outer_optimizer_is_told_the_local_momentum(momentum, options, wante
         local.step()
         rounds.step()
     assert made[0].param_groups[0]["local_momentum"] == pytest.approx(wanted)
+
+
+FROZEN = {
+    "SlowMo": (partial(SlowMomentum, momentum=0.5), {}),
+    "Nesterov": (partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True), {}),
+    "Nesterov, sharded": (partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True), {"sharded": True}),
+    "Nesterov, random coordinates": (partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True), {"density": 0.5}),
+    "Nesterov, in flight": (partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True), {"overlap_steps": 1}),
+    "Adam with decay": (partial(torch.optim.AdamW, lr=0.1, weight_decay=0.5), {}),
+    "learned": (partial(LearnedOptimizer, network="default"), {}),
+    "learned, sharded": (partial(LearnedOptimizer, network="lopt_a_short"), {"sharded": True}),
+}
+
+
+def _freeze(rank, make_comm, outer, options):
+    """Three rounds; then the second tensor is frozen for two, and trains again for one."""
+    torch.manual_seed(0)
+    model = nn.ParameterList([torch.randn(3, 4), torch.randn(2, 3)])
+    optimizer = torch.optim.SGD(model, lr=0.1)
+    rounds = Rounds(model, optimizer, 2, outer, comm=make_comm(), options=SyncOptions(**options))
+    seen = []
+    for round_idx in range(6):
+        model[1].requires_grad_(round_idx not in (3, 4))
+        for _ in range(2):
+            with torch.no_grad():
+                for p in model:
+                    p.sub_(0.1 * (1 + rank) * p.requires_grad)
+            rounds.step()
+        anchor = rounds.sync.outer.param_groups[0]["params"][1]
+        state = [v.clone() for v in rounds.sync.outer.state[anchor].values() if isinstance(v, torch.Tensor)]
+        seen.append((model[1].detach().clone(), anchor.clone(), state))
+    return seen
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_a_frozen_parameter_stays_and_its_state_waits(name):
+    outer, options = FROZEN[name]
+    for seen in run_threads(_freeze, 2, outer, options):
+        (_, before, waiting), first, second, (_, after, _) = seen[2:]
+        for _, _, state in (first, second):
+            assert all(torch.equal(a, b) for a, b in zip(state, waiting, strict=True))
+        if (
+            not {"density", "overlap_steps"} & options.keys()
+        ):  # else steps from before the freezing are yet to be averaged
+            assert torch.equal(first[1], before)
+            assert torch.equal(second[0], before)
+        if "density" not in options:
+            assert torch.equal(second[1], first[1])
+        assert not torch.equal(after, second[1])
+
+
+def _frozen_in_mid_round(rank, make_comm):
+    model = nn.ParameterList([torch.zeros(1), torch.zeros(1)])
+    rounds = Rounds(model, torch.optim.SGD(model, lr=0.1), 2, partial(torch.optim.SGD, lr=5.0), comm=make_comm())
+    with torch.no_grad():
+        model[1].fill_(2.0 * rank)
+    rounds.step()
+    model[1].requires_grad_(False)
+    rounds.step()
+    return model[1].item(), rounds.last_report.pseudo_grad_norm
+
+
+def test_steps_from_before_the_freezing_are_averaged():
+    assert run_threads(_frozen_in_mid_round, 2) == [(1.0, 1.0)] * 2
+
+
+def _frozen_on_one(rank, make_comm):
+    model = nn.ParameterList([torch.zeros(1), torch.zeros(1)])
+    rounds = Rounds(model, torch.optim.SGD(model, lr=0.1), 1, comm=make_comm())
+    model[rank].requires_grad_(False)
+    rounds.step()
+
+
+def test_workers_that_freeze_other_parameters_are_an_error():
+    with pytest.raises(DisagreementError, match="parameters in training"):
+        run_threads(_frozen_on_one, 2)
