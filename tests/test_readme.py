@@ -74,8 +74,8 @@ def test_the_outer_optimizer_steps(tmp_path):
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(model.weight, 2.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
-    rounds = Rounds(model, optimizer, 2, partial(outer, lr=3.0))
-    for _ in range(2):  # 2 - 0.25 - 0.25 locally; the outer step is 3 × 0.25 down: 2 -> 1.25
+    rounds = Rounds(model, optimizer, 2, partial(outer, lr=0.75))
+    for _ in range(2):  # 2 - 0.25 - 0.25 locally; the outer step is 0.75 in the same direction: 2 -> 1.25
         model(torch.ones(1, 1)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
