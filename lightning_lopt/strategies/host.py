@@ -28,8 +28,8 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer import call
 from torch import Tensor, nn
-from torch._C._distributed_c10d import PrefixStore, Store
-from torch.distributed import ProcessGroup, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed import ProcessGroup
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.modules.batchnorm import _BatchNorm as Norm
@@ -66,8 +66,8 @@ def connect_restarted(strategy: DDPStrategy) -> None:
     Does nothing in a first start, and outside of torchrun.
 
     Reason: torchrun's workers use the store of its agent, which outlives them. In torch 2.14 its keys do not depend on
-    the number of restarts, so that gloo finds the addresses of the dead workers there. Lightning passes no store on, but
-    takes a process group that is initialised.
+    the number of restarts, so that gloo finds the addresses of the dead workers there. Lightning passes no store on,
+    but takes a process group that is initialised.
     """
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if restarts == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
