@@ -6,6 +6,7 @@ this module. Checked with Lightning 2.6.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.fabric.utilities.data import _set_sampler_epoch
@@ -26,8 +28,9 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer import call
 from torch import Tensor, nn
-from torch._C._distributed_c10d import PrefixStore, Store
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed import ProcessGroup
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.modules.batchnorm import _BatchNorm as Norm
 from torch.optim import Optimizer
@@ -55,6 +58,38 @@ def set_checkpoint_io(strategy: DDPStrategy, io: CheckpointIO) -> None:
     Reason: a property whose getter is overridden needs its setter again.
     """
     strategy._checkpoint_io = io
+
+
+def connect_restarted(strategy: DDPStrategy) -> None:
+    """Initialise the process group of a job that torchrun has restarted, in keys of its own of the agent's store.
+
+    Does nothing in a first start, and outside of torchrun.
+
+    Reason: torchrun's workers use the store of its agent, which outlives them. In torch 2.14 its keys do not depend on
+    the number of restarts, so that gloo finds the addresses of the dead workers there. Lightning passes no store on,
+    but takes a process group that is initialised.
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
+        return
+    strategy.set_world_ranks()
+    environment = strategy.cluster_environment
+    assert environment is not None
+    store = TCPStore(
+        environment.main_address,
+        environment.main_port,
+        environment.world_size(),
+        is_master=False,
+        timeout=strategy._timeout or default_pg_timeout,
+    )
+    dist.init_process_group(
+        strategy._get_process_group_backend(),
+        store=PrefixStore(f"lightning_lopt/restart/{restarts}", store),
+        rank=environment.global_rank(),
+        world_size=environment.world_size(),
+        timeout=strategy._timeout,
+        device_id=strategy.root_device if strategy.root_device.type != "cpu" else None,
+    )
 
 
 def set_gradient_group(strategy: DDPStrategy, group: ProcessGroup | None) -> None:

@@ -222,6 +222,11 @@ class LocalSGD(DDPStrategy):
         super().setup_environment()
 
     @override
+    def setup_distributed(self) -> None:
+        host.connect_restarted(self)
+        super().setup_distributed()
+
+    @override
     def configure_ddp(self) -> None:
         """Workers of one rank need no wrapper, and no gradient all-reduce; `Rounds` gives all the weights of rank 0."""
         self._comm = Communicator(self.timeout, self._ranks_of_worker)

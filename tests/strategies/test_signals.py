@@ -243,7 +243,6 @@ def _restarted(folder):
 def _agent(rank, folder):
     """What torchrun does, but that its workers are forked from here, which spares them the seconds of their imports."""
     multiprocessing.current_process()._config["daemon"] = False  # it starts processes
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else gloo finds the dead workers' addresses
     group = {"rdzv_backend": "c10d", "rdzv_endpoint": f"127.0.0.1:{free_port()}", "local_addr": "127.0.0.1"}
     config = LaunchConfig(1, 1, nproc_per_node=4, max_restarts=1, start_method="fork", **group)
     return elastic_launch(config, _restarted)(folder)
