@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -90,6 +91,25 @@ def connect_restarted(strategy: DDPStrategy) -> None:
         timeout=strategy._timeout,
         device_id=strategy.root_device if strategy.root_device.type != "cpu" else None,
     )
+
+
+def enter_while_checkpointing(trainer: pl.Trainer, context: Callable[[], AbstractContextManager[None]]) -> None:
+    """Let a context be entered whenever a Trainer puts a checkpoint together.
+
+    Args:
+        trainer: Trainer that puts checkpoints together.
+        context: Makes the context.
+
+    Reason: there is no hook before Lightning reads the module, and none after the last `on_save_checkpoint`.
+    """
+    connector = trainer._checkpoint_connector
+    dump = type(connector).dump_checkpoint
+
+    def dump_in_context(weights_only: bool = False) -> dict[str, Any]:
+        with context():
+            return dump(connector, weights_only)
+
+    connector.dump_checkpoint = dump_in_context
 
 
 def set_gradient_group(strategy: DDPStrategy, group: ProcessGroup | None) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -265,6 +266,7 @@ class LocalSGD(DDPStrategy):
         if not trainer.lightning_module.automatic_optimization:
             for optimizer in self.optimizers:  # sees those who step torch's own optimizer, too
                 optimizer.register_step_post_hook(self._note_step)
+        host.enter_while_checkpointing(trainer, self.global_weights)  # hooks `on_save_checkpoint` see them, too
         callbacks = host.callbacks_of(trainer)
         others = [c for c in callbacks if not isinstance(c, FirstCallback | LastCallback)]
         callbacks[:] = [FirstCallback(self), *others, LastCallback(self)]
@@ -426,16 +428,32 @@ class LocalSGD(DDPStrategy):
             self.rounds.swap_out()
         super().on_validation_end()
 
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
+    @contextmanager
+    def global_weights(self) -> Iterator[None]:
+        """Show the global weights in the module for a while, for an export in a hook for example.
+
+        With `eval_weights="mean"` all workers must enter it, since their mean is computed. Outside of a fit, and where
+        the global weights are shown already, nothing happens.
+
+        Example:
+            >>> strategy = LocalSGD(local_steps=16)
+            >>> with strategy.global_weights():
+            ...     pass  # torch.save(module.state_dict(), "export.pt")
+        """
         if self.rounds is None or self.rounds.sync.swap.active:
-            return super().lightning_module_state_dict()
+            yield
+            return
         self.join(SyncPoint.CHECKPOINT)
         self.swap_in_global_weights()
         try:
-            return super().lightning_module_state_dict()
+            yield
         finally:
             self.rounds.swap_out()
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        with self.global_weights():
+            return super().lightning_module_state_dict()
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
