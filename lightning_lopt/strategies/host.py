@@ -105,7 +105,7 @@ def enter_while_checkpointing(trainer: pl.Trainer, context: Callable[[], Abstrac
     connector = trainer._checkpoint_connector
     dump = type(connector).dump_checkpoint
 
-    def dump_in_context(weights_only: bool = False) -> dict[str, Any]:
+    def dump_in_context(weights_only: bool | None = None) -> dict[str, Any]:
         with context():
             return dump(connector, weights_only)
 
