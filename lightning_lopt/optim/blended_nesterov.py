@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,8 +70,8 @@ class BlendedNesterov(WholeModelOptimizer):
         momentum: float = 0.85,
         blend: Sequence[float] = (0.05, 0.45, 0.5),
     ) -> None:
-        if not lr > 0:
-            raise ValueError(f"BlendedNesterov needs lr > 0, not {lr}.")
+        if not 0 < lr < math.inf:
+            raise ValueError(f"BlendedNesterov needs a finite lr > 0, not {lr}.")
         if not 0 <= momentum < 1:
             raise ValueError(f"BlendedNesterov needs momentum in [0, 1), not {momentum}.")
         if len(blend) != 3 or not min(blend) >= 0 or not abs(sum(blend) - 1) < 1e-6:
