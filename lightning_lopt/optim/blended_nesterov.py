@@ -42,7 +42,7 @@ class BlendedNesterov(WholeModelOptimizer):
 
     Attributes:
         needs_whole_tensors: Whether the step is undefined on random coordinates of a tensor: True.
-        total: Sum over all shards of sums over the parameters here; whoever shards the parameters sets it.
+        total: Function that adds up numbers over all shards of the model; set by a sync with `sharded=True`.
         max_update_ratio: Bound on the step in units of the averaged one, beyond which a sync averages instead.
 
     Raises:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 OuterFactory = Callable[[Any], Optimizer]
-"""Makes an outer optimizer from parameter groups, as `partial(torch.optim.SGD, lr=0.7)` does."""
+"""Function that makes an outer optimizer from parameter groups, as `partial(torch.optim.SGD, lr=0.7)` does."""
 
 
 class OuterOptimizer(Protocol):
@@ -43,8 +43,9 @@ class OuterOptimizer(Protocol):
             step by averaging. Default None, no limit.
         fingerprint: Text that differs for optimizers that step differently with the same settings, the digest of a
             network for example. Default None. Compared between the workers when a sync is made.
-        total: Sums numbers [n] over all shards of the model. A sync with `sharded=True` assigns it where the attribute
-            exists; until then it is the identity. An optimizer without it must not combine several tensors.
+        total: Function that adds up numbers [n] over all shards of the model. A sync with `sharded=True` sets it where
+            the attribute exists; until then it is the identity. An optimizer without it must not combine several
+            tensors.
 
     Example:
         >>> class SignSGD(torch.optim.Optimizer):
@@ -116,7 +117,7 @@ def check_coordinatewise(factory: OuterFactory) -> None:
     """Refuse an outer optimizer that must see whole tensors.
 
     Args:
-        factory: Makes the optimizer; it is tried on a parameter of its own.
+        factory: Function that makes the optimizer; it is tried on a parameter of its own.
 
     Raises:
         ValueError: Its contract says so, it has a state of another shape than the parameter's, or it begins a state

@@ -29,7 +29,7 @@ class WholeModelOptimizer(Optimizer, ABC):
     Attributes:
         needs_whole_tensors: Whether the step is undefined on random coordinates of a tensor: True.
         max_update_ratio: Bound on the step in units of the averaged one, beyond which a sync averages instead.
-        total: Sum over all shards of sums over the parameters here; whoever shards the parameters sets it.
+        total: Function that adds up numbers over all shards of the model; set by a sync with `sharded=True`.
     """
 
     _state_class: ClassVar[type]  # a dataclass of tensors [1, *]
