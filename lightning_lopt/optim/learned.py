@@ -17,6 +17,7 @@ from lightning_lopt.functional.learned import Network
 from lightning_lopt.functional.model import ModelTensor
 from lightning_lopt.functional.updates import UPDATES
 from lightning_lopt.network import AdaMLP
+from lightning_lopt.optim.outer import WORKER_GRADS
 from lightning_lopt.optim.whole_model import WholeModelOptimizer
 
 
@@ -112,7 +113,7 @@ class LearnedOptimizer(WholeModelOptimizer):
     def _worker_grads(self, p: Tensor) -> Tensor | None:
         if not self.needs_worker_grads:
             return None
-        workers: Tensor | None = getattr(p, "worker_grads", None)
+        workers: Tensor | None = getattr(p, WORKER_GRADS, None)
         if workers is None or len(workers) != self.num_workers:
             raise ValueError(
                 f"This network belongs to {self.num_workers} workers: set p.worker_grads to their stacked "

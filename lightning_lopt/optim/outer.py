@@ -19,7 +19,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -28,9 +28,12 @@ from torch.optim import Optimizer
 OuterFactory = Callable[[Any], Optimizer]
 """Function that makes an outer optimizer from parameter groups, as `partial(torch.optim.SGD, lr=0.7)` does."""
 
+WORKER_GRADS = "worker_grads"
+"""Attribute of a parameter that holds the pseudo-gradient of each worker while an optimizer that needs them steps."""
+
 
 class OuterOptimizer(Protocol):
-    """Optional attributes of an outer optimizer, all of which are read by `read_contract`.
+    """Optional attributes of an outer optimizer; all are read by `read_contract`, but for `total`, which is set.
 
     Attributes:
         needs_worker_grads: Whether each parameter must also have ``.worker_grads``, every worker's pseudo-gradient
@@ -70,9 +73,16 @@ class OuterOptimizer(Protocol):
     total: Callable[[Tensor], Tensor]
 
 
+@runtime_checkable
+class HasTotal(Protocol):
+    """An outer optimizer that combines several tensors; see `OuterOptimizer`."""
+
+    total: Callable[[Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class OuterContract:
-    """The attributes of `OuterOptimizer` that one optimizer has, with defaults for the others.
+    """The attributes of `OuterOptimizer` that one optimizer has, with defaults for the others, but for `total`.
 
     Attributes:
         needs_worker_grads: Whether each parameter must also have ``.worker_grads``.
@@ -80,7 +90,6 @@ class OuterContract:
         needs_whole_tensors: Whether a step needs whole tensors.
         max_update_ratio: Limit of the step, None without.
         fingerprint: Text that differs for other kinds, settings or fingerprints.
-        takes_total: Whether the attribute `total` is to be assigned where the model is sharded.
     """
 
     needs_worker_grads: bool
@@ -88,7 +97,6 @@ class OuterContract:
     needs_whole_tensors: bool
     max_update_ratio: float | None
     fingerprint: str
-    takes_total: bool
 
 
 def read_contract(optimizer: Optimizer) -> OuterContract:
@@ -109,7 +117,6 @@ def read_contract(optimizer: Optimizer) -> OuterContract:
         needs_whole_tensors=getattr(optimizer, "needs_whole_tensors", False),
         max_update_ratio=getattr(optimizer, "max_update_ratio", None),
         fingerprint=repr((type(optimizer).__name__, settings, getattr(optimizer, "fingerprint", None))),
-        takes_total=hasattr(optimizer, "total"),
     )
 
 
