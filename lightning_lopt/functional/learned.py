@@ -187,7 +187,7 @@ def apply(operands: _Operands, layers: Layers, moments: Moments, update: Update,
         layers: Result of `layers.separate`.
         moments: Result of `accumulate`.
         update: Kind of update.
-        forms: Forms of its base step, [P, N, B, a, b]; None for an update without one.
+        forms: Forms of its base step, [P, 3, B, a, b]; None for an update without one.
     """
     *hidden_weights, last_weight = layers.weights
     grid, block = operands.grid, operands.block

@@ -81,9 +81,7 @@ class Update(ABC):
         round_idx: Tensor,
         retained: Tensor | None,
     ) -> Decays:
-        """Advance the state that this rule alone uses, and choose the decays of the round.
-
-        The momenta, v and the factors R and C are advanced afterwards, by the caller, with the decays returned.
+        """Advance all that the base step remembers besides momenta, and choose the decays of the round.
 
         Args:
             state: Accumulators of the tensor, changed in place.
@@ -159,7 +157,6 @@ class PublishedUpdate(Update):
     def damp(self, tensors: Sequence[ModelTensor[AdaState]], total: Total = local_total) -> Tensor | None:
         return None
 
-    @override
     def advance(
         self,
         state: AdaState,
@@ -211,7 +208,6 @@ class BlendedNesterovUpdate(Update):
     def damp(self, tensors: Sequence[ModelTensor[AdaState]], total: Total = local_total) -> Tensor:
         return damp_model(tensors, [tensor.state.base for tensor in tensors], total)
 
-    @override
     def advance(
         self,
         state: AdaState,
@@ -261,7 +257,13 @@ class BlendedNesterovUpdate(Update):
 
 
 def decays_of_round(decays: Decays, round_idx: Tensor, norm_ratio: Tensor, retained: Tensor | None = None) -> Decays:
-    """Choose decays with which the first momentum advances as the one of `blended.step_model`.
+    r"""Choose the decays of round t for an update of the blended Nesterov step.
+
+    Its first momentum is
+
+    .. math:: m_1 \leftarrow \beta_t \min\Big(1, \frac{|g_t|}{|g_{t-1}|}\Big) m_1 + (1 - \beta_t) g_t
+
+    with g already damped and the β_t of `blended.complement_of_round`.
 
     Args:
         decays: Decays of the network.
