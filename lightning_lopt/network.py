@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_lopt.functional import ada
 from lightning_lopt.functional.features import count_features, feature_slices
@@ -263,6 +264,7 @@ class AdaMLP(nn.Module):
             raise WeightsError(f"There are no bundled weights {name!r}; there are {AdaMLP.bundled_names()}.")
         return Path(str(resources.files("lightning_lopt") / "weights" / f"{name}.safetensors"))
 
+    @override
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.config.items())
 
