@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_lopt.functional import ada
 from lightning_lopt.functional.features import count_features, feature_slices
@@ -27,14 +28,15 @@ ABLATION_FEATURES = ("grads", "param", "time")
 class AdaMLP(nn.Module):
     r"""A per-coordinate MLP over Ada features, together with the decays of their accumulators.
 
-    .. math:: (d, m) = W_3\,\mathrm{relu}(W_2\,\mathrm{relu}(W_1 f + b_1) + b_2) + b_3
+    .. math:: (d, m, \ldots) = W_3\,\mathrm{relu}(W_2\,\mathrm{relu}(W_1 f + b_1) + b_2) + b_3
 
     Args:
         inputs: Pseudo-gradients that the network sees: ``"mean"`` for their average (LOpt-A, 39 features), or an
             integer K for those of K workers in fixed order (LAgg-A, 38 + K features); it then belongs to that K.
         hidden: Widths of the two hidden layers.
-        step_mult: Size λ1 > 0 of the step.
-        exp_mult: Range λ2 >= 0 of the magnitude.
+        step_mult: Multiplier λ1 > 0 of the first output d: the size of the published step, or that of the correction in
+            units of the base step.
+        exp_mult: Multiplier λ2 >= 0 of the other outputs: of the magnitude, or of the gate and the logits.
         update: Kind of update that the output becomes: ``"published"`` (the paper's) or ``"blended_nesterov"``, which
             also sees 11 features of the tensor as a whole (see `lightning_lopt.functional.updates`).
         ada_features: Whether the network sees Ada features; without them only the pseudo-gradients, the parameter and
@@ -44,8 +46,8 @@ class AdaMLP(nn.Module):
             global generator in charge.
 
     Shape:
-        Weights ``layers.{0,1,2}.weight`` [32, F], [32, 32], [2, 32]; offsets ``decays.momentum`` [3],
-        ``decays.rms`` [1], ``decays.factored`` [3].
+        Weights ``layers.{0,1,2}.weight`` [32, F], [32, 32], [O, 32], with O = 2 outputs for ``"published"``, 4 for
+        ``"blended_nesterov"``; offsets ``decays.momentum`` [3], ``decays.rms`` [1], ``decays.factored`` [3].
 
     Raises:
         ValueError: An argument out of its range.
@@ -106,23 +108,15 @@ class AdaMLP(nn.Module):
         hidden: tuple[int, int] = (8, 8),
         seed: int | None = None,
     ) -> AdaMLP:
-        r"""Create a network that takes the step which meta-training of ``"blended_nesterov"`` starts from.
+        """Create a network that takes the step of `BlendedNesterov`, from which ``"blended_nesterov"`` is meta-trained.
 
-        .. math:: m \leftarrow \beta_t \rho_t m + (1 - \beta_t) g,\quad
-            s = g + \frac{\beta_t}{1-\beta_t} m,\quad p \leftarrow p - \mathrm{lr}\; (w_1 s + w_2 O(s) + w_3 W(s))
-
-            1 - \beta_t = \max\Big(1 - \beta, \frac{2}{t + 2}\Big),\quad
-            \rho_t = \min\Big(1, \frac{|g_t|}{|g_{t-1}|}\Big)
-
-        in round t, from 0: Nesterov momentum that grows to its β, and shrinks with the pseudo-gradient. O makes the
-        singular values of a matrix nearly equal, and leaves a vector as it is; W whitens by recent pseudo-gradients;
-        both keep the norm. A pseudo-gradient that has grown by more than half is first multiplied with its `damping`.
-        The last layer's weights are 0. `BlendedNesterov` takes the same step without a network.
+        Its last layer's weights are 0, so the features do not count. The equations of the step are those of
+        `lightning_lopt.functional.blended.step_model`.
 
         Args:
             lr: Learning rate, in [0.02, 1.65].
             momentum: Momentum β in (0, 1).
-            blend: Weights w of the three forms, each at least 1e-6, of sum 1.
+            blend: Weights w of the step as it is, orthogonalised and whitened, each at least 1e-6, of sum 1.
             hidden: Widths of the two hidden layers.
             seed: Seed of their weights.
 
@@ -270,6 +264,7 @@ class AdaMLP(nn.Module):
             raise WeightsError(f"There are no bundled weights {name!r}; there are {AdaMLP.bundled_names()}.")
         return Path(str(resources.files("lightning_lopt") / "weights" / f"{name}.safetensors"))
 
+    @override
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.config.items())
 

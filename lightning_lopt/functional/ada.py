@@ -348,12 +348,13 @@ def sum_in_blocks(rows: Tensor) -> Tensor:
 
 
 def epsilons(state: AdaState, *, relative: bool) -> Epsilons:
-    """Return the published constants.
+    """Compute the terms added before roots and divisions from 1e-9, 1e-6, 1e-8 (and 1e-5), the published constants.
 
     Args:
         state: Accumulators of the parameter, already advanced.
-        relative: Whether they are in units of the running mean of g² over the tensor, so that the features do not
-            change when all pseudo-gradients are scaled; else in units of 1.
+        relative: Whether the first three are in units of the running mean of g² over the tensor, and the last one is
+            the smallest normal number, so that the features do not change when all pseudo-gradients are scaled; else
+            they are the published constants themselves.
     """
     scale = row_means(state)[:, -1:, None, None].clamp_(min=MIN_SCALE)
     if not relative:
@@ -371,7 +372,7 @@ def gradient_scales(state: AdaState, eps: Epsilons, factors: Factoring) -> tuple
 
     Returns:
         For matrices rf [P, 3, B, size of d1], cf [P, 3, B, size of d0], and rf again: g and m are both scaled by
-        rf·cf. For vectors 1/sqrt(D + 1e-6), 1 and 1/sqrt(max(D + 1e-9, 1e-9)).
+        rf·cf. For vectors 1/sqrt(D + eps.second), 1 and 1/sqrt(max(D + eps.factor, eps.factor)).
     """
     if not factors.factored:
         vector = (state.row + eps.factor).clamp_(min=eps.factor).rsqrt_()

@@ -128,8 +128,10 @@ def step_model(
     .. math:: m \leftarrow \beta_t \min\Big(1, \frac{|g_t|}{|g_{t-1}|}\Big) m + (1 - \beta_t) g,\quad
         s = g + \frac{\beta_t}{1-\beta_t} m,\quad p \leftarrow p - \mathrm{lr}\,(w_1 s + w_2 O(s) + w_3 W(s))
 
-    with g already damped and the momentum of `complement_of_round`. Where the pseudo-gradient becomes smaller, as with
-    a learning rate that decays, so does the momentum.
+    in round t, with g already multiplied by its `damping` and the 1 - β_t of `complement_of_round`: Nesterov momentum
+    that grows to its β over the first rounds, and shrinks with the pseudo-gradient, as when a learning rate decays. O
+    makes the singular values of a matrix nearly equal (`orthogonalise`), and leaves a vector as it is; W whitens by
+    recent pseudo-gradients (`whiten`). Both keep the norm.
 
     Args:
         tensors: Tensors of the model.

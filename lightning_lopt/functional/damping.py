@@ -33,10 +33,10 @@ def damping(
     .. math:: q_t = \min\Big(1, \frac{L_t}{|g_t|}\max\big(1, \tfrac{s_t}{s_{t-1}}\big)\Big),\qquad d_t = q_t^2,\qquad
         L_{t+1} = \max(1.5\, q_t |g_t|,\; 0.999\, L_t)
 
-    with norms over all tensors. Local steps that diverge are seen in norms that grow from round to round; the larger
-    g is, the less of it is left, as in redescending estimators, so that one wild round moves next to nothing. But the
-    limit L grows by half all the same: what stays large counts again after some rounds, and what recent rounds had,
-    as with rare examples, counts at once. Growth that comes from more local steps or a higher local learning rate
+    with norms over all tensors. Local steps that diverge are seen in norms that grow from round to round; the larger g
+    is, the less of it is left, as in redescending estimators, so that a single diverging round changes almost nothing.
+    But the limit L grows by half all the same: what stays large counts again after some rounds, and what recent rounds
+    had, as with rare examples, counts at once. Growth that comes from more local steps or a higher local learning rate
     (s = γH) is not damped, nor that of tensors whose g has always been 0. The first two rounds of a tensor count in
     full: in its first one a fragment has trained for a shorter time.
 

@@ -46,8 +46,10 @@ class Moments(NamedTuple):
 
     Attributes:
         features: Sums of squares of the per-coordinate features, in the order of the network, [P, G + 15].
-        base: Sum of squares of the base step, [P, 1], or [P, 0] for an update without one.
-        products: Sums of g², g m_1, g m_2, g m_3, [P, 4], or [P, 0] for an update without a base step.
+        base: Sum of squares of the base step, [P, 1]; [P, 0] for an update with neither a base step nor features of
+            kind "tensor".
+        products: Sums of g², g m_1, g m_2, g m_3, [P, 4], from which features of kind "tensor" are made; [P, 0] for an
+            update without them.
         numel: Number of coordinates.
     """
 
@@ -135,11 +137,12 @@ def tensor_features(
 ) -> Tensor:
     r"""Compute the features of the tensor as a whole, all independent of the scale of g.
 
-    .. math:: \cos(g, m_i),\quad \log\frac{|\hat m_i|}{|g|},\quad \log\frac{|g|^2}{\hat R_i},\quad
-        \log\frac{|g|}{|p|},\quad [\text{vector}]
+    .. math:: \cos(g, m_i),\quad \tfrac12 \log\frac{|\hat m_i|}{|g|},\quad \tfrac12 \log\frac{|g|}{\hat R_i^{1/2}},\quad
+        \tfrac12 \log\frac{|g|}{|p|},\quad [\text{vector}]
 
-    with norms as root mean squares over the tensor and accumulators without their bias towards 0; logarithms are
-    quartered, so that they are half the logarithm of a norm's ratio, and clipped to ±3.
+    with norms as root mean squares over the tensor, :math:`\hat R_i` the mean of R_i over the tensor, and both
+    accumulators divided by the share of their limit that they have reached, which is 1 for m_1. The logarithms are
+    clipped to ±3.
 
     Args:
         moments: Result of `learned.accumulate`.

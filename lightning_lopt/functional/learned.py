@@ -3,7 +3,7 @@
 `functional.layers` separates the network; the part that is left per coordinate runs in blocks that stay in a cache.
 `functional.plain` holds the plain form, which this one equals up to rounding.
 
-A step needs whole tensors: rows, columns and norms go into it, and an update with a base step orthogonalises and
+A step needs whole tensors: rows, columns and norms go into it, and the blended Nesterov step orthogonalises and
 whitens whole matrices. `step_model` is the step of a model, `step` that of one of its tensors.
 """
 
@@ -228,7 +228,9 @@ def step(
 ) -> None:
     r"""Take one outer step of the learned optimizer on one tensor, in place on `param` and `state`.
 
-    .. math:: p \leftarrow p - \lambda_1 d \exp(\lambda_2 m),\quad (d, m) = \mathrm{MLP}(\text{Ada features})
+    .. math:: p \leftarrow p - \mathrm{step}(\mathrm{MLP}(\text{features}))
+
+    with the `Update.step` of the network's update, for the published one :math:`\lambda_1 d \exp(\lambda_2 m)`.
 
     Args:
         param: Anchor, [P, *S], float32 or float64.
@@ -238,8 +240,8 @@ def step(
         round_idx: Number of steps already taken, from 0, [P].
         worker_grads: Pseudo-gradient of each worker in fixed order, [P, K, *S]; for networks with K inputs.
         damping: Factor of all pseudo-gradients, as the update chose it for the whole model, [P]; None for 1.
-        retained_momentum: Share of their momentum that the workers retain over a round, [P], which an update with a
-            base step does not remember again; None for 0.
+        retained_momentum: Share of their momentum that the workers retain over a round, [P]; None for 0. An update may
+            leave it out of its own momentum (`Update.advance`).
 
     Source: arXiv 2312.02204, section 3 and appendix.
 

@@ -1,6 +1,7 @@
-"""The plain form of the learned step: the paper's formulas, every feature formed for every coordinate.
+"""The slow, readable form of the learned step: the paper's formulas, every feature formed for every coordinate.
 
-It is slow and needs over 39 floats per parameter. `functional.learned` is tested and timed against it.
+It needs over 39 floats per parameter. No optimizer calls it: `functional.learned`, the fast form that runs, is tested
+and timed against it. Whoever wants to understand the step, or to change it, begins here.
 """
 
 from __future__ import annotations

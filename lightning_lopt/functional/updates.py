@@ -1,4 +1,13 @@
-"""Kinds of update: from the output of the network to the step of a tensor."""
+"""Update rules of the learned step: how the outputs of the network become the step of a tensor.
+
+To add a rule, subclass `Update` and give it a row in `UPDATES`: `AdaMLP(update=...)` then takes its key, and the tests
+over `UPDATES` take it up. The methods are independent choices: a rule may have a base step without damping, or features
+of the whole tensor without a base step.
+
+`Update.step` sees the outputs of the network and the base step, neither the pseudo-gradient nor the parameter. A rule
+that needs one of them, or a norm, brings it in through `Update.base_forms`: a form of the base step may be any tensor
+of the parameter's shape, the pseudo-gradient itself for example, and the root mean square of the first one comes along.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +17,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_lopt.functional.ada import AdaState, Decays, Epsilons, Factoring, epsilons, sum_in_blocks
 from lightning_lopt.functional.blended import base_forms, complement_of_round, damp_model, nesterov, norm_ratio
@@ -21,11 +31,11 @@ MAX_CORRECTION = 1.0  # in units of the base step
 
 
 class Base(NamedTuple):
-    """A hand-made step that an update starts from.
+    """A hand-made step that an update starts from, on a tensor or a block of it.
 
     Attributes:
-        forms: Step in its three forms, [P, 3, *].
-        rms: Root mean square over the tensor, which all forms have, [P, 1, *] with trailing dimensions of size 1.
+        forms: Forms of the step, [P, N, B, a, b].
+        rms: Root mean square of the first form over the whole tensor, [P, 1, 1, 1, 1].
     """
 
     forms: Tensor
@@ -33,7 +43,7 @@ class Base(NamedTuple):
 
 
 class Update(ABC):
-    """A kind of update; it has no state of its own.
+    """An update rule; it has no state of its own.
 
     Attributes:
         num_outputs: Number of outputs of the network.
@@ -88,7 +98,7 @@ class Update(ABC):
 
     @abstractmethod
     def block_sums(self, grad: Tensor, momentum: Tensor, decays: Decays) -> list[Tensor]:
-        """Sum products over a block, from which the base step and the features of the tensor are normalised.
+        """Sum over a block what the root mean square of the base step and features of kind "tensor" are made of.
 
         Args:
             grad: Averaged pseudo-gradient g of the block, [P, 1, B, a, b].
@@ -96,7 +106,9 @@ class Update(ABC):
             decays: Decays of the round.
 
         Returns:
-            Sums of the squared base step, [P, 1], and of g², g m_1, g m_2, g m_3, [P, 4]; nothing without a base step.
+            Sum of the squares of the base step's first form, [P, 1], then sums of g², g m_1, g m_2, g m_3, [P, 4]. The
+            second entry may be left out by a rule without features of kind "tensor"; the first is 0 for a rule that
+            has them but no base step. Empty for a rule with neither.
         """
 
     @abstractmethod
@@ -113,7 +125,7 @@ class Update(ABC):
             like: Tensor of the parameter's shape, [P, *S].
 
         Returns:
-            Forms [P, 3, B, a, b]; None without a base step.
+            Forms [P, N, B, a, b], in any number N >= 1; None without a base step.
         """
 
     @abstractmethod
@@ -122,7 +134,7 @@ class Update(ABC):
 
         Args:
             output: Outputs, all but the first already times λ2 and that times λ1, [P, outputs, *]; overwritten.
-            base: Base step, if the update has one.
+            base: Base step; None for a rule without one.
 
         Returns:
             Step that is subtracted from the parameter, [P, 1, *].
@@ -135,12 +147,14 @@ class PublishedUpdate(Update):
     num_outputs = 2
     feature_kinds = PUBLISHED_KINDS
 
+    @override
     def init_state(
         self, shape: tuple[int, ...], num_particles: int, dtype: torch.dtype, device: torch.device
     ) -> AdaState:
         return AdaState.zeros(shape, num_particles, dtype, device)
 
-    def damp(self, tensors: Sequence[ModelTensor[AdaState]], total: Total = local_total) -> None:
+    @override
+    def damp(self, tensors: Sequence[ModelTensor[AdaState]], total: Total = local_total) -> Tensor | None:
         return None
 
     def advance(
@@ -154,15 +168,21 @@ class PublishedUpdate(Update):
     ) -> Decays:
         return decays
 
+    @override
     def epsilons(self, state: AdaState) -> Epsilons:
         return epsilons(state, relative=False)
 
+    @override
     def block_sums(self, grad: Tensor, momentum: Tensor, decays: Decays) -> list[Tensor]:
         return []
 
-    def base_forms(self, grad: Tensor, state: AdaState, decays: Decays, factors: Factoring, like: Tensor) -> None:
+    @override
+    def base_forms(
+        self, grad: Tensor, state: AdaState, decays: Decays, factors: Factoring, like: Tensor
+    ) -> Tensor | None:
         return None
 
+    @override
     def step(self, output: Tensor, base: Base | None) -> Tensor:
         r"""Turn (λ1 d, λ2 m) into :math:`\lambda_1 d \exp(\lambda_2 m)`, a step that is absolute in size."""
         direction, magnitude = output.split(1, dim=1)
@@ -178,11 +198,13 @@ class BlendedNesterovUpdate(Update):
     num_outputs = 4
     feature_kinds = ALL_KINDS
 
+    @override
     def init_state(
         self, shape: tuple[int, ...], num_particles: int, dtype: torch.dtype, device: torch.device
     ) -> AdaState:
         return AdaState.zeros(shape, num_particles, dtype, device, grams=True)
 
+    @override
     def damp(self, tensors: Sequence[ModelTensor[AdaState]], total: Total = local_total) -> Tensor:
         return damp_model(tensors, [tensor.state.base for tensor in tensors], total)
 
@@ -200,19 +222,23 @@ class BlendedNesterovUpdate(Update):
         update_grams(base, grad)
         return decays_of_round(decays, round_idx, norm_ratio(base, squared_norm), retained)
 
+    @override
     def epsilons(self, state: AdaState) -> Epsilons:
         return epsilons(state, relative=True)
 
+    @override
     def block_sums(self, grad: Tensor, momentum: Tensor, decays: Decays) -> list[Tensor]:
         base = nesterov(grad, momentum[:, :1], decays.momentum[:, :1]).flatten(1)
         grads = grad.flatten(2)
         products = torch.bmm(torch.cat([grads, momentum.flatten(2)], 1), grads.mT).squeeze(2)
         return [torch.linalg.vector_norm(base, dim=-1, keepdim=True).square_(), products]
 
+    @override
     def base_forms(self, grad: Tensor, state: AdaState, decays: Decays, factors: Factoring, like: Tensor) -> Tensor:
         step = nesterov(grad, state.momentum[:, :1], decays.momentum[:, :1])
         return base_forms(step, state.base, factors, like)
 
+    @override
     def step(self, output: Tensor, base: Base | None) -> Tensor:
         r"""Gate a mean of the three forms b_i of the base step, and correct it in units of its root mean square.
 

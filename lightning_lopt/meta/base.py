@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 from typing_extensions import Self, override
 
-Tensors = dict[str, Tensor]
+from lightning_lopt.functional.pes import Tensors
+
 Batch = tuple[Tensor, ...]
 
 CLIP = 1.5  # losses are clipped to this multiple of that of a uniform guess

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,19 +18,11 @@ from lightning_lopt.optim.whole_model import WholeModelOptimizer
 
 
 class BlendedNesterov(WholeModelOptimizer):
-    r"""A Nesterov step, blended with its orthogonalised (Muon) and its whitened (Shampoo) form.
+    """A Nesterov step, blended with its orthogonalised (Muon) and its whitened (Shampoo) form.
 
-    .. math:: m \leftarrow \beta_t \rho_t m + (1 - \beta_t) g,\quad
-        s = g + \frac{\beta_t}{1-\beta_t} m,\quad p \leftarrow p - \mathrm{lr}\; (w_1 s + w_2 O(s) + w_3 W(s))
-
-        1 - \beta_t = \max\Big(1 - \beta, \frac{2}{t + 2}\Big),\quad
-        \rho_t = \min\Big(1, \frac{|g_t|}{|g_{t-1}|}\Big)
-
-    in round t, from 0: Nesterov momentum that grows to its β, and shrinks with the pseudo-gradient. O makes the
-    singular values of a matrix nearly equal, and leaves a vector as it is; W whitens by recent pseudo-gradients; both
-    keep the norm. A pseudo-gradient that has grown by more than half is first multiplied with its `damping`, unless
-    ``local_lr`` times ``local_steps`` has grown as much. The share of the momentum that the workers' ``local_momentum``
-    retains over a round is not counted again. The step equals that of
+    The equations are those of `lightning_lopt.functional.blended.step_model`. A pseudo-gradient that has grown by more
+    than half is damped first, unless ``local_lr`` times ``local_steps`` has grown as much, and the share of the
+    momentum that the workers' ``local_momentum`` retains over a round is not counted again. The step equals that of
     ``LearnedOptimizer(params, AdaMLP.base_step(lr, momentum, blend))`` up to rounding, without a network and with less
     state.
 
@@ -37,11 +30,11 @@ class BlendedNesterov(WholeModelOptimizer):
         params: Anchors, or groups of them.
         lr: Outer learning rate > 0.
         momentum: Momentum β in [0, 1).
-        blend: Weights w of the three forms, each at least 0, of sum 1.
+        blend: Weights w of the step as it is, orthogonalised and whitened, each at least 0, of sum 1.
 
     Attributes:
         needs_whole_tensors: Whether the step is undefined on random coordinates of a tensor: True.
-        total: Sum over all shards of sums over the parameters here; whoever shards the parameters sets it.
+        total: Function that adds up numbers over all shards of the model; set by a sync with `sharded=True`.
         max_update_ratio: Bound on the step in units of the averaged one, beyond which a sync averages instead.
 
     Raises:
@@ -69,8 +62,8 @@ class BlendedNesterov(WholeModelOptimizer):
         momentum: float = 0.85,
         blend: Sequence[float] = (0.05, 0.45, 0.5),
     ) -> None:
-        if not lr > 0:
-            raise ValueError(f"BlendedNesterov needs lr > 0, not {lr}.")
+        if not 0 < lr < math.inf:
+            raise ValueError(f"BlendedNesterov needs a finite lr > 0, not {lr}.")
         if not 0 <= momentum < 1:
             raise ValueError(f"BlendedNesterov needs momentum in [0, 1), not {momentum}.")
         if len(blend) != 3 or not min(blend) >= 0 or not abs(sum(blend) - 1) < 1e-6:

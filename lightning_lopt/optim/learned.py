@@ -17,6 +17,7 @@ from lightning_lopt.functional.learned import Network
 from lightning_lopt.functional.model import ModelTensor
 from lightning_lopt.functional.updates import UPDATES
 from lightning_lopt.network import AdaMLP
+from lightning_lopt.optim.outer import WORKER_GRADS
 from lightning_lopt.optim.whole_model import WholeModelOptimizer
 
 
@@ -41,11 +42,12 @@ class LearnedOptimizer(WholeModelOptimizer):
     There is nothing to tune. ``p.grad`` is the averaged pseudo-gradient; a network with K inputs also needs
     ``p.worker_grads`` [K, *S]. The state is float32 (float64 for float64 parameters) whatever the parameter's type:
     ``momentum`` (3 per coordinate), ``second`` (1), ``row`` and ``col`` (3 per row and column), ``squared_norm``,
-    ``norm_limit``, ``local_scale``, ``left_gram`` and ``right_gram`` (the default's Gram matrices) and ``step``. With
-    an update that has a base step, as the default has, a pseudo-gradient that grows by more than half is damped
-    (`lightning_lopt.functional.damping`), unless ``local_lr`` times ``local_steps`` has grown as much, and what the
-    workers' ``local_momentum`` retains over a round is not remembered again (`functional.blended`). The strategies
-    write these three into each group.
+    ``norm_limit``, ``local_scale``, ``left_gram`` and ``right_gram`` (the default's Gram matrices) and ``step``.
+
+    With the update ``"blended_nesterov"``, which the default has, a pseudo-gradient that grows by more than half is
+    damped (`lightning_lopt.functional.damping`), unless ``local_lr`` times ``local_steps`` has grown as much, and what
+    the workers' ``local_momentum`` retains over a round is not remembered again (`lightning_lopt.functional.blended`).
+    A sync writes these three into each group.
 
     Args:
         params: Anchors, or groups of them.
@@ -57,7 +59,7 @@ class LearnedOptimizer(WholeModelOptimizer):
         needs_worker_grads: Whether `p.worker_grads` must be set.
         num_workers: Number of workers K that the network belongs to, or None for any.
         needs_whole_tensors: Whether the step is undefined on random coordinates of a tensor: True.
-        total: Sum over all shards of sums over the parameters here; whoever shards the parameters sets it.
+        total: Function that adds up numbers over all shards of the model; set by a sync with `sharded=True`.
         max_update_ratio: Bound on the step in units of the averaged one, beyond which a sync averages instead.
 
     Raises:
@@ -111,7 +113,7 @@ class LearnedOptimizer(WholeModelOptimizer):
     def _worker_grads(self, p: Tensor) -> Tensor | None:
         if not self.needs_worker_grads:
             return None
-        workers: Tensor | None = getattr(p, "worker_grads", None)
+        workers: Tensor | None = getattr(p, WORKER_GRADS, None)
         if workers is None or len(workers) != self.num_workers:
             raise ValueError(
                 f"This network belongs to {self.num_workers} workers: set p.worker_grads to their stacked "

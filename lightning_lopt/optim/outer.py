@@ -19,18 +19,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 OuterFactory = Callable[[Any], Optimizer]
-"""Makes an outer optimizer from parameter groups, as `partial(torch.optim.SGD, lr=0.7)` does."""
+"""Function that makes an outer optimizer from parameter groups, as `partial(torch.optim.SGD, lr=0.7)` does."""
+
+WORKER_GRADS = "worker_grads"
+"""Attribute of a parameter that holds the pseudo-gradient of each worker while an optimizer that needs them steps."""
 
 
 class OuterOptimizer(Protocol):
-    """Optional attributes of an outer optimizer, all of which are read by `read_contract`.
+    """Optional attributes of an outer optimizer; all are read by `read_contract`, but for `total`, which is set.
 
     Attributes:
         needs_worker_grads: Whether each parameter must also have ``.worker_grads``, every worker's pseudo-gradient
@@ -43,8 +46,9 @@ class OuterOptimizer(Protocol):
             step by averaging. Default None, no limit.
         fingerprint: Text that differs for optimizers that step differently with the same settings, the digest of a
             network for example. Default None. Compared between the workers when a sync is made.
-        total: Sums numbers [n] over all shards of the model. A sync with `sharded=True` assigns it where the attribute
-            exists; until then it is the identity. An optimizer without it must not combine several tensors.
+        total: Function that adds up numbers [n] over all shards of the model. A sync with `sharded=True` sets it where
+            the attribute exists; until then it is the identity. An optimizer without it must not combine several
+            tensors.
 
     Example:
         >>> class SignSGD(torch.optim.Optimizer):
@@ -69,9 +73,16 @@ class OuterOptimizer(Protocol):
     total: Callable[[Tensor], Tensor]
 
 
+@runtime_checkable
+class HasTotal(Protocol):
+    """An outer optimizer that combines several tensors; see `OuterOptimizer`."""
+
+    total: Callable[[Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class OuterContract:
-    """The attributes of `OuterOptimizer` that one optimizer has, with defaults for the others.
+    """The attributes of `OuterOptimizer` that one optimizer has, with defaults for the others, but for `total`.
 
     Attributes:
         needs_worker_grads: Whether each parameter must also have ``.worker_grads``.
@@ -79,7 +90,6 @@ class OuterContract:
         needs_whole_tensors: Whether a step needs whole tensors.
         max_update_ratio: Limit of the step, None without.
         fingerprint: Text that differs for other kinds, settings or fingerprints.
-        takes_total: Whether the attribute `total` is to be assigned where the model is sharded.
     """
 
     needs_worker_grads: bool
@@ -87,7 +97,6 @@ class OuterContract:
     needs_whole_tensors: bool
     max_update_ratio: float | None
     fingerprint: str
-    takes_total: bool
 
 
 def read_contract(optimizer: Optimizer) -> OuterContract:
@@ -108,7 +117,6 @@ def read_contract(optimizer: Optimizer) -> OuterContract:
         needs_whole_tensors=getattr(optimizer, "needs_whole_tensors", False),
         max_update_ratio=getattr(optimizer, "max_update_ratio", None),
         fingerprint=repr((type(optimizer).__name__, settings, getattr(optimizer, "fingerprint", None))),
-        takes_total=hasattr(optimizer, "total"),
     )
 
 
@@ -116,7 +124,7 @@ def check_coordinatewise(factory: OuterFactory) -> None:
     """Refuse an outer optimizer that must see whole tensors.
 
     Args:
-        factory: Makes the optimizer; it is tried on a parameter of its own.
+        factory: Function that makes the optimizer; it is tried on a parameter of its own.
 
     Raises:
         ValueError: Its contract says so, it has a state of another shape than the parameter's, or it begins a state

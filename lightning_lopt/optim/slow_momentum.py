@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.optim.optimizer import Optimizer, ParamsT
+from typing_extensions import override
 
-from lightning_lopt.functional.momentum import slow_momentum
+from lightning_lopt.functional.slow_momentum import slow_momentum
 
 
 class SlowMomentum(Optimizer):
@@ -16,9 +18,9 @@ class SlowMomentum(Optimizer):
 
     .. math:: u \leftarrow \beta u + g / \gamma,\qquad a \leftarrow a - \alpha \gamma u
 
-    γ is the group key ``local_lr``, which a sync writes before each step; it is 1 until someone does. With γ
-    constant this is BMUF (Chen & Huo 2016) with block momentum β and block learning rate α; β = 0 and α = 1 is
-    plain averaging; with one worker it is Lookahead.
+    γ is the group key ``local_lr``, the learning rate of the local optimizer's group, which a sync writes before each
+    step; it is 1 until someone does. With γ constant this is BMUF (Chen & Huo 2016) with block momentum β and block
+    learning rate α; β = 0 and α = 1 is plain averaging; with one worker it is Lookahead.
 
     Args:
         params: Anchors, or groups of them.
@@ -44,19 +46,23 @@ class SlowMomentum(Optimizer):
     """
 
     def __init__(self, params: ParamsT, lr: float = 1.0, momentum: float = 0.5) -> None:
-        if not lr > 0:
-            raise ValueError(f"SlowMomentum needs lr > 0, not {lr}.")
+        if not 0 < lr < math.inf:
+            raise ValueError(f"SlowMomentum needs a finite lr > 0, not {lr}.")
         if not 0 <= momentum < 1:
             raise ValueError(f"SlowMomentum needs momentum in [0, 1), not {momentum}.")
         super().__init__(params, {"lr": lr, "momentum": momentum, "local_lr": 1.0})
 
+    @override
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Take one outer step on every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        """Take one outer step on every parameter that has a gradient.
+
+        Raises:
+            ValueError: The local learning rate γ of a group is unknown, negative or infinite; nothing is changed then.
+        """
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            _check_local_lr(group)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -73,3 +79,12 @@ class SlowMomentum(Optimizer):
                     local_lr=group["local_lr"],
                 )
         return loss
+
+
+def _check_local_lr(group: dict[str, Any]) -> None:
+    if not 0 <= group["local_lr"] < math.inf and any(p.grad is not None for p in group["params"]):
+        raise ValueError(
+            f"SlowMomentum needs the local learning rate, but that of a parameter group is {group['local_lr']}. Use a "
+            "local optimizer that has a finite `lr` >= 0 in each group, or an outer optimizer that does not need it: "
+            "torch.optim.SGD with momentum."
+        )

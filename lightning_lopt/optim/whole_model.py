@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
+from typing_extensions import override
 
 from lightning_lopt.functional.blended import retained_momentum
 from lightning_lopt.functional.blocks import one_thread
@@ -28,7 +29,7 @@ class WholeModelOptimizer(Optimizer, ABC):
     Attributes:
         needs_whole_tensors: Whether the step is undefined on random coordinates of a tensor: True.
         max_update_ratio: Bound on the step in units of the averaged one, beyond which a sync averages instead.
-        total: Sum over all shards of sums over the parameters here; whoever shards the parameters sets it.
+        total: Function that adds up numbers over all shards of the model; set by a sync with `sharded=True`.
     """
 
     _state_class: ClassVar[type]  # a dataclass of tensors [1, *]
@@ -39,6 +40,7 @@ class WholeModelOptimizer(Optimizer, ABC):
         self.total: Total = local_total
         super().__init__(params, defaults)
 
+    @override
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles hold, which step for themselves: torch's leaves out attributes of our own."""
         return {**super().__getstate__(), "total": local_total}
@@ -51,13 +53,11 @@ class WholeModelOptimizer(Optimizer, ABC):
     def _step_model(self, tensors: list[ModelTensor[Any]], groups: list[dict[str, Any]]) -> None:
         """Take one step of all tensors, each of which has its parameter group."""
 
+    @override
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Take one outer step on every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         with one_thread():
             self._step_model([self._tensor(p, group) for p, group in pairs], [group for _, group in pairs])
@@ -88,6 +88,7 @@ class WholeModelOptimizer(Optimizer, ABC):
         """The pseudo-gradient of each worker, [K, *S], if the step needs them."""
         return None
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state, whose tensors keep their own type, where torch casts them to the parameter's.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_lopt.comm import Communicator
-from lightning_lopt.optim.outer import OuterFactory, read_contract
+from lightning_lopt.optim.outer import WORKER_GRADS, HasTotal, OuterFactory, read_contract
 from lightning_lopt.sync.anchors import AnchoredParameter
 from lightning_lopt.sync.flat import FlatBuffer, ParameterSlice, ReceivedSlice
 from lightning_lopt.sync.sharding import Shards
@@ -76,8 +76,8 @@ class OuterStep:
         self._comm, self._groups, self._shards = comm, groups, shards
         self.optimizer = factory([{"params": [p.anchor for p in group]} for group in groups])
         self.contract = read_contract(self.optimizer)
-        if shards is not None and self.contract.takes_total:
-            self.optimizer.total = shards.total  # pyright: ignore[reportAttributeAccessIssue]
+        if shards is not None and isinstance(self.optimizer, HasTotal):
+            self.optimizer.total = shards.total
         if self.contract.num_workers not in (None, comm.num_workers):
             raise ValueError(
                 f"This outer optimizer's network belongs to {self.contract.num_workers} workers, but there are "
@@ -205,14 +205,14 @@ def _gradients(received: Sequence[ReceivedSlice]) -> Iterator[None]:
     for s, grad, worker_grads in received:
         s.parameter.anchor.grad = grad
         if worker_grads is not None:
-            s.parameter.anchor.worker_grads = worker_grads  # pyright: ignore[reportAttributeAccessIssue]
+            setattr(s.parameter.anchor, WORKER_GRADS, worker_grads)
     try:
         yield
     finally:
         for s, _, worker_grads in received:
             s.parameter.anchor.grad = None
             if worker_grads is not None:
-                del s.parameter.anchor.worker_grads  # pyright: ignore[reportAttributeAccessIssue]
+                delattr(s.parameter.anchor, WORKER_GRADS)
 
 
 def _copy_of_anchor(s: ParameterSlice, *, scratch: bool) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 from lightning_lopt import AdaMLP, BlendedNesterov, LearnedOptimizer
 from lightning_lopt.functional import ada, blocks, learned, plain
 from lightning_lopt.functional.damping import FORGET, GROWTH
+from lightning_lopt.functional.features import ALL_KINDS
 from lightning_lopt.functional.orthogonal import orthogonalise
-from lightning_lopt.functional.updates import UPDATES
+from lightning_lopt.functional.updates import UPDATES, PublishedUpdate
 from lightning_lopt.functional.whitening import update_grams, whiten
 
 SHAPES = {
@@ -64,6 +65,38 @@ def test_separable_equals_plain(shape, update):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_separable_equals_plain_with_worker_inputs(shape):
     assert_same(AdaMLP(inputs=4, seed=0, step_mult=0.1), shape, num_particles=2)
+
+
+class GradUpdate(PublishedUpdate):
+    """A multiple of the pseudo-gradient, which is the only form of the base step, and a correction."""
+
+    def block_sums(self, grad, momentum, decays):
+        return [grad.flatten(1).square().sum(1, keepdim=True)]
+
+    def base_forms(self, grad, state, decays, factors, like):
+        return grad.clone()
+
+    def step(self, output, base):
+        correction, gate = output.split(1, dim=1)
+        return gate.exp() * base.forms + base.rms * correction
+
+
+class TensorUpdate(PublishedUpdate):
+    """The published update with features of the whole tensor, without a base step."""
+
+    feature_kinds = ALL_KINDS
+
+    def block_sums(self, grad, momentum, decays):
+        products = torch.cat([grad, momentum], 1).mul(grad).flatten(2).sum(2)
+        return [torch.zeros_like(products[:, :1]), products]
+
+
+@pytest.mark.parametrize("update", [GradUpdate(), TensorUpdate()], ids=["base step", "tensor features"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_rule_of_ones_own_may_choose_each_part_by_itself(monkeypatch, shape, update):
+    monkeypatch.setitem(UPDATES, "own", update)
+    monkeypatch.setitem(learned.BLOCK_SIZE, "cpu", 40)
+    assert_same(AdaMLP(seed=0, step_mult=0.1, exp_mult=0.1, update="own"), shape, num_particles=2)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 7, 12, 40])

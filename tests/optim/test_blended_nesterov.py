@@ -86,6 +86,7 @@ def test_state_dict_round_trip_is_bitwise(dtype):
     ("options", "match"),
     [
         ({"lr": 0.0}, "lr > 0"),
+        ({"lr": float("inf")}, "finite lr"),
         ({"momentum": 1.0}, r"momentum in \[0, 1\)"),
         ({"blend": (0.5, 0.6, 0.2)}, "whose sum is 1"),
         ({"blend": (1.5, -0.5, 0.0)}, "weights >= 0"),

@@ -87,7 +87,7 @@ def test_a_step_over_the_limit_becomes_an_average(ratio, moved):
 
 def test_defaults_of_an_optimizer_that_has_no_attributes():
     contract = read_contract(torch.optim.SGD([torch.zeros(1)], lr=0.7))
-    assert contract == OuterContract(False, None, False, None, contract.fingerprint, takes_total=False)
+    assert contract == OuterContract(False, None, False, None, contract.fingerprint)
     assert contract.fingerprint != read_contract(torch.optim.SGD([torch.zeros(1)], lr=0.6)).fingerprint
 
 
