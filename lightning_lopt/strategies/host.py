@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import lightning.pytorch as pl
 import numpy as np
@@ -47,6 +47,17 @@ def checkpoint_io_of(strategy: DDPStrategy, make_default: Callable[[], Checkpoin
     elif isinstance(strategy._checkpoint_io, _WrappingCheckpointIO):
         strategy._checkpoint_io.checkpoint_io = make_default()  # a wrapper that has one already keeps it
     return strategy._checkpoint_io
+
+
+def innermost_checkpoint_io(io: CheckpointIO) -> CheckpointIO:
+    """Return the `CheckpointIO` inside of all wrappers, which reads and writes a file before it returns.
+
+    Reason: the class of wrappers, such as `AsyncCheckpointIO`, is private.
+    """
+    while isinstance(io, _WrappingCheckpointIO):
+        assert io.checkpoint_io is not None
+        io = io.checkpoint_io
+    return io
 
 
 def set_checkpoint_io(strategy: DDPStrategy, io: CheckpointIO) -> None:
@@ -407,9 +418,17 @@ def saves_by_time(callback: ModelCheckpoint) -> bool:
     return bool(callback._train_time_interval)
 
 
-def normalization_layers(module: nn.Module) -> list[Norm]:
-    """Return the BatchNorm layers that have running statistics, of any number of dimensions.
+def is_normalization_layer(module: nn.Module) -> TypeGuard[Norm]:
+    """Whether a module is a BatchNorm layer that has running statistics, of any number of dimensions.
 
     Reason: their common base class is private.
     """
-    return [m for m in module.modules() if isinstance(m, Norm) and isinstance(m.running_mean, Tensor)]
+    return isinstance(module, Norm) and isinstance(module.running_mean, Tensor)
+
+
+def modes_before_validation(trainer: pl.Trainer) -> dict[str, bool]:
+    """Return whether each submodule was in training mode before the present validation, by name.
+
+    Reason: the validation loop keeps the modes to itself until it restores them.
+    """
+    return trainer.fit_loop.epoch_loop.val_loop._module_mode.mode
