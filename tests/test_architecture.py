@@ -68,7 +68,6 @@ TESTED_ELSEWHERE = {
     "strategies/callbacks.py": "strategies/test_local_sgd.py and test_uneven.py: the order of hooks",
     "strategies/checkpoint/mean.py": "strategies/checkpoint/test_worker_files.py: the mean of parts",
     "strategies/checkpoint/writing.py": "strategies/checkpoint/test_resume.py and test_worker_files.py",
-    "strategies/errors.py": "strategies/test_signals.py: lost workers",
     "strategies/host.py": "test_architecture.py: each use has its reason; the rest by every run of a Trainer",
     "strategies/joint.py": "sync/test_sync.py and strategies/test_models.py: several optimizers as one",
     "strategies/loaders.py": "strategies/checkpoint/test_resume.py: the place in the data",

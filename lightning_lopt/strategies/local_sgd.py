@@ -443,6 +443,11 @@ class LocalSGD(DDPStrategy):
     def checkpoint_io(self, io: CheckpointIO) -> None:
         host.set_checkpoint_io(self, io)
 
+    @property
+    def part_io(self) -> CheckpointIO:
+        """Reader and writer of the files of single workers: the user's `CheckpointIO`, without asynchronous wrappers."""
+        return host.innermost_checkpoint_io(self.checkpoint_io)
+
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         write = partial(super().save_checkpoint, checkpoint, filepath, storage_options=storage_options)

@@ -82,7 +82,7 @@ class Resume:
             wanted = (parts[number] for number in numbers)
         else:
             real = os.path.realpath(path) if host.is_local_path(path) else path  # "last" may be a link
-            io, token = strategy.checkpoint_io, files["token"]
+            io, token = strategy.part_io, files["token"]
             wanted = (load_part(io, real, token, number, weights_only) for number in numbers)
         elsewhere = CheckpointError(f"Another worker could not read its file beside {path}: see its error.")
         if saved == present:
