@@ -182,7 +182,7 @@ class BatchNormReestimation(Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             named = host.modes_before_validation(trainer)
-            modes = {m: named.get(name, m.training) for name, m in pl_module.named_modules()}
+            modes: dict[nn.Module, bool] = {m: named.get(name, m.training) for name, m in pl_module.named_modules()}
             buffers = (b for norm in _trained_norms(modes) for b in norm.buffers())
             _rounds(trainer, self).sync.swap.put((b, b.clone()) for b in buffers)  # undone by the strategy
             self._reestimate(trainer, pl_module, modes)

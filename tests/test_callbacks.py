@@ -165,7 +165,12 @@ def test_every_layer_is_in_the_mode_in_which_it_trains():
     module = _HalfFrozen()
     module.inputs.running_mean.fill_(5.0)
     run = trainer(
-        LocalSGD(3), 1, max_epochs=1, callbacks=[BatchNormReestimation(4)], val_check_interval=12, num_sanity_val_steps=0
+        LocalSGD(3),
+        1,
+        max_epochs=1,
+        callbacks=[BatchNormReestimation(4)],
+        val_check_interval=12,
+        num_sanity_val_steps=0,
     )
     run.fit(module, loader(), loader(24, shuffle=False))
     assert len(module.at_validation) == 2 * 6

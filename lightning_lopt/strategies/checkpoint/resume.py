@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -41,6 +43,8 @@ class Resume:
         self._strategy, self._workers, self._loaders = strategy, workers, loaders
         self._parts: list[dict[str, Any]] = []
         self._validation_is_over = False  # in the epoch that begins, where Lightning would count on
+        self._can_rewind = False  # all loaders
+        self._ignored = ExitStack()  # until the first batch
         self.goes_on = False
 
     def read(self, checkpoint: dict[str, Any], path: Any, weights_only: bool | None) -> None:
@@ -123,8 +127,7 @@ class Resume:
         if host.train_loaders(trainer) is not None:  # configure_optimizers asked for the number of steps
             host.restore_stateful_loaders(trainer)
             host.make_train_iterators(trainer)
-        if None not in states:
-            warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+        self._can_rewind = None not in states
 
     def start(self, trainer: pl.Trainer) -> None:
         """Restore everything that making the loaders' iterators has changed, and the place in the epoch."""
@@ -133,6 +136,10 @@ class Resume:
             return
         first = parts[0]
         self._loaders.start()
+        if self._can_rewind:  # by this package, of which Lightning does not know when it looks, before the first batch
+            self._ignored.enter_context(
+                _ignore_warning("You're resuming from a checkpoint that ended before the epoch")
+            )
         gradients = first.get("gradients", {})
         for name, p in trainer.lightning_module.named_parameters():
             if name in gradients:
@@ -167,6 +174,7 @@ class Resume:
 
     def begin_batch(self, trainer: pl.Trainer) -> None:
         """Let validations of the epoch count again; in one that begins, from 0."""
+        self._ignored.close()
         host.count_validation_progress(trainer)
         if self._validation_is_over:  # Lightning resets it before it runs the last epoch's validation
             trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset()
@@ -174,7 +182,22 @@ class Resume:
 
     def clear(self) -> None:
         """Forget the checkpoint, at the end of a fit."""
+        self._ignored.close()
         self._parts, self.goes_on = [], False
+
+
+@contextmanager
+def _ignore_warning(message: str) -> Iterator[None]:
+    """Ignore warnings that begin with a message; filters that others set meanwhile stay."""
+    before = list(warnings.filters)
+    warnings.filterwarnings("ignore", re.escape(message))
+    own = warnings.filters[0]
+    try:
+        yield
+    finally:
+        filters: Any = warnings.filters
+        if own not in before and own in filters:
+            filters.remove(own)
 
 
 def _share_out_epoch(trainer: pl.Trainer, batch_ratio: Fraction) -> None:

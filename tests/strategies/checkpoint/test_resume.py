@@ -305,6 +305,7 @@ class _Sealed(CheckpointIO):
     """Files in a format of its own."""
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
+        Path(path).parent.mkdir(exist_ok=True)
         Path(path).write_bytes(b"sealed" + pickle.dumps(checkpoint))
 
     def load_checkpoint(self, path, map_location=None, weights_only=None):
@@ -364,6 +365,28 @@ def test_checkpoints_have_the_permissions_of_other_files(tmp_path):
     AtomicCheckpointIO().save_checkpoint({}, tmp_path / "a.ckpt")
     (tmp_path / "b").touch()
     assert (tmp_path / "a.ckpt").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+class _AddsFilter(pl.Callback):
+    def on_train_batch_start(self, *_):
+        warnings.filterwarnings("ignore", "a user's")
+
+
+def test_a_resume_leaves_the_filters_of_warnings(tmp_path):
+    """A loader that goes on where it was needs no warning; filters that others add meanwhile stay."""
+    saving = ModelCheckpoint(tmp_path, "a", every_n_train_steps=3, save_top_k=-1)
+    run = trainer(LocalSGD(4), 1, max_steps=5, enable_checkpointing=True, callbacks=[saving])
+    run.fit(Classifier(seed=0), loader(24))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        before = list(warnings.filters)
+        run = trainer(LocalSGD(4), 1, max_epochs=1, callbacks=[_AddsFilter()])
+        run.fit(Classifier(seed=0), loader(24), ckpt_path=tmp_path / "a.ckpt")
+        (_, users, *_), *after = warnings.filters
+    assert users.pattern == "a user's"
+    assert after == before
+    assert run.global_step == 6
+    assert not [w for w in caught if "resuming from a checkpoint" in str(w.message)]
 
 
 def _continued(rank, folder):

@@ -109,9 +109,13 @@ def test_the_last_parts_of_an_overwritten_checkpoint_stay(tmp_path):
         if token == "four":
             remove_parts(AtomicCheckpointIO(), path, keep=2, share=(1, 2))
             left = {file.name for file in tmp_path.glob("*.worker*[13]")}
-            assert left == {os.path.basename(part_file(path, t, r)) for t, r in (("three", 1), ("three", 3), ("four", 1))}
+            assert left == {
+                os.path.basename(part_file(path, t, r)) for t, r in (("three", 1), ("three", 3), ("four", 1))
+            }
     remove_parts(AtomicCheckpointIO(), path, keep=2, share=(1, 2))
-    assert {file.name for file in tmp_path.glob("*.worker*[13]")} == {f"a[0].ckpt.{t}.worker00001" for t in ("four", "five")}
+    assert {file.name for file in tmp_path.glob("*.worker*[13]")} == {
+        f"a[0].ckpt.{t}.worker00001" for t in ("four", "five")
+    }
     kept = {f"a[0].ckpt.{t}.worker{r:05d}" for t in ("one", "two", "three") for r in (0, 2)}
     assert kept | others <= {file.name for file in tmp_path.iterdir()}
 
