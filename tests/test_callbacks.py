@@ -164,14 +164,8 @@ class _HalfFrozen(Normed):
 def test_every_layer_is_in_the_mode_in_which_it_trains():
     module = _HalfFrozen()
     module.inputs.running_mean.fill_(5.0)
-    run = trainer(
-        LocalSGD(3),
-        1,
-        max_epochs=1,
-        callbacks=[BatchNormReestimation(4)],
-        val_check_interval=12,
-        num_sanity_val_steps=0,
-    )
+    options = {"max_epochs": 1, "val_check_interval": 12, "num_sanity_val_steps": 0}
+    run = trainer(LocalSGD(3), 1, callbacks=[BatchNormReestimation(4)], **options)
     run.fit(module, loader(), loader(24, shuffle=False))
     assert len(module.at_validation) == 2 * 6
     assert all((state["inputs.running_mean"] == 5).all() for state in (*module.at_validation, module.state_dict()))
@@ -221,5 +215,7 @@ def test_totals_of_the_monitor_begin_anew_with_each_fit():
 
 def test_the_monitor_needs_rounds():
     run = trainer("auto", 1, max_steps=3, callbacks=[RoundMonitor()])
-    with pytest.raises(MisconfigurationException, match="^RoundMonitor needs a strategy of lightning_lopt, not Single"):
+    with pytest.raises(
+        MisconfigurationException, match="RoundMonitor needs a strategy of lightning_lopt, not Single"
+    ):
         run.fit(Classifier(seed=0), loader())

@@ -445,7 +445,7 @@ class LocalSGD(DDPStrategy):
 
     @property
     def part_io(self) -> CheckpointIO:
-        """Reader and writer of the files of single workers: the user's `CheckpointIO`, without asynchronous wrappers."""
+        """Reader and writer of parts in files of their own: the user's `CheckpointIO`, without its wrappers."""
         return host.innermost_checkpoint_io(self.checkpoint_io)
 
     @override
@@ -497,4 +497,4 @@ def _steps_so_far(trainer: pl.Trainer) -> int:
     """The local steps before this fit: with manual optimization `global_step` counts every optimizer."""
     if trainer.lightning_module.automatic_optimization:
         return trainer.global_step
-    return trainer.fit_loop.total_batch_idx + 1
+    return host.batches_begun(trainer, in_run=True)

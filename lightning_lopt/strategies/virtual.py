@@ -441,14 +441,13 @@ def workers_of_process(virtual_workers: int) -> ProcessWorkers:
 
 def _manual_progress(trainer: pl.Trainer) -> tuple[list[Any], dict[str, Any]]:
     """Return what a `training_step` with manual optimization moves on and all workers share."""
-    steps = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
     schedulers = [config.scheduler.state_dict() for config in trainer.strategy.lr_scheduler_configs]
-    return copy.deepcopy((schedulers, steps.state_dict()))
+    return copy.deepcopy(schedulers), host.manual_progress(trainer)
 
 
 def _set_manual_progress(trainer: pl.Trainer, before: tuple[list[Any], dict[str, Any]]) -> None:
     """Restore what `_manual_progress` returned."""
-    schedulers, steps = copy.deepcopy(before)
-    for config, state in zip(trainer.strategy.lr_scheduler_configs, schedulers, strict=True):
+    schedulers, steps = before
+    for config, state in zip(trainer.strategy.lr_scheduler_configs, copy.deepcopy(schedulers), strict=True):
         config.scheduler.load_state_dict(state)
-    trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.load_state_dict(steps)
+    host.set_manual_progress(trainer, steps)

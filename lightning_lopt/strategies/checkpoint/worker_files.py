@@ -67,7 +67,7 @@ def remove_parts(
         checkpoint_io: Writer of the files.
         checkpoint_path: Path of the checkpoint.
         keep: Number of times that the checkpoint was written whose parts stay, the last ones; each time has its token.
-        share: r and n, where only the parts r, r + n, r + 2n, ... are looked at.
+        share: Pair of r and n, where only the parts r, r + n, r + 2n, ... are looked at.
     """
     fs, (remainder, divisor) = get_filesystem(checkpoint_path), share
     name = re.compile(re.escape(Path(str(checkpoint_path)).name) + r"\.([^.]+)\.worker(\d{5,})")
