@@ -215,7 +215,5 @@ def test_totals_of_the_monitor_begin_anew_with_each_fit():
 
 def test_the_monitor_needs_rounds():
     run = trainer("auto", 1, max_steps=3, callbacks=[RoundMonitor()])
-    with pytest.raises(
-        MisconfigurationException, match="RoundMonitor needs a strategy of lightning_lopt, not Single"
-    ):
+    with pytest.raises(MisconfigurationException, match="RoundMonitor needs a strategy of lightning_lopt, not Single"):
         run.fit(Classifier(seed=0), loader())

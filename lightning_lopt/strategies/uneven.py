@@ -39,10 +39,11 @@ class UnevenInputs:
 
     def __init__(self, trainer: pl.Trainer, rounds: ProcessRounds, signals: Signals) -> None:
         self._trainer, self._rounds, self._signals = trainer, rounds, signals
+        self._device = trainer.strategy.root_device
         self.unequal = self._needed = False
         if trainer.world_size == 1:
             return
-        batches, self._device = _num_batches(trainer), trainer.strategy.root_device
+        batches = _num_batches(trainer)
         own = [batches is None, batches or 0, -(batches or 0), rounds.step_idx, -rounds.step_idx]
         unknown, most, least, ahead, behind = rounds.comm.agree(self._device, {}, own)
         reasons = {
@@ -103,7 +104,7 @@ class UnevenInputs:
             self._signals.pause()
             self._rounds.join(point, last=self._is_last(point))
             if point == SyncPoint.EPOCH_END and self._rounds.comm.agree(self._device, {}, [self._signals.noted])[0]:
-                self._signals.obey()
+                self._signals.run_noted_actions()
 
     def common_step(self) -> int | None:
         """Return a number of this step that all workers come to, None where some may not."""
