@@ -211,9 +211,3 @@ def test_totals_of_the_monitor_begin_anew_with_each_fit():
         trainer(refusing, 1, max_epochs=1, callbacks=[monitor]).fit(Classifier(seed=0), loader())
     assert [row["rounds/fell_back"] for row in monitor.history] == [1, 2, 1, 2]
     assert [row["rounds/round"] for row in monitor.history] == [1, 2, 1, 2]
-
-
-def test_the_monitor_needs_rounds():
-    run = trainer("auto", 1, max_steps=3, callbacks=[RoundMonitor()])
-    with pytest.raises(MisconfigurationException, match="RoundMonitor needs a strategy of lightning_lopt, not Single"):
-        run.fit(Classifier(seed=0), loader())

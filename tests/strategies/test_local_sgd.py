@@ -328,7 +328,7 @@ def test_modules_that_are_refused(module, error, match):
         (
             lambda: trainer("auto", 1, max_epochs=1, callbacks=[RoundMonitor()]).fit(Classifier(), loader()),
             MisconfigurationException,
-            "RoundMonitor watches",
+            "RoundMonitor needs a strategy of lightning_lopt, not SingleDeviceStrategy",
         ),
     ],
 )

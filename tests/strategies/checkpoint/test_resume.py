@@ -297,7 +297,9 @@ def test_large_parts_lie_in_files_beside_the_checkpoint(tmp_path):
     whole = second.read_bytes()
     for damage in (first.read_bytes(), other.read_bytes(), whole[: len(whole) // 2], None):
         second.unlink() if damage is None else second.write_bytes(damage)
-        with pytest.raises(RuntimeError, match="CheckpointError: Another worker could not read its file beside"):
+        with pytest.raises(
+            RuntimeError, match=r"CheckpointError: (Another worker could not .* beside )?/\S*step=10.ckpt"
+        ):
             run_workers(_in_files, 2, str(tmp_path / "c"), str(path), connect=False)
 
 
