@@ -13,34 +13,39 @@ from lightning.fabric.utilities.data import has_iterable_dataset
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
 from torch.utils.data import DataLoader, Subset
 from typing_extensions import override
 
-from lightning_lopt.strategies import LocalSGD
-from lightning_lopt.strategies.host import Norm, normalization_layers
+from lightning_lopt.strategies import LocalSGD, host
 from lightning_lopt.strategies.virtual import ProcessRounds
 from lightning_lopt.sync.report import RoundReport
 
 
 class RoundMonitor(Callback):
-    """Log the effects and costs of each round, to every logger and the progress bar.
+    """Log the effects and costs of each round to every logger, and two of them to the progress bar.
 
-    Metrics, once per round:
+    Metrics, once per round; totals are those since this fit began, also where it goes on from a checkpoint:
 
-    * ``rounds/round``: rounds finished.
+    * ``rounds/round``: rounds finished, in the whole run.
     * ``rounds/local_steps``: local steps of this worker in the round.
     * ``rounds/bytes_sent``: total of this worker; rank 0's includes the broadcast of the first weights.
     * ``rounds/sync_seconds``, ``rounds/transfer_seconds``, ``rounds/outer_seconds``: of this round.
     * ``rounds/waited_seconds``: the part of the transfer beside which no local step ran.
-    * ``rounds/sync_share``: share of all syncs in the time since training began.
+    * ``rounds/sync_share``: share of all syncs in the time since this fit began.
     * ``rounds/pseudo_grad_norm``: norm of the averaged pseudo-gradient.
-    * ``rounds/drift``: root mean square distance of the workers from their mean.
-    * ``rounds/fell_back``: refused outer steps so far.
-    * ``rounds/left_out``: workers that rounds left out, so far.
+    * ``rounds/drift``: root mean square distance of the workers from their mean, see `RoundReport`. It grows with H and
+      with the learning rate, and its square with the number of coordinates that a sync sends: compare rounds, or runs,
+      in which these are equal.
+    * ``rounds/fell_back``: total of refused outer steps.
+    * ``rounds/left_out``: total of workers that rounds left out.
+
+    The progress bar shows ``round`` and ``sent_MB`` (``rounds/bytes_sent`` in units of 10⁶ bytes).
 
     Attributes:
-        history: One dictionary of these metrics per round, with ``step``.
+        history: One dictionary of these metrics per round, with ``step``, over all fits with this callback.
 
     Raises:
         MisconfigurationException: The Trainer's strategy is not one of this package.
@@ -61,10 +66,12 @@ class RoundMonitor(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        rounds = _rounds(trainer, "RoundMonitor watches the rounds")
+        rounds = _rounds(trainer, self)
         rounds.listeners.append(lambda report: self._new.append((report, rounds.comm.bytes_sent)))
+        self._new = []
         self._start = time.perf_counter()
         self._sync_seconds = 0.0
+        self._fell_back = self._left_out = 0
 
     @override
     def on_train_batch_end(
@@ -128,6 +135,9 @@ class BatchNormReestimation(Callback):
     so that a checkpoint written at its end holds these statistics too, and once for good when training ends. Training
     itself, its running statistics and random states are left as they are.
 
+    Each layer is in the mode in which it trains: dropout is active, as in `update_bn`, and BatchNorm that is frozen by
+    ``eval()`` keeps its statistics.
+
     The batches are random ones of the training set, always the same. The module's `forward` gets the first element of
     a batch that is a tuple or a list, else the batch.
 
@@ -161,24 +171,41 @@ class BatchNormReestimation(Callback):
             )
 
     @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not any(map(host.is_normalization_layer, pl_module.modules())):
+            rank_zero_warn(
+                f"BatchNormReestimation finds no BatchNorm with running statistics in {type(pl_module).__name__}, and "
+                "does nothing: leave it out."
+            )
+
+    @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            norms = normalization_layers(pl_module)
-            swap = _rounds(trainer, "BatchNormReestimation belongs to the rounds").sync.swap
-            swap.put((buffer, buffer.clone()) for norm in norms for buffer in norm.buffers())  # undone by the strategy
-            self._reestimate(trainer, pl_module, norms)
+            named = host.modes_before_validation(trainer)
+            modes: dict[nn.Module, bool] = {m: named.get(name, m.training) for name, m in pl_module.named_modules()}
+            buffers = (b for norm in _trained_norms(modes) for b in norm.buffers())
+            _rounds(trainer, self).sync.swap.put((b, b.clone()) for b in buffers)  # undone by the strategy
+            self._reestimate(trainer, pl_module, modes)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.interrupted:
-            self._reestimate(trainer, pl_module, normalization_layers(pl_module))
+            self._reestimate(trainer, pl_module, {m: m.training for m in pl_module.modules()})
 
     @torch.no_grad()
-    def _reestimate(self, trainer: pl.Trainer, module: pl.LightningModule, norms: list[Norm]) -> None:
-        """Overwrite the statistics, the same on all workers."""
-        comm = _rounds(trainer, "BatchNormReestimation belongs to the rounds").comm
-        momenta, modes = [norm.momentum for norm in norms], {m: m.training for m in module.modules()}
-        module.train()
+    def _reestimate(self, trainer: pl.Trainer, module: pl.LightningModule, in_training: dict[nn.Module, bool]) -> None:
+        """Overwrite the statistics, the same on all workers.
+
+        Args:
+            trainer: Trainer in a fit.
+            module: Module with the layers.
+            in_training: Whether each module is in training mode while it trains.
+        """
+        comm, norms = _rounds(trainer, self).comm, _trained_norms(in_training)
+        if not norms:
+            return
+        momenta, before = [norm.momentum for norm in norms], {m: m.training for m in in_training}
+        _set_modes(in_training)
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # the mean of all batches
@@ -189,8 +216,7 @@ class BatchNormReestimation(Callback):
                 module(batch[0] if isinstance(batch, list | tuple) else batch)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-        for m, training in modes.items():
-            m.training = training
+        _set_modes(before)
         statistics = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
         flat = torch.cat(statistics)
         flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
@@ -213,19 +239,29 @@ class BatchNormReestimation(Callback):
         yield from DataLoader(Subset(loader.dataset, chosen), loader.batch_size, collate_fn=loader.collate_fn)
 
 
-def _rounds(trainer: pl.Trainer, does: str) -> ProcessRounds:
+def _trained_norms(in_training: dict[nn.Module, bool]) -> list[host.Norm]:
+    """Return the BatchNorm layers whose running statistics change in training."""
+    return [m for m, training in in_training.items() if training and host.is_normalization_layer(m)]
+
+
+def _set_modes(modes: dict[nn.Module, bool]) -> None:
+    for m, training in modes.items():
+        m.training = training
+
+
+def _rounds(trainer: pl.Trainer, callback: Callback) -> ProcessRounds:
     """Return the rounds of the Trainer's strategy.
 
     Args:
         trainer: Trainer in a fit.
-        does: Beginning of a sentence about the callback that needs them.
+        callback: Callback that needs them.
 
     Raises:
         MisconfigurationException: It has none.
     """
     if not isinstance(trainer.strategy, LocalSGD) or trainer.strategy.rounds is None:
         raise MisconfigurationException(
-            f"{does} of this package's strategies, not {type(trainer.strategy).__name__}; "
-            "pass e.g. Trainer(strategy=LearnedLocalSGD(...)) or leave the callback out."
+            f"{type(callback).__name__} needs a strategy of lightning_lopt, not {type(trainer.strategy).__name__}: "
+            "pass Trainer(strategy=LearnedLocalSGD(...)), for example, or leave the callback out."
         )
     return trainer.strategy.rounds

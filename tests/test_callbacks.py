@@ -111,6 +111,15 @@ def test_momenta_and_modes_are_those_before():
     assert module.training
 
 
+class _Refused(torch.optim.SGD):
+    """Outer optimizer whose steps are always too large."""
+
+    max_update_ratio = 1e-9
+
+    def __init__(self, params) -> None:
+        super().__init__(params, lr=1.0)
+
+
 class _Stream(IterableDataset):
     def __iter__(self):
         return iter(TensorDataset(*loader().dataset.tensors))
@@ -119,7 +128,7 @@ class _Stream(IterableDataset):
 @pytest.mark.parametrize(
     ("strategy", "data", "message"),
     [
-        ("auto", loader(), "BatchNormReestimation belongs to the rounds"),
+        ("auto", loader(), "BatchNormReestimation needs a strategy of lightning_lopt, not SingleDeviceStrategy"),
         (LocalSGD(3), DataLoader(_Stream(), 4), "map-style"),
         (LocalSGD(3), {"a": loader()}, "not dict"),
     ],
@@ -132,6 +141,52 @@ def test_what_cannot_work_is_said(strategy, data, message):
     run = trainer(strategy, 1, max_steps=3, callbacks=[BatchNormReestimation()])
     with pytest.raises(MisconfigurationException, match=message):
         run.fit(First(), data, loader(24, shuffle=False))
+
+
+class _HalfFrozen(Normed):
+    """The inputs' BatchNorm is frozen; a dropout that is in eval mode in training drops all if it is in train mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen_dropout = nn.Dropout(1.0)
+        self.trained_dropout = nn.Dropout(0.0)
+        self.modes: list[tuple[bool, ...]] = []
+
+    def forward(self, x):
+        self.modes.append(tuple(m.training for m in (self.inputs, self.frozen_dropout, self.trained_dropout)))
+        return super().forward(self.trained_dropout(self.frozen_dropout(x)))
+
+    def on_train_epoch_start(self):
+        self.inputs.eval()
+        self.frozen_dropout.eval()
+
+
+def test_every_layer_is_in_the_mode_in_which_it_trains():
+    module = _HalfFrozen()
+    module.inputs.running_mean.fill_(5.0)
+    options = {"max_epochs": 1, "val_check_interval": 12, "num_sanity_val_steps": 0}
+    run = trainer(LocalSGD(3), 1, callbacks=[BatchNormReestimation(4)], **options)
+    run.fit(module, loader(), loader(24, shuffle=False))
+    assert len(module.at_validation) == 2 * 6
+    assert all((state["inputs.running_mean"] == 5).all() for state in (*module.at_validation, module.state_dict()))
+    assert not module.at_validation[0]["body.1.running_mean"].isnan().any()
+    during_estimation, validation = module.modes[12:16], module.modes[16:22]
+    assert set(during_estimation) == {(False, False, True)}
+    assert set(validation) == {(False, False, False)}
+    assert set(module.modes[-4:]) == {(False, False, True)}  # at the end of training
+
+
+class _WithoutNorm(Classifier):
+    def __init__(self) -> None:
+        super().__init__(seed=0)
+        self.body[1] = nn.Identity()
+
+
+def test_a_model_without_batch_norm_is_left_alone_with_a_warning():
+    run = trainer(LocalSGD(3), 1, max_epochs=1, callbacks=[BatchNormReestimation(2)], val_check_interval=12)
+    with pytest.warns(UserWarning, match="finds no BatchNorm with running statistics in _WithoutNorm") as caught:
+        run.fit(_WithoutNorm(), loader(), loader(24, shuffle=False))
+    assert len([w for w in caught if "BatchNorm" in str(w.message)]) == 1
 
 
 def test_at_least_one_batch():
@@ -147,3 +202,12 @@ def test_the_monitor_tells_waiting_from_transfer(overlap_steps):
     pairs = [(row["rounds/waited_seconds"], row["rounds/transfer_seconds"]) for row in monitor.history]
     assert len(pairs) == 3
     assert [waited == transfer for waited, transfer in pairs] == [overlap_steps == 0] * 2 + [True]
+
+
+def test_totals_of_the_monitor_begin_anew_with_each_fit():
+    monitor = RoundMonitor()
+    for _ in range(2):
+        refusing = LocalSGD(12, outer_optimizer=_Refused)
+        trainer(refusing, 1, max_epochs=1, callbacks=[monitor]).fit(Classifier(seed=0), loader())
+    assert [row["rounds/fell_back"] for row in monitor.history] == [1, 2, 1, 2]
+    assert [row["rounds/round"] for row in monitor.history] == [1, 2, 1, 2]

@@ -30,21 +30,22 @@ def explain_lost_worker(timeout: timedelta | None) -> Iterator[None]:
     """Turn the error of a collective that fails inside into one that says what to do.
 
     Args:
-        timeout: Time limit of the collectives.
+        timeout: Time limit of the collectives, None for that of the process group.
 
     Raises:
         WorkerLostError: Instead of the error of gloo or NCCL.
     """
     try:
         yield
-    except DisagreementError:
+    except (DisagreementError, WorkerLostError):  # they say so already
         raise
     except RuntimeError as error:
         text = str(error)
         if not isinstance(error, DistError) and not any(name in text for name in ("gloo", "NCCL")):
             raise
+        limit = "the default time limit" if timeout is None else timeout
         raise WorkerLostError(
-            f"Another worker died, or did not come to this sync within {timeout}: {text.splitlines()[0]}. Look for the "
+            f"Another worker died, or did not come to this sync within {limit}: {text.splitlines()[0]}. Look for the "
             "first error in the other workers' logs. The last checkpoint is intact: resume with "
             "trainer.fit(..., ckpt_path='last'), by itself under torchrun --max-restarts. If a worker is only slow, "
             "raise the strategy's timeout; if it reduces something in every batch while others are out of data, do so "

@@ -1,16 +1,18 @@
 """Every use of private API of Lightning and torch by the strategies and callbacks, each with its reason.
 
 Lightning has no public way for what stands here; an upgrade of Lightning or torch that breaks something breaks it in
-this module. Checked with Lightning 2.6.
+this module. The Trainer's loops are private, too: their names have no underscore, but no documentation either. Checked
+with Lightning 2.6.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeGuard
 
 import lightning.pytorch as pl
 import numpy as np
@@ -51,6 +53,17 @@ def checkpoint_io_of(strategy: DDPStrategy, make_default: Callable[[], Checkpoin
     elif isinstance(strategy._checkpoint_io, _WrappingCheckpointIO):
         strategy._checkpoint_io.checkpoint_io = make_default()  # a wrapper that has one already keeps it
     return strategy._checkpoint_io
+
+
+def innermost_checkpoint_io(io: CheckpointIO) -> CheckpointIO:
+    """Return the `CheckpointIO` inside of all wrappers, which reads and writes a file before it returns.
+
+    Reason: the class of wrappers, such as `AsyncCheckpointIO`, is private.
+    """
+    while isinstance(io, _WrappingCheckpointIO):
+        assert io.checkpoint_io is not None
+        io = io.checkpoint_io
+    return io
 
 
 def set_checkpoint_io(strategy: DDPStrategy, io: CheckpointIO) -> None:
@@ -239,6 +252,63 @@ def move_within_epoch(trainer: pl.Trainer, batches: int) -> None:
     current.completed += moved
 
 
+def batches_begun(trainer: pl.Trainer, *, in_run: bool) -> int:
+    """Return the number of batches that have begun, those before a checkpoint included.
+
+    Reason: the Trainer counts steps of optimizers alone.
+
+    Args:
+        trainer: Trainer in a fit.
+        in_run: Whether to count the batches of all epochs, rather than those of the present one.
+    """
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    return progress.total.ready if in_run else progress.current.ready
+
+
+def resumes_with_new_epoch(trainer: pl.Trainer) -> bool:
+    """Whether a resumed fit comes next to the first batch of an epoch.
+
+    Reason: no hook tells at what stage of an epoch a fit begins.
+    """
+    loop = trainer.fit_loop
+    in_epoch = 0 < batches_done(trainer) < loop.max_batches
+    ends_epoch_first = loop.restarted_mid_epoch and loop.epoch_loop.restarted_on_last  # saved by its last validation
+    if in_epoch or ends_epoch_first or epochs_done(trainer) == 0:
+        return False
+    return loop.is_resuming or loop.restarting
+
+
+def was_saved_at_epoch_end(trainer: pl.Trainer) -> bool:
+    """Whether the checkpoint of a resumed fit was written by a hook at the end of an epoch.
+
+    Reason: no hook tells at what stage of an epoch a fit begins.
+    """
+    return trainer.fit_loop.restarted_on_epoch_end
+
+
+def was_saved_at_batch_end(trainer: pl.Trainer) -> bool:
+    """Whether the checkpoint of a resumed fit was written between a batch and a validation that may follow it.
+
+    Reason: no hook tells at what stage of an epoch a fit begins.
+    """
+    return trainer.fit_loop.epoch_loop.restarted_on_train_batch_end
+
+
+def forget_stage(trainer: pl.Trainer) -> bool:
+    """Let Lightning count an epoch that begins, and call its first hooks, where it takes it for the one of the save.
+
+    Reason: no hook tells at what stage of an epoch a fit begins.
+
+    Returns:
+        Whether it would have taken it for that.
+    """
+    loop = trainer.fit_loop
+    if not (loop.restarted_mid_epoch or loop.restarted_on_epoch_end):
+        return False
+    loop.reset_restart_stage()
+    return True
+
+
 def begin_new_epoch(trainer: pl.Trainer) -> None:
     """Let a resumed fit whose epoch is over begin the next one, and not train on in the old one.
 
@@ -264,6 +334,39 @@ def count_validation_progress(trainer: pl.Trainer) -> None:
     Reason: only the first batch of an epoch is to be spared.
     """
     vars(trainer.fit_loop.epoch_loop.val_loop).pop("increment_progress_to_evaluation_end", None)
+
+
+def pass_over_validation(trainer: pl.Trainer) -> None:
+    """Draw the seeds of a validation that is not run again, and count it.
+
+    Reason: a restarted loop does so by itself, but not before the iterators of the next epoch are made.
+    """
+    trainer.fit_loop.epoch_loop.val_loop.increment_progress_to_evaluation_end()
+
+
+def reset_validation_progress(trainer: pl.Trainer) -> None:
+    """Count the batches of validations from 0.
+
+    Reason: Lightning does so before it runs a restarted epoch's last validation, and not in a new epoch.
+    """
+    trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset()
+
+
+def manual_progress(trainer: pl.Trainer) -> dict[str, Any]:
+    """Return the counters of optimizer steps with manual optimization, as a copy.
+
+    Reason: each virtual worker's `training_step` moves them on, and a batch counts once.
+    """
+    return copy.deepcopy(trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.state_dict())
+
+
+def set_manual_progress(trainer: pl.Trainer, progress: Mapping[str, Any]) -> None:
+    """Restore what `manual_progress` returned.
+
+    Reason: the same.
+    """
+    steps = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+    steps.load_state_dict(copy.deepcopy(dict(progress)))
 
 
 def _keep_progress() -> None:
@@ -462,9 +565,17 @@ def saves_by_time(callback: ModelCheckpoint) -> bool:
     return bool(callback._train_time_interval)
 
 
-def normalization_layers(module: nn.Module) -> list[Norm]:
-    """Return the BatchNorm layers that have running statistics, of any number of dimensions.
+def is_normalization_layer(module: nn.Module) -> TypeGuard[Norm]:
+    """Whether a module is a BatchNorm layer that has running statistics, of any number of dimensions.
 
     Reason: their common base class is private.
     """
-    return [m for m in module.modules() if isinstance(m, Norm) and isinstance(m.running_mean, Tensor)]
+    return isinstance(module, Norm) and isinstance(module.running_mean, Tensor)
+
+
+def modes_before_validation(trainer: pl.Trainer) -> dict[str, bool]:
+    """Return whether each submodule was in training mode before the present validation, by name.
+
+    Reason: the validation loop keeps the modes to itself until it restores them.
+    """
+    return trainer.fit_loop.epoch_loop.val_loop._module_mode.mode

@@ -59,21 +59,26 @@ class LocalSGD(DDPStrategy):
     Args:
         local_steps: H >= 1 in optimizer steps, or a schedule (`QSR`, or a callable from `RoundInfo` to an integer);
             begin with 16, or the least H with which a sync costs a tenth of the time.
-        outer_optimizer: Makes a torch optimizer from parameter groups, whose `.grad` is the averaged
-            pseudo-gradient, e.g. `partial(torch.optim.AdamW, lr=1e-3)`; None averages.
-        density: Share of the coordinates that a sync sends, in (0, 1], drawn anew in every round.
-        selection: Coordinates that a sync sends, instead of a density: `Fragments(...)`, or any `Selection`.
+        outer_optimizer: Function that makes a torch optimizer from parameter groups, e.g.
+            `partial(torch.optim.AdamW, lr=1e-3)`; the gradient of its parameters is the averaged pseudo-gradient. None
+            averages.
+        density: Share of the coordinates that a sync sends, in (0, 1]; they are drawn anew in every round.
+        selection: `Fragments(...)` or any `Selection`, in place of a density.
         compression: `"bf16"`, `"int8"`, `TopK(...)` or any `Codec`, with error feedback; None for float32.
-        overlap_steps: Number Q >= 0 of the H local steps that are taken while the sync is in flight, at most H - 1.
-        merge: Rule by which a sync lands that was in flight: `"delay_corrected"`, `"overwrite"`, or a number α in
-            [0, 1], the weight of the worker's own parameters in a blend, also without overlap.
+        overlap_steps: Number Q of the H local steps that are taken while the sync is in flight, 0 <= Q < H.
+        merge: Rule that makes a worker's new parameters from the anchor a, its y at the launch and z at the finish:
+            `"delay_corrected"` a + (z - y), `"overwrite"` a, or a number α in [0, 1] for α z + (1 - α) a. Without
+            overlap y = z.
         worker_speeds: One positive number per worker, or `"measured"`: the fastest takes H steps in a round, the others
             in proportion, so that nobody waits; they meet at the ends of epochs. None is H for all.
-        local_state: Treatment of the local optimizer's state at a sync: `"keep"`, `"reset"` or `"average"`.
-        sharded: Whether each worker does the outer step of some tensors alone and holds their outer state; LAgg-A then
-            costs the bytes of an all-reduce.
+        local_state: Treatment of the local optimizer's state of the tensors that were sent: `"keep"`, `"reset"`, or
+            `"average"` over the workers, which costs traffic.
+        sharded: Whether each worker does the outer step of some of the tensors, holds the outer state of these alone,
+            and sends the result to all. The traffic is that of an all-reduce, also where every worker's values are
+            needed (LAgg-A).
         ranks_per_worker: Number of consecutive processes that are one worker, or `"node"` for all on a node: their
-            gradients are averaged in every step, on the fast link between them; rounds are between workers.
+            gradients are averaged in every step, on the fast link between them; rounds are between workers. Within a
+            worker the limits of DDP hold: each parameter that trains must take part in every backward pass.
         virtual_workers: Number of workers that take turns in one process on one device, each on a batch of its own in
             every step.
         eval_weights: Weights that validation and checkpoints see within a round: `"anchor"`, the last synced ones,
@@ -85,14 +90,14 @@ class LocalSGD(DDPStrategy):
         checkpoint_io: Reader and writer of checkpoints; by default one that replaces files as a whole.
         precision_plugin: Plugin for the precision of training.
         process_group_backend: `"gloo"`, `"nccl"`, ...; by default the one that fits the device.
-        timeout: Time after which a collective fails that some worker does not join.
+        timeout: Time for which a collective waits for all workers before it fails.
         start_method: Way in which the Trainer starts worker processes: `"popen"`, `"spawn"`, `"fork"` or
             `"forkserver"`.
 
     Attributes:
         rounds: The `Rounds` of the present fit (`VirtualRounds` with virtual workers), None before.
         signals: Handling of signals in the present fit, None before.
-        timeout: Time after which a collective fails that some worker does not join.
+        timeout: Time for which a collective waits for all workers before it fails.
 
     Raises:
         ValueError: An argument out of its range, arguments that exclude each other, nothing to train, or lazy
@@ -351,7 +356,7 @@ class LocalSGD(DDPStrategy):
         self._workers.interleave(dataloader)
         loader = super().process_dataloader(dataloader)
         self._loaders.wrap(loader, host.epochs_done(self._trainer), self._workers.number)
-        return self._workers.deal(loader)
+        return self._workers.loader_of_first(loader)
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
@@ -466,6 +471,11 @@ class LocalSGD(DDPStrategy):
     def checkpoint_io(self, io: CheckpointIO) -> None:
         host.set_checkpoint_io(self, io)
 
+    @property
+    def part_io(self) -> CheckpointIO:
+        """Reader and writer of parts in files of their own: the user's `CheckpointIO`, without its wrappers."""
+        return host.innermost_checkpoint_io(self.checkpoint_io)
+
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         write = partial(super().save_checkpoint, checkpoint, filepath, storage_options=storage_options)
@@ -515,4 +525,4 @@ def _steps_so_far(trainer: pl.Trainer) -> int:
     """The local steps before this fit: with manual optimization `global_step` counts every optimizer."""
     if trainer.lightning_module.automatic_optimization:
         return trainer.global_step
-    return trainer.fit_loop.total_batch_idx + 1
+    return host.batches_begun(trainer, in_run=True)

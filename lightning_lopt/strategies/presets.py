@@ -30,6 +30,7 @@ class SlowMo(LocalSGD):
 
     Raises:
         ValueError: α or β is out of its range.
+        TypeError: `outer_optimizer` is given.
 
     Memory: 4 bytes per parameter on top of `LocalSGD`; the same bytes per round. Fails where β is too
     large for the number of workers: the steps overshoot.
@@ -69,6 +70,7 @@ class DiLoCo(LocalSGD):
 
     Raises:
         ValueError: η or μ is out of its range.
+        TypeError: `outer_optimizer` is given.
 
     Memory: 4 bytes per parameter on top of `LocalSGD`; the same bytes per round. Fails with momentum in the local
     optimizer at a large rate, where the usual setting can diverge: lower η and μ.
@@ -155,8 +157,10 @@ class LearnedLocalSGD(LocalSGD):
         **kwargs: Arguments of `LocalSGD`, without `outer_optimizer`.
 
     Raises:
+        FileNotFoundError: There is neither a file nor a bundled network of this name.
         WeightsError: The weights file cannot be used.
         ValueError: The network belongs to another number of workers.
+        TypeError: `network` is of another type, or `outer_optimizer` is given.
 
     Memory: 16 bytes per parameter and a little per row and column on top of `LocalSGD`, and for the default's Gram
     matrices 3 to 16 more in usual models (of a matrix n × m at most 4 min(4, 512/n) + 4 min(4, 512/m)); the same bytes

@@ -57,7 +57,7 @@ class Signals:
             self._store.set(str(self._trainer.global_rank), f"{sys.maxsize} going")
 
     def act(self, step: int | None) -> None:
-        """Do what was noted, once all workers are here.
+        """Run the actions that were noted, once all workers are here.
 
         Args:
             step: Number of this step that all workers come to, None where they cannot wait for each other.
@@ -69,15 +69,15 @@ class Signals:
             except DistNetworkError:  # its worker has finished; if it is lost instead, the next sync says so
                 self._store = None
         if ready:
-            self.obey()
+            self.run_noted_actions()
 
     @property
     def noted(self) -> bool:
         """Whether this worker has a signal to act on."""
         return bool(self._noted)
 
-    def obey(self) -> None:
-        """Do what was noted, here or on another worker; all workers must be here."""
+    def run_noted_actions(self) -> None:
+        """Run the actions that were noted, stop if another worker noted the signal; all workers must be here."""
         noted, self._noted, self._informed = self._noted or [self._stop], [], False
         for action in noted:
             action()

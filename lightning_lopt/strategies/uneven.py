@@ -39,10 +39,11 @@ class UnevenInputs:
 
     def __init__(self, trainer: pl.Trainer, rounds: ProcessRounds, signals: Signals) -> None:
         self._trainer, self._rounds, self._signals = trainer, rounds, signals
+        self._device = trainer.strategy.root_device
         self.unequal = self._needed = False
         if trainer.world_size == 1:
             return
-        batches, self._device = _num_batches(trainer), trainer.strategy.root_device
+        batches = _num_batches(trainer)
         own = [batches is None, batches or 0, -(batches or 0), rounds.step_idx, -rounds.step_idx]
         unknown, most, least, ahead, behind = rounds.comm.agree(self._device, {}, own)
         reasons = {
@@ -103,21 +104,21 @@ class UnevenInputs:
             self._signals.pause()
             self._rounds.join(point, last=self._is_last(point))
             if point == SyncPoint.EPOCH_END and self._rounds.comm.agree(self._device, {}, [self._signals.noted])[0]:
-                self._signals.obey()
+                self._signals.run_noted_actions()
 
     def common_step(self) -> int | None:
         """Return a number of this step that all workers come to, None where some may not."""
         if self._rounds.equal_steps:
-            return self._trainer.fit_loop.total_batch_idx
+            return host.batches_begun(self._trainer, in_run=True)
         return self._rounds.round_idx if self._rounds.local_step == 0 else None
 
     def _is_last(self, point: SyncPoint) -> bool:
         """Whether training ends here, as far as can be foreseen."""
-        loop = self._trainer.fit_loop
+        max_epochs = self._trainer.max_epochs
         if point == SyncPoint.VALIDATION and not host.is_out_of_data(self._trainer):
             return False
         epochs = host.epochs_done(self._trainer) + (point == SyncPoint.VALIDATION)
-        return point == SyncPoint.TRAINING_END or (loop.max_epochs is not None and 0 <= loop.max_epochs <= epochs)
+        return point == SyncPoint.TRAINING_END or (max_epochs is not None and 0 <= max_epochs <= epochs)
 
 
 def _num_batches(trainer: Any) -> int | None:
@@ -131,8 +132,8 @@ def _counts_steps(trainer: Any) -> Iterator[str]:
     """The options that act after a number of steps, or ask the other workers in every batch."""
     if trainer.max_steps != -1 and not trainer.fast_dev_run:
         yield f"max_steps={trainer.max_steps}"
-    if trainer.fit_loop.min_steps:
-        yield f"min_steps={trainer.fit_loop.min_steps}"
+    if trainer.min_steps:
+        yield f"min_steps={trainer.min_steps}"
     if not isinstance(trainer.val_check_interval, float):
         yield f"val_check_interval={trainer.val_check_interval!r}"
     for callback in host.callbacks_of(trainer):

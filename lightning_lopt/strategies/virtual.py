@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
@@ -24,7 +23,7 @@ from lightning_lopt.sync.status import SyncPoint
 from lightning_lopt.sync.sync import EvalWeights, Sync
 from lightning_lopt.virtual.rounds import VirtualRounds
 from lightning_lopt.virtual.shared_module import SharedModule
-from lightning_lopt.virtual.worker_batches import Dealt, interleave
+from lightning_lopt.virtual.worker_batches import FirstWorkerLoader, interleave
 from lightning_lopt.worker_speeds import WorkerSpeeds
 
 
@@ -73,16 +72,15 @@ class ProcessRounds(Protocol):
     def load_local_state(self, state: dict[str, Any]) -> None: ...
 
 
-class ProcessWorkers(ABC):
-    """The work of a strategy for each worker of its process, where Lightning does it once.
+class ProcessWorkers:
+    """The work of a strategy for each worker of its process, where Lightning does it once: here for a single worker.
 
     Attributes:
-        number: Workers of this process.
+        number: Number of workers of this process.
     """
 
-    number: int
+    number: int = 1
 
-    @abstractmethod
     def check_processes(self, number: int) -> None:
         """Refuse a number of processes that cannot be.
 
@@ -90,7 +88,6 @@ class ProcessWorkers(ABC):
             MisconfigurationException: Several processes with several workers each.
         """
 
-    @abstractmethod
     def make_rounds(
         self,
         make: Callable[..., Rounds],
@@ -102,56 +99,52 @@ class ProcessWorkers(ABC):
         """Make the rounds of these workers.
 
         Args:
-            make: Makes one worker's rounds from a model, an optimizer, and a communicator.
+            make: Function that makes one worker's rounds from a model, an optimizer, and a communicator.
             trainer: Trainer whose module and optimizers are ready.
             optimizer: The local optimizer, or several as one.
             comm: Collectives of the processes.
             timeout: Time limit for workers that wait for each other.
         """
+        return make(trainer.lightning_module, optimizer, comm=comm)
 
-    @abstractmethod
     def sampler_kwargs(self, own: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of the training loaders' `DistributedSampler`.
 
         Args:
             own: Arguments for a process that is one worker.
         """
+        return own
 
-    @abstractmethod
     def interleave(self, loader: Any) -> None:
         """Let a training loader go through the batches of all these workers."""
 
-    @abstractmethod
-    def deal(self, loader: Any) -> Any:
+    def loader_of_first(self, loader: Any) -> Any:
         """Return a training loader as the first worker sees it."""
+        return loader
 
-    @abstractmethod
     def begin_batch(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> None:
         """Take the other workers' batches, and call `on_train_batch_start` of the module for them."""
 
-    @abstractmethod
     def optimizer_step(self, step: Callable[[], Any], trainer: pl.Trainer) -> Any:
         """Take a step of the optimizer for each worker; return the first worker's output."""
+        return step()
 
-    @abstractmethod
     def training_step(self, step: Callable[..., Any], trainer: pl.Trainer, args: Sequence[Any]) -> Any:
         """Call `training_step` for the worker whose turn it is, or, with manual optimization, for each.
 
         Args:
-            step: Calls the module's hook.
+            step: Function that calls the module's hook.
             trainer: Trainer in a fit.
             args: Arguments of the hook; the first of them is the first worker's batch.
         """
+        return step(*args)
 
-    @abstractmethod
     def end_batch(self, trainer: pl.Trainer, batch_idx: int) -> None:
         """Call `on_train_batch_end` of the module for all workers but the first, for whom Lightning calls it."""
 
-    @abstractmethod
     def zero_gradients(self, trainer: pl.Trainer) -> None:
         """Delete the other workers' gradients before a validation, where Lightning deletes the first worker's."""
 
-    @abstractmethod
     def parts(self, trainer: pl.Trainer, first: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the part of a checkpoint of each worker.
 
@@ -159,8 +152,8 @@ class ProcessWorkers(ABC):
             trainer: Trainer in a fit.
             first: Part of the first worker.
         """
+        return [first]
 
-    @abstractmethod
     def check_parts(self, parts: Sequence[Mapping[str, Any]]) -> None:
         """Refuse parts of a checkpoint that these workers cannot go on from.
 
@@ -168,7 +161,6 @@ class ProcessWorkers(ABC):
             ValueError: Workers that take turns had taken unequal numbers of steps.
         """
 
-    @abstractmethod
     def load_parts(
         self, trainer: pl.Trainer, parts: Sequence[Mapping[str, Any]], checkpoint: Mapping[str, Any]
     ) -> None:
@@ -180,80 +172,8 @@ class ProcessWorkers(ABC):
             checkpoint: Checkpoint with the first worker's states.
         """
 
-    @abstractmethod
     def load_gradients(self, parts: Sequence[Mapping[str, Any]]) -> None:
         """Restore the gradients that all workers but the first were accumulating."""
-
-
-class OneWorker(ProcessWorkers):
-    """A process that is one worker: everything is left as it is."""
-
-    number = 1
-
-    @override
-    def check_processes(self, number: int) -> None:
-        pass
-
-    @override
-    def make_rounds(
-        self,
-        make: Callable[..., Rounds],
-        trainer: pl.Trainer,
-        optimizer: LocalOptimizer,
-        comm: Communicator,
-        timeout: timedelta | None,
-    ) -> ProcessRounds:
-        return make(trainer.lightning_module, optimizer, comm=comm)
-
-    @override
-    def sampler_kwargs(self, own: dict[str, Any]) -> dict[str, Any]:
-        return own
-
-    @override
-    def interleave(self, loader: Any) -> None:
-        pass
-
-    @override
-    def deal(self, loader: Any) -> Any:
-        return loader
-
-    @override
-    def begin_batch(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> None:
-        pass
-
-    @override
-    def optimizer_step(self, step: Callable[[], Any], trainer: pl.Trainer) -> Any:
-        return step()
-
-    @override
-    def training_step(self, step: Callable[..., Any], trainer: pl.Trainer, args: Sequence[Any]) -> Any:
-        return step(*args)
-
-    @override
-    def end_batch(self, trainer: pl.Trainer, batch_idx: int) -> None:
-        pass
-
-    @override
-    def zero_gradients(self, trainer: pl.Trainer) -> None:
-        pass
-
-    @override
-    def parts(self, trainer: pl.Trainer, first: dict[str, Any]) -> list[dict[str, Any]]:
-        return [first]
-
-    @override
-    def check_parts(self, parts: Sequence[Mapping[str, Any]]) -> None:
-        pass
-
-    @override
-    def load_parts(
-        self, trainer: pl.Trainer, parts: Sequence[Mapping[str, Any]], checkpoint: Mapping[str, Any]
-    ) -> None:
-        pass
-
-    @override
-    def load_gradients(self, parts: Sequence[Mapping[str, Any]]) -> None:
-        pass
 
 
 class VirtualWorkers(ProcessWorkers):
@@ -268,6 +188,7 @@ class VirtualWorkers(ProcessWorkers):
 
     def __init__(self, number: int) -> None:
         self.number = number
+        self._module_and_rounds: tuple[SharedModule, VirtualRounds] | None = None  # of the present fit
         self._batches: list[Any] = []  # of each worker, in the present step
         self._outputs: dict[int, Any] = {}
 
@@ -293,15 +214,25 @@ class VirtualWorkers(ProcessWorkers):
             raise ValueError("SyncBatchNorm needs real processes, not virtual_workers: use BatchNorm.")
         if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
             raise ValueError("virtual_workers cannot share a dataloader_iter: let training_step take a batch.")
-        self._shared_module = SharedModule(
+        shared = SharedModule(
             module,
             trainer.optimizers,
             self.number,
             gradients=not module.automatic_optimization,
             others=[(precision, "scaler")] if getattr(precision, "scaler", None) else [],
         )
-        self._rounds = VirtualRounds(make, self._shared_module, optimizer, timeout)
+        self._module_and_rounds = shared, VirtualRounds(make, shared, optimizer, timeout)
         return self._rounds
+
+    @property
+    def _shared_module(self) -> SharedModule:
+        assert self._module_and_rounds is not None
+        return self._module_and_rounds[0]
+
+    @property
+    def _rounds(self) -> VirtualRounds:
+        assert self._module_and_rounds is not None
+        return self._module_and_rounds[1]
 
     # -- data -----------------------------------------------------------------------------------------------------
 
@@ -314,8 +245,8 @@ class VirtualWorkers(ProcessWorkers):
         interleave(loader, self.number)
 
     @override
-    def deal(self, loader: Any) -> Any:
-        return Dealt(loader, self.number)
+    def loader_of_first(self, loader: Any) -> Any:
+        return FirstWorkerLoader(loader, self.number)
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
@@ -328,8 +259,8 @@ class VirtualWorkers(ProcessWorkers):
                 "or accumulate with manual optimization."
             )
         loaders = host.train_loaders(trainer) or []
-        dealt = [d.others.popleft() if d.others else [None] * (self.number - 1) for d in loaders]
-        self._batches = [batch, *(host.transfer_batch(trainer, leaves) for leaves in zip(*dealt, strict=True))]
+        others = [d.others.popleft() if d.others else [None] * (self.number - 1) for d in loaders]
+        self._batches = [batch, *(host.transfer_batch(trainer, leaves) for leaves in zip(*others, strict=True))]
         if is_overridden("on_train_batch_start", module):
             for rank in self._shared_module.others():
                 host.call_module_hook(trainer, "on_train_batch_start", self._batches[rank], batch_idx)
@@ -429,26 +360,25 @@ def workers_of_process(virtual_workers: int) -> ProcessWorkers:
     """Return the workers of this process.
 
     Args:
-        virtual_workers: Their number.
+        virtual_workers: Number of workers.
 
     Raises:
-        ValueError: Not an integer >= 1.
+        ValueError: The number is not an integer >= 1.
     """
     if isinstance(virtual_workers, bool) or not isinstance(virtual_workers, int) or virtual_workers < 1:
         raise ValueError(f"virtual_workers must be an integer >= 1, not {virtual_workers!r}.")
-    return OneWorker() if virtual_workers == 1 else VirtualWorkers(virtual_workers)
+    return ProcessWorkers() if virtual_workers == 1 else VirtualWorkers(virtual_workers)
 
 
 def _manual_progress(trainer: pl.Trainer) -> tuple[list[Any], dict[str, Any]]:
     """Return what a `training_step` with manual optimization moves on and all workers share."""
-    steps = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
     schedulers = [config.scheduler.state_dict() for config in trainer.strategy.lr_scheduler_configs]
-    return copy.deepcopy((schedulers, steps.state_dict()))
+    return copy.deepcopy(schedulers), host.manual_progress(trainer)
 
 
 def _set_manual_progress(trainer: pl.Trainer, before: tuple[list[Any], dict[str, Any]]) -> None:
     """Restore what `_manual_progress` returned."""
-    schedulers, steps = copy.deepcopy(before)
-    for config, state in zip(trainer.strategy.lr_scheduler_configs, schedulers, strict=True):
+    schedulers, steps = before
+    for config, state in zip(trainer.strategy.lr_scheduler_configs, copy.deepcopy(schedulers), strict=True):
         config.scheduler.load_state_dict(state)
-    trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.load_state_dict(steps)
+    host.set_manual_progress(trainer, steps)

@@ -1,4 +1,4 @@
-"""The batches of one loader, dealt to workers that share it."""
+"""The batches of one loader, distributed to workers that share it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def interleave(loader: Any, num_workers: int) -> None:
     if loader.batch_sampler is not None and getattr(sampler, "sampler", None) is not loader.sampler:
         raise ValueError(
             f"{type(sampler).__name__} has no attribute `sampler` that is the loader's: virtual workers cannot "
-            "get shards from it. Give it one, or set Trainer(use_distributed_sampler=False): batches are then dealt "
+            "get shards from it. Give it one, or set Trainer(use_distributed_sampler=False): batches then go "
             "to the workers in turn."
         )
     set_index_sampler(loader, Interleaved(sampler, num_workers))
@@ -91,8 +91,8 @@ def _index_sampler_name(loader: DataLoader) -> str:
     return "sampler" if loader.batch_sampler is None else "batch_sampler"
 
 
-class Dealt:
-    """A loader as worker 0 sees it: its batches are every K-th of the loader's, and the others lie ready.
+class FirstWorkerLoader:
+    """A loader as worker 0 sees it: every K-th batch of the loader; those in between are kept for the other workers.
 
     Fewer than K last batches are dropped.
 
@@ -104,7 +104,7 @@ class Dealt:
         others: The batches of workers 1, 2, ... for each batch that worker 0 took.
 
     Example:
-        >>> loader = Dealt([10, 11, 12, 13, 14], num_workers=2)
+        >>> loader = FirstWorkerLoader([10, 11, 12, 13, 14], num_workers=2)
         >>> len(loader), list(loader), list(loader.others)
         (2, [10, 12], [[11], [13]])
     """
@@ -123,9 +123,9 @@ class Dealt:
 
     def __iter__(self) -> Iterator[Any]:
         self.others.clear()
-        return self._deal(iter(self.loader))  # made here, as it may draw a seed
+        return self._every_kth(iter(self.loader))  # made here, as it may draw a seed
 
-    def _deal(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def _every_kth(self, batches: Iterator[Any]) -> Iterator[Any]:
         for first in batches:
             others = list(islice(batches, self._num_workers - 1))
             if len(others) < self._num_workers - 1:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import warnings
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins import FSDPPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from lightning_lopt import QSR, AdaMLP, DiLoCo, LearnedLocalSGD, LocalSGD, RoundMonitor, SlowMo
+from lightning_lopt import QSR, AdaMLP, DiLoCo, LearnedLocalSGD, LocalSGD, RoundMonitor, SlowMo, SyncOptions
 from tests.processes import free_port, living, run_command, run_workers
 from tests.strategies.support import Classifier, check_script, cli_trainer, flat, loader, trainer, write_script
 
@@ -325,7 +328,7 @@ def test_modules_that_are_refused(module, error, match):
         (
             lambda: trainer("auto", 1, max_epochs=1, callbacks=[RoundMonitor()]).fit(Classifier(), loader()),
             MisconfigurationException,
-            "RoundMonitor watches",
+            "RoundMonitor needs a strategy of lightning_lopt, not SingleDeviceStrategy",
         ),
     ],
 )
@@ -482,3 +485,15 @@ def test_what_does_not_happen_is_said(module, last, monkeypatch):
     trainer(LocalSGD(4), 1, max_epochs=1).fit(module(), loader())
     assert [text for text in said if "There is one worker" in text] == said[:1]
     assert last in said[-1]
+
+
+def _arguments(documented: type) -> dict[str, str]:
+    """The entries of Args in the docstring of a class."""
+    docstring = inspect.getdoc(documented).split("Args:\n")[1].split("\n\n")[0]
+    return dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", docstring, re.MULTILINE))
+
+
+def test_options_of_a_sync_are_described_in_the_same_words():
+    options, strategy = _arguments(SyncOptions), _arguments(LocalSGD)
+    assert set(options) == {field.name for field in fields(SyncOptions)}
+    assert {name: strategy[name] for name in options} == options

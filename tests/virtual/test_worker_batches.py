@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
-from lightning_lopt.virtual.worker_batches import Dealt, interleave
+from lightning_lopt.virtual.worker_batches import FirstWorkerLoader, interleave
 
 
 @pytest.mark.parametrize("batch_size", [3, None])
@@ -20,12 +20,12 @@ def test_batches_are_those_of_every_rank(batch_size):
 
     shared = DataLoader(data, batch_size, sampler=DistributedSampler(data, 3, 0, shuffle=True, seed=5))
     interleave(shared, 3)
-    dealt = Dealt(shared, 3)
+    first_loader = FirstWorkerLoader(shared, 3)
     for epoch in (0, 1):
-        dealt.sampler.set_epoch(epoch)
-        first = [batch.tolist() for batch in dealt]
-        others = [[batch.tolist() for batch in turn] for turn in dealt.others]
-        assert len(dealt) == len(first)
+        first_loader.sampler.set_epoch(epoch)
+        first = [batch.tolist() for batch in first_loader]
+        others = [[batch.tolist() for batch in turn] for turn in first_loader.others]
+        assert len(first_loader) == len(first)
         assert first == batches(0, epoch)
         assert [list(column) for column in zip(*others, strict=True)] == [batches(1, epoch), batches(2, epoch)]
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -41,6 +43,8 @@ class Resume:
         self._strategy, self._workers, self._loaders = strategy, workers, loaders
         self._parts: list[dict[str, Any]] = []
         self._validation_is_over = False  # in the epoch that begins, where Lightning would count on
+        self._can_rewind = False  # all loaders
+        self._ignored = ExitStack()  # until the first batch
         self.goes_on = False
 
     def read(self, checkpoint: dict[str, Any], path: Any, weights_only: bool | None) -> None:
@@ -82,7 +86,7 @@ class Resume:
             wanted = (parts[number] for number in numbers)
         else:
             real = os.path.realpath(path) if host.is_local_path(path) else path  # "last" may be a link
-            io, token = strategy.checkpoint_io, files["token"]
+            io, token = strategy.part_io, files["token"]
             wanted = (load_part(io, real, token, number, weights_only) for number in numbers)
         elsewhere = CheckpointError(f"Another worker could not read its file beside {path}: see its error.")
         if saved == present:
@@ -123,8 +127,7 @@ class Resume:
         if host.train_loaders(trainer) is not None:  # configure_optimizers asked for the number of steps
             host.restore_stateful_loaders(trainer)
             host.make_train_iterators(trainer)
-        if None not in states:
-            warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+        self._can_rewind = None not in states
 
     def start(self, trainer: pl.Trainer) -> None:
         """Restore everything that making the loaders' iterators has changed, and the place in the epoch."""
@@ -133,6 +136,8 @@ class Resume:
             return
         first = parts[0]
         self._loaders.start()
+        if self._can_rewind:  # which Lightning does not know when it looks, before the first batch
+            self._ignored.enter_context(_ignore_warning("You're resuming from a checkpoint that ended before"))
         gradients = first.get("gradients", {})
         for name, p in trainer.lightning_module.named_parameters():
             if name in gradients:
@@ -147,34 +152,43 @@ class Resume:
 
     def _begin_epoch(self, trainer: pl.Trainer) -> None:
         """Make the iterators of an epoch of which nothing is done yet, where Lightning takes those made before."""
-        loop = trainer.fit_loop
-        epoch_loop = loop.epoch_loop
-        in_epoch = 0 < host.batches_done(trainer) < loop.max_batches
-        ends_epoch_first = loop.restarted_mid_epoch and epoch_loop.restarted_on_last  # saved by its last validation
-        if in_epoch or ends_epoch_first or host.epochs_done(trainer) == 0:
+        if not host.resumes_with_new_epoch(trainer):
             return
-        if not (loop.is_resuming or loop.restarting):
-            return
-        if loop.restarted_on_epoch_end:
+        if host.was_saved_at_epoch_end(trainer):
             host.begin_new_epoch(trainer)
         for loader in host.train_loaders(trainer) or []:
             host.set_sampler_epoch(loader, host.epochs_done(trainer))
         _pass_over_validation(trainer)
         host.make_train_iterators(trainer)
-        if loop.restarted_mid_epoch or loop.restarted_on_epoch_end:
-            loop.reset_restart_stage()  # else Lightning does not count the new epoch, nor calls its first hooks
+        if host.forget_stage(trainer):
             self._validation_is_over = True
 
     def begin_batch(self, trainer: pl.Trainer) -> None:
         """Let validations of the epoch count again; in one that begins, from 0."""
+        self._ignored.close()
         host.count_validation_progress(trainer)
-        if self._validation_is_over:  # Lightning resets it before it runs the last epoch's validation
-            trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset()
+        if self._validation_is_over:
+            host.reset_validation_progress(trainer)
             self._validation_is_over = False
 
     def clear(self) -> None:
         """Forget the checkpoint, at the end of a fit."""
+        self._ignored.close()
         self._parts, self.goes_on = [], False
+
+
+@contextmanager
+def _ignore_warning(message: str) -> Iterator[None]:
+    """Ignore warnings that begin with a message; filters that others set meanwhile stay."""
+    before = list(warnings.filters)
+    warnings.filterwarnings("ignore", re.escape(message))
+    own = warnings.filters[0]
+    try:
+        yield
+    finally:
+        filters: Any = warnings.filters
+        if own not in before and own in filters:
+            filters.remove(own)
 
 
 def _share_out_epoch(trainer: pl.Trainer, batch_ratio: Fraction) -> None:
@@ -184,22 +198,22 @@ def _share_out_epoch(trainer: pl.Trainer, batch_ratio: Fraction) -> None:
         trainer: Trainer in a fit.
         batch_ratio: Batches of one of these workers for one of the others'.
     """
-    progress, last = trainer.fit_loop.epoch_loop.batch_progress, trainer.fit_loop.max_batches
-    if not progress.is_last_batch:
-        host.move_within_epoch(trainer, int(min(int(progress.current.ready * batch_ratio), last - 1)))
+    last = trainer.num_training_batches
+    if not trainer.is_last_batch:
+        begun = host.batches_begun(trainer, in_run=False)
+        host.move_within_epoch(trainer, int(min(int(begun * batch_ratio), last - 1)))
     elif last != float("inf"):
         host.move_within_epoch(trainer, int(last))
 
 
 def _pass_over_validation(trainer: pl.Trainer) -> None:
     """Draw the seeds of a validation that came after the save, as Lightning does, but only where there was one."""
-    epoch_loop = trainer.fit_loop.epoch_loop
-    every, epochs, batches = trainer.val_check_batch, trainer.check_val_every_n_epoch, epoch_loop.batch_progress
-    count = batches.total.ready if epochs is None else batches.current.ready
+    every, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
+    count = host.batches_begun(trainer, in_run=epochs is None)
     due = epochs is None or host.epochs_done(trainer) % epochs == 0
     due = due and (every == float("inf") or (every is not None and count % every == 0))
-    if due and trainer.enable_validation and epoch_loop.restarted_on_train_batch_end:
-        epoch_loop.val_loop.increment_progress_to_evaluation_end()
+    if due and trainer.enable_validation and host.was_saved_at_batch_end(trainer):
+        host.pass_over_validation(trainer)
     host.keep_validation_progress(trainer)
 
 

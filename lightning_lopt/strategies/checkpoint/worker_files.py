@@ -1,8 +1,13 @@
-"""Files beside a checkpoint, one for the part of each worker."""
+"""Files beside a checkpoint, one for the part of each process: their names, reading and deleting them.
+
+They are written in `writing`.
+"""
 
 from __future__ import annotations
 
 import glob
+import re
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +18,11 @@ from lightning_lopt.strategies.errors import CheckpointError
 
 
 def part_file(checkpoint_path: Any, token: str, rank: int) -> str:
-    """Return the path of a worker's part.
+    """Return the path of a part: ``a.ckpt.<token>.worker00003`` is that of process 3.
 
     Args:
         checkpoint_path: Path of the checkpoint.
-        token: Name that all parts of a checkpoint share, and those of no other checkpoint.
+        token: Name that all parts share that were written together, and no others.
         rank: Number of the part.
     """
     return f"{checkpoint_path}.{token}.worker{rank:05d}"
@@ -53,16 +58,26 @@ def load_part(
     return part
 
 
-def remove_parts(checkpoint_path: Any, rank: int, keep: int) -> None:
-    """Delete a worker's files of a checkpoint.
+def remove_parts(
+    checkpoint_io: CheckpointIO, checkpoint_path: Any, keep: int = 0, share: tuple[int, int] = (0, 1)
+) -> None:
+    """Delete the parts of a checkpoint, however many processes wrote them.
 
     Args:
+        checkpoint_io: Writer of the files.
         checkpoint_path: Path of the checkpoint.
-        rank: Number of the part.
-        keep: Files to keep, the last ones; a checkpoint that was overwritten has one for each time.
+        keep: Number of times that the checkpoint was written whose parts stay, the last ones; each time has its token.
+        share: Pair of r and n, where only the parts r, r + n, r + 2n, ... are looked at.
     """
-    fs = get_filesystem(checkpoint_path)
-    files = [str(f) for f in fs.glob(part_file(glob.escape(str(checkpoint_path)), "*", rank))]
-    files.sort(key=fs.modified)
-    for file in files[: len(files) - keep]:
-        fs.rm(file)
+    fs, (remainder, divisor) = get_filesystem(checkpoint_path), share
+    name = re.compile(re.escape(Path(str(checkpoint_path)).name) + r"\.([^.]+)\.worker(\d{5,})")
+    files: dict[str, list[str]] = {}  # by token
+    for file in fs.glob(f"{glob.escape(str(checkpoint_path))}.*.worker*"):
+        match = name.fullmatch(Path(str(file)).name)
+        if match is not None and int(match[2]) % divisor == remainder:
+            files.setdefault(match[1], []).append(str(file))
+    if keep:
+        for token in sorted(files, key=lambda t: max(fs.modified(file) for file in files[t]))[-keep:]:
+            del files[token]
+    for file in chain.from_iterable(files.values()):
+        checkpoint_io.remove_checkpoint(fs.unstrip_protocol(file) if "://" in str(checkpoint_path) else file)

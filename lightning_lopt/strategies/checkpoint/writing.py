@@ -1,7 +1,19 @@
 """Writing a checkpoint with every worker's part.
 
-Parts lie in the same file while they are small. Large ones are not sent through rank 0: each worker writes a file of
-its own beside the checkpoint.
+Parts lie in the same file while they are small. Large ones are not sent through rank 0: each process writes a file of
+its own beside the checkpoint (`worker_files`).
+
+Sizes, in numbers per parameter of the model:
+
+| content | where | numbers |
+|---|---|---|
+| global weights | checkpoint | 1 |
+| anchor | checkpoint | 1 |
+| state of the outer optimizer | checkpoint | 0 for averaging, 1 with momentum, 2 with Adam, 4 to 8 if it is learned |
+| weights and state of the local optimizer | each part | 1 with SGD, 2 with momentum, 3 with Adam |
+| residuals of compression | each part | 1 |
+| values of a sync in flight, mean and own | checkpoint and each part | 1 and 1, or the share that is sent |
+| gradients that are accumulating | each part | 1 |
 """
 
 from __future__ import annotations
@@ -15,7 +27,6 @@ import lightning.pytorch as pl
 
 from lightning_lopt.comm import Communicator
 from lightning_lopt.strategies import host
-from lightning_lopt.strategies.checkpoint.atomic import AtomicCheckpointIO
 from lightning_lopt.strategies.checkpoint.entry import CHECKPOINT_KEY, new_entry
 from lightning_lopt.strategies.checkpoint.worker_files import part_file, remove_parts
 from lightning_lopt.strategies.errors import explain_lost_worker, run_on_all
@@ -59,7 +70,7 @@ class CheckpointWriter:
             comm: Collectives of the processes.
             checkpoint: Checkpoint that Lightning made on this process, to which an entry is added.
             path: Path of the checkpoint, as this process names it.
-            write: Writes the checkpoint, on rank 0.
+            write: Function that writes the checkpoint on rank 0, and does nothing elsewhere.
             accumulating: Whether the present gradients are yet to be used by a step.
 
         Raises:
@@ -84,19 +95,19 @@ class CheckpointWriter:
         part = self._part(trainer, rounds, checkpoint, accumulating=accumulating)
         own = {"token": token, "rank": strategy.global_rank, **part}
         file = part_file(main, token, strategy.global_rank)
-        self._write_on_all(path, partial(AtomicCheckpointIO().save_checkpoint, own, file))
+        self._write_on_all(path, partial(strategy.part_io.save_checkpoint, own, file))
         self._write_on_all(path, write)  # the checkpoint appears when all of its files are there
-        remove_parts(main, strategy.global_rank, keep=2)  # an asynchronous writer may yet be at the last one
+        share = strategy.global_rank, strategy.world_size
+        remove_parts(strategy.part_io, main, keep=2, share=share)  # an asynchronous writer may yet be at the last one
 
     def remove_files(self, path: Any) -> None:
-        """Delete the files beside a checkpoint that is deleted.
+        """Delete all parts beside a checkpoint that is deleted, also those that more processes wrote.
 
         Args:
             path: Path of the checkpoint.
         """
         if self._strategy.is_global_zero:  # others may have another name for it, or keep it, where steps are unequal
-            for rank in range(self._strategy.world_size):
-                remove_parts(path, rank, keep=0)
+            remove_parts(self._strategy.part_io, path)
 
     def _part(
         self, trainer: pl.Trainer, rounds: ProcessRounds, checkpoint: dict[str, Any], *, accumulating: bool

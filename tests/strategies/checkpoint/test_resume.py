@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import multiprocessing
+import pickle
 import warnings
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,9 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
 import lightning_lopt.strategies.checkpoint.writing as checkpoint_module
@@ -294,8 +297,49 @@ def test_large_parts_lie_in_files_beside_the_checkpoint(tmp_path):
     whole = second.read_bytes()
     for damage in (first.read_bytes(), other.read_bytes(), whole[: len(whole) // 2], None):
         second.unlink() if damage is None else second.write_bytes(damage)
-        with pytest.raises(RuntimeError, match=r"CheckpointError: (Another worker could not|.* is missing)"):
+        with pytest.raises(
+            RuntimeError, match=r"CheckpointError: (Another worker could not .* beside )?/\S*step=10.ckpt"
+        ):
             run_workers(_in_files, 2, str(tmp_path / "c"), str(path), connect=False)
+
+
+class _Sealed(CheckpointIO):
+    """Files in a format of its own."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_bytes(b"sealed" + pickle.dumps(checkpoint))
+
+    def load_checkpoint(self, path, map_location=None, weights_only=None):
+        seal, content = (data := Path(path).read_bytes())[:6], data[6:]
+        assert seal == b"sealed", f"{path} has another format."
+        return pickle.loads(content)
+
+    def remove_checkpoint(self, path):
+        Path(path).unlink()
+
+
+def _sealed(rank, folder):
+    """Two epochs at once, saved after every third step; again from the third checkpoint."""
+    checkpoint_module.GATHER_BYTES, weights = 0, []
+    for name, ckpt_path in (("a", None), ("b", f"{folder}/a/step=9.ckpt")):
+        saving = ModelCheckpoint(f"{folder}/{name}", "{step}", every_n_train_steps=3, save_top_k=-1)
+        plugins = [AsyncCheckpointIO(_Sealed())]
+        run = trainer(SlowMo(4), max_epochs=2, enable_checkpointing=True, callbacks=[saving], plugins=plugins)
+        pl.seed_everything(3, verbose=False)
+        module = Classifier(seed=0, dropout=0.3)
+        run.fit(module, short(), ckpt_path=ckpt_path)
+        run.strategy.remove_checkpoint(f"{folder}/{name}/step=12.ckpt")
+        weights.append(flat(module))
+    return weights
+
+
+def test_parts_are_written_read_and_deleted_by_the_users_checkpoint_io(tmp_path):
+    for whole, again in run_workers(_sealed, 2, str(tmp_path), connect=False):
+        assert torch.equal(whole, again)
+    files = list((tmp_path / "a").iterdir())
+    assert sorted(file.name.split(".ckpt")[0] for file in files) == sorted(["step=3", "step=6", "step=9"] * 3)
+    assert all(file.read_bytes().startswith(b"sealed") for file in files)
 
 
 class _Killed(BaseException):
@@ -323,6 +367,28 @@ def test_checkpoints_have_the_permissions_of_other_files(tmp_path):
     AtomicCheckpointIO().save_checkpoint({}, tmp_path / "a.ckpt")
     (tmp_path / "b").touch()
     assert (tmp_path / "a.ckpt").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+class _AddsFilter(pl.Callback):
+    def on_train_batch_start(self, *_):
+        warnings.filterwarnings("ignore", "a user's")
+
+
+def test_a_resume_leaves_the_filters_of_warnings(tmp_path):
+    """A loader that goes on where it was needs no warning; filters that others add meanwhile stay."""
+    saving = ModelCheckpoint(tmp_path, "a", every_n_train_steps=3, save_top_k=-1)
+    run = trainer(LocalSGD(4), 1, max_steps=5, enable_checkpointing=True, callbacks=[saving])
+    run.fit(Classifier(seed=0), loader(24))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        before = list(warnings.filters)
+        run = trainer(LocalSGD(4), 1, max_epochs=1, callbacks=[_AddsFilter()])
+        run.fit(Classifier(seed=0), loader(24), ckpt_path=tmp_path / "a.ckpt")
+        (_, users, *_), *after = warnings.filters
+    assert users.pattern == "a user's"
+    assert after == before
+    assert run.global_step == 6
+    assert not [w for w in caught if "resuming from a checkpoint" in str(w.message)]
 
 
 def _continued(rank, folder):

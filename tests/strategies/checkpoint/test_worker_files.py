@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 
 import pytest
 import torch
 
-from lightning_lopt import CheckpointError
+from lightning_lopt import CheckpointError, LocalSGD
 from lightning_lopt.strategies.checkpoint.atomic import AtomicCheckpointIO
 from lightning_lopt.strategies.checkpoint.mean import mean_part
-from lightning_lopt.strategies.checkpoint.worker_files import load_part, part_file
-from tests.strategies.support import damaged
+from lightning_lopt.strategies.checkpoint.worker_files import load_part, part_file, remove_parts
+from tests.strategies.support import damaged, trainer
 
 TOKENS = ["first", "second"]
 
@@ -76,6 +77,42 @@ def test_other_files_are_refused(saved, tmp_path):
         _load(saved)
     with pytest.raises(CheckpointError, match=r"third.worker00001 is missing"):
         _load(saved, "third")
+
+
+def _written(folder, tokens, number):
+    """The parts of a checkpoint that was written once per token, by that many processes, and of two others."""
+    path, others = folder / "a[0].ckpt", (folder / "a[0].ckpt.b", folder / "a[0].ckptc")
+    for at, token in enumerate(tokens):
+        for rank in range(number):
+            file = part_file(path, token, rank)
+            torch.save({}, file)
+            os.utime(file, (at, at))
+    for other in others:
+        torch.save({}, part_file(other, "first", 0))
+    return path, {os.path.basename(part_file(other, "first", 0)) for other in others}
+
+
+def test_all_parts_of_a_deleted_checkpoint_are_deleted(tmp_path):
+    """It was written by four processes, and there is one now."""
+    path, others = _written(tmp_path, TOKENS, 4)
+    trainer(LocalSGD(4), 1).strategy.remove_checkpoint(path)
+    assert {file.name for file in tmp_path.iterdir()} == others
+
+
+def test_the_last_parts_of_an_overwritten_checkpoint_stay(tmp_path):
+    """Three times by four processes, and then twice by two, the second of which deletes its share."""
+    path, others = _written(tmp_path, ["one", "two", "three"], 4)
+    left = []
+    for at, token in ((3, "four"), (4, "five")):
+        for rank in range(2):
+            torch.save({}, part_file(path, token, rank))
+            os.utime(part_file(path, token, rank), (at, at))
+        remove_parts(AtomicCheckpointIO(), path, keep=2, share=(1, 2))
+        left.append({file.name.removeprefix("a[0].ckpt.") for file in tmp_path.glob("*.worker0000[13]")})
+    assert left[0] == {"three.worker00001", "three.worker00003", "four.worker00001"}
+    assert left[1] == {"four.worker00001", "five.worker00001"}
+    first = {f"a[0].ckpt.{token}.worker{rank:05d}" for token in ("one", "two", "three") for rank in (0, 2)}
+    assert first | others <= {file.name for file in tmp_path.iterdir()}
 
 
 def _adam(x, step):
