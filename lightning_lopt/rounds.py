@@ -15,7 +15,7 @@ from lightning_lopt.sync.replica import LocalOptimizer, NamedTensors
 from lightning_lopt.sync.report import RoundReport
 from lightning_lopt.sync.status import SyncPoint, WorkerStatus
 from lightning_lopt.sync.sync import EvalWeights, Sync
-from lightning_lopt.worker_speeds import Speeds, WorkerSpeeds
+from lightning_lopt.worker_speeds import Speeds, WorkerSpeeds, check_speeds
 
 _COUNTERS = (
     "round_idx",
@@ -36,8 +36,8 @@ class Rounds:
         model: Model whose buffers are synchronised.
         optimizer: Local optimizer, whose parameters are synchronised and whose `lr` schedules read.
         local_steps: H >= 1, or a schedule (`QSR`, or any callable from `RoundInfo` to an integer >= 1).
-        outer_optimizer: Makes a torch optimizer from parameter groups, for example `partial(LearnedOptimizer,
-            network=...)`; None averages.
+        outer_optimizer: Function that makes a torch optimizer from parameter groups, for example
+            `partial(LearnedOptimizer, network=...)`; None averages.
         total_steps: Local steps of the whole run, if known: the last round is cut so that the run ends synced.
         comm: Collectives among the workers; by default those of a new process group.
         options: Parts that a sync sends, time in flight and merge rule; by default everything, at once.
@@ -51,6 +51,10 @@ class Rounds:
         local_steps: H of the present round on this worker, None before its first step.
         due: Local step of the present round at which the next sync is launched or finished.
         equal_steps: Whether all workers had taken the same number of steps at the last status exchange.
+        total_steps: Local steps of the whole run, None if unknown; may be set before the last round begins.
+        comm: Collectives among the workers.
+        sync: Anchors, outer optimizer and exchanges with the other workers.
+        speeds: Speeds of the workers.
         last_report: The `RoundReport` of the last sync.
         listeners: Functions that are called with each `RoundReport`, at once.
 
@@ -90,11 +94,13 @@ class Rounds:
         worker_speeds: Speeds = None,
     ) -> None:
         self._schedule = as_schedule(local_steps)
+        self._options = options or SyncOptions()
+        check_combination(self._schedule, outer_optimizer, self._options)
+        check_speeds(worker_speeds)
         self._optimizer = optimizer
         self.total_steps = total_steps
         self.comm = comm or Communicator()
-        self._options = options or SyncOptions()
-        check_combination(self._schedule, outer_optimizer, self._options)
+        check_speeds(worker_speeds, self.comm.num_workers)
         self.sync = Sync(model, optimizer, outer_optimizer, self.comm, self._options)
         self.speeds = WorkerSpeeds(worker_speeds, self.comm.num_workers, self.comm.rank, self.sync.device)
         self.equal_steps = not self.speeds.unequal
