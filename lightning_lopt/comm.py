@@ -15,7 +15,7 @@ _ANY = -(2**62)  # below every integer that workers compare
 
 
 class DisagreementError(RuntimeError):
-    """The workers differ in something that must be the same: model, options, round, steps, weights, or waiting point."""
+    """The workers differ in what must be the same: model, options, round, steps, weights, or the point of waiting."""
 
 
 class CommonInteger(NamedTuple):

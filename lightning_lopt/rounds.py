@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from lightning_lopt.comm import Communicator
+from lightning_lopt.functional.integers import as_integer
 from lightning_lopt.optim.outer import OuterFactory, check_coordinatewise
 from lightning_lopt.schedules import Constant, RoundInfo, Schedule, as_schedule
 from lightning_lopt.sync.options import SyncOptions
@@ -205,10 +204,9 @@ class Rounds:
     def _choose_local_steps(self) -> int:
         lr = max(float(group.get("lr") or 0.0) for group in self._optimizer.param_groups)  # None for some
         info = RoundInfo(self.round_idx, self.step_idx, self.total_steps, lr)
-        returned, local_steps = self._schedule(info), 0
-        with suppress(TypeError):
-            local_steps = operator.index(returned)  # NumPy's integers, too
-        if isinstance(returned, bool) or local_steps < 1:
+        returned = self._schedule(info)
+        local_steps = as_integer(returned, least=1)
+        if local_steps is None:
             raise ValueError(
                 f"The schedule {self._schedule!r} returned {returned!r} local steps for {info}; "
                 "it must be an integer >= 1."

@@ -16,8 +16,8 @@ from lightning_lopt.comm import CommonInteger, Communicator, DisagreementError
 NUM_ROWS = 5  # integers per worker
 
 _SAME_STEPS = (
-    "All workers must take the same number of steps in a round: check for unequal data per worker, a learning rate that "
-    "depends on the worker, or branches on the rank."
+    "All workers must take the same number of steps in a round: check for unequal data per worker, a learning rate "
+    "that depends on the worker, or branches on the rank."
 )
 ROUND = CommonInteger("the round", _SAME_STEPS, shown=True)
 LOCAL_STEPS = CommonInteger("the local steps of the round", _SAME_STEPS, shown=True)
