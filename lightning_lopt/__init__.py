@@ -2,12 +2,12 @@
 
 from lightning_lopt.callbacks import BatchNormReestimation, RoundMonitor
 from lightning_lopt.comm import DisagreementError
-from lightning_lopt.compression import TopK
+from lightning_lopt.compression import BF16, Codec, Int8, TopK
 from lightning_lopt.network import AdaMLP
 from lightning_lopt.optim import BlendedNesterov, LearnedOptimizer, SlowMomentum
 from lightning_lopt.rounds import Rounds
 from lightning_lopt.schedules import QSR, Constant, RoundInfo
-from lightning_lopt.selection import Fragments, RandomCoordinates
+from lightning_lopt.selection import Fragments, RandomCoordinates, Selection
 from lightning_lopt.strategies import LOSCAR, DiLoCo, LearnedLocalSGD, LocalSGD, SlowMo
 from lightning_lopt.strategies.errors import CheckpointError, WorkerLostError
 from lightning_lopt.sync.options import SyncOptions
@@ -16,16 +16,19 @@ from lightning_lopt.weights_file import WeightsError
 
 __version__ = "0.2.0"
 __all__ = [
+    "BF16",
     "LOSCAR",
     "QSR",
     "AdaMLP",
     "BatchNormReestimation",
     "BlendedNesterov",
     "CheckpointError",
+    "Codec",
     "Constant",
     "DiLoCo",
     "DisagreementError",
     "Fragments",
+    "Int8",
     "LearnedLocalSGD",
     "LearnedOptimizer",
     "LocalSGD",
@@ -34,6 +37,7 @@ __all__ = [
     "RoundMonitor",
     "RoundReport",
     "Rounds",
+    "Selection",
     "SlowMo",
     "SlowMomentum",
     "SyncOptions",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,21 @@ _ANY = -(2**62)  # below every integer that workers compare
 
 
 class DisagreementError(RuntimeError):
-    """Workers came to a sync with different rounds, local steps or parameters."""
+    """The workers differ in what must be the same: model, options, round, steps, weights, or the point of waiting."""
+
+
+class CommonInteger(NamedTuple):
+    """An integer on which all workers must agree.
+
+    Attributes:
+        name: Noun phrase for an error message.
+        advice: Sentences about causes and remedies of a disagreement.
+        shown: Whether an error message shows its values, which say something if it is a count, not a checksum.
+    """
+
+    name: str
+    advice: str = ""
+    shown: bool = False
 
 
 class Communicator:
@@ -182,14 +196,16 @@ class Communicator:
             self._dist.broadcast(buffer, group=self._world, group_src=0)
             tensor.detach().copy_(buffer)
 
-    def agree(self, device: torch.device, equal: Mapping[str, int | None], largest: Sequence[int] = ()) -> list[int]:
+    def agree(
+        self, device: torch.device, equal: Mapping[CommonInteger, int | None], largest: Sequence[int] = ()
+    ) -> list[int]:
         """Check that all workers pass the same integers; return the largest of others, of each over the workers.
 
         One small integer all-reduce, before the payload: a mean cannot notice a disagreement.
 
         Args:
             device: Device on which the process group communicates.
-            equal: Named integers that must be the same on all workers; None is equal to any.
+            equal: Integers that must be the same on all workers; None is equal to any.
             largest: Integers of which the maximum is wanted, as many on all workers; flags among them are combined by
                 "or".
 
@@ -206,12 +222,19 @@ class Communicator:
         self._dist.all_reduce(vector, op=dist.ReduceOp.MAX, group=self._world)
         values = vector.tolist()
         high, low = values[: len(own)], values[len(own) : 2 * len(own)]
-        pairs = zip(equal, high, low, strict=True)
-        if wrong := [f"{name} (between {-b} and {a})" for name, a, b in pairs if a not in (_ANY, -b)]:
+        triples = zip(equal.items(), high, low, strict=True)
+        if wrong := [(common, value, -b, a) for (common, value), a, b in triples if a not in (_ANY, -b)]:
+            said = [
+                f"{common.name} (between {least} and {most}, here {'any' if value is None else value})"
+                if common.shown
+                else common.name
+                for common, value, least, most in wrong
+            ]
+            advice = dict.fromkeys(common.advice for common, *_ in wrong)
             raise DisagreementError(
-                f"The workers disagree on {', '.join(wrong)}; this is worker {self.rank}, which has {dict(equal)}. "
-                "All workers must take the same number of steps per round on the same parameters: check for unequal "
-                "data per worker, a learning rate that depends on the worker, or branches on the rank."
+                " ".join(
+                    [f"The workers disagree on {', '.join(said)}; this is worker {self.rank}.", *filter(None, advice)]
+                )
             )
         return values[2 * len(own) :]
 
@@ -225,7 +248,7 @@ class Communicator:
             return
         described = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in named]
         try:
-            self.agree(device, {"parameters": digest("\n".join(described))})
+            self.agree(device, {CommonInteger("the model"): digest("\n".join(described))})
         except DisagreementError:
             all_described: list[list[str]] = [[] for _ in range(self._dist.get_world_size(self._world))]
             self._dist.all_gather_object(all_described, described, group=self._world)

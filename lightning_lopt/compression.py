@@ -18,19 +18,40 @@ from lightning_lopt.functional.compression import from_int8, from_top_k, round_t
 class Codec(Protocol):
     """A lossy code of flat tensors as bytes.
 
+    The pieces of a flat tensor are tensors of the model, or the parts of them that are left where the flat tensor was
+    cut into one share per worker; some may have size 0. Values that are not finite must not become finite ones.
+
     Attributes:
-        sparse: Whether a mean of several decoded tensors is denser than each of them, and does not fit the code.
+        sparse: Whether all codes are sent to all workers, for a mean of several decoded tensors is denser than each of
+            them and does not fit the code. Otherwise each worker averages its share and codes the mean, as an
+            all-reduce does.
     """
 
     @property
     def sparse(self) -> bool: ...
 
     def encode(self, values: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Code float32 [n], made of pieces of these sizes, as uint8 [b]; b depends on the sizes alone."""
+        """Code values as bytes.
+
+        Args:
+            values: Values, float32 [n].
+            sizes: Sizes of the pieces that the values are made of; their sum is n.
+
+        Returns:
+            Code, uint8 [b], where b depends on the sizes alone.
+        """
         ...
 
     def decode(self, code: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Decode uint8 [>= b], padded or not, to float32 [n]."""
+        """Invert `encode`, up to its loss.
+
+        Args:
+            code: Code, uint8 [>= b]: bytes that it was padded with may follow.
+            sizes: Sizes that `encode` was given.
+
+        Returns:
+            Values, float32 [n].
+        """
         ...
 
 
@@ -130,5 +151,5 @@ def as_codec(compression: str | Codec | None) -> Codec | None:
     named = {"bf16": BF16(), "int8": Int8()}
     codec = named.get(compression) if isinstance(compression, str) else compression
     if compression is not None and (isinstance(codec, type) or not hasattr(codec, "encode")):
-        raise ValueError(f"compression must be 'bf16', 'int8', TopK(...) or None, not {compression!r}.")
+        raise ValueError(f"compression must be 'bf16', 'int8', TopK(...), any Codec or None, not {compression!r}.")
     return codec

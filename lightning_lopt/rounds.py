@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from lightning_lopt.comm import Communicator
+from lightning_lopt.functional.integers import as_integer
 from lightning_lopt.optim.outer import OuterFactory, check_coordinatewise
 from lightning_lopt.schedules import Constant, RoundInfo, Schedule, as_schedule
 from lightning_lopt.sync.options import SyncOptions
@@ -15,7 +14,7 @@ from lightning_lopt.sync.replica import LocalOptimizer, NamedTensors
 from lightning_lopt.sync.report import RoundReport
 from lightning_lopt.sync.status import SyncPoint, WorkerStatus
 from lightning_lopt.sync.sync import EvalWeights, Sync
-from lightning_lopt.worker_speeds import Speeds, WorkerSpeeds
+from lightning_lopt.worker_speeds import Speeds, WorkerSpeeds, check_speeds
 
 _COUNTERS = (
     "round_idx",
@@ -36,8 +35,8 @@ class Rounds:
         model: Model whose buffers are synchronised.
         optimizer: Local optimizer, whose parameters are synchronised and whose `lr` schedules read.
         local_steps: H >= 1, or a schedule (`QSR`, or any callable from `RoundInfo` to an integer >= 1).
-        outer_optimizer: Makes a torch optimizer from parameter groups, for example `partial(LearnedOptimizer,
-            network=...)`; None averages.
+        outer_optimizer: Function that makes a torch optimizer from parameter groups, for example
+            `partial(LearnedOptimizer, network=...)`; None averages.
         total_steps: Local steps of the whole run, if known: the last round is cut so that the run ends synced.
         comm: Collectives among the workers; by default those of a new process group.
         options: Parts that a sync sends, time in flight and merge rule; by default everything, at once.
@@ -51,6 +50,10 @@ class Rounds:
         local_steps: H of the present round on this worker, None before its first step.
         due: Local step of the present round at which the next sync is launched or finished.
         equal_steps: Whether all workers had taken the same number of steps at the last status exchange.
+        total_steps: Local steps of the whole run, None if unknown; may be set before the last round begins.
+        comm: Collectives among the workers.
+        sync: Anchors, outer optimizer and exchanges with the other workers.
+        speeds: Speeds of the workers.
         last_report: The `RoundReport` of the last sync.
         listeners: Functions that are called with each `RoundReport`, at once.
 
@@ -90,11 +93,13 @@ class Rounds:
         worker_speeds: Speeds = None,
     ) -> None:
         self._schedule = as_schedule(local_steps)
+        self._options = options or SyncOptions()
+        check_combination(self._schedule, outer_optimizer, self._options)
+        check_speeds(worker_speeds)
         self._optimizer = optimizer
         self.total_steps = total_steps
         self.comm = comm or Communicator()
-        self._options = options or SyncOptions()
-        check_combination(self._schedule, outer_optimizer, self._options)
+        check_speeds(worker_speeds, self.comm.num_workers)
         self.sync = Sync(model, optimizer, outer_optimizer, self.comm, self._options)
         self.speeds = WorkerSpeeds(worker_speeds, self.comm.num_workers, self.comm.rank, self.sync.device)
         self.equal_steps = not self.speeds.unequal
@@ -199,10 +204,9 @@ class Rounds:
     def _choose_local_steps(self) -> int:
         lr = max(float(group.get("lr") or 0.0) for group in self._optimizer.param_groups)  # None for some
         info = RoundInfo(self.round_idx, self.step_idx, self.total_steps, lr)
-        returned, local_steps = self._schedule(info), 0
-        with suppress(TypeError):
-            local_steps = operator.index(returned)  # NumPy's integers, too
-        if isinstance(returned, bool) or local_steps < 1:
+        returned = self._schedule(info)
+        local_steps = as_integer(returned, least=1)
+        if local_steps is None:
             raise ValueError(
                 f"The schedule {self._schedule!r} returned {returned!r} local steps for {info}; "
                 "it must be an integer >= 1."

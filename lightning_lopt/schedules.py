@@ -7,6 +7,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
+from lightning_lopt.functional.integers import as_integer
+
 
 @dataclass(frozen=True)
 class RoundInfo:
@@ -14,7 +16,7 @@ class RoundInfo:
 
     Attributes:
         round_idx: Number of rounds finished so far.
-        step: Number of local steps finished so far.
+        step: Number of local steps that this worker has finished so far.
         total_steps: Local steps of the whole run, None if unknown.
         lr: Local learning rate of the round's first step, the largest of all parameter groups.
     """
@@ -26,6 +28,10 @@ class RoundInfo:
 
 
 Schedule = Callable[[RoundInfo], int]
+"""Function from the state of a run to the local steps H of the round that begins.
+
+Where H leaves no room for `overlap_steps`, the last H - 1 steps overlap; a constant H that small is refused.
+"""
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,10 @@ class Constant:
     local_steps: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.local_steps, bool) or not isinstance(self.local_steps, int) or self.local_steps < 1:
+        local_steps = as_integer(self.local_steps, least=1)
+        if local_steps is None:
             raise ValueError(f"local_steps must be an integer >= 1, not {self.local_steps!r}.")
+        object.__setattr__(self, "local_steps", local_steps)
 
     def __call__(self, info: RoundInfo) -> int:
         return self.local_steps
@@ -59,8 +67,9 @@ class QSR:
 
     .. math:: H = \max(H_{base}, \lfloor (\alpha / \eta)^{power} \rfloor)
 
-    η is the local learning rate, the largest of all parameter groups, when the round begins. During its warm-up H is
-    the base, since a small warm-up rate would give a huge H; where η is 0 a round lasts to the end of the run.
+    η is the local learning rate, the largest of all parameter groups, when the round begins. During learning-rate
+    warm-up H is the base, since a small warm-up rate would give a huge H. Where η is 0, a round lasts to the end of the
+    run if `total_steps` is known; otherwise H is the base.
 
     Args:
         alpha: Scale α > 0, in units of the learning rate; a good choice is slightly above lr_max * sqrt(base_steps):
@@ -90,10 +99,12 @@ class QSR:
 
     def __post_init__(self) -> None:
         positive = 0 < self.alpha < math.inf and self.power > 0 and self.warmup_steps >= 0
-        if not positive or not isinstance(self.base_steps, int) or self.base_steps < 1:
+        base_steps = as_integer(self.base_steps, least=1)
+        if not positive or base_steps is None:
             raise ValueError(
                 f"QSR needs alpha > 0, an integer base_steps >= 1, power > 0 and warmup_steps >= 0, not {self}."
             )
+        object.__setattr__(self, "base_steps", base_steps)
 
     def __call__(self, info: RoundInfo) -> int:
         if info.step < self.warmup_steps:

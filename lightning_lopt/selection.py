@@ -11,7 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_lopt.functional.merge import shared_indices
+from lightning_lopt.functional.balance import least_loaded
+from lightning_lopt.functional.integers import as_integer
+from lightning_lopt.functional.subset import shared_indices
 
 
 class Selection(Protocol):
@@ -126,8 +128,10 @@ class Fragments:
     num_fragments: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_fragments, bool) or not isinstance(self.num_fragments, int) or self.num_fragments < 1:
+        num_fragments = as_integer(self.num_fragments, least=1)
+        if num_fragments is None:
             raise ValueError(f"num_fragments must be an integer >= 1, not {self.num_fragments!r}.")
+        object.__setattr__(self, "num_fragments", num_fragments)
 
     whole_tensors = True
 
@@ -142,10 +146,7 @@ class Fragments:
     def pick(self, sizes: Sequence[int], round_idx: int) -> list[bool | Tensor]:
         if len(sizes) < self.num_fragments:
             raise ValueError(f"{len(sizes)} tensors cannot make {self.num_fragments} fragments; use fewer.")
-        loads, owners = [0] * self.num_fragments, [0] * len(sizes)
-        for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-            owners[i] = min(range(self.num_fragments), key=loads.__getitem__)
-            loads[owners[i]] += max(1, sizes[i])
+        owners = least_loaded(sizes, [0] * self.num_fragments)
         return [owner == round_idx % self.num_fragments for owner in owners]
 
 

@@ -67,12 +67,10 @@ class WorkerSpeeds:
     """
 
     def __init__(self, speeds: Speeds, num_workers: int, rank: int, device: torch.device) -> None:
-        check_speeds(speeds)
+        check_speeds(speeds, num_workers)
         self.unequal = speeds is not None
         self._measures = speeds == "measured"
         self._speeds = [1.0] * num_workers if speeds is None or speeds == "measured" else [float(v) for v in speeds]
-        if len(self._speeds) != num_workers:
-            raise ValueError(f"worker_speeds has {len(self._speeds)} numbers, but there are {num_workers} workers.")
         self._rank, self._device = rank, device
         self.seconds = [0.0] * num_workers
         self._start: tuple[float, int] | None = None
@@ -126,11 +124,15 @@ class WorkerSpeeds:
         return time.perf_counter()
 
 
-def check_speeds(speeds: Speeds) -> None:
+def check_speeds(speeds: Speeds, num_workers: int | None = None) -> None:
     """Refuse an argument that cannot be speeds.
 
+    Args:
+        speeds: Argument to check.
+        num_workers: Number of workers, None if it is not known yet.
+
     Raises:
-        ValueError: The argument is neither a list of positive numbers nor `"measured"` nor None.
+        ValueError: The argument is neither a list of positive numbers, one per worker, nor `"measured"` nor None.
     """
     if speeds is None or isinstance(speeds, str):
         fine = speeds in (None, "measured")
@@ -141,3 +143,6 @@ def check_speeds(speeds: Speeds) -> None:
         raise ValueError(
             f"worker_speeds must be a list of positive numbers, one per worker, 'measured' or None, not {speeds!r}."
         )
+    given = None if speeds is None or isinstance(speeds, str) else len(speeds)
+    if given is not None and num_workers not in (None, given):
+        raise ValueError(f"worker_speeds has {given} numbers, but there are {num_workers} workers.")

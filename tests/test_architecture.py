@@ -24,13 +24,13 @@ MAY_IMPORT = {
     "weights_file": set(),
     "network": {"functional", "weights_file"},
     "optim": {"functional", "network"},
-    "schedules": set(),
+    "schedules": {"functional"},
     "comm": set(),
     "selection": {"functional"},
     "compression": {"functional"},
     "worker_speeds": set(),
     "sync": {"comm", "compression", "functional", "optim", "selection"},
-    "rounds": {"comm", "optim", "schedules", "sync", "worker_speeds"},
+    "rounds": {"comm", "functional", "optim", "schedules", "sync", "worker_speeds"},
     "virtual": {"comm", "rounds", "sync", "worker_speeds"},
     "strategies": {
         "comm",
@@ -71,7 +71,7 @@ TESTED_ELSEWHERE = {
     "strategies/joint.py": "sync/test_sync.py and strategies/test_models.py: several optimizers as one",
     "strategies/loaders.py": "strategies/checkpoint/test_resume.py: the place in the data",
     "strategies/presets.py": "strategies/test_local_sgd.py",
-    "sync/report.py": "a record of numbers without behaviour",
+    "sync/report.py": "sync/test_exchange.py and test_outliers.py: drift, norms, and the warning",
 }
 # Tests of several modules together, and their subjects.
 OF_THE_WHOLE = {
@@ -80,6 +80,7 @@ OF_THE_WHOLE = {
     "strategies/test_models.py": "odd models, loops and launchers",
     "strategies/test_ranks.py": "workers of several ranks",
     "strategies/test_travel.py": "options of a sync under a Trainer",
+    "sync/test_outliers.py": "workers that diverge",
     "test_architecture.py": "the layers, the public names, and the places of tests",
     "test_docstrings.py": "the English of docstrings",
     "test_examples.py": "the examples run",

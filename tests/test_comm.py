@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from lightning_lopt import DiLoCo
-from lightning_lopt.comm import Communicator, DisagreementError
+from lightning_lopt.comm import CommonInteger, Communicator, DisagreementError
 from tests.processes import run_workers
 from tests.strategies.support import Classifier, loader, trainer
+from tests.threads import run_threads
 
 
 def _collectives(rank, ranks_per_worker):
@@ -34,7 +35,7 @@ def _collectives(rank, ranks_per_worker):
         comm.gather(worker)[:, 0].tolist(),
         comm.all_to_all(slices, twos, twos).tolist(),
         comm.total([1.0, float(comm.rank)], torch.device("cpu")),
-        comm.agree(torch.device("cpu"), {"x": 3}, [False, rank == 3]),
+        comm.agree(torch.device("cpu"), {CommonInteger("x"): 3}, [False, rank == 3]),
         start[0].item(),
         comm.gather_objects(rank),
         comm.bytes_sent > 0,
@@ -86,12 +87,29 @@ def test_an_all_to_all_without_a_partner_ends():
 def _disagree(rank):
     comm = Communicator(ranks_per_worker=2)
     with pytest.raises(DisagreementError, match="disagree on x"):
-        comm.agree(torch.device("cpu"), {"x": int(rank == 3)})
+        comm.agree(torch.device("cpu"), {CommonInteger("x"): int(rank == 3)})
     return True
 
 
 def test_ranks_of_one_worker_that_disagree_are_an_error():
     assert run_workers(_disagree, 4) == [True] * 4
+
+
+STEPS = CommonInteger("the steps", "Count them.", shown=True)
+WEIGHTS = CommonInteger("the weights", "Weigh them.")
+MODEL = CommonInteger("the model", "Build the same.")
+
+
+def _disagree_on_two(rank, make_comm):
+    with pytest.raises(DisagreementError) as error:
+        make_comm().agree(torch.device("cpu"), {STEPS: 3 + rank, WEIGHTS: 12345 + rank, MODEL: 678})
+    return str(error.value)
+
+
+def test_a_disagreement_names_what_differs_and_shows_counts_only():
+    start = "The workers disagree on the steps (between 3 and 4, here"
+    for rank, said in enumerate(run_threads(_disagree_on_two, 2)):
+        assert said == f"{start} {3 + rank}), the weights; this is worker {rank}. Count them. Weigh them."
 
 
 def test_ranks_that_do_not_divide():

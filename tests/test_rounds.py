@@ -21,6 +21,7 @@ from lightning_lopt import (
     TopK,
 )
 from tests.processes import run_workers
+from tests.threads import run_threads
 
 
 def _constant_gradient_run(rank, local_steps, num_steps, total_steps=None, outer=None):
@@ -222,3 +223,26 @@ def test_wrong_combinations(local_steps, outer, options, match):
     model = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match=match):
         Rounds(model, torch.optim.SGD(model.parameters(), lr=0.1), local_steps, outer, options=options).step()
+
+
+def _refused(rank, make_comm, worker_speeds):
+    model, comm = torch.nn.Linear(2, 2), make_comm()
+    with pytest.raises(ValueError, match="worker_speeds"):
+        Rounds(model, torch.optim.SGD(model.parameters(), lr=0.1), 4, comm=comm, worker_speeds=worker_speeds)
+    return comm.num_collectives
+
+
+@pytest.mark.parametrize("worker_speeds", [[1, 2, 3], [1, 0], "fast"])
+def test_arguments_are_checked_before_anything_is_sent(worker_speeds):
+    assert run_threads(_refused, 2, worker_speeds) == [0, 0]
+
+
+def test_arguments_are_checked_before_a_process_group_is_made(monkeypatch):
+    made = []
+    monkeypatch.setattr("lightning_lopt.rounds.Communicator", lambda: made.append(1))
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for wrong in {"options": SyncOptions(overlap_steps=4)}, {"worker_speeds": [0.0]}:
+        with pytest.raises(ValueError, match=r"no room|worker_speeds"):
+            Rounds(model, optimizer, 4, **wrong)
+    assert not made

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -41,9 +40,9 @@ def outliers(norms: Sequence[float], before: Norms) -> list[int]:
 
     The median (the upper one) is over what is finite and not 0, and takes no more norms of the round before than of
     this one. So it is never below the smallest norm of this round: a change that all workers share, as with a new
-    learning rate, number of steps or batch, never counts. Two workers need the round before to tell who is wild. And
-    what rounds took not long ago they take again: where the loss is nearly 0, most batches give next to nothing, and
-    one with a hard example a hundred times that.
+    learning rate, number of steps or batch, never counts. With two workers, the norms of
+    the round before are needed to tell which one diverged. A norm that rounds took not long ago is taken again: where
+    the loss is nearly 0, most batches give next to nothing, and one with a hard example a hundred times that.
 
     Args:
         norms: Norm of each worker's pseudo-gradient in this round.
@@ -105,23 +104,3 @@ class OutlierFilter:
         self.num_left_out += len(left_out)
         if len(left_out) < len(norms):
             self.norms = self.norms.then([0.0 if k in left_out else norm for k, norm in enumerate(norms)])
-
-
-def to_integer(norm: float) -> int:
-    """Turn a float >= 0 into a 64-bit integer >= 0, in the same order; NaN becomes infinity.
-
-    Example:
-        >>> to_integer(0.0), to_integer(1.0) < to_integer(1.5) < to_integer(float("nan"))
-        (0, True)
-    """
-    return struct.unpack("<q", struct.pack("<d", math.inf if math.isnan(norm) else norm))[0]
-
-
-def from_integer(integer: int) -> float:
-    """Invert `to_integer`.
-
-    Example:
-        >>> from_integer(to_integer(0.1))
-        0.1
-    """
-    return struct.unpack("<d", struct.pack("<q", integer))[0]

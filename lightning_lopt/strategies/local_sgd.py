@@ -165,7 +165,15 @@ class LocalSGD(DDPStrategy):
             raise ValueError(f"eval_weights must be 'anchor', 'mean' or None, not {eval_weights!r}.")
         self._schedule = as_schedule(local_steps)
         self._outer_optimizer = outer_optimizer
-        self._options = SyncOptions(density, selection, compression, overlap_steps, merge, local_state, sharded)
+        self._options = SyncOptions(
+            density=density,
+            selection=selection,
+            compression=compression,
+            overlap_steps=overlap_steps,
+            merge=merge,
+            local_state=local_state,
+            sharded=sharded,
+        )
         check_combination(self._schedule, outer_optimizer, self._options)
         mean = outer_optimizer is None or self._options.effective_selection.partial
         self._eval_weights: EvalWeights = eval_weights or ("mean" if mean else "anchor")

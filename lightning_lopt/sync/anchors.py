@@ -50,11 +50,6 @@ def training_checksum(parameters: Sequence[AnchoredParameter]) -> int:
     return sum(p.param.numel() * (1 + p.frozen * (i + 1)) for i, p in enumerate(parameters))
 
 
-def num_coordinates(parameters: Sequence[AnchoredParameter]) -> int:
-    """Number of coordinates of the parameters."""
-    return sum(p.param.numel() for p in parameters)
-
-
 def flat_dtype(tensor: Tensor) -> torch.dtype:
     """Type in which a tensor is sent: float64 for float64, float32 for every other."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

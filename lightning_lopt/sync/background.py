@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
+import time
 from collections.abc import Callable
+from weakref import WeakSet
 
 import torch
+
+EXIT_SECONDS = 10.0  # for the work that still runs when the process ends
+_threads: WeakSet[threading.Thread] = WeakSet()
 
 
 class Background:
     """A function that runs in a thread, on a stream of its own where there are streams.
+
+    The thread does not keep the process alive if another worker is lost. But the end of the process waits for it for up
+    to 10 seconds, since Python ends a thread that is within a collective by aborting the process.
 
     Args:
         work: Function that is called at once.
@@ -28,7 +37,8 @@ class Background:
             self._stream.wait_stream(torch.cuda.current_stream(device))
         self._error: BaseException | None = None
         self._work = work
-        self._thread = threading.Thread(target=self._run, daemon=True)  # a lost worker must not keep this one alive
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        _threads.add(self._thread)
         self._thread.start()
 
     def _run(self) -> None:
@@ -45,3 +55,10 @@ class Background:
             raise self._error
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+
+@atexit.register
+def _wait_at_exit() -> None:
+    end = time.monotonic() + EXIT_SECONDS
+    for thread in list(_threads):
+        thread.join(max(0.0, end - time.monotonic()))

@@ -52,7 +52,7 @@ class Buffers:
         pairs = zip(self.pairs(), changed, strict=True)
         return BufferSnapshot([b.detach().clone() if flag else synced for (b, synced), flag in pairs], changed)
 
-    def land(self, snapshot: Sequence[Tensor], arrived: Mapping[int, Tensor]) -> None:
+    def merge(self, snapshot: Sequence[Tensor], arrived: Mapping[int, Tensor]) -> None:
         """Take the values that arrived as those of the last sync, and add the worker's changes since the snapshot.
 
         Args:

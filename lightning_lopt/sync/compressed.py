@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,14 +14,41 @@ from lightning_lopt.comm import Communicator
 from lightning_lopt.compression import Codec
 
 
+class CompressedMean(NamedTuple):
+    """The result of `compressed_mean`.
+
+    Attributes:
+        mean: Mean over the workers, [n].
+        residual: Values of this worker that the compression lost, [n].
+        worker_values: Decoded values of all workers, [K, n], if they were gathered.
+        spread: A scalar whose scaled mean over the workers is the mean squared distance of the decoded values from
+            their own mean, before that is coded.
+    """
+
+    mean: Tensor
+    residual: Tensor
+    worker_values: Tensor | None
+    spread: Tensor
+
+
 def compressed_mean(
-    comm: Communicator, values: Tensor, sizes: Sequence[int], codec: Codec, *, gather: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    comm: Communicator,
+    values: Tensor,
+    sizes: Sequence[int],
+    codec: Codec,
+    *,
+    gather: bool = False,
+    scale: float = 1.0,
+) -> CompressedMean:
     r"""Average compressed values over the workers, and return the error of the compression, too.
 
     Dense codes are sent as an all-reduce does: slices are coded and sent to the worker that owns them, which averages
     them and codes the mean, which all gather. The error of that second code is added K times to the owner's residual,
     so that nothing is lost for good: the mean of `values` is the mean that is returned plus the mean of the residuals.
+
+    Where workers are left out of a mean, they pass zeros, and the caller scales the mean by K / (K - their number). The
+    error of the second code is one of the scaled mean. Values that a worker could not send itself keep the weight that
+    they would have in its next pseudo-gradient, 1/K.
 
     Args:
         comm: Collectives among the workers.
@@ -28,9 +56,7 @@ def compressed_mean(
         sizes: Lengths of the pieces that `values` are made of.
         codec: Compression of the values.
         gather: Whether every worker's values are wanted; all codes then go to all workers, as those of a sparse codec.
-
-    Returns:
-        The mean [n], this worker's residual [n], and all workers' decoded values [K, n] if `gather`.
+        scale: Factor by which the caller scales the mean.
 
     Example:
         >>> from lightning_lopt.compression import TopK
@@ -40,14 +66,17 @@ def compressed_mean(
     num_workers, width = comm.num_workers, values.dtype
     if gather or codec.sparse:
         received = comm.gather(_encode(codec, values, sizes))
-        residual = values - codec.decode(received[comm.rank], sizes).to(width)
+        sent = codec.decode(received[comm.rank], sizes).to(width)
+        workers = None
         if gather:
             workers = torch.stack([codec.decode(code, sizes).to(width) for code in received])
-            return workers.mean(0), residual, workers
-        mean = torch.zeros_like(values)
-        for code in received:
-            mean += codec.decode(code, sizes)
-        return mean.div_(num_workers), residual, None
+            mean = workers.mean(0)
+        else:
+            mean = torch.zeros_like(values)
+            for code in received:
+                mean += codec.decode(code, sizes)
+            mean.div_(num_workers)
+        return CompressedMean(mean, values - sent, workers, _squares(sent) - scale * _squares(mean))
     bounds = [len(values) * k // num_workers for k in range(num_workers + 1)]
     pieces = _cut(sizes, bounds)
     parts = values.split([high - low for low, high in pairwise(bounds)])
@@ -63,8 +92,13 @@ def compressed_mean(
     gathered = comm.gather(pad(coded, (0, codes.shape[1] - len(coded))))
     means = [codec.decode(code, s) for code, s in zip(gathered, pieces, strict=True)]
     residual = values - sent.to(width)
-    residual[bounds[comm.rank] : bounds[comm.rank + 1]] += num_workers * (mean - means[comm.rank])
-    return torch.cat(means).to(width), residual, None
+    residual[bounds[comm.rank] : bounds[comm.rank + 1]] += num_workers * scale * (mean - means[comm.rank])
+    spread = _squares(sent) - num_workers * scale * _squares(mean)
+    return CompressedMean(torch.cat(means).to(width), residual, None, spread)
+
+
+def _squares(values: Tensor) -> Tensor:
+    return values.square().sum()
 
 
 def _encode(codec: Codec, values: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lopt.comm import Communicator
+from lightning_lopt.comm import CommonInteger, Communicator
 from lightning_lopt.compression import Codec
 from lightning_lopt.functional.outliers import OutlierFilter
 from lightning_lopt.sync.anchors import flat_dtype
@@ -55,7 +55,7 @@ class Exchange:
         buffers: This worker's buffers.
         optimizer_states: Floating-point states of the local optimizer to average.
         status: Status of this worker; the norm is filled in.
-        equal: Named integers that must be the same on all workers; None is equal to any.
+        equal: Values of some of the `COMMON` integers of `sync/status.py`, which must be the same on all workers.
         settings: Settings of this worker's local optimizer.
         round_idx: Index of the round that ends.
         everything: Whether the weights shall be the same on all workers afterwards.
@@ -88,7 +88,7 @@ class Exchange:
         buffers: BufferSnapshot,
         optimizer_states: Sequence[Tensor] = (),
         status: WorkerStatus,
-        equal: Mapping[str, int | None],
+        equal: Mapping[CommonInteger, int | None],
         settings: LocalSettings | None = None,
         round_idx: int = 0,
         everything: bool = False,
@@ -135,6 +135,11 @@ class Exchange:
         return len(self.left_out) == self._comm.num_workers
 
     @property
+    def _scale(self) -> float:
+        """Factor from a mean over all workers, of which some send zeros, to one over those that are not left out."""
+        return self._comm.num_workers / (self._comm.num_workers - len(self.left_out))
+
+    @property
     def kept_norms(self) -> list[float]:
         """Norms of the pseudo-gradients that were not left out."""
         return [norm for worker, norm in enumerate(self.status.norms) if worker not in self.left_out]
@@ -142,6 +147,15 @@ class Exchange:
     def squared_norm(self) -> float:
         """Squared norm of the pseudo-gradient: this worker's before the exchange, afterwards the mean of all."""
         return sum(float(flat_buffer.squared_norm) for flat_buffer in self.flat_buffers.values())
+
+    def squared_drift(self, squared_norm: float) -> float:
+        """Mean squared distance of the pseudo-gradients that were sent, as decoded, from their mean.
+
+        Args:
+            squared_norm: Squared norm of the averaged pseudo-gradient.
+        """
+        compressed = any(flat_buffer.residual is not None for flat_buffer in self.flat_buffers.values())
+        return max(self.squared_norm() - (0.0 if compressed else squared_norm), 0.0)
 
     def launch(self, *, background: bool) -> None:
         """Pack the parameters as they are now, and send them.
@@ -204,10 +218,11 @@ class Exchange:
         comm, transport, payload = self._comm, self._transport, flat_buffer.payload
         extras = flat_buffer.flat[len(payload) :]
         if transport.codec is not None and len(payload):
-            mean, flat_buffer.residual, flat_buffer.worker_payloads = compressed_mean(
-                comm, payload, flat_buffer.sizes, transport.codec, gather=transport.gather
+            mean, flat_buffer.residual, flat_buffer.worker_payloads, spread = compressed_mean(
+                comm, payload, flat_buffer.sizes, transport.codec, gather=transport.gather, scale=self._scale
             )
             payload.copy_(mean)
+            flat_buffer.squared_norm.copy_(spread)
             comm.mean_(extras)
         elif transport.shards is not None:
             transport.shards.reduce_scatter(flat_buffer, gather=transport.gather)
@@ -222,7 +237,7 @@ class Exchange:
     def _leave_out(self, flat_buffer: FlatBuffer) -> None:
         """Make a mean over all workers one over those that sent something, and give the others its value."""
         kept = [k for k in range(self._comm.num_workers) if k not in self.left_out]
-        flat_buffer.flat.mul_(self._comm.num_workers / len(kept))
+        flat_buffer.flat.mul_(self._scale)
         if flat_buffer.worker_payloads is not None:
             flat_buffer.worker_payloads[self.left_out] = flat_buffer.worker_payloads[kept].mean(0)
 

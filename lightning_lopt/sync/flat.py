@@ -75,7 +75,9 @@ class FlatBuffer:
         sizes: Number of elements of each slice.
         payload: Elements of the slices, [n].
         views: The part of the payload that belongs to each slice.
-        squared_norm: Squared distance between a worker and the anchor, a scalar.
+        squared_norm: Squared norm of the pseudo-gradient, a scalar, with what compression has left over. A parameter
+            that has no anchor yet adds 0, or NaN if it is not finite. After a compressed exchange, the mean squared
+            distance of the values that were sent from their mean.
         flat: The tensor that is sent: payload, squared norm and extras.
         differences: Whether the payload holds anchor - y instead of y.
         owned: The slices that this worker steps; their parts of the payload hold means after the exchange.
@@ -125,7 +127,8 @@ class FlatBuffer:
             torch.sub(s.read(p.anchor), param, out=view)
             if p.residual is not None:
                 view += s.read(p.residual)
-            self.squared_norm += view.square().sum()
+            squares = view.square().sum()
+            self.squared_norm += squares if p.has_anchor else 0 * squares
             if not differences:
                 view.copy_(param)
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from lightning_lopt.comm import digest
 from lightning_lopt.compression import Codec, as_codec
+from lightning_lopt.functional.integers import as_integer
 from lightning_lopt.functional.merge import MergeRule
 from lightning_lopt.selection import Everything, RandomCoordinates, Selection
 
@@ -18,10 +19,13 @@ LocalState = Literal["keep", "reset", "average"]
 class SyncOptions:
     """Options of a sync; by default everything is sent at once, as it is.
 
-    The options combine with one another and with any outer optimizer, except as said below. By default a sync sends 4r
-    bytes per parameter, where r = 2(K-1)/K is the factor of a ring all-reduce among K workers, plus the buffers that
-    changed. The table says what each option sends instead and the memory that it adds, both in bytes per parameter, and
-    when it fails:
+    The options combine with one another and with any outer optimizer, but for these: a `density` excludes outer
+    optimizers with statistics of whole tensors and a `local_state` other than `"keep"`; `sharded=True` excludes
+    `compression`; `local_state="average"` excludes `overlap_steps`.
+
+    By default a sync sends 4r bytes per parameter, where r = 2(K-1)/K is the factor of a ring all-reduce among K
+    workers, plus the buffers that changed. The table says what each option sends instead and the memory that it adds,
+    both in bytes per parameter, and when it fails:
 
     | option                   | sent                    | memory             | fails when                             |
     |--------------------------|-------------------------|--------------------|----------------------------------------|
@@ -30,7 +34,7 @@ class SyncOptions:
     | `compression="bf16"`     | 2r                      | 4                  |                                        |
     | `compression="int8"`     | r                       | 4                  | huge coordinates coarsen others        |
     | `compression=TopK(0.02)` | (K-1) × 0.02 × 6        | 4                  | K is large: all codes are gathered     |
-    | `overlap_steps=16`       |                         | 8 × what is sent ¹ | H - 16 < 16: everything is out of date |
+    | `overlap_steps=16`       |                         | 8 × what is sent ¹ | more than half of H is in flight       |
     | `merge="overwrite"`      |                         |                    | many steps in flight, which are lost   |
     | `local_state="average"`  | 4r more per momentum    |                    | the link is slow                       |
     | `sharded=True`           | 4r                      | outer state / K    | a tensor exceeds 1/K of the model      |
@@ -41,13 +45,14 @@ class SyncOptions:
     2 or 1 times (K-1) if compressed; with `sharded=True` it sends the bytes of an all-reduce.
 
     * `density` draws other coordinates in each round, from a seed that all workers share; an outer optimizer steps
-      these alone. It is not for optimizers with statistics of whole tensors (learned, Adafactor), nor for a
-      `local_state` other than `"keep"`.
+      these alone. It is not for optimizers with statistics of whole tensors: `LearnedOptimizer`, `BlendedNesterov`,
+      Adafactor.
     * `overlap_steps` are the last of the H local steps. `sharded=True` lets them hide the first half of the traffic
-      only, and `local_state="average"` excludes them.
+      only. A constant H that leaves no step before them is refused; where a schedule gives such an H, the last H - 1
+      steps overlap.
     * `merge="delay_corrected"` keeps the steps that are taken while the sync is in flight.
-    * `sharded=True` excludes `compression`. The largest of 8 shares is 1.04 times the mean share with ViT-B/16, and 2.5
-      times with GPT-2, because of its embedding (examples/records/2026-11-22_shares).
+    * With `sharded=True`, the largest of 8 shares is 1.04 times the mean share with ViT-B/16, and 2.5 times with GPT-2,
+      because of its embedding (examples/records/2026-11-22_shares).
     * The last sync of a run sends everything, uncompressed and with nothing in flight, whatever the options are. Where
       syncs send only a part, validation and checkpoints see the workers' mean by default.
 
@@ -86,11 +91,12 @@ class SyncOptions:
             raise ValueError(f"selection must be Fragments(...) or any Selection, not {self.selection!r}.")
         if self.selection is not None and self.density != 1:
             raise ValueError("density is short for selection=RandomCoordinates(density): give one of the two.")
-        if isinstance(self.overlap_steps, bool) or not isinstance(self.overlap_steps, int) or self.overlap_steps < 0:
+        overlap_steps = as_integer(self.overlap_steps, least=0)
+        if overlap_steps is None:
             raise ValueError(f"overlap_steps must be an integer >= 0, not {self.overlap_steps!r}.")
-        if self.merge not in ("delay_corrected", "overwrite") and not (
-            isinstance(self.merge, int | float) and 0 <= self.merge <= 1
-        ):
+        object.__setattr__(self, "overlap_steps", overlap_steps)
+        number = isinstance(self.merge, int | float) and not isinstance(self.merge, bool)
+        if self.merge not in ("delay_corrected", "overwrite") and not (number and 0 <= float(self.merge) <= 1):
             raise ValueError(f"merge must be 'delay_corrected', 'overwrite' or a number in [0, 1], not {self.merge!r}.")
         if self.merge == "overwrite" and not self.overlap_steps:
             raise ValueError(
@@ -114,7 +120,7 @@ class SyncOptions:
                 "sharded=True excludes compression: the owners of tensors send the results of their outer steps, and "
                 "an error in these would be in the anchor, where no error feedback reaches it."
             )
-        _ = self.effective_selection, self.codec  # their errors, here
+        as_codec(self.compression)
 
     @property
     def fingerprint(self) -> int:

@@ -24,7 +24,8 @@ class StepResult(NamedTuple):
     """The result of an outer step.
 
     Attributes:
-        squared_norm: Squared norm of the averaged pseudo-gradient, over all shards.
+        squared_norm: Squared norm of the averaged pseudo-gradient, over all shards; parameters that had no anchor are
+            not in it.
         fell_back: Whether the step was refused and the workers were averaged instead.
     """
 
@@ -43,8 +44,9 @@ def average(flat_buffers: Iterable[FlatBuffer], shards: Shards | None) -> StepRe
     for flat_buffer in flat_buffers:
         for s, mean, _ in flat_buffer.received():
             anchor = s.read(s.parameter.anchor)
-            difference = mean if flat_buffer.differences else anchor - mean
-            squared_norm += float(difference.square().sum())
+            if s.parameter.has_anchor:
+                difference = mean if flat_buffer.differences else anchor - mean
+                squared_norm += float(difference.square().sum())
             s.write(s.parameter.anchor, anchor - mean if flat_buffer.differences else mean)
     return StepResult(_total(squared_norm, shards))
 
@@ -53,7 +55,7 @@ class OuterStep:
     """A torch optimizer whose parameters are the anchors and whose gradients the averaged pseudo-gradients.
 
     Args:
-        factory: Makes the optimizer from parameter groups.
+        factory: Function that makes the optimizer from parameter groups.
         groups: Parameters of each group of the local optimizer.
         comm: Collectives among the workers.
         shards: Division of the tensors among the workers; None if every worker steps them all.

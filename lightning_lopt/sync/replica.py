@@ -41,7 +41,7 @@ class Replica:
     Args:
         model: Model whose buffers are synchronised.
         optimizer: Local optimizer whose parameters are synchronised; groups that it is given later are found by
-            `follow`.
+            `add_new_groups`.
 
     Attributes:
         groups: Parameters of each group of the optimizer, with their anchors.
@@ -65,7 +65,7 @@ class Replica:
     def __init__(self, model: NamedTensors, optimizer: LocalOptimizer) -> None:
         self._model, self._optimizer = model, optimizer
         self.groups: list[list[AnchoredParameter]] = []
-        self.follow()
+        self.add_new_groups()
         if not any(p.param.requires_grad for p in self.parameters()):
             raise ValueError(
                 "There is nothing to train: the local optimizer holds no parameter with requires_grad=True."
@@ -81,8 +81,11 @@ class Replica:
             yield from group
 
     def named_tensors(self) -> list[tuple[str, Tensor]]:
-        """All parameters and buffers of the model by name."""
-        return [*self._model.named_parameters(), *self._model.named_buffers()]
+        """All parameters and buffers of the model by name, then the optimizer's parameters that the model lacks."""
+        named = [*self._model.named_parameters(), *self._model.named_buffers()]
+        known = {id(tensor) for _, tensor in named}
+        held = enumerate(p.param for p in self.parameters())
+        return named + [(f"parameter {i} of the optimizer", p) for i, p in held if id(p) not in known]
 
     def adopt(self) -> None:
         """Take the present parameters in training, and all present buffers, as the global ones."""
@@ -91,7 +94,7 @@ class Replica:
                 p.adopt(p.param)
         self.buffers.adopt()
 
-    def follow(self) -> list[list[AnchoredParameter]]:
+    def add_new_groups(self) -> list[list[AnchoredParameter]]:
         """Take up the groups that the optimizer was given since the last call, and return them."""
         groups = self._optimizer.param_groups[len(self.groups) :]
         new = [[AnchoredParameter(p) for p in group["params"]] for group in groups]

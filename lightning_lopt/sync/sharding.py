@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_lopt.comm import Communicator
+from lightning_lopt.functional.balance import least_loaded
 from lightning_lopt.sync.anchors import AnchoredParameter
 from lightning_lopt.sync.flat import FlatBuffer, ParameterSlice
 
@@ -31,10 +32,7 @@ class Shards:
     def assign(self, parameters: Sequence[AnchoredParameter]) -> None:
         """Find an owner for each parameter that has none."""
         new = [p for p in parameters if p not in self._owners]
-        for p in sorted(new, key=lambda p: -p.param.numel()):
-            owner = min(range(len(self._loads)), key=self._loads.__getitem__)
-            self._owners[p] = owner
-            self._loads[owner] += max(1, p.param.numel())
+        self._owners.update(zip(new, least_loaded([p.param.numel() for p in new], self._loads), strict=True))
 
     def owns(self, parameter: AnchoredParameter) -> bool:
         """Whether this worker owns a parameter."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
@@ -10,10 +11,38 @@ from typing import Any
 
 import torch
 
-from lightning_lopt.comm import Communicator, DisagreementError
-from lightning_lopt.functional.outliers import from_integer, to_integer
+from lightning_lopt.comm import CommonInteger, Communicator, DisagreementError
 
 NUM_ROWS = 5  # integers per worker
+
+_SAME_STEPS = (
+    "All workers must take the same number of steps in a round: check for unequal data per worker, a learning rate "
+    "that depends on the worker, or branches on the rank."
+)
+ROUND = CommonInteger("the round", _SAME_STEPS, shown=True)
+LOCAL_STEPS = CommonInteger("the local steps of the round", _SAME_STEPS, shown=True)
+EVERYTHING = CommonInteger(
+    "whether everything is sent",
+    "All workers must end their training at the same step: check for unequal data per worker, or numbers of steps that "
+    "depend on the worker.",
+)
+IN_TRAINING = CommonInteger(
+    "the parameters in training", "Freeze, unfreeze and add the same parameters on all workers, in the same round."
+)
+COORDINATES = CommonInteger(
+    "the coordinates to send",
+    "A selection must choose the same ones on all workers: check for a seed of the worker's own.",
+)
+LOCAL_STATE = CommonInteger(
+    "the number of elements of the local optimizer's state",
+    "Averages need the same state on all workers: check for parameters that only some workers have stepped.",
+    shown=True,
+)
+GLOBAL_WEIGHTS = CommonInteger(
+    "the global weights",
+    "Something wrote to those of one worker, or the machines round differently, which needs sharded=True.",
+)
+COMMON = (ROUND, LOCAL_STEPS, EVERYTHING, IN_TRAINING, COORDINATES, LOCAL_STATE, GLOBAL_WEIGHTS)
 
 
 class SyncPoint(Enum):
@@ -27,11 +56,17 @@ class SyncPoint(Enum):
     VALIDATION_WITHIN_EPOCH = "validation within an epoch"
     COLLECTIVE_WITHIN_BATCH = "collective within a batch"
     CHECKPOINT = "checkpoint"
+    EVALUATION = "evaluation of the workers' mean"
 
     @property
     def needs_sync(self) -> bool:
         """Whether a worker here wants its parameters to be synchronised."""
         return self in (SyncPoint.SYNC, SyncPoint.LAUNCH)
+
+    @property
+    def sends_weights(self) -> bool:
+        """Whether a worker here sends its parameters, for a sync or for a mean that changes nothing."""
+        return self.needs_sync or self is SyncPoint.EVALUATION
 
     @property
     def answers_syncs(self) -> bool:
@@ -106,8 +141,8 @@ class GroupStatus:
 
     @property
     def all_wait(self) -> bool:
-        """Whether all workers wait at the same point, and none needs a sync."""
-        return not any(worker.point.needs_sync for worker in self.workers)
+        """Whether all workers wait at the same point, and none sends its weights."""
+        return not any(worker.point.sends_weights for worker in self.workers)
 
     @property
     def norms(self) -> list[float]:
@@ -132,17 +167,19 @@ class GroupStatus:
 def gather_status(
     comm: Communicator,
     device: torch.device,
-    equal: Mapping[str, int | None],
+    equal: Mapping[CommonInteger, int | None],
     own: WorkerStatus,
     changed_buffers: Sequence[bool] = (),
     settings: LocalSettings | None = None,
 ) -> GroupStatus:
-    """Check what must be equal on all workers, and learn the status of each, in one small integer all-reduce.
+    """Check that the workers agree, and learn the status of each, in one small integer all-reduce.
+
+    The message has the same length at every point, so that those of workers at different points meet.
 
     Args:
         comm: Collectives among the workers.
         device: Device on which the process group communicates.
-        equal: Named integers that must be the same on all workers; None is equal to any.
+        equal: Values of some of the `COMMON` integers; each of the others is equal to any.
         own: Status of this worker.
         changed_buffers: Whether this worker changed each buffer; as many on all workers.
         settings: Settings of this worker's local optimizer; as many groups on all workers.
@@ -152,7 +189,7 @@ def gather_status(
 
     Example:
         >>> status = gather_status(
-        ...     Communicator(), torch.device("cpu"), {"round": 0}, WorkerStatus(16), [False, True]
+        ...     Communicator(), torch.device("cpu"), {ROUND: 0}, WorkerStatus(16), [False, True]
         ... )
         >>> status.workers[0].local_steps, status.changed_buffers
         (16, [1])
@@ -163,7 +200,8 @@ def gather_status(
     floats = [own.speed_share, own.step_seconds, own.norm]
     rows[comm.rank :: num_workers] = [own.local_steps, points.index(own.point), *map(to_integer, floats)]
     values = [*settings.lrs, *settings.momenta]
-    largest = comm.agree(device, equal, [*rows, *map(int, changed_buffers), *map(to_integer, values)])
+    common = {integer: equal.get(integer) for integer in COMMON}
+    largest = comm.agree(device, common, [*rows, *map(int, changed_buffers), *map(to_integer, values)])
     received = iter(largest)
     columns = [[next(received) for _ in range(num_workers)] for _ in range(NUM_ROWS)]
     changed = [i for i in range(len(changed_buffers)) if next(received)]
@@ -179,6 +217,26 @@ def gather_status(
     )
     _check_points(status.workers)
     return status
+
+
+def to_integer(number: float) -> int:
+    """Turn a float >= 0 into a 64-bit integer >= 0, in the same order; NaN becomes infinity.
+
+    Example:
+        >>> to_integer(0.0), to_integer(1.0) < to_integer(1.5) < to_integer(float("nan"))
+        (0, True)
+    """
+    return struct.unpack("<q", struct.pack("<d", math.inf if math.isnan(number) else number))[0]
+
+
+def from_integer(integer: int) -> float:
+    """Invert `to_integer`.
+
+    Example:
+        >>> from_integer(to_integer(0.1))
+        0.1
+    """
+    return struct.unpack("<d", struct.pack("<q", integer))[0]
 
 
 def _momentum(value: Any) -> float:

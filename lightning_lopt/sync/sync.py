@@ -19,34 +19,38 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_lopt.comm import Communicator, digest
+from lightning_lopt.comm import CommonInteger, Communicator, digest
 from lightning_lopt.compression import Codec
 from lightning_lopt.functional.merge import MergeRule, merge
 from lightning_lopt.functional.outliers import Norms, OutlierFilter
 from lightning_lopt.optim.outer import OuterFactory
 from lightning_lopt.selection import Everything, drawn_ahead
-from lightning_lopt.sync.anchors import AnchoredParameter, num_coordinates, training_checksum
+from lightning_lopt.sync.anchors import AnchoredParameter, training_checksum
 from lightning_lopt.sync.exchange import Exchange, Transport
 from lightning_lopt.sync.flat import ParameterSlice, choose
 from lightning_lopt.sync.options import SyncOptions
 from lightning_lopt.sync.outer_step import OuterStep, StepResult, average
-from lightning_lopt.sync.outliers import explain_outliers
 from lightning_lopt.sync.replica import LocalOptimizer, NamedTensors, Replica
-from lightning_lopt.sync.report import RoundReport
+from lightning_lopt.sync.report import RoundReport, explain_outliers
 from lightning_lopt.sync.sharding import Shards
-from lightning_lopt.sync.status import LocalSettings, SyncPoint, WorkerStatus, gather_status
+from lightning_lopt.sync.status import (
+    COORDINATES,
+    EVERYTHING,
+    GLOBAL_WEIGHTS,
+    IN_TRAINING,
+    LOCAL_STATE,
+    LOCAL_STEPS,
+    ROUND,
+    LocalSettings,
+    SyncPoint,
+    WorkerStatus,
+    gather_status,
+)
 from lightning_lopt.sync.swap import Swap
 
 EvalWeights = Literal["anchor", "mean"]
-EQUAL: tuple[str, ...] = (  # integers on which workers at a sync agree
-    "round",
-    "local steps",
-    "whether everything is sent",
-    "parameters in training",
-    "coordinates to send (as a checksum)",
-    "elements of the local optimizer's state",
-    "the global weights (as a checksum; machines that round differently need sharded=True)",
-)
+OUTER_OPTIMIZER = CommonInteger("the outer optimizer", "Give all workers the same outer optimizer and network.")
+OPTIONS = CommonInteger("the sync options", "Give all workers the same SyncOptions.")
 
 
 class Sync:
@@ -58,7 +62,7 @@ class Sync:
         model: Model whose buffers are synchronised: of floating-point buffers that some worker changed the mean, of
             integers the maximum.
         optimizer: Local optimizer, whose parameters are synchronised.
-        outer_optimizer: Makes a `torch.optim.Optimizer` from parameter groups of anchors; None averages.
+        outer_optimizer: Function that makes a `torch.optim.Optimizer` from parameter groups of anchors; None averages.
         comm: Collectives among the workers.
         options: Parts that are sent, time in flight, and merge rule.
 
@@ -86,6 +90,7 @@ class Sync:
         self.worker_statuses: list[WorkerStatus] = []
         self.common = True
         self._exchange: Exchange | None = None  # launched and not finished
+        self._abandoned: Exchange | None = None  # launched, never to be finished, and perhaps not yet over
         self._outlier_filter = OutlierFilter()
         self._warns = comm.rank == 0  # once, of the first workers that are left out
         named = self.replica.named_tensors()
@@ -101,8 +106,8 @@ class Sync:
         comm.agree(
             self.device,
             {
-                "the outer optimizer (as a digest)": digest(repr(outer)),
-                "the sync options (as a digest)": options.fingerprint,
+                OUTER_OPTIMIZER: digest(repr(outer)),
+                OPTIONS: options.fingerprint,
             },
         )
 
@@ -155,15 +160,6 @@ class Sync:
         states = []
         if self._options.local_state == "average":
             states = self.replica.local_states(s.parameter for s in slices)
-        values = [
-            round_idx,
-            status.local_steps if same_steps and status.point.needs_sync else None,
-            everything,
-            training_checksum(parameters),
-            sum(s.checksum for s in slices),
-            sum(state.numel() for state in states),
-            self.replica.checksum(),
-        ]
         as_it_is = everything or not all(p.has_anchor for p in parameters)
         self._exchange = Exchange(
             comm=self._comm,
@@ -172,7 +168,15 @@ class Sync:
             buffers=self.replica.buffers.snapshot(),
             optimizer_states=states,
             status=status,
-            equal=dict(zip(EQUAL, values, strict=True)),
+            equal={
+                ROUND: round_idx,
+                LOCAL_STEPS: status.local_steps if same_steps and status.point.needs_sync else None,
+                EVERYTHING: everything,
+                IN_TRAINING: training_checksum(parameters),
+                COORDINATES: sum(s.checksum for s in slices),
+                LOCAL_STATE: sum(state.numel() for state in states),
+                GLOBAL_WEIGHTS: self.replica.checksum(),
+            },
             settings=self._settings(),
             round_idx=round_idx,
             everything=everything,
@@ -191,6 +195,9 @@ class Sync:
         Raises:
             DisagreementError: The workers do not agree on the round, its steps, or the parameters in training.
         """
+        if self._abandoned is not None:  # or collectives to come would meet its own
+            self._abandoned.wait()
+            self._abandoned = None
         if self._exchange is not None:
             self._exchange.wait()
 
@@ -207,18 +214,18 @@ class Sync:
         exchange, self._exchange = self._exchange, None
         assert exchange is not None
         self.worker_statuses = exchange.status.workers
-        local_squared_norm, result = 0.0, StepResult(0.0)
+        squared_drift, result = 0.0, StepResult(0.0)
         if not exchange.skipped:
-            local_squared_norm = exchange.squared_norm()
             result = self._step_anchors(exchange)
+            squared_drift = exchange.squared_drift(result.squared_norm)
             self._merge(exchange)
-            self._settle(exchange)
+            self._apply_states_and_buffers(exchange)
         self._outlier_filter.update(exchange.status.norms, exchange.left_out)
         if exchange.left_out and self._warns:
             self._warns = False
             warnings.warn(explain_outliers(exchange), stacklevel=2)
         if self._comm.rank in exchange.left_out:
-            self._come_back(exchange)
+            self._reset_diverged_worker(exchange)
         drifts = any(worker.point is SyncPoint.LAUNCH for worker in exchange.status.workers)
         leaves_common = self._options.leaves_common_weights and not drifts
         self.common = exchange.everything or exchange.skipped or leaves_common
@@ -227,7 +234,7 @@ class Sync:
             round_idx=exchange.round_idx,
             local_steps=exchange.local_steps,
             pseudo_grad_norm=math.sqrt(result.squared_norm),
-            drift=math.sqrt(max(local_squared_norm - result.squared_norm, 0.0)),
+            drift=math.sqrt(squared_drift),
             bytes_sent=exchange.bytes_sent + self._comm.bytes_sent - bytes_before,
             transfer_seconds=exchange.transfer_seconds,
             waited_seconds=exchange.transfer_seconds if exchange.launched is None else received - start,
@@ -244,14 +251,14 @@ class Sync:
             DisagreementError: They are not.
         """
         self.wait()
-        equal, unchanged = dict.fromkeys(EQUAL), [False] * len(self.replica.buffers)
-        gather_status(self._comm, self.device, equal, WorkerStatus(0, point), unchanged, self._settings())
+        unchanged = [False] * len(self.replica.buffers)
+        gather_status(self._comm, self.device, {}, WorkerStatus(0, point), unchanged, self._settings())
 
     # -- parts of a sync ------------------------------------------------------------------------------------------
 
     def _parameters_in_training(self) -> list[AnchoredParameter]:
         """All parameters in training, those that were unfrozen or added since the last sync included."""
-        for group in self.replica.follow():
+        for group in self.replica.add_new_groups():
             if self._outer_step is not None:
                 self._outer_step.add_group(group)
         parameters = self.replica.in_training()
@@ -307,7 +314,7 @@ class Sync:
             s.write(p.param, merge(s.read(p.anchor), y, s.read(p.param), self._merge_rule(exchange)))
             p.has_anchor = True
 
-    def _settle(self, exchange: Exchange) -> None:
+    def _apply_states_and_buffers(self, exchange: Exchange) -> None:
         """Take up the residuals of compression, the local optimizer's states, and the buffers."""
         if self._codec is not None:
             exchange.keep_residuals()
@@ -315,9 +322,9 @@ class Sync:
             state.copy_(mean)
         if self._options.local_state == "reset":
             self.replica.reset_local_states(s.parameter for s in exchange.slices)
-        self.replica.buffers.land(exchange.buffers, exchange.arrived_buffers)
+        self.replica.buffers.merge(exchange.buffers, exchange.arrived_buffers)
 
-    def _come_back(self, exchange: Exchange) -> None:
+    def _reset_diverged_worker(self, exchange: Exchange) -> None:
         """Forget everything that made this worker diverge, but optimizer states that are now the others' mean."""
         self.restore_anchor()
         averaged = bool(exchange.optimizer_states) and not exchange.skipped
@@ -352,17 +359,26 @@ class Sync:
             device=self.device,
             slices=[ParameterSlice(p) for p in parameters],
             buffers=self.replica.buffers.snapshot(),
-            status=WorkerStatus(0),
-            equal={"parameters in training": num_coordinates(parameters)},
+            status=WorkerStatus(0, SyncPoint.EVALUATION),
+            equal={IN_TRAINING: training_checksum(parameters)},
+            settings=self._settings(),
             outlier_filter=self._outlier_filter,
         )
         exchange.launch(background=False)
         return exchange
 
+    def _abandon(self) -> None:
+        """Use nothing of a sync in flight, which goes on in the background."""
+        if self._exchange is not None:
+            self._abandoned, self._exchange = self._exchange, None
+
     @torch.no_grad()
     def restore_anchor(self) -> None:
-        """Go back to the last synced weights and buffers, without communication; forget a sync in flight."""
-        self._exchange = None
+        """Go back to the last synced weights and buffers, without communication; abandon a sync in flight.
+
+        The call does not wait for it, since a worker may be lost; whatever communicates next does.
+        """
+        self._abandon()
         self.replica.restore()
         self.common = True
 
@@ -412,6 +428,7 @@ class Sync:
         if self._outer_step is not None:
             self._outer_step.load_state_dict(state["outer"])
         self._outlier_filter.norms, self.common = Norms(**state.get("norms", {})), state.get("common", True)
+        self._abandon()
         exchange = state.get("exchange")
         self._exchange = None if exchange is None else self._exchange_of(parameters, exchange)
 

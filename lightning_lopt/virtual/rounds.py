@@ -25,7 +25,7 @@ class VirtualRounds:
     Methods are for all workers. Attributes are those of the first worker; setting one sets it for all.
 
     Args:
-        make: Makes one worker's rounds from a model, an optimizer, and a communicator.
+        make: Function that makes one worker's rounds from a model, an optimizer, and a communicator.
         shared_module: Weights and states of the workers.
         optimizer: Local optimizer of the module.
         timeout: Time limit for a worker that waits for the others.

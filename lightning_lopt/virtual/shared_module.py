@@ -74,6 +74,7 @@ class SharedModule:
         others: Objects and names of attributes that take turns, too, copied for each worker.
 
     Attributes:
+        num_workers: Number of workers K.
         own: Tensors of each worker, by those of the module.
         active: The worker whose turn it is.
 

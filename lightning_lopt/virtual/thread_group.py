@@ -50,7 +50,11 @@ class ThreadGroup:
         return self._result  # the next join replaces it when all have come, and so have read this one
 
     def run(self, functions: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Call one function per worker, each in its thread, and return their results; the first error is raised."""
+        """Call one function per worker, the first in the caller's thread, the others each in a thread of its own.
+
+        Returns:
+            Their results by rank; the first error is raised.
+        """
         futures = [self._pool.submit(self._guarded, function) for function in functions[1:]]
         first = self._guarded(functions[0])
         outcomes = [first, *(future.result() for future in futures)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -32,3 +34,19 @@ def test_it_runs_beside_its_caller_and_without_gradients():
     go.set()
     background.wait()
     assert seen == [False]
+
+
+AT_EXIT = """
+import time, torch
+from lightning_lopt.sync.background import Background
+def work():
+    time.sleep(1)
+    print("done", flush=True)
+Background(work, torch.device("cpu"))
+"""
+
+
+def test_the_end_of_the_process_waits_for_it():
+    """A thread that Python ends within a collective aborts the process."""
+    ended = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout == "done\n"

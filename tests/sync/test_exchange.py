@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import threading
 import time
+from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_lopt import DisagreementError, Rounds, SyncOptions
+from lightning_lopt import DisagreementError, Rounds, SlowMomentum, SyncOptions, TopK
+from lightning_lopt.comm import Communicator
+from lightning_lopt.virtual.thread_group import ThreadGroup, VirtualGroup
 from tests.processes import run_workers
 from tests.sync_support import Given, Point
 from tests.threads import run_threads
@@ -102,3 +108,127 @@ def test_only_buffers_that_somebody_changed_are_sent():
         assert before == after < 1_000
         assert changed - before == 40_000  # 2 (K - 1)/K × 4 bytes
         assert values == [1.0]
+
+
+def _drift(rank, make_comm, compression, apart):
+    """The drift of rounds in which each worker moves by 1 and, with a sign of its own, by `apart`."""
+    model = Point(torch.zeros(4096))
+    options = SyncOptions(compression=compression)
+    rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=1.0), 1, comm=make_comm(), options=options)
+    drifts = []
+    for i in range(4):
+        generator = torch.Generator().manual_seed(i)
+        model.x.data += torch.randn(4096, generator=generator) + apart * (2 * rank - 1)
+        rounds.step()
+        drifts.append(rounds.last_report.drift)
+    return drifts
+
+
+@pytest.mark.parametrize("compression", [None, "bf16", "int8", TopK(0.02)], ids=str)
+def test_equal_workers_have_no_drift(compression):
+    for drifts in run_threads(_drift, 2, compression, 0.0):
+        assert drifts == pytest.approx([0.0] * 4, abs=0.05)  # of norms of 64, up to rounding in float32
+
+
+@pytest.mark.parametrize("compression", [None, "bf16", "int8"], ids=str)
+def test_the_drift_of_unequal_workers(compression):
+    for drifts in run_threads(_drift, 2, compression, 0.5):
+        assert drifts == pytest.approx([0.5 * 64] * 4, rel=0.01)
+
+
+def _unfrozen(rank, make_comm, outer):
+    """Norms and drift while large parameters are frozen, and in the sync after they were unfrozen."""
+    model = nn.ParameterList([torch.zeros(4), torch.full((4,), 1000.0)])
+    model[1].requires_grad_(False)
+    rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=1.0), 1, outer, comm=make_comm())
+    seen = []
+    for i in range(3):
+        model[1].requires_grad_(i > 0)
+        with torch.no_grad():
+            for p in model:
+                p += 2.0 * rank * p.requires_grad
+        rounds.step()
+        norms = [worker.norm for worker in rounds.sync.worker_statuses]
+        seen.append((rounds.last_report.pseudo_grad_norm, rounds.last_report.drift, norms))
+    return seen
+
+
+@pytest.mark.parametrize("outer", [None, partial(SlowMomentum, momentum=0.0)], ids=["average", "optimizer"])
+def test_parameters_without_an_anchor_have_no_norm(outer):
+    one, both = (2.0, 2.0, [0.0, 4.0]), (math.sqrt(8), math.sqrt(8), [0.0, math.sqrt(32)])
+    for seen in run_threads(_unfrozen, 2, outer):
+        for values, expected in zip(seen, (one, one, both), strict=True):
+            assert values[:2] == pytest.approx(expected[:2])
+            assert values[2] == pytest.approx(expected[2])
+
+
+def _unfrozen_and_diverged(rank, make_comm):
+    model = nn.ParameterList([torch.zeros(2), torch.zeros(2)])
+    model[1].requires_grad_(False)
+    rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=1.0), 1, comm=make_comm())
+    model[1].requires_grad_(True)
+    model[1].data += math.nan if rank == 1 else 1.0
+    rounds.step()
+    return rounds.last_report.left_out, model[1].tolist()
+
+
+@pytest.mark.filterwarnings("ignore:Round 0 leaves out")
+def test_parameters_without_an_anchor_that_diverged_are_left_out():
+    assert run_threads(_unfrozen_and_diverged, 2) == [(1, [1.0, 1.0])] * 2
+
+
+class _SlowInBackground(VirtualGroup):
+    """All-reduces that are slow in threads that a sync in flight runs in."""
+
+    def all_reduce(self, tensor, op=None, group=None):
+        if threading.current_thread().name not in self.own:
+            time.sleep(0.05 * (1 + self._rank))
+        super().all_reduce(tensor, op, group)
+
+
+def _abandon(rank, group):
+    backend = _SlowInBackground(rank, 2, group)
+    backend.own = [threading.current_thread().name]
+    model = Point(torch.zeros(2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    options = SyncOptions(overlap_steps=2)
+    rounds = Rounds(model, optimizer, 4, comm=Communicator(backend=backend), options=options)
+    for num_steps, scale in (2, 1.0), (4, 10.0):
+        for _ in range(num_steps):
+            model.x.grad = torch.full((2,), scale * (1 + rank))
+            optimizer.step()
+            rounds.step()
+        start = time.monotonic()
+        rounds.abandon_round()
+        assert time.monotonic() - start < 0.04  # a lost worker must not keep it waiting
+    return model.x.tolist(), rounds.round_idx, rounds.step_idx
+
+
+def test_collectives_do_not_meet_those_of_a_sync_that_was_abandoned():
+    """It is in flight when the next round begins, which must end as if it had not been."""
+    group = ThreadGroup(2, timedelta(seconds=20))
+    assert group.run([partial(_abandon, rank, group) for rank in range(2)]) == [([-30.0, -30.0], 1, 4)] * 2
+
+
+def _left_out(rank, make_comm):
+    """The anchor after a round without worker 2, and after one in which nobody moves: only residuals are sent."""
+    model = Point(torch.zeros(3))
+    options = SyncOptions(compression="bf16")
+    rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=1.0), 1, comm=make_comm(), options=options)
+    values = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0078125, 2.015625, 3.015625]), torch.full((3,), math.nan)]
+    expected = (values[0] + values[1]) / 2
+    model.x.data += values[rank]
+    errors = []
+    for _ in range(2):
+        rounds.step()
+        errors.append((model.x - expected).abs().max().item())
+    return errors, rounds.last_report.left_out
+
+
+@pytest.mark.filterwarnings("ignore:Round 0 leaves out")
+def test_what_a_round_with_a_worker_left_out_lost_comes_in_the_next():
+    """Bfloat16 holds the values that are sent, but not their mean."""
+    for (first, second), left_out in run_threads(_left_out, 3):
+        assert first > 1e-3
+        assert second < 1e-5
+        assert left_out == 0

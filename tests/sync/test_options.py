@@ -39,6 +39,8 @@ from tests.processes import run_workers
         ({"overlap_steps": True}, "overlap_steps"),
         ({"merge": "average"}, "merge must be"),
         ({"merge": 1.5}, "merge must be"),
+        ({"merge": True}, "merge must be"),
+        ({"compression": "int4"}, "any Codec"),
         ({"merge": "overwrite"}, "without overlap_steps there are none"),
         ({"local_state": "drop"}, "local_state must be"),
         ({"local_state": "reset", "density": 0.5}, "needs whole tensors"),

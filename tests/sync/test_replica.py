@@ -37,6 +37,26 @@ def test_all_start_from_rank_0():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def _outside(rank, make_comm, sizes):
+    """A parameter that only the optimizer holds."""
+    model = nn.Linear(2, 2, bias=False)
+    outside = nn.Parameter(torch.full((sizes[rank],), float(rank + 3)))
+    rounds = Rounds(model, torch.optim.SGD([*model.parameters(), outside], lr=1.0), 1, comm=make_comm())
+    start = outside.tolist()
+    outside.data -= rank
+    rounds.step()
+    return start, outside.tolist()
+
+
+def test_parameters_that_only_the_optimizer_holds_start_from_rank_0():
+    assert run_threads(_outside, 2, [2, 2]) == [([3.0, 3.0], [2.5, 2.5])] * 2
+
+
+def test_parameters_that_only_the_optimizer_holds_have_one_shape():
+    with pytest.raises(DisagreementError, match=r"'parameter 1 of the optimizer \(2,\) .* against .* \(3,\)"):
+        run_threads(_outside, 2, [2, 3])
+
+
 def _unfreeze(rank, make_comm):
     """A parameter that is unfrozen, or added, in mid-training joins the syncs: its first one is an average."""
     model = nn.ParameterList([torch.zeros(2), torch.zeros(2), torch.zeros(2)])

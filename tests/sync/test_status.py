@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
-from lightning_lopt import DisagreementError, Rounds, SyncOptions
+from lightning_lopt import DisagreementError, Rounds, SlowMomentum, SyncOptions
 from lightning_lopt.sync.status import SyncPoint
 from tests.processes import run_cases
 from tests.sync_support import Point, flat
@@ -34,7 +36,7 @@ def _different_rounds(rank, make_comm):
 
 
 def test_workers_in_different_rounds_are_an_error():
-    with pytest.raises(DisagreementError, match=r"disagree on round \(between 0 and 1\)"):
+    with pytest.raises(DisagreementError, match=r"disagree on the round \(between 0 and 1, here [01]\)"):
         run_threads(_different_rounds, 2)
 
 
@@ -45,6 +47,48 @@ def _different_settings(rank, make_comm):
 def test_workers_with_other_settings_are_an_error():
     with pytest.raises(DisagreementError, match="the sync options"):
         run_threads(_different_settings, 2)
+
+
+def _evaluating(rank, make_comm):
+    """Worker 0 asks for the mean, with buffers and parameter groups in the message, while worker 1 syncs."""
+    _, _, rounds = parts = _new(make_comm)
+    _train(*parts, 1.0, 3)
+    if rank == 0:
+        rounds.swap_in("mean")
+    else:
+        rounds.step()
+
+
+def test_a_worker_that_evaluates_while_another_syncs_is_an_error():
+    with pytest.raises(
+        DisagreementError, match="worker 0 at the evaluation of the workers' mean, worker 1 at the sync"
+    ):
+        run_threads(_evaluating, 2)
+
+
+def _bytes_of_status(rank, make_comm):
+    """Bytes of a check, of an evaluation and of a sync, beside those of the parameters."""
+    model = Point(torch.zeros(4))
+    model.register_buffer("table", torch.zeros(3))
+    optimizer = torch.optim.SGD([{"params": [model.x]}, {"params": [], "lr": 2.0}], lr=1.0)
+    rounds = Rounds(model, optimizer, 1, SlowMomentum, comm=make_comm())
+    sent = [rounds.comm.bytes_sent]
+    payload = 4 * (4 + 1)  # with the squared norm
+    rounds.sync.check(SyncPoint.CHECKPOINT)
+    sent.append(rounds.comm.bytes_sent)
+    rounds.local_step = 1  # or all have the global weights
+    rounds.swap_in("mean")
+    sent.append(rounds.comm.bytes_sent - payload)
+    rounds.swap_out()
+    rounds.local_step = 0
+    rounds.step()
+    sent.append(rounds.comm.bytes_sent - 2 * payload)
+    return [after - before for before, after in pairwise(sent)]
+
+
+def test_messages_of_all_points_have_one_length():
+    for check, evaluation, sync in run_threads(_bytes_of_status, 2):
+        assert check == evaluation == sync
 
 
 PLACES = [("validation", "epoch end"), ("checkpoint", "validation"), ("checkpoint", "sync")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_lopt.comm import Communicator, DisagreementError
+from lightning_lopt.comm import CommonInteger, Communicator, DisagreementError
 from tests.processes import run_workers
 from tests.threads import run_threads
 
@@ -20,7 +20,7 @@ def _collectives(rank, make_comm=Communicator):
     stacked = comm.gather(own)
     pieces = comm.all_to_all(own, [1, 3], [1 + 2 * rank] * 2)
     total = comm.total([rank, 1.0], own.device)
-    agreed = comm.agree(own.device, {"same": 3}, [rank])
+    agreed = comm.agree(own.device, {CommonInteger("same"): 3}, [rank])
     objects = comm.gather_objects(f"of {rank}")
     tensors = [mean, largest, first, stacked, pieces]
     return [t.tolist() for t in tensors], total, agreed, objects, comm.bytes_sent, comm.num_collectives
@@ -31,7 +31,7 @@ def test_collectives():
 
 
 def _disagree(rank, make_comm):
-    make_comm().agree(torch.device("cpu"), {"steps": rank})
+    make_comm().agree(torch.device("cpu"), {CommonInteger("steps"): rank})
 
 
 def test_a_disagreement_is_an_error():

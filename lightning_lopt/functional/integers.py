@@ -1,0 +1,27 @@
+"""Integers in arguments."""
+
+from __future__ import annotations
+
+import operator
+from contextlib import suppress
+from typing import Any
+
+
+def as_integer(value: Any, *, least: int) -> int | None:
+    """Return an integer of any type, NumPy's and torch's included, as an `int`.
+
+    Args:
+        value: Argument to convert; booleans are not integers.
+        least: Smallest integer that is allowed.
+
+    Returns:
+        The integer; None if the argument is not one, or too small.
+
+    Example:
+        >>> as_integer(4, least=1), as_integer(0, least=1), as_integer(True, least=1), as_integer(4.0, least=1)
+        (4, None, None, None)
+    """
+    with suppress(TypeError):
+        integer = operator.index(value)
+        return None if isinstance(value, bool) or integer < least else integer
+    return None
