@@ -12,6 +12,7 @@ from lightning_lopt.functional.ada import SQUARE_EPS, BaseState, Factoring, fact
 from lightning_lopt.functional.damping import Total, damped, damping, local_total
 from lightning_lopt.functional.model import ModelTensor
 from lightning_lopt.functional.orthogonal import orthogonalise
+from lightning_lopt.functional.products import norm
 from lightning_lopt.functional.whitening import update_grams, whiten
 
 MOMENTUM_WARMUP = 2.0
@@ -101,8 +102,9 @@ def base_forms(step: Tensor, state: BaseState, factors: Factoring, like: Tensor)
         Forms of the step, all of one norm, [P, 3, B, a, b].
     """
     whole = factors.restore(step, like)
-    orthogonal = factors.matrices(orthogonalise(whole)) if factors.factored else step
-    return torch.cat([step, orthogonal, factors.matrices(whiten(whole, state))], 1)
+    size = norm(whole)
+    orthogonal = factors.matrices(orthogonalise(whole, size)) if factors.factored else step
+    return torch.cat([step, orthogonal, factors.matrices(whiten(whole, state, size))], 1)
 
 
 class BlendedSettings(NamedTuple):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_lopt.functional.products import as_matrix, grafted, norm, product
+from lightning_lopt.functional.products import as_matrix, grafted, norm, product, symmetric_product
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x³ and x⁵: the slope at 0 is as large as it can be
 ITERATIONS = 5
 
 
-def orthogonalise(step: Tensor) -> Tensor:
+def orthogonalise(step: Tensor, size: Tensor | None = None) -> Tensor:
     r"""Make the singular values of a matrix nearly equal, and keep its norm.
 
     .. math:: X_0 = S/|S|,\quad X_{i+1} = (a I + b X_i X_i^T + c (X_i X_i^T)^2) X_i,\quad
@@ -21,6 +21,7 @@ def orthogonalise(step: Tensor) -> Tensor:
 
     Args:
         step: Step S, [P, *S], a matrix of its first dimension by the rest.
+        size: Norm of S where it is known, [P, 1, ...]; None to compute it.
 
     Returns:
         Orthogonalised step O, of the same shape; 0 where S is 0.
@@ -32,11 +33,13 @@ def orthogonalise(step: Tensor) -> Tensor:
         >>> bool(result[1, 1] > 0.8 * result[0, 0]), round(result.square().sum().item(), 4)
         (True, 10.0)
     """
+    size = norm(step) if size is None else size
     x = as_matrix(step)
     tall = x.shape[1] > x.shape[2]
-    x = (x.mT if tall else x).contiguous()
-    x = x / norm(x).clamp(min=torch.finfo(x.dtype).tiny)
+    x = (x.mT if tall else x) / size.view(-1, 1, 1).clamp(min=torch.finfo(x.dtype).tiny)
+    linear, cubic, quintic = COEFFICIENTS
     for _ in range(ITERATIONS):
-        gram = product(x, x.mT)
-        x = torch.add(COEFFICIENTS[0] * x, product(COEFFICIENTS[1] * gram + COEFFICIENTS[2] * product(gram, gram), x))
-    return grafted((x.mT if tall else x).reshape(step.shape), step)
+        gram = symmetric_product(x, x.mT)
+        factor = symmetric_product(gram, gram, gram, beta=cubic, alpha=quintic)
+        x = product(factor, x, x, beta=linear)
+    return grafted((x.mT if tall else x).reshape(step.shape), size)
