@@ -15,7 +15,8 @@ from lightning_lopt.functional.products import as_matrix, grafted, norm, product
 KEEP = 0.7  # of the Gram matrices, from round to round
 FLOOR = 0.005  # of their eigenvalues, in units of their norm
 ITERATIONS = 3
-GROUP = 1 << 20  # elements of the blocks whose roots are in memory together
+# Elements of the Gram matrices whose roots are in memory together: on a CPU they stay in the cache.
+GROUP = {"cpu": 1 << 16, "other": 1 << 20}
 
 
 def update_grams(state: BaseState, grad: Tensor) -> None:
@@ -86,7 +87,8 @@ def _conditioned(matrix: Tensor, gram: Tensor) -> Tensor:
     if side == 1:
         rows = (gram * shrink).add_(FLOOR).rsqrt_().flatten(0, 1) * blocks
     else:
-        parts = (tensor.split(max(1, GROUP // side**2)) for tensor in (gram.flatten(0, 1), shrink.flatten(0, 1), blocks))
+        count = max(1, GROUP.get(gram.device.type, GROUP["other"]) // side**2)
+        parts = (tensor.split(count) for tensor in (gram.flatten(0, 1), shrink.flatten(0, 1), blocks))
         whitened = [times_inverse_root(part * factor, rows) for part, factor, rows in zip(*parts, strict=True)]
         rows = torch.cat(whitened) if len(whitened) > 1 else whitened[0]
     return rows.view(len(matrix), -1, matrix.shape[2])[:, : matrix.shape[1]]
@@ -96,7 +98,7 @@ def times_inverse_root(grams: Tensor, rows: Tensor) -> Tensor:
     r"""Compute (A + 0.005 I)^(-1/2) S, nearly.
 
     The coupled iteration multiplies with a polynomial q of :math:`X_i = A (q(X_0) \cdots q(X_{i-1}))^2` in turn. All of
-    these commute, and are symmetric; so narrow S are multiplied with them one by one, and their product is never formed.
+    these commute and are symmetric, so a narrow S is multiplied with them one by one: their product is never formed.
 
     Args:
         grams: Symmetric matrices A with eigenvalues in [0, 1], [P, n, n]; overwritten.
