@@ -105,20 +105,19 @@ class FoldedNetwork(NamedTuple):
     num_inputs: int
     update: Update
 
+    def repeated(self, count: int) -> FoldedNetwork:
+        """Repeat it for the particles of several tensors: [P, *] to [count * P, *]."""
+        if count == 1:
+            return self
+        own = {name: repeated(x, count) for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        weights, biases = (tuple(repeated(x, count) for x in parts) for parts in (self.weights, self.biases))
+        decays = Decays(*(None if x is None else repeated(x, count) for x in self.decays))
+        return self._replace(**own, weights=weights, biases=biases, decays=decays)
+
     @property
     def widths(self) -> list[int]:
         """Numbers of outputs of all layers."""
         return [bias.shape[1] for bias in self.biases]
-
-
-def repeat_network(network: Network, count: int) -> Network:
-    """Repeat a network for the particles of several tensors: [P, *] to [count * P, *]."""
-    if count == 1:
-        return network
-    weights, biases = (tuple(repeated(each, count) for each in parts) for parts in (network.weights, network.biases))
-    momentum, rms, factored, _ = network.decays
-    decays = Decays(*(repeated(each, count) for each in (momentum, rms, factored)))
-    return network._replace(weights=weights, biases=biases, decays=decays)
 
 
 def fold(network: Network, round_idx: Tensor, retained: Tensor | None) -> FoldedNetwork:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,6 @@ from lightning_lopt.functional.layers import (
     Moments,
     Network,
     fold,
-    repeat_network,
     separate,
 )
 from lightning_lopt.functional.model import ModelTensor, groups_of_one_shape, step_together
@@ -343,17 +342,19 @@ def step_model(
         [-0.1, 1.0, 1.0, -0.1]
     """
     factor = update.damp(tensors, total)
-    folded: dict[tuple[int, ...], tuple[FoldedNetwork, tuple[Any, ...]]] = {}  # with what its key stands for
-    for group in groups_of_one_shape(tensors, [id(network) for network in networks]):
-        network, count = networks[group[0]], len(group)
+    rounds = [(id(n), id(t.round_idx), id(t.retained_momentum)) for n, t in zip(networks, tensors, strict=True)]
+    folded: dict[tuple[int, int, int], FoldedNetwork] = {}
+    for group in groups_of_one_shape(tensors, rounds):
+        first, key, count = tensors[group[0]], rounds[group[0]], len(group)
+        if key not in folded:
+            folded[key] = fold(networks[group[0]], first.round_idx, first.retained_momentum)
+        network, damping = folded[key].repeated(count), None if factor is None else factor.repeat(count)
 
-        def step_group(tensor: ModelTensor[AdaState], network: Network = network, count: int = count) -> None:
-            whole, parts = tensor.grad.dtype, (network, tensor.round_idx, tensor.retained_momentum)
-            key = tuple(map(id, parts))
-            if key not in folded:
-                folded[key] = fold(repeat_network(network, count), *parts[1:]), parts
-            work = replace(tensor, param=tensor.param.to(whole))
-            _step(work, folded[key][0], None if factor is None else factor.repeat(count))
+        def step_group(
+            tensor: ModelTensor[AdaState], network: FoldedNetwork = network, damping: Tensor | None = damping
+        ) -> None:
+            work = replace(tensor, param=tensor.param.to(tensor.grad.dtype))
+            _step(work, network, damping)
             if work.param.data_ptr() != tensor.param.data_ptr():  # of another type
                 tensor.param.copy_(work.param)
 
