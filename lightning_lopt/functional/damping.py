@@ -74,8 +74,8 @@ def damping(
     counted = torch.where(squares.isfinite(), squares * factor, squared_limits).sqrt()
     new_limits = torch.maximum(GROWTH * counted, FORGET * limits) * (torch.stack(list(rounds)) > 0)
     new_scales = torch.where(scales > 0, scales, known_scales)
-    torch._foreach_copy_([state.norm_limit for state in states], new_limits.unbind())
-    torch._foreach_copy_([state.local_scale for state in states], new_scales.unbind())
+    torch.ops.aten._foreach_copy_([state.norm_limit for state in states], new_limits.unbind())
+    torch.ops.aten._foreach_copy_([state.local_scale for state in states], new_scales.unbind())
     return factor
 
 

@@ -111,7 +111,8 @@ class FoldedNetwork(NamedTuple):
             return self
         own = {name: repeated(x, count) for name, x in self._asdict().items() if isinstance(x, Tensor)}
         weights, biases = (tuple(repeated(x, count) for x in parts) for parts in (self.weights, self.biases))
-        decays = Decays(*(None if x is None else repeated(x, count) for x in self.decays))
+        momentum, rms, factored, _ = self.decays
+        decays = Decays(*(repeated(x, count) for x in (momentum, rms, factored)))
         return self._replace(**own, weights=weights, biases=biases, decays=decays)
 
     @property

@@ -92,7 +92,7 @@ def step_together(tensors: Sequence[ModelTensor[State]], step: Callable[[ModelTe
     step(whole)
     params = [tensor.param for tensor in tensors]
     for target, source in ((params, whole.param), *(([s[name] for s in states], joined[name]) for name in joined)):
-        torch._foreach_copy_(target, source.chunk(len(tensors)))
+        torch.ops.aten._foreach_copy_(target, source.chunk(len(tensors)))
 
 
 def repeated(tensor: Tensor, count: int) -> Tensor:

@@ -34,7 +34,9 @@ def trained(make, dtype, num_steps=4):
     return params, [outer.state[p] for p in params]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 2e-2)]
+)
 @pytest.mark.parametrize("size", [12, 80, 1 << 18])
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_parameters_of_one_shape(monkeypatch, make, size, dtype, tolerance):
