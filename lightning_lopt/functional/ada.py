@@ -277,6 +277,10 @@ def factored_sums(grad: Tensor, factors: Factoring) -> tuple[Tensor, Tensor]:
     """
     grid, num_particles = factors.shape, len(grad)
     block = block_shape(grid, max(1, SUM_BLOCK // num_particles))
+    if block == grid:
+        squares = grad[:, 0].square()
+        along_a, along_b = squares.sum(-1), squares.sum(-2)
+        return (along_a, along_b) if factors.row_axis == -2 else (along_b, along_a)
     along_a = grad.new_zeros(num_particles, 1, *grid[:2], 1)
     along_b = grad.new_zeros(num_particles, 1, grid[0], 1, grid[2])
     parts = (split_blocks(tensor, grid, block) for tensor in (grad, along_a, along_b))
@@ -338,13 +342,17 @@ def row_means(state: AdaState) -> Tensor:
 def squared_norm(tensor: Tensor) -> Tensor:
     """Sum the squares of a tensor, [P, *S] to [P], in an order that does not depend on the number of threads."""
     parts = tensor.reshape(len(tensor), -1).split(max(1, SUM_BLOCK // len(tensor)), dim=1)
-    return torch.stack([part.square().sum(1) for part in parts]).sum(0)
+    return _total([part.square().sum(1) for part in parts])
 
 
 def sum_in_blocks(rows: Tensor) -> Tensor:
     """Sum [P, X, n] to [P, X], each part of the sum in one thread."""
     parts = rows.split(max(1, SUM_BLOCK // rows[..., 0].numel()), dim=2)
-    return torch.stack([part.sum(2) for part in parts]).sum(0)
+    return _total([part.sum(2) for part in parts])
+
+
+def _total(sums: list[Tensor]) -> Tensor:
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
 
 def epsilons(state: AdaState, *, relative: bool) -> Epsilons:
@@ -356,9 +364,10 @@ def epsilons(state: AdaState, *, relative: bool) -> Epsilons:
             the smallest normal number, so that the features do not change when all pseudo-gradients are scaled; else
             they are the published constants themselves.
     """
-    scale = row_means(state)[:, -1:, None, None].clamp_(min=MIN_SCALE)
     if not relative:
-        scale = torch.ones_like(scale)
+        scale = torch.ones_like(state.row[:, -1:, :1, :1])
+    else:
+        scale = row_means(state)[:, -1:, None, None].clamp_(min=MIN_SCALE)
     return Epsilons(1e-9 * scale, 1e-6 * scale, 1e-8 * scale, torch.finfo(scale.dtype).tiny if relative else 1e-5)
 
 
@@ -388,5 +397,9 @@ def time_features(step: Tensor, dtype: torch.dtype) -> Tensor:
         >>> time_features(torch.tensor([1]), torch.float32)[0, 0].item()
         0.0
     """
-    scales = torch.tensor(TIME_SCALES, dtype=dtype, device=step.device)
-    return torch.tanh(step.to(dtype)[:, None] / scales - 1)
+    return torch.tanh(step.to(dtype)[:, None] / _time_scales(dtype, step.device) - 1)
+
+
+@lru_cache
+def _time_scales(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(TIME_SCALES, dtype=dtype, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from lightning_lopt.functional.ada import SQUARE_EPS, BaseState, Factoring, factoring, squared_norm
 from lightning_lopt.functional.damping import Total, damped, damping, local_total
-from lightning_lopt.functional.model import ModelTensor
+from lightning_lopt.functional.model import ModelTensor, groups_of_one_shape, step_together
 from lightning_lopt.functional.orthogonal import orthogonalise
+from lightning_lopt.functional.products import norm
 from lightning_lopt.functional.whitening import update_grams, whiten
 
 MOMENTUM_WARMUP = 2.0
@@ -101,8 +103,9 @@ def base_forms(step: Tensor, state: BaseState, factors: Factoring, like: Tensor)
         Forms of the step, all of one norm, [P, 3, B, a, b].
     """
     whole = factors.restore(step, like)
-    orthogonal = factors.matrices(orthogonalise(whole)) if factors.factored else step
-    return torch.cat([step, orthogonal, factors.matrices(whiten(whole, state))], 1)
+    size = norm(whole)
+    orthogonal = factors.matrices(orthogonalise(whole, size)) if factors.factored else step
+    return torch.cat([step, orthogonal, factors.matrices(whiten(whole, state, size))], 1)
 
 
 class BlendedSettings(NamedTuple):
@@ -139,9 +142,10 @@ def step_model(
         total: Sum over the shards of the model.
     """
     factor = damp_model(tensors, [tensor.state for tensor in tensors], total)
-    for tensor, its_settings in zip(tensors, settings, strict=True):
-        if tensor.param.numel():
-            _step(tensor, its_settings, factor)
+    for group in groups_of_one_shape(tensors, [None] * len(tensors)):
+        several = zip(*(settings[i] for i in group), strict=True)
+        joined = BlendedSettings(*map(torch.cat, several)) if len(group) > 1 else settings[group[0]]
+        step_together([tensors[i] for i in group], partial(_step, settings=joined, factor=factor.repeat(len(group))))
 
 
 def damp_model(tensors: Sequence[ModelTensor[Any]], states: Sequence[BaseState], total: Total = local_total) -> Tensor:

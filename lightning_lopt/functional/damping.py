@@ -60,22 +60,27 @@ def damping(
         0.25
         0.5625
     """
-    squared_norms, squared_limits = [], []
-    for grad, state, scale in zip(grads, states, local_scales, strict=True):
-        known = (scale > 0) & (state.local_scale > 0)
-        rise = torch.where(known, scale / state.local_scale, 1.0).clamp(min=1).double()
-        squared_norms.append(squared_norm(grad).double())
-        squared_limits.append((state.norm_limit * rise).square())
-        state.local_scale.copy_(torch.where(scale > 0, scale, state.local_scale))
-    sums = [
-        torch.stack([square * (limit > 0), limit]) for square, limit in zip(squared_norms, squared_limits, strict=True)
-    ]
-    now, allowed = total(torch.stack(sums).sum(0) if sums else torch.zeros(2, 1, dtype=torch.float64))
-    factor = torch.where(allowed > 0, (allowed / now).clamp(max=1), 1.0)
-    for square, limit, state, round_idx in zip(squared_norms, squared_limits, states, rounds, strict=True):
-        counted = torch.where(square.isfinite(), square * factor, limit).sqrt()
-        state.norm_limit.copy_(torch.maximum(GROWTH * counted, FORGET * state.norm_limit) * (round_idx > 0))
+    if not grads:
+        return _factor(*total(torch.zeros(2, 1, dtype=torch.float64)))
+    squares = torch.stack([squared_norm(grad) for grad in grads]).double()
+    limits, known_scales = (
+        torch.stack(memory) for memory in zip(*((state.norm_limit, state.local_scale) for state in states), strict=True)
+    )
+    scales = torch.stack(list(local_scales)).to(known_scales)
+    known = (scales > 0) & (known_scales > 0)
+    rise = torch.where(known, scales / known_scales, 1.0).clamp(min=1).double()
+    squared_limits = (limits * rise).square()
+    factor = _factor(*total(torch.stack([squares * (squared_limits > 0), squared_limits], 1).sum(0)))
+    counted = torch.where(squares.isfinite(), squares * factor, squared_limits).sqrt()
+    new_limits = torch.maximum(GROWTH * counted, FORGET * limits) * (torch.stack(list(rounds)) > 0)
+    new_scales = torch.where(scales > 0, scales, known_scales)
+    torch.ops.aten._foreach_copy_([state.norm_limit for state in states], new_limits.unbind())
+    torch.ops.aten._foreach_copy_([state.local_scale for state in states], new_scales.unbind())
     return factor
+
+
+def _factor(now: Tensor, allowed: Tensor) -> Tensor:
+    return torch.where(allowed > 0, (allowed / now).clamp(max=1), 1.0)
 
 
 def damped(grads: Tensor, factor: Tensor) -> Tensor:

@@ -16,7 +16,10 @@ from torch import Tensor
 from lightning_lopt.functional import ada
 from lightning_lopt.functional.ada import AdaState, Decays, Epsilons, Factoring
 from lightning_lopt.functional.features import columns_of_kinds, feature_slices
+from lightning_lopt.functional.model import repeated
 from lightning_lopt.functional.updates import Update
+
+NUM_TILED = 6  # features that are constant along an axis of a matrix, for either axis
 
 
 class Network(NamedTuple):
@@ -76,54 +79,117 @@ class Layers(NamedTuple):
     tiled: Tensor
 
 
-def separate(
-    network: Network, state: AdaState, moments: Moments, eps: Epsilons, round_idx: Tensor, factors: Factoring
-) -> Layers:
+class FoldedNetwork(NamedTuple):
+    """A network with all folded into it that is the same for all tensors of a round.
+
+    Attributes:
+        row: Columns of the first layer for features constant along a row, [P, out, 6].
+        column: Columns for those constant along a column, [P, out, 6].
+        coordinate: Columns for those of each coordinate, [P, out, G + 15].
+        tensor: Columns for those of the tensor, [P, out, 11 or 0].
+        weights: Weight of each further layer, [P, out, in], the last one scaled by λ1, and by λ2 from the second
+            output on.
+        biases: Bias of each layer, [P, out, 1]: the first with the features of time, the last one scaled.
+        decays: Complements of the decays of the round.
+        round_idx: Number of steps already taken, from 0, [P].
+        num_inputs: Number of pseudo-gradients that the network sees.
+        update: Kind of update that the outputs become.
+    """
+
+    row: Tensor
+    column: Tensor
+    coordinate: Tensor
+    tensor: Tensor
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+    decays: Decays
+    round_idx: Tensor
+    num_inputs: int
+    update: Update
+
+    def repeated(self, count: int) -> FoldedNetwork:
+        """Repeat it for the particles of several tensors: [P, *] to [count * P, *]."""
+        if count == 1:
+            return self
+        own = {name: repeated(x, count) for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        weights, biases = (tuple(repeated(x, count) for x in parts) for parts in (self.weights, self.biases))
+        momentum, rms, factored, _ = self.decays
+        decays = Decays(*(repeated(x, count) for x in (momentum, rms, factored)))
+        return self._replace(**own, weights=weights, biases=biases, decays=decays)
+
+    @property
+    def widths(self) -> list[int]:
+        """Numbers of outputs of all layers."""
+        return [bias.shape[1] for bias in self.biases]
+
+
+def fold(network: Network, round_idx: Tensor, retained: Tensor | None) -> FoldedNetwork:
+    """Fold into a network all that is the same for all tensors of a round.
+
+    Args:
+        network: Meta-parameters.
+        round_idx: Number of steps already taken, from 0, [P].
+        retained: Share of their momentum that the workers retain over a round, [P]; None for 0.
+    """
+    first, num_inputs, update = network.weights[0], network.num_inputs, network.update
+    columns = {
+        kind: columns_of_kinds(first, num_inputs, kind) if kind in update.feature_kinds else first[..., :0]
+        for kind in ("row", "column", "coordinate", "time", "tensor")
+    }
+    time = ada.time_features(round_idx, first.dtype).unsqueeze(-1)
+    bias = torch.baddbmm(network.biases[0].unsqueeze(-1), columns.pop("time"), time)
+    *biases, last_bias = network.biases[1:]
+    mults = first.new_full((len(last_bias[0]), 1), network.exp_mult)
+    mults[0] = network.step_mult
+    return FoldedNetwork(
+        **columns,
+        weights=(*network.weights[1:-1], network.weights[-1] * mults),
+        biases=(bias, *(b.unsqueeze(-1) for b in biases), last_bias.unsqueeze(-1) * mults),
+        decays=update.decays_of_round(network.decays, round_idx, retained),
+        round_idx=round_idx,
+        num_inputs=num_inputs,
+        update=update,
+    )
+
+
+def separate(network: FoldedNetwork, state: AdaState, moments: Moments, eps: Epsilons, factors: Factoring) -> Layers:
     """Fold into the layers all that is not per coordinate.
 
     Args:
-        network: Meta-parameters, with the decays of the round.
+        network: Network of the round.
         state: Accumulators of the tensor, already advanced.
         moments: Result of `learned.accumulate`.
         eps: Terms added before roots and divisions.
-        round_idx: Number of steps already taken, from 0, [P].
         factors: Factoring of the parameter.
     """
-    first, bias, tiled = _first_layer(network, state, moments, eps, round_idx, factors)
+    first, bias, tiled = _first_layer(network, state, moments, eps, factors)
     grid = bias.shape[2:]
-    bias, weights, thresholds = bias.flatten(2), list(network.weights[1:]), []
-    for weight, layer_bias in zip(weights, network.biases[1:], strict=True):
+    bias, thresholds = bias.flatten(2), []
+    for weight, layer_bias in zip(network.weights, network.biases[1:], strict=True):
         thresholds.append(-bias)
-        bias = torch.baddbmm(layer_bias.unsqueeze(-1), weight, bias)
-    num_gates = bias.shape[1] - 1
-    mults = bias.new_tensor([[network.step_mult], *[[network.exp_mult]] * num_gates])
-    weights = [first, *weights[:-1], weights[-1] * mults]
-    return Layers(weights, [t.unflatten(2, grid) for t in thresholds], (bias * mults).unflatten(2, grid), tiled)
+        bias = torch.baddbmm(layer_bias, weight, bias)
+    return Layers([first, *network.weights], [t.unflatten(2, grid) for t in thresholds], bias.unflatten(2, grid), tiled)
 
 
 def _first_layer(
-    network: Network, state: AdaState, moments: Moments, eps: Epsilons, round_idx: Tensor, factors: Factoring
+    network: FoldedNetwork, state: AdaState, moments: Moments, eps: Epsilons, factors: Factoring
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The weight [P, hidden, 6 + G + 15], the bias [P, hidden, B, a, 1], and the tiled features."""
-    weight, num_inputs = network.weights[0], network.num_inputs
-    row_weight, col_weight = (columns_of_kinds(weight, num_inputs, kind) for kind in ("row", "column"))
-    constants = ada.time_features(round_idx, weight.dtype)
+    bias = network.biases[0]
     if "tensor" in network.update.feature_kinds:
-        constants = torch.cat([constants, tensor_features(moments, state, network, round_idx, factors)], 1)
-    constant_weight = columns_of_kinds(weight, num_inputs, "time", "tensor")
-    bias = torch.baddbmm(network.biases[0].unsqueeze(-1), constant_weight, constants.unsqueeze(-1))
-    bias = bias.view(*weight.shape[:2], 1, 1, 1)
+        context = tensor_features(moments, state, network, factors).unsqueeze(-1)
+        bias = torch.baddbmm(bias, network.tensor, context)
+    bias = bias.view(*bias.shape[:2], 1, 1, 1)
     along_b = _constant_features(state.row, eps)
     if not factors.factored:  # a vector's row and column features are the same ones, along b
-        b_weight = row_weight + col_weight
+        b_weight = network.row + network.column
     else:
-        along_a, a_weight, b_weight = _constant_features(state.col, eps), col_weight, row_weight
+        along_a, a_weight, b_weight = _constant_features(state.col, eps), network.column, network.row
         if factors.row_axis == -2:
             along_a, a_weight, along_b, b_weight = along_b, b_weight, along_a, a_weight
-        bias = bias + torch.bmm(a_weight, along_a.flatten(2)).view(*weight.shape[:2], *along_a.shape[2:], 1)
+        bias = bias + torch.bmm(a_weight, along_a.flatten(2)).view(*bias.shape[:2], *along_a.shape[2:], 1)
     scale = (moments.features / moments.numel + eps.rms).rsqrt_().unsqueeze(1)
-    coordinate_weight = columns_of_kinds(weight, num_inputs, "coordinate") * scale
-    return torch.cat([b_weight, coordinate_weight], 2), bias, along_b.unsqueeze(-2)
+    return torch.cat([b_weight, network.coordinate * scale], 2), bias, along_b.unsqueeze(-2)
 
 
 def _constant_features(accumulator: Tensor, eps: Epsilons) -> Tensor:
@@ -132,9 +198,7 @@ def _constant_features(accumulator: Tensor, eps: Epsilons) -> Tensor:
     return raw.mul_((raw.square().mean((2, 3), keepdim=True) + eps.rms).rsqrt_())
 
 
-def tensor_features(
-    moments: Moments, state: AdaState, network: Network, round_idx: Tensor, factors: Factoring
-) -> Tensor:
+def tensor_features(moments: Moments, state: AdaState, network: FoldedNetwork, factors: Factoring) -> Tensor:
     r"""Compute the features of the tensor as a whole, all independent of the scale of g.
 
     .. math:: \cos(g, m_i),\quad \tfrac12 \log\frac{|\hat m_i|}{|g|},\quad \tfrac12 \log\frac{|g|}{\hat R_i^{1/2}},\quad
@@ -147,8 +211,7 @@ def tensor_features(
     Args:
         moments: Result of `learned.accumulate`.
         state: Accumulators of the tensor, already advanced.
-        network: Meta-parameters, with the decays of the round.
-        round_idx: Number of steps already taken, from 0, [P].
+        network: Network of the round.
         factors: Factoring of the parameter.
 
     Returns:
@@ -157,7 +220,7 @@ def tensor_features(
     tiny, columns = ada.MIN_SCALE, feature_slices(network.num_inputs, ("coordinate",))
     param, momentum = moments.features[:, columns["param"]], moments.features[:, columns["momentum"]]
     grad, products = moments.products.split([1, 3], 1)
-    age = (round_idx + 1).unsqueeze(1)
+    age = (network.round_idx + 1).unsqueeze(1)
     mean_square = grad / moments.numel + tiny
     slow = _grown(network.decays.momentum[:, 1:], age)  # the first accumulator has no bias
     unbiased_m = momentum / torch.cat([torch.ones_like(slow[:, :1]), slow], 1).square()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -21,13 +22,22 @@ from lightning_lopt.functional.ada import AdaState, Factoring
 from lightning_lopt.functional.blocks import Grid, block_shape, in_threads, split_blocks
 from lightning_lopt.functional.damping import Total, damped, local_total
 from lightning_lopt.functional.features import count_features, feature_slices
-from lightning_lopt.functional.layers import Layers, Moments, Network, separate
-from lightning_lopt.functional.model import ModelTensor
+from lightning_lopt.functional.layers import (
+    NUM_TILED,
+    FoldedNetwork,
+    Layers,
+    Moments,
+    Network,
+    fold,
+    separate,
+)
+from lightning_lopt.functional.model import ModelTensor, groups_of_one_shape, step_together
 from lightning_lopt.functional.updates import Base, Update
 
-# Elements per block, over all particles. A thread needs 2 x 32 floats for each: on a CPU larger blocks fall out of
-# the cache and smaller ones cost more in dispatch; a GPU wants few large launches. Tens of MB, whatever the model.
-BLOCK_SIZE = {"cpu": 9 << 11, "other": 1 << 18}
+# Numbers in the buffers of a block, over all particles, of which an element needs 2 x 32 in the published network: on
+# a CPU larger blocks fall out of the cache and smaller ones cost more in dispatch; a GPU wants few large launches. Tens
+# of MB, whatever the model.
+BLOCK_SIZE = {"cpu": 9 << 17, "other": 1 << 24}
 
 
 class _Operands(NamedTuple):
@@ -74,15 +84,11 @@ class _Operands(NamedTuple):
         _, _, batch, a, b = self.grad.shape
         return batch, a, b
 
-    @property
-    def block(self) -> Grid:
-        """Sizes (B, a, b) of a block."""
-        size = BLOCK_SIZE.get(self.grad.device.type, BLOCK_SIZE["other"])
-        return block_shape(self.grid, max(1, size // len(self.grad)))
-
-    def blocks(self) -> list[_Operands]:
+    def blocks(self, block: Grid) -> list[_Operands]:
         """Views of all blocks."""
-        grid, block = self.grid, self.block
+        grid = self.grid
+        if block == grid:
+            return [self]
         return [
             _Operands(*views) for views in zip(*(split_blocks(tensor, grid, block) for tensor in self), strict=True)
         ]
@@ -91,9 +97,10 @@ class _Operands(NamedTuple):
 class _Views(NamedTuple):
     """The buffers of a `_Workspace` as blocks of one shape use them: [P, X, B, a, b], `flat` ones [P, X, n].
 
-    A coordinate has tiled features (0 or 6), then the per-coordinate ones in the order of the network.
+    A coordinate has tiled features (6), then the per-coordinate ones in the order of the network.
     """
 
+    tiled: Tensor
     copied: Tensor
     momentum: Tensor
     second: Tensor
@@ -101,6 +108,7 @@ class _Views(NamedTuple):
     rsqrt_v: Tensor
     fac_g: Tensor
     fac_m: Tensor
+    flat_coordinate: Tensor
     flat_features: Tensor
     layers: list[Tensor]
     flat_layers: list[Tensor]
@@ -110,19 +118,12 @@ class _Workspace:
     """The buffers of one thread: the features and the layers of the network alternate between two of them.
 
     Args:
-        operands: Operands of the whole tensor.
-        num_tiled: Number of features constant along a, which come as vectors.
-        widths: Number of outputs of each layer.
+        plan: Plan of the blocks.
     """
 
-    def __init__(self, operands: _Operands, num_tiled: int = 0, widths: Sequence[int] = ()) -> None:
-        num_inputs = operands.inputs.shape[1]
-        self._factored = operands.factored
-        self._num_tiled = num_tiled
-        self._columns = feature_slices(num_inputs, ("coordinate",))
-        self._widths = [num_tiled + count_features(num_inputs, ("coordinate",)), *widths]
-        size = len(operands.grad) * max(self._widths) * math.prod(operands.block)
-        self._buffers = [operands.grad.new_empty(size) for _ in self._widths[:2]]
+    def __init__(self, plan: _Plan) -> None:
+        self._plan = plan
+        self._buffers = [plan.like.new_empty(plan.numel * max(plan.widths[i::2])) for i in range(2)]
         self._views: dict[torch.Size, _Views] = {}
 
     def views(self, like: Tensor) -> _Views:
@@ -130,56 +131,87 @@ class _Workspace:
         if like.shape not in self._views:
             features, *layers = (
                 self._buffers[i % 2][: width * like.numel()].view(len(like), width, *like.shape[2:])
-                for i, width in enumerate(self._widths)
+                for i, width in enumerate(self._plan.widths)
             )
-            part = {name: features[:, self._num_tiled :][:, columns] for name, columns in self._columns.items()}
+            coordinate, columns = features[:, NUM_TILED:], self._plan.columns
+            part = {name: coordinate[:, which] for name, which in columns.items()}
             self._views[like.shape] = _Views(
-                copied=features[:, : self._num_tiled + self._columns["second"].stop],
+                tiled=features[:, :NUM_TILED],
+                copied=coordinate[:, : columns["second"].stop],
                 momentum=part["momentum"],
                 second=part["second"],
                 normed_m=part["normed_momentum"],
                 rsqrt_v=part["rsqrt_second"],
                 fac_g=part["factored_grad"],
                 fac_m=part["factored_momentum"],
+                flat_coordinate=coordinate.flatten(2),
                 flat_features=features.flatten(2),
                 layers=layers,
                 flat_layers=[layer.flatten(2) for layer in layers],
             )
         return self._views[like.shape]
 
-    def features(self, x: _Operands, *tiled: Tensor) -> _Views:
-        """Write the features of a block."""
+    def features(self, x: _Operands) -> _Views:
+        """Write the per-coordinate features of a block."""
         views = self.views(x.grad)
-        torch.cat([*tiled, x.inputs, x.param, x.momentum, x.second], 1, out=views.copied)
+        torch.cat([x.inputs, x.param, x.momentum, x.second], 1, out=views.copied)
         torch.add(views.second, x.second_eps, out=views.rsqrt_v).rsqrt_()
         torch.mul(views.momentum, views.rsqrt_v, out=views.normed_m)
         torch.mul(x.row_scale, x.col_scale, out=views.fac_m)
-        torch.mul(views.fac_m if self._factored else x.vector_scale, x.grad, out=views.fac_g)
+        torch.mul(views.fac_m if self._plan.factored else x.vector_scale, x.grad, out=views.fac_g)
         views.fac_m.mul_(views.momentum)
         return views
 
 
-def accumulate(operands: _Operands, network: Network) -> Moments:
+class _Plan:
+    """The blocks of a tensor.
+
+    Args:
+        operands: Operands of the whole tensor.
+        network: Network of the round.
+
+    Attributes:
+        like: Averaged pseudo-gradient of the tensor.
+        factored: Whether the tensor is a matrix, or several; else a vector.
+        columns: Places of the per-coordinate features.
+        widths: Number of all features, then that of the outputs of each layer.
+        block: Sizes (B, a, b) of a block.
+        numel: Number of elements of a block, over all particles.
+        whole: Workspace of the tensor if it is one block: its features are written once; else None.
+    """
+
+    def __init__(self, operands: _Operands, network: FoldedNetwork) -> None:
+        self.like, self.factored = operands.grad, operands.factored
+        self.columns = feature_slices(network.num_inputs, ("coordinate",))
+        self.widths = [NUM_TILED + count_features(network.num_inputs, ("coordinate",)), *network.widths]
+        size = BLOCK_SIZE.get(self.like.device.type, BLOCK_SIZE["other"]) // sum(max(self.widths[i::2]) for i in (0, 1))
+        self.block = block_shape(operands.grid, max(1, size // len(self.like)))
+        self.numel = len(self.like) * math.prod(self.block)
+        self.whole = _Workspace(self) if self.block == operands.grid else None
+
+
+def accumulate(operands: _Operands, network: FoldedNetwork, plan: _Plan) -> Moments:
     """Advance m and v and return the sums over the tensor that the rest needs."""
-    num_inputs = operands.inputs.shape[1]
+    count = count_features(network.num_inputs, ("coordinate",))
 
     def work(blocks: Sequence[_Operands]) -> list[Tensor]:
-        workspace = _Workspace(operands)
+        workspace = plan.whole or _Workspace(plan)
         sums = []
         for x in blocks:
             ada.update_moments(x.momentum, x.second, x.grad, network.decays)
             views = workspace.features(x)
-            features = torch.linalg.vector_norm(views.flat_features, dim=-1).square_()
+            features = torch.linalg.vector_norm(views.flat_coordinate, dim=-1).square_()
             sums.append(torch.cat([features, *network.update.block_sums(x.grad, views.momentum, network.decays)], 1))
         return sums
 
-    sums = torch.stack(in_threads(work, operands.blocks(), operands.grad.device)).sum(0)
-    count = count_features(num_inputs, ("coordinate",))
-    features, base, products = sums.tensor_split([count, count + 1], 1)
-    return Moments(features, base, products, operands.grad[0].numel())
+    parts = in_threads(work, operands.blocks(plan.block), operands.grad.device)
+    sums = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+    return Moments(sums[:, :count], sums[:, count : count + 1], sums[:, count + 1 :], operands.grad[0].numel())
 
 
-def apply(operands: _Operands, layers: Layers, moments: Moments, update: Update, forms: Tensor | None) -> None:
+def apply(
+    operands: _Operands, layers: Layers, moments: Moments, update: Update, forms: Tensor | None, plan: _Plan
+) -> None:
     """Run the network over all coordinates and move `operands.param`, in place.
 
     Args:
@@ -188,10 +220,13 @@ def apply(operands: _Operands, layers: Layers, moments: Moments, update: Update,
         moments: Result of `accumulate`.
         update: Kind of update.
         forms: Forms of its base step, [P, 3, B, a, b]; None for an update without one.
+        plan: Plan of the blocks.
     """
     *hidden_weights, last_weight = layers.weights
-    grid, block = operands.grid, operands.block
-    constants = layers.tiled.expand(-1, -1, *grid), layers.bias, *layers.thresholds
+    grid, block = operands.grid, plan.block
+    constants = layers.tiled, layers.bias, *layers.thresholds
+    if plan.whole is None:
+        constants = layers.tiled.expand(-1, -1, *grid), *constants[1:]
     constant_blocks = list(zip(*(split_blocks(tensor, grid, block) for tensor in constants), strict=True))
     bases = [None] * len(constant_blocks)
     if forms is not None:
@@ -199,9 +234,10 @@ def apply(operands: _Operands, layers: Layers, moments: Moments, update: Update,
         bases = [Base(part, base_rms) for part in split_blocks(forms, grid, block)]
 
     def work(blocks: Sequence[tuple[_Operands, Base | None, tuple[Tensor, ...]]]) -> list[None]:
-        workspace = _Workspace(operands, layers.tiled.shape[1], [weight.shape[1] for weight in layers.weights])
+        workspace = plan.whole or _Workspace(plan)
         for x, base, (tiled, last_bias, *thresholds) in blocks:
-            views = workspace.features(x, tiled)
+            views = workspace.views(x.grad) if plan.whole else workspace.features(x)
+            views.tiled.copy_(tiled)
             *buffers, output = views.layers
             *flat_buffers, flat_output = views.flat_layers
             hidden = views.flat_features
@@ -212,7 +248,7 @@ def apply(operands: _Operands, layers: Layers, moments: Moments, update: Update,
             x.param.sub_(update.step(output.add_(last_bias), base))
         return []
 
-    in_threads(work, list(zip(operands.blocks(), bases, constant_blocks, strict=True)), operands.grad.device)
+    in_threads(work, list(zip(operands.blocks(block), bases, constant_blocks, strict=True)), operands.grad.device)
 
 
 @torch.no_grad()
@@ -253,19 +289,30 @@ def step(
         >>> bool((param != 1).all())
         True
     """
+    unknown, retained = torch.zeros_like(round_idx, dtype=grad.dtype), retained_momentum
+    tensor = ModelTensor(
+        param, grad, state, round_idx, unknown, unknown if retained is None else retained, worker_grads
+    )
+    _step(tensor, fold(network, round_idx, tensor.retained_momentum), damping)
+
+
+def _step(tensor: ModelTensor[AdaState], network: FoldedNetwork, damping: Tensor | None) -> None:
+    """Take the step of a tensor with the network of the round."""
+    param, grad, worker_grads, state = tensor.param, tensor.grad, tensor.worker_grads, tensor.state
     if param.numel() == 0:
         return
     factors, update = ada.factoring(tuple(param.shape[1:])), network.update
     if damping is not None:
         grad, worker_grads = damped(grad, damping), None if worker_grads is None else damped(worker_grads, damping)
     sums = ada.factored_sums(factors.matrices(grad), factors)
-    network = network._replace(decays=update.advance(state, grad, sums, network.decays, round_idx, retained_momentum))
+    network = network._replace(decays=update.advance(state, grad, sums, network.decays))
     ada.update_factors(state, sums, network.decays, factors)
     eps = update.epsilons(state)
     operands = _Operands.of(param, grad, worker_grads, state, eps, factors)
-    moments = accumulate(operands, network)
+    plan = _Plan(operands, network)
+    moments = accumulate(operands, network, plan)
     forms = update.base_forms(operands.grad, state, network.decays, factors, param)
-    apply(operands, separate(network, state, moments, eps, round_idx, factors), moments, update, forms)
+    apply(operands, separate(network, state, moments, eps, factors), moments, update, forms, plan)
     if operands.param.data_ptr() != param.data_ptr():  # the permuted view was a copy
         param.copy_(factors.restore(operands.param, param))
 
@@ -297,17 +344,20 @@ def step_model(
         [-0.1, 1.0, 1.0, -0.1]
     """
     factor = update.damp(tensors, total)
-    for tensor, network in zip(tensors, networks, strict=True):
-        work = tensor.param.to(tensor.grad.dtype)
-        step(
-            work,
-            tensor.grad,
-            tensor.state,
-            network,
-            tensor.round_idx,
-            tensor.worker_grads,
-            factor,
-            tensor.retained_momentum,
-        )
-        if work.data_ptr() != tensor.param.data_ptr():  # of another type
-            tensor.param.copy_(work)
+    rounds = [(id(n), id(t.round_idx), id(t.retained_momentum)) for n, t in zip(networks, tensors, strict=True)]
+    folded: dict[tuple[int, int, int], FoldedNetwork] = {}
+    for group in groups_of_one_shape(tensors, rounds):
+        first, key, count = tensors[group[0]], rounds[group[0]], len(group)
+        if key not in folded:
+            folded[key] = fold(networks[group[0]], first.round_idx, first.retained_momentum)
+        network, damping = folded[key].repeated(count), None if factor is None else factor.repeat(count)
+
+        def step_group(
+            tensor: ModelTensor[AdaState], network: FoldedNetwork = network, damping: Tensor | None = damping
+        ) -> None:
+            work = replace(tensor, param=tensor.param.to(tensor.grad.dtype))
+            _step(work, network, damping)
+            if work.param.data_ptr() != tensor.param.data_ptr():  # of another type
+                tensor.param.copy_(work.param)
+
+        step_together([tensors[i] for i in group], step_group)

@@ -72,24 +72,24 @@ class Update(ABC):
         """
 
     @abstractmethod
-    def advance(
-        self,
-        state: AdaState,
-        grad: Tensor,
-        sums: tuple[Tensor, Tensor],
-        decays: Decays,
-        round_idx: Tensor,
-        retained: Tensor | None,
-    ) -> Decays:
-        """Advance all that the base step remembers besides momenta, and choose the decays of the round.
+    def decays_of_round(self, decays: Decays, round_idx: Tensor, retained: Tensor | None) -> Decays:
+        """Choose the decays of a round.
+
+        Args:
+            decays: Decays of the network.
+            round_idx: Number of steps already taken, from 0, [P].
+            retained: Share of their momentum that the workers retain over a round, [P]; None for 0.
+        """
+
+    @abstractmethod
+    def advance(self, state: AdaState, grad: Tensor, sums: tuple[Tensor, Tensor], decays: Decays) -> Decays:
+        """Advance all that the base step remembers besides momenta, and choose the decays of a tensor.
 
         Args:
             state: Accumulators of the tensor, changed in place.
             grad: Averaged pseudo-gradient, already damped, [P, *S].
             sums: Row and column sums of its squares, as `ada.factored_sums` returns them.
-            decays: Decays of the network.
-            round_idx: Number of steps already taken, from 0, [P].
-            retained: Share of their momentum that the workers retain over a round, [P]; None for 0.
+            decays: Decays of the round.
         """
 
     @abstractmethod
@@ -157,15 +157,10 @@ class PublishedUpdate(Update):
     def damp(self, tensors: Sequence[ModelTensor[AdaState]], total: Total = local_total) -> Tensor | None:
         return None
 
-    def advance(
-        self,
-        state: AdaState,
-        grad: Tensor,
-        sums: tuple[Tensor, Tensor],
-        decays: Decays,
-        round_idx: Tensor,
-        retained: Tensor | None,
-    ) -> Decays:
+    def decays_of_round(self, decays: Decays, round_idx: Tensor, retained: Tensor | None) -> Decays:
+        return decays
+
+    def advance(self, state: AdaState, grad: Tensor, sums: tuple[Tensor, Tensor], decays: Decays) -> Decays:
         return decays
 
     @override
@@ -208,19 +203,23 @@ class BlendedNesterovUpdate(Update):
     def damp(self, tensors: Sequence[ModelTensor[AdaState]], total: Total = local_total) -> Tensor:
         return damp_model(tensors, [tensor.state.base for tensor in tensors], total)
 
-    def advance(
-        self,
-        state: AdaState,
-        grad: Tensor,
-        sums: tuple[Tensor, Tensor],
-        decays: Decays,
-        round_idx: Tensor,
-        retained: Tensor | None,
-    ) -> Decays:
+    def decays_of_round(self, decays: Decays, round_idx: Tensor, retained: Tensor | None) -> Decays:
+        r"""Choose the decays of round t.
+
+        The first momentum of a tensor is
+
+        .. math:: m_1 \leftarrow \beta_t \min\Big(1, \frac{|g_t|}{|g_{t-1}|}\Big) m_1 + (1 - \beta_t) g_t
+
+        with g already damped and the β_t of `blended.complement_of_round`.
+        """
+        first, others = decays.momentum.tensor_split([1], 1)
+        return decays._replace(momentum=torch.cat([complement_of_round(first, round_idx, retained), others], 1))
+
+    def advance(self, state: AdaState, grad: Tensor, sums: tuple[Tensor, Tensor], decays: Decays) -> Decays:
         base = state.base
         squared_norm = sum_in_blocks(sums[0].flatten(1).unsqueeze(1)).squeeze(1)
         update_grams(base, grad)
-        return decays_of_round(decays, round_idx, norm_ratio(base, squared_norm), retained)
+        return decays._replace(shrink=norm_ratio(base, squared_norm).clamp_(max=1))
 
     @override
     def epsilons(self, state: AdaState) -> Epsilons:
@@ -254,26 +253,6 @@ class BlendedNesterovUpdate(Update):
         step = blend.mul_(base.forms).sum(1, keepdim=True)
         correction.clamp_(-MAX_CORRECTION, MAX_CORRECTION).mul_(base.rms)
         return correction.add_(gate.clamp_(*GATE_RANGE).exp_().mul_(step))
-
-
-def decays_of_round(decays: Decays, round_idx: Tensor, norm_ratio: Tensor, retained: Tensor | None = None) -> Decays:
-    r"""Choose the decays of round t for an update of the blended Nesterov step.
-
-    Its first momentum is
-
-    .. math:: m_1 \leftarrow \beta_t \min\Big(1, \frac{|g_t|}{|g_{t-1}|}\Big) m_1 + (1 - \beta_t) g_t
-
-    with g already damped and the β_t of `blended.complement_of_round`.
-
-    Args:
-        decays: Decays of the network.
-        round_idx: Number of steps already taken t, from 0, [P].
-        norm_ratio: Norm of the tensor's pseudo-gradient in this round over that in the one before, [P].
-        retained: Share of their momentum that the workers retain over a round, [P]; None for 0.
-    """
-    first, others = decays.momentum.tensor_split([1], 1)
-    momentum = torch.cat([complement_of_round(first, round_idx, retained), others], 1)
-    return decays._replace(momentum=momentum, shrink=norm_ratio.clamp(max=1))
 
 
 UPDATES: dict[str, Update] = {"published": PublishedUpdate(), "blended_nesterov": BlendedNesterovUpdate()}

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_lopt.functional.ada import BaseState
 from lightning_lopt.functional.orthogonal import COEFFICIENTS
-from lightning_lopt.functional.products import as_matrix, grafted, norm, product
+from lightning_lopt.functional.products import as_matrix, grafted, norm, product, symmetric_product
 
 KEEP = 0.7  # of the Gram matrices, from round to round
 FLOOR = 0.005  # of their eigenvalues, in units of their norm
 ITERATIONS = 3
-GROUP = 1 << 20  # elements of the blocks whose roots are in memory together
+# Elements of the Gram matrices whose roots are in memory together: on a CPU they stay in the cache.
+GROUP = {"cpu": 1 << 16, "other": 1 << 20}
 
 
 def update_grams(state: BaseState, grad: Tensor) -> None:
@@ -31,11 +34,11 @@ def update_grams(state: BaseState, grad: Tensor) -> None:
     for gram, side in ((state.left_gram, matrix), (state.right_gram, matrix.mT)):
         if gram.numel():
             blocks = _row_blocks(side, gram)
-            squares = blocks.square() if blocks.shape[1:] == (1, 1) else product(blocks, blocks.mT)
-            gram.mul_(KEEP).add_(squares.view_as(gram))
+            squares = blocks.square() if blocks.shape[1:] == (1, 1) else symmetric_product(blocks, blocks.mT)
+            torch.add(squares.view_as(gram), gram, alpha=KEEP, out=gram)
 
 
-def whiten(step: Tensor, state: BaseState) -> Tensor:
+def whiten(step: Tensor, state: BaseState, size: Tensor | None = None) -> Tensor:
     r"""Whiten a step with the Gram matrices, and keep its norm.
 
     .. math:: W = \Big(\frac{L}{|L|} + 0.005\,I\Big)^{-1/2} S \Big(\frac{R}{|R|} + 0.005\,I\Big)^{-1/2}
@@ -47,6 +50,7 @@ def whiten(step: Tensor, state: BaseState) -> Tensor:
     Args:
         step: Step S, [P, *S].
         state: Memory of the parameter, already advanced.
+        size: Norm of S where it is known, [P, 1, ...]; None to compute it.
 
     Returns:
         Whitened step W, of the same shape; 0 where S is 0.
@@ -65,43 +69,62 @@ def whiten(step: Tensor, state: BaseState) -> Tensor:
     matrix = _conditioned(as_matrix(step), state.left_gram)
     if state.right_gram.numel():
         matrix = _conditioned(matrix.mT, state.right_gram).mT
-    return grafted(matrix.reshape(step.shape), step)
+    return grafted(matrix.reshape(step.shape), norm(step) if size is None else size)
 
 
 def _row_blocks(matrix: Tensor, gram: Tensor) -> Tensor:
     """Split rows by the blocks of a Gram matrix: [P, n, m] to [P * number, side, m], the last one padded."""
     _, number, side, _ = gram.shape
-    padded = F.pad(matrix, (0, 0, 0, number * side - matrix.shape[1]))
+    missing = number * side - matrix.shape[1]
+    padded = F.pad(matrix, (0, 0, 0, missing)) if missing else matrix
     return padded.reshape(-1, side, matrix.shape[2])
 
 
 def _conditioned(matrix: Tensor, gram: Tensor) -> Tensor:
     """Multiply each block of rows with the inverse root of its Gram matrix."""
-    scale = norm(gram).clamp(min=torch.finfo(gram.dtype).tiny).expand(-1, gram.shape[1], -1, -1)
+    shrink = norm(gram).clamp_(min=torch.finfo(gram.dtype).tiny).reciprocal_().expand(-1, gram.shape[1], -1, -1)
     blocks, side = _row_blocks(matrix, gram), gram.shape[2]
     if side == 1:
-        rows = inverse_root((gram / scale).flatten(0, 1)) * blocks
+        rows = (gram * shrink).add_(FLOOR).rsqrt_().flatten(0, 1) * blocks
     else:
-        parts = (tensor.split(max(1, GROUP // side**2)) for tensor in (gram.flatten(0, 1), scale.flatten(0, 1), blocks))
-        rows = torch.cat([product(inverse_root(part / size), rows) for part, size, rows in zip(*parts, strict=True)])
+        count = max(1, GROUP.get(gram.device.type, GROUP["other"]) // side**2)
+        parts = (tensor.split(count) for tensor in (gram.flatten(0, 1), shrink.flatten(0, 1), blocks))
+        whitened = [times_inverse_root(part * factor, rows) for part, factor, rows in zip(*parts, strict=True)]
+        rows = torch.cat(whitened) if len(whitened) > 1 else whitened[0]
     return rows.view(len(matrix), -1, matrix.shape[2])[:, : matrix.shape[1]]
 
 
-def inverse_root(grams: Tensor) -> Tensor:
-    """Approximate (A + 0.005 I)^(-1/2) of symmetric matrices with eigenvalues in [0, 1], [P, n, n]."""
-    eye = torch.eye(grams.shape[1], dtype=grams.dtype, device=grams.device)
-    shifted = grams + FLOOR * eye
-    if len(eye) == 1:
-        return shifted.rsqrt_()
+def times_inverse_root(grams: Tensor, rows: Tensor) -> Tensor:
+    r"""Compute (A + 0.005 I)^(-1/2) S, nearly.
 
-    def polynomial(x: Tensor) -> Tensor:
-        return COEFFICIENTS[1] * x + COEFFICIENTS[2] * product(x, x) + COEFFICIENTS[0] * eye
+    The coupled iteration multiplies with a polynomial q of :math:`X_i = A (q(X_0) \cdots q(X_{i-1}))^2` in turn. All of
+    these commute and are symmetric, so a narrow S is multiplied with them one by one: their product is never formed.
 
-    inverse = polynomial(shifted)
-    root = product(shifted, inverse)  # these two commute
-    for iteration in range(1, ITERATIONS):
-        factor = polynomial(product(inverse, root))
-        inverse = product(factor, inverse)
-        if iteration < ITERATIONS - 1:
-            root = product(root, factor)
-    return inverse
+    Args:
+        grams: Symmetric matrices A with eigenvalues in [0, 1], [P, n, n]; overwritten.
+        rows: Factors S, [P, n, m].
+    """
+    side, width = rows.shape[1:]
+    grams.diagonal(dim1=1, dim2=2).add_(FLOOR)
+    if width < side:
+        return _times_roots(grams, rows, product)
+    return product(_times_roots(grams, None, symmetric_product), rows)
+
+
+def _times_roots(x: Tensor, rows: Tensor | None, times: Callable[..., Tensor]) -> Tensor:
+    """Apply the polynomials of the coupled iteration to `rows`; None for the identity matrix."""
+    linear, cubic, quintic = COEFFICIENTS
+    for remaining in reversed(range(ITERATIONS)):
+        if rows is not None and not remaining:  # nothing else needs the polynomial itself
+            return times(x, times(x, rows, rows, beta=cubic, alpha=quintic), rows, beta=linear)
+        higher = symmetric_product(x, x, x, beta=cubic, alpha=quintic)
+        if rows is None:
+            rows = higher.clone()
+            rows.diagonal(dim1=1, dim2=2).add_(linear)
+        else:
+            rows = times(higher, rows, rows, beta=linear)
+        if remaining:
+            half = symmetric_product(x, higher, x, beta=linear)
+            x = symmetric_product(half, higher, half, beta=linear)
+    assert rows is not None
+    return rows

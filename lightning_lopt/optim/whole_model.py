@@ -59,13 +59,15 @@ class WholeModelOptimizer(Optimizer, ABC):
         """Take one outer step on every parameter that has a gradient."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        shared: dict[tuple[Any, ...], Tensor] = {}
         with one_thread():
-            self._step_model([self._tensor(p, group) for p, group in pairs], [group for _, group in pairs])
+            self._step_model([self._tensor(p, group, shared) for p, group in pairs], [group for _, group in pairs])
         for p, _ in pairs:
             self.state[p]["step"] += 1
         return loss
 
-    def _tensor(self, p: Tensor, group: dict[str, Any]) -> ModelTensor[Any]:
+    def _tensor(self, p: Tensor, group: dict[str, Any], shared: dict[tuple[Any, ...], Tensor]) -> ModelTensor[Any]:
+        """Gather what the step of a parameter needs; equal numbers are one tensor, kept in `shared`."""
         assert p.grad is not None
         if p.grad.is_sparse or p.is_complex():
             raise ValueError(f"{type(self).__name__} takes dense real parameters and gradients only.")
@@ -74,13 +76,20 @@ class WholeModelOptimizer(Optimizer, ABC):
             new = self._new_state(tuple(p.shape), dtype, p.device)
             state.update(vars(new), step=torch.zeros(1, dtype=torch.long))
         workers, local_steps = self._worker_grads(p), group.get("local_steps", 1)
+
+        def number(value: float, dtype: torch.dtype) -> Tensor:
+            key = (value, dtype, p.device)
+            if key not in shared:
+                shared[key] = torch.tensor([value], dtype=dtype, device=p.device)
+            return shared[key]
+
         return ModelTensor(
             param=p.unsqueeze(0),
             grad=p.grad.to(dtype).unsqueeze(0),
             state=self._state_class(**{name: value for name, value in state.items() if name != "step"}),
-            round_idx=state["step"].to(p.device),
-            local_scale=p.new_tensor([group.get("local_lr", 0.0) * local_steps]),
-            retained_momentum=p.new_tensor([retained_momentum(group.get("local_momentum", 0.0), local_steps)]),
+            round_idx=number(state["step"].item(), torch.long),
+            local_scale=number(group.get("local_lr", 0.0) * local_steps, p.dtype),
+            retained_momentum=number(retained_momentum(group.get("local_momentum", 0.0), local_steps), p.dtype),
             worker_grads=None if workers is None else workers.to(dtype).unsqueeze(0),
         )
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from lightning_lopt.functional import orthogonal
 from lightning_lopt.functional.orthogonal import COEFFICIENTS, ITERATIONS, orthogonalise
 
 SHAPES = [(5, 7), (7, 5), (6, 6), (4, 3, 3, 3), (40, 3, 9), (1, 8), (1, 3, 1)]
@@ -23,6 +26,24 @@ def test_singular_values_go_through_the_polynomial_and_the_norm_stays(shape):
         values = a * values + b * values**3 + c * values**5
     values *= norm / torch.linalg.vector_norm(values, dim=-1, keepdim=True)
     torch.testing.assert_close(result.flatten(2), u * values.unsqueeze(1) @ v)
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (100, 40), (70, 300), (3, 2000)], ids=str)
+@pytest.mark.parametrize("decades", [0, 6])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 5e-5)], ids=["64", "32"])
+def test_iterations_of_the_gram_matrix_are_those_of_the_step(shape, decades, dtype, tolerance, monkeypatch):
+    """As near to the reference in float64 as the plain iterations are; with one Gram matrix they would not be."""
+    rows, columns = min(shape), max(shape)
+    u = torch.linalg.qr(torch.randn(2, rows, rows, dtype=torch.float64))[0]
+    v = torch.linalg.qr(torch.randn(2, columns, rows, dtype=torch.float64))[0]
+    step = u * torch.logspace(0, -decades, rows, dtype=torch.float64) @ v.mT
+    step = step if shape[0] < shape[1] else step.mT
+    result = orthogonalise(step.to(dtype)).double()
+    assert max(orthogonal.RESTARTS) <= 3
+    assert sum(orthogonal.RESTARTS) == ITERATIONS
+    monkeypatch.setattr(orthogonal, "WIDE", math.inf)
+    wanted = orthogonalise(step)
+    assert torch.linalg.vector_norm(result - wanted) <= tolerance * torch.linalg.vector_norm(wanted)
 
 
 def test_well_conditioned_values_become_nearly_equal():

@@ -102,7 +102,7 @@ def test_a_rule_of_ones_own_may_choose_each_part_by_itself(monkeypatch, shape, u
 @pytest.mark.parametrize("size", [1, 2, 5, 7, 12, 40])
 @pytest.mark.parametrize("shape", [(13,), (5, 7), (7, 5), (8, 4, 3, 3), (3, 5, 2)], ids=str)
 def test_every_block_boundary(monkeypatch, shape, size):
-    monkeypatch.setitem(learned.BLOCK_SIZE, "cpu", size)
+    monkeypatch.setitem(learned.BLOCK_SIZE, "cpu", 64 * size)
     assert_same(AdaMLP(seed=0, step_mult=0.1, update="blended_nesterov"), shape)
 
 

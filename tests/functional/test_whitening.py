@@ -7,7 +7,7 @@ import torch
 
 from lightning_lopt.functional import ada, grams, whitening
 from lightning_lopt.functional.orthogonal import COEFFICIENTS
-from lightning_lopt.functional.whitening import FLOOR, ITERATIONS, KEEP, inverse_root, update_grams, whiten
+from lightning_lopt.functional.whitening import FLOOR, ITERATIONS, KEEP, times_inverse_root, update_grams, whiten
 
 SHAPES = [(5, 7), (7, 5), (6, 6), (4, 3, 2, 2), (1, 4), (4, 1), (9,), ()]
 
@@ -28,6 +28,11 @@ def root_by_eigenvalues(gram):
         x = values * inverse.square()
         inverse = inverse * (a + b * x + c * x.square())
     return vectors * inverse.unsqueeze(-2) @ vectors.mT
+
+
+def inverse_root(gram):
+    """The root itself, [P, n, n]."""
+    return times_inverse_root(gram.clone(), torch.eye(gram.shape[1], dtype=gram.dtype).expand_as(gram))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -72,6 +77,20 @@ def test_eigenvalues_of_the_roots():
     assert 0.67 < ratio.min() < 1 < ratio.max() < 1.21
 
 
+@pytest.mark.parametrize("side", [3, 64, 150])
+@pytest.mark.parametrize("width", [0.5, 1, 3])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)], ids=["64", "32"])
+def test_narrow_and_wide_steps_meet_the_same_root(side, width, dtype, tolerance):
+    """For Gram matrices of any condition, in tiles and in one product; the polynomials multiply rounding by 100."""
+    basis = torch.linalg.qr(torch.randn(2, side, side, dtype=torch.float64))[0]
+    gram = basis * torch.logspace(-12, -1, side, dtype=torch.float64) @ basis.mT
+    step = torch.randn(2, side, max(1, int(width * side)), dtype=torch.float64)
+    gram /= torch.linalg.matrix_norm(gram, keepdim=True)
+    wanted = root_by_eigenvalues(gram) @ step
+    result = times_inverse_root(gram.to(dtype), step.to(dtype)).double()
+    assert torch.linalg.vector_norm(result - wanted) <= tolerance * torch.linalg.vector_norm(wanted)
+
+
 def test_sides_that_are_too_long_are_cut_into_blocks(monkeypatch):
     """As if each block of rows and of columns were a matrix of its own, but for their common norm."""
     monkeypatch.setattr(grams, "MAX_SIDE", 4)
@@ -99,7 +118,7 @@ def test_groups_of_blocks_do_not_matter(monkeypatch):
     grads = [torch.randn(2, 30, 3, dtype=torch.float64) for _ in range(2)]
     state, step = accumulated(grads), torch.randn(2, 30, 3, dtype=torch.float64)
     whole = whiten(step, state)
-    monkeypatch.setattr(whitening, "GROUP", 150)
+    monkeypatch.setitem(whitening.GROUP, "cpu", 150)
     torch.testing.assert_close(whiten(step, state), whole, rtol=1e-12, atol=0)
 
 
