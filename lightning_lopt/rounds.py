@@ -10,7 +10,7 @@ from lightning_lopt.functional.integers import as_integer
 from lightning_lopt.optim.outer import OuterFactory, check_coordinatewise
 from lightning_lopt.schedules import Constant, RoundInfo, Schedule, as_schedule
 from lightning_lopt.sync.options import SyncOptions
-from lightning_lopt.sync.replica import LocalOptimizer, NamedTensors
+from lightning_lopt.sync.replica import NamedTensors, OptimizerLike
 from lightning_lopt.sync.report import RoundReport
 from lightning_lopt.sync.status import SyncPoint, WorkerStatus
 from lightning_lopt.sync.sync import EvalWeights, Sync
@@ -84,7 +84,7 @@ class Rounds:
     def __init__(
         self,
         model: NamedTensors,
-        optimizer: LocalOptimizer,
+        optimizer: OptimizerLike,
         local_steps: int | Schedule,
         outer_optimizer: OuterFactory | None = None,
         total_steps: int | None = None,

@@ -219,7 +219,7 @@ def apply(
         layers: Result of `layers.separate`.
         moments: Result of `accumulate`.
         update: Kind of update.
-        forms: Forms of its base step, [P, 3, B, a, b]; None for an update without one.
+        forms: Forms of its base step, [P, N, B, a, b]; None for an update without one.
         plan: Plan of the blocks.
     """
     *hidden_weights, last_weight = layers.weights

@@ -83,7 +83,9 @@ class Update(ABC):
 
     @abstractmethod
     def advance(self, state: AdaState, grad: Tensor, sums: tuple[Tensor, Tensor], decays: Decays) -> Decays:
-        """Advance all that the base step remembers besides momenta, and choose the decays of a tensor.
+        """Advance the state that this rule alone uses, and choose the decays of a tensor.
+
+        The momenta, v and the factors R and C are advanced afterwards, by the caller, with the decays returned.
 
         Args:
             state: Accumulators of the tensor, changed in place.
@@ -157,9 +159,11 @@ class PublishedUpdate(Update):
     def damp(self, tensors: Sequence[ModelTensor[AdaState]], total: Total = local_total) -> Tensor | None:
         return None
 
+    @override
     def decays_of_round(self, decays: Decays, round_idx: Tensor, retained: Tensor | None) -> Decays:
         return decays
 
+    @override
     def advance(self, state: AdaState, grad: Tensor, sums: tuple[Tensor, Tensor], decays: Decays) -> Decays:
         return decays
 
@@ -203,18 +207,13 @@ class BlendedNesterovUpdate(Update):
     def damp(self, tensors: Sequence[ModelTensor[AdaState]], total: Total = local_total) -> Tensor:
         return damp_model(tensors, [tensor.state.base for tensor in tensors], total)
 
+    @override
     def decays_of_round(self, decays: Decays, round_idx: Tensor, retained: Tensor | None) -> Decays:
-        r"""Choose the decays of round t.
-
-        The first momentum of a tensor is
-
-        .. math:: m_1 \leftarrow \beta_t \min\Big(1, \frac{|g_t|}{|g_{t-1}|}\Big) m_1 + (1 - \beta_t) g_t
-
-        with g already damped and the β_t of `blended.complement_of_round`.
-        """
+        """Choose decays with which the first momentum advances as that of `blended.step_model`."""
         first, others = decays.momentum.tensor_split([1], 1)
         return decays._replace(momentum=torch.cat([complement_of_round(first, round_idx, retained), others], 1))
 
+    @override
     def advance(self, state: AdaState, grad: Tensor, sums: tuple[Tensor, Tensor], decays: Decays) -> Decays:
         base = state.base
         squared_norm = sum_in_blocks(sums[0].flatten(1).unsqueeze(1)).squeeze(1)

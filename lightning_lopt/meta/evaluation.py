@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_lopt.meta.base import AbstractTask, Tensors
 from lightning_lopt.meta.local import LocalTraining
-from lightning_lopt.meta.outer import OuterStep, average, learned_step, optimizer_step, views
+from lightning_lopt.meta.outer import SimulatedOuterStep, average_anchors, learned_step, optimizer_step, views
 from lightning_lopt.meta.particles import seeded
 from lightning_lopt.meta.simulation import Simulation
 from lightning_lopt.network import AdaMLP
@@ -76,11 +76,11 @@ class Evaluation:
     def baselines(self) -> dict[str, Tensor]:
         """Losses with averaging (Local SGD) and with DiLoCo's Nesterov momentum (0.7, 0.9)."""
 
-        def diloco(anchor: Tensors) -> OuterStep:
+        def diloco(anchor: Tensors) -> SimulatedOuterStep:
             groups = [{"params": params} for params in views(anchor)]
             return optimizer_step(torch.optim.SGD(groups, lr=0.7, momentum=0.9, nesterov=True))
 
-        return {"averaging": self._losses(lambda anchor: average), "diloco": self._losses(diloco)}
+        return {"averaging": self._losses(lambda anchor: average_anchors), "diloco": self._losses(diloco)}
 
     def final(self, losses: Tensor) -> float:
         """Average over the last 5 rounds and the runs; a diverged one counts as the task's `max_loss`."""
@@ -88,7 +88,7 @@ class Evaluation:
         return losses[-FINAL_ROUNDS:].nan_to_num(nan=limit).clamp(max=limit).mean().item()
 
     @torch.no_grad()
-    def _losses(self, outer: Callable[[Tensors], OuterStep]) -> Tensor:
+    def _losses(self, outer: Callable[[Tensors], SimulatedOuterStep]) -> Tensor:
         task, training = self.task, self.training
         generators = [seeded(self.seed, "evaluation", index) for index in range(self.num_runs)]
         starts = [training.init(task, generator) for generator in generators]

@@ -19,7 +19,7 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 
 
 @dataclass
-class LocalState:
+class LocalOptimizerState:
     """Memory of the optimizers of R replicas; empty dictionaries where a kind needs none.
 
     Attributes:
@@ -74,10 +74,10 @@ class LocalOptimizer:
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive or None, not {self.max_grad_norm}.")
 
-    def init(self, params: Tensors) -> LocalState:
+    def init(self, params: Tensors) -> LocalOptimizerState:
         """Create the state before the first step."""
         some = next(iter(params.values()))
-        state = LocalState(torch.zeros(len(some), dtype=torch.long, device=some.device))
+        state = LocalOptimizerState(torch.zeros(len(some), dtype=torch.long, device=some.device))
         if self.kind != "sgd":
             state.first = {name: torch.zeros_like(p) for name, p in params.items()}
         if self.kind == "adamw":
@@ -89,7 +89,9 @@ class LocalOptimizer:
         return retained_momentum(MOMENTUM if self.kind == "momentum" else 0.0, local_steps)
 
     @torch.no_grad()
-    def step(self, task: AbstractTask, params: Tensors, batch: Batch, local_lr: Tensor, state: LocalState) -> Tensor:
+    def step(
+        self, task: AbstractTask, params: Tensors, batch: Batch, local_lr: Tensor, state: LocalOptimizerState
+    ) -> Tensor:
         """Take one step of every replica, in place on `params` and `state`.
 
         Args:
@@ -110,7 +112,7 @@ class LocalOptimizer:
         return loss
 
     @torch.no_grad()
-    def apply(self, params: Tensors, grads: Tensors, local_lr: Tensor, state: LocalState) -> None:
+    def apply(self, params: Tensors, grads: Tensors, local_lr: Tensor, state: LocalOptimizerState) -> None:
         """Take one step of every replica from its gradient.
 
         Args:
@@ -127,14 +129,14 @@ class LocalOptimizer:
         else:
             self._sgd(params, grads, local_lr, state)
 
-    def _sgd(self, params: Tensors, grads: Tensors, local_lr: Tensor, state: LocalState) -> None:
+    def _sgd(self, params: Tensors, grads: Tensors, local_lr: Tensor, state: LocalOptimizerState) -> None:
         for name, p in params.items():
             grad = grads[name].add_(p, alpha=self.weight_decay) if self.weight_decay else grads[name]
             if self.kind == "momentum":
                 grad = state.first[name].mul_(MOMENTUM).add_(grad)
             p.addcmul_(grad, column(local_lr, p), value=-1)
 
-    def _adamw(self, params: Tensors, grads: Tensors, local_lr: Tensor, state: LocalState) -> None:
+    def _adamw(self, params: Tensors, grads: Tensors, local_lr: Tensor, state: LocalOptimizerState) -> None:
         first_weight, second_weight = ((1 - beta ** state.steps.double()).to(local_lr) for beta in BETAS)
         rate, eps = local_lr / first_weight * second_weight.sqrt(), EPS * second_weight.sqrt()
         for name, p in params.items():

@@ -15,7 +15,7 @@ from lightning_lopt.meta.unroll import outer_step, zero_states
 from lightning_lopt.network import AdaMLP
 
 
-class Round(NamedTuple):
+class SimulatedRound(NamedTuple):
     """A round of local training as an outer step sees it.
 
     Attributes:
@@ -35,11 +35,11 @@ class Round(NamedTuple):
     skipped: Sequence[int]
 
 
-OuterStep = Callable[[Tensors, Round], None]
+SimulatedOuterStep = Callable[[Tensors, SimulatedRound], None]
 """A step that moves anchors {[P, *S]} in place after a round of local training."""
 
 
-def average(anchor: Tensors, training: Round) -> None:
+def average_anchors(anchor: Tensors, training: SimulatedRound) -> None:
     """Move the anchors to the means of their workers: Local SGD."""
     for name, a in anchor.items():
         a.copy_(training.workers[name].mean(1))
@@ -68,7 +68,7 @@ class LearnedStep:
             for tensor in vars(state).values():
                 tensor[list(runs)] = 0
 
-    def __call__(self, anchor: Tensors, training: Round) -> None:
+    def __call__(self, anchor: Tensors, training: SimulatedRound) -> None:
         assert self.network is not None
         outer_step(
             anchor,
@@ -76,9 +76,9 @@ class LearnedStep:
             self.states,
             self.network,
             training.round_idx,
-            training.local_lr * training.local_steps,
-            training.skipped,
-            training.retained_momentum,
+            local_scale=training.local_lr * training.local_steps,
+            skipped=training.skipped,
+            retained_momentum=training.retained_momentum,
         )
 
 
@@ -96,10 +96,10 @@ def learned_step(anchor: Tensors, networks: Sequence[AdaMLP]) -> LearnedStep:
     return LearnedStep(anchor, networks[0].update, networks[0].functional(expanded))
 
 
-def optimizer_step(optimizer: Optimizer) -> OuterStep:
+def optimizer_step(optimizer: Optimizer) -> SimulatedOuterStep:
     """Create the step of an optimizer that has one parameter group for each run, as `views` gives them."""
 
-    def step(anchor: Tensors, training: Round) -> None:
+    def step(anchor: Tensors, training: SimulatedRound) -> None:
         grads = [a - training.workers[name].mean(1) for name, a in anchor.items()]
         for i, (group, rate) in enumerate(zip(optimizer.param_groups, training.local_lr.tolist(), strict=True)):
             group["local_lr"] = rate

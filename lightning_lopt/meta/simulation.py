@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lightning_lopt.functional.outliers import Norms, OutlierFilter
 from lightning_lopt.meta.base import AbstractTask, Batch, Tensors
-from lightning_lopt.meta.local import LocalOptimizer, LocalState
-from lightning_lopt.meta.outer import OuterStep, Round
+from lightning_lopt.meta.local import LocalOptimizer, LocalOptimizerState
+from lightning_lopt.meta.outer import SimulatedOuterStep, SimulatedRound
 from lightning_lopt.meta.unroll import SGD, local_round, repeat_for_workers
 
 
@@ -31,10 +31,10 @@ class Simulation:
 
     Example:
         >>> from lightning_lopt.meta import ImageMLP
-        >>> from lightning_lopt.meta.outer import average
+        >>> from lightning_lopt.meta.outer import average_anchors
         >>> task = ImageMLP(torch.rand(50, 4, 4), torch.arange(50) % 5, hidden=(8,), batch_size=10)
         >>> generator = torch.Generator().manual_seed(0)
-        >>> simulation = Simulation(task, task.init(3, generator), num_workers=2, outer=average)
+        >>> simulation = Simulation(task, task.init(3, generator), num_workers=2, outer=average_anchors)
         >>> batches = [task.batch(3 * 2, generator) for _ in range(4)]
         >>> simulation.round(batches, local_lr=torch.full((3,), 0.1), round_idx=torch.zeros(3)).shape
         torch.Size([3])
@@ -45,7 +45,7 @@ class Simulation:
         task: AbstractTask,
         anchor: Tensors,
         num_workers: int,
-        outer: OuterStep,
+        outer: SimulatedOuterStep,
         optimizer: LocalOptimizer = SGD,
     ) -> None:
         self.task = task
@@ -82,7 +82,7 @@ class Simulation:
         )
         skipped = leave_out(self.filters, self.anchor, workers, self.local)
         retained = self.optimizer.retained_momentum(len(losses))
-        self.outer(self.anchor, Round(workers, round_idx, local_lr, len(losses), retained, skipped))
+        self.outer(self.anchor, SimulatedRound(workers, round_idx, local_lr, len(losses), retained, skipped))
         return losses.mean(0).mean(1)
 
     def restart(self, runs: Sequence[int], starts: Tensors) -> None:
@@ -113,7 +113,9 @@ class Simulation:
         return OutlierFilter(Norms([0.0] * self.num_workers))
 
 
-def leave_out(filters: Sequence[OutlierFilter], anchor: Tensors, workers: Tensors, local: LocalState) -> list[int]:
+def leave_out(
+    filters: Sequence[OutlierFilter], anchor: Tensors, workers: Tensors, local: LocalOptimizerState
+) -> list[int]:
     """Leave outliers out of a round, as the strategies do: mend its workers and their optimizers' states in place.
 
     They take the value of the others' mean and forget their optimizer's state. If a run leaves out all of its workers,

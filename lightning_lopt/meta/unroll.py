@@ -13,7 +13,7 @@ from lightning_lopt.functional.learned import Network
 from lightning_lopt.functional.model import ModelTensor
 from lightning_lopt.functional.updates import UPDATES
 from lightning_lopt.meta.base import AbstractTask, Batch, Tensors
-from lightning_lopt.meta.local import LocalOptimizer, LocalState
+from lightning_lopt.meta.local import LocalOptimizer, LocalOptimizerState
 
 SGD = LocalOptimizer("sgd")
 
@@ -31,7 +31,7 @@ def local_round(
     local_lr: Tensor,
     num_workers: int,
     optimizer: LocalOptimizer = SGD,
-    state: LocalState | None = None,
+    state: LocalOptimizerState | None = None,
 ) -> tuple[Tensors, Tensor]:
     """Let K workers take H local steps from the anchor.
 

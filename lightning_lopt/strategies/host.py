@@ -111,7 +111,7 @@ def enter_while_checkpointing(trainer: pl.Trainer, context: Callable[[], Abstrac
 
     Args:
         trainer: Trainer that puts checkpoints together.
-        context: Makes the context.
+        context: Function that makes the context.
 
     Reason: there is no hook before Lightning reads the module, and none after the last `on_save_checkpoint`.
     """

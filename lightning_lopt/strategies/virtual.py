@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_lopt.comm import Communicator
 from lightning_lopt.rounds import Rounds
 from lightning_lopt.strategies import host
-from lightning_lopt.sync.replica import LocalOptimizer
+from lightning_lopt.sync.replica import OptimizerLike
 from lightning_lopt.sync.report import RoundReport
 from lightning_lopt.sync.status import SyncPoint
 from lightning_lopt.sync.sync import EvalWeights, Sync
@@ -92,7 +92,7 @@ class ProcessWorkers:
         self,
         make: Callable[..., Rounds],
         trainer: pl.Trainer,
-        optimizer: LocalOptimizer,
+        optimizer: OptimizerLike,
         comm: Communicator,
         timeout: timedelta | None,
     ) -> ProcessRounds:
@@ -205,7 +205,7 @@ class VirtualWorkers(ProcessWorkers):
         self,
         make: Callable[..., Rounds],
         trainer: pl.Trainer,
-        optimizer: LocalOptimizer,
+        optimizer: OptimizerLike,
         comm: Communicator,
         timeout: timedelta | None,
     ) -> ProcessRounds:

@@ -24,7 +24,7 @@ class NamedTensors(Protocol):
     def named_buffers(self) -> Iterable[tuple[str, Tensor]]: ...
 
 
-class LocalOptimizer(Protocol):
+class OptimizerLike(Protocol):
     """The part of a `torch.optim.Optimizer` that a `Replica` needs."""
 
     @property
@@ -62,7 +62,7 @@ class Replica:
         False
     """
 
-    def __init__(self, model: NamedTensors, optimizer: LocalOptimizer) -> None:
+    def __init__(self, model: NamedTensors, optimizer: OptimizerLike) -> None:
         self._model, self._optimizer = model, optimizer
         self.groups: list[list[AnchoredParameter]] = []
         self.add_new_groups()

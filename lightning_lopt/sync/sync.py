@@ -30,7 +30,7 @@ from lightning_lopt.sync.exchange import Exchange, Transport
 from lightning_lopt.sync.flat import ParameterSlice, choose
 from lightning_lopt.sync.options import SyncOptions
 from lightning_lopt.sync.outer_step import OuterStep, StepResult, average
-from lightning_lopt.sync.replica import LocalOptimizer, NamedTensors, Replica
+from lightning_lopt.sync.replica import NamedTensors, OptimizerLike, Replica
 from lightning_lopt.sync.report import RoundReport, explain_outliers
 from lightning_lopt.sync.sharding import Shards
 from lightning_lopt.sync.status import (
@@ -80,7 +80,7 @@ class Sync:
     def __init__(
         self,
         model: NamedTensors,
-        optimizer: LocalOptimizer,
+        optimizer: OptimizerLike,
         outer_optimizer: OuterFactory | None,
         comm: Communicator,
         options: SyncOptions,

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_lopt.comm import Communicator
 from lightning_lopt.rounds import Rounds
-from lightning_lopt.sync.replica import LocalOptimizer
+from lightning_lopt.sync.replica import OptimizerLike
 from lightning_lopt.sync.report import RoundReport
 from lightning_lopt.sync.status import SyncPoint
 from lightning_lopt.sync.sync import EvalWeights, Sync
@@ -38,7 +38,7 @@ class VirtualRounds:
         self,
         make: Callable[..., Rounds],
         shared_module: SharedModule,
-        optimizer: LocalOptimizer,
+        optimizer: OptimizerLike,
         timeout: timedelta | None = None,
     ) -> None:
         self._shared_module, self._optimizer = shared_module, optimizer

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lopt.sync.replica import LocalOptimizer, NamedTensors
+from lightning_lopt.sync.replica import NamedTensors, OptimizerLike
 
 
 @dataclass
@@ -46,7 +46,7 @@ class _ModelView:
 class _OptimizerView:
     """The groups and states of a local optimizer with one worker's parameters."""
 
-    def __init__(self, shared_module: SharedModule, rank: int, optimizer: LocalOptimizer) -> None:
+    def __init__(self, shared_module: SharedModule, rank: int, optimizer: OptimizerLike) -> None:
         self._shared_module, self._rank, self._optimizer = shared_module, rank, optimizer
 
     @property
@@ -119,7 +119,7 @@ class SharedModule:
         named = ({name: own[t] for name, t in kind.items()} for kind in (self._parameters, self._buffers))
         return _ModelView(*named)
 
-    def optimizer(self, rank: int, optimizer: LocalOptimizer) -> LocalOptimizer:
+    def optimizer(self, rank: int, optimizer: OptimizerLike) -> OptimizerLike:
         """The local optimizer as one worker's `Replica` sees it."""
         return _OptimizerView(self, rank, optimizer)
 

@@ -9,7 +9,7 @@ from examples.benchmarks.compare import methods
 from lightning_lopt import AdaMLP
 from lightning_lopt.functional.outliers import OutlierFilter
 from lightning_lopt.meta.local import LocalOptimizer
-from lightning_lopt.meta.outer import average
+from lightning_lopt.meta.outer import average_anchors
 from lightning_lopt.meta.simulation import Simulation, leave_out
 from lightning_lopt.meta.tasks import ImageMLP
 
@@ -83,7 +83,7 @@ def test_a_batch_of_nan_costs_its_worker_a_round_and_no_more():
     generator = torch.Generator().manual_seed(0)
     task = ImageMLP(torch.rand(60, 2, 3, generator=generator), torch.arange(60) % 3, hidden=(5,), batch_size=4)
     anchor = task.init(1, generator)
-    simulation = Simulation(task, anchor, 3, average, LocalOptimizer("adamw"))
+    simulation = Simulation(task, anchor, 3, average_anchors, LocalOptimizer("adamw"))
     for round_idx in range(3):
         images, labels = task.batch(3, generator)
         if round_idx == 1:

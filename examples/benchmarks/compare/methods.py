@@ -13,7 +13,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from lightning_lopt.meta.base import AbstractTask, Batch, Tensors
 from lightning_lopt.meta.local import LocalOptimizer
-from lightning_lopt.meta.outer import OuterStep, average, learned_step, optimizer_step, views
+from lightning_lopt.meta.outer import SimulatedOuterStep, average_anchors, learned_step, optimizer_step, views
 from lightning_lopt.network import AdaMLP
 from lightning_lopt.optim import SlowMomentum
 
@@ -111,7 +111,7 @@ class Parallel:
         self._optimizer.apply(self._anchor, mean, local_lr, self._state)
 
 
-def outer(particles: Sequence[Setting], anchor: Tensors, network: AdaMLP) -> OuterStep:
+def outer(particles: Sequence[Setting], anchor: Tensors, network: AdaMLP) -> SimulatedOuterStep:
     """Make the outer step of a method.
 
     Args:
@@ -121,7 +121,7 @@ def outer(particles: Sequence[Setting], anchor: Tensors, network: AdaMLP) -> Out
     """
     method = particles[0].method
     if method == "local_sgd":
-        return average
+        return average_anchors
     if method == "learned":
         return learned_step(anchor, [network])
     if method == "base_step":
