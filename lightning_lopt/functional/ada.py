@@ -275,7 +275,7 @@ def factored_sums(grad: Tensor, factors: Factoring) -> tuple[Tensor, Tensor]:
     Returns:
         Row sums [P, B, size of d1] and column sums [P, B, size of d0].
     """
-    grid, num_particles = factors.shape, len(grad)
+    grid, num_particles = factors.shape, grad.shape[0]
     block = block_shape(grid, max(1, SUM_BLOCK // num_particles))
     if block == grid:
         squares = grad[:, 0].square()
@@ -341,18 +341,18 @@ def row_means(state: AdaState) -> Tensor:
 
 def squared_norm(tensor: Tensor) -> Tensor:
     """Sum the squares of a tensor, [P, *S] to [P], in an order that does not depend on the number of threads."""
-    parts = tensor.reshape(len(tensor), -1).split(max(1, SUM_BLOCK // len(tensor)), dim=1)
-    return _total([part.square().sum(1) for part in parts])
+    flat, size = tensor.reshape(tensor.shape[0], -1), max(1, SUM_BLOCK // tensor.shape[0])
+    if flat.shape[1] <= size:
+        return flat.square().sum(1)
+    return torch.stack([part.square().sum(1) for part in flat.split(size, dim=1)]).sum(0)
 
 
 def sum_in_blocks(rows: Tensor) -> Tensor:
     """Sum [P, X, n] to [P, X], each part of the sum in one thread."""
-    parts = rows.split(max(1, SUM_BLOCK // rows[..., 0].numel()), dim=2)
-    return _total([part.sum(2) for part in parts])
-
-
-def _total(sums: list[Tensor]) -> Tensor:
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+    size = max(1, SUM_BLOCK // (rows.shape[0] * rows.shape[1]))
+    if rows.shape[2] <= size:
+        return rows.sum(2)
+    return torch.stack([part.sum(2) for part in rows.split(size, dim=2)]).sum(0)
 
 
 def epsilons(state: AdaState, *, relative: bool) -> Epsilons:

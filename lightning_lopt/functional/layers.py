@@ -91,7 +91,8 @@ class FoldedNetwork(NamedTuple):
             output on.
         biases: Bias of each layer, [P, out, 1]: the first with the features of time, the last one scaled.
         decays: Complements of the decays of the round.
-        round_idx: Number of steps already taken, from 0, [P].
+        momentum_bias: Squared shares of their limits that the momenta have reached, [P, 3].
+        row_bias: Shares of their limits that the row factors have reached, [P, 3].
         num_inputs: Number of pseudo-gradients that the network sees.
         update: Kind of update that the outputs become.
     """
@@ -103,7 +104,8 @@ class FoldedNetwork(NamedTuple):
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
     decays: Decays
-    round_idx: Tensor
+    momentum_bias: Tensor
+    row_bias: Tensor
     num_inputs: int
     update: Update
 
@@ -141,12 +143,16 @@ def fold(network: Network, round_idx: Tensor, retained: Tensor | None) -> Folded
     *biases, last_bias = network.biases[1:]
     mults = first.new_full((len(last_bias[0]), 1), network.exp_mult)
     mults[0] = network.step_mult
+    decays, age = update.decays_of_round(network.decays, round_idx, retained), (round_idx + 1).unsqueeze(1)
+    momentum_bias = _grown(decays.momentum, age).square_()
+    momentum_bias[:, 0] = 1  # the first accumulator has no bias
     return FoldedNetwork(
         **columns,
         weights=(*network.weights[1:-1], network.weights[-1] * mults),
         biases=(bias, *(b.unsqueeze(-1) for b in biases), last_bias.unsqueeze(-1) * mults),
-        decays=update.decays_of_round(network.decays, round_idx, retained),
-        round_idx=round_idx,
+        decays=decays,
+        momentum_bias=momentum_bias,
+        row_bias=_grown(decays.factored, age),
         num_inputs=num_inputs,
         update=update,
     )
@@ -220,20 +226,13 @@ def tensor_features(moments: Moments, state: AdaState, network: FoldedNetwork, f
     tiny, columns = ada.MIN_SCALE, feature_slices(network.num_inputs, ("coordinate",))
     param, momentum = moments.features[:, columns["param"]], moments.features[:, columns["momentum"]]
     grad, products = moments.products.split([1, 3], 1)
-    age = (network.round_idx + 1).unsqueeze(1)
     mean_square = grad / moments.numel + tiny
-    slow = _grown(network.decays.momentum[:, 1:], age)  # the first accumulator has no bias
-    unbiased_m = momentum / torch.cat([torch.ones_like(slow[:, :1]), slow], 1).square()
-    unbiased_r = ada.row_means(state) / _grown(network.decays.factored, age) + tiny
-    cosines = products / (grad * momentum).sqrt().clamp_(min=tiny)
-    ratios = [
-        (unbiased_m / moments.numel + tiny) / mean_square,
-        mean_square / unbiased_r,
-        mean_square / (param / moments.numel + tiny),
-    ]
-    logs = (0.25 * torch.log(torch.cat(ratios, 1))).clamp_(-3, 3)
-    is_vector = torch.full_like(grad, float(not factors.factored))
-    return torch.cat([cosines, logs, is_vector], 1)
+    above = torch.cat([momentum / moments.numel / network.momentum_bias + tiny, mean_square.expand(-1, 4)], 1)
+    row = ada.row_means(state) / network.row_bias
+    below = torch.cat([mean_square.expand(-1, 3), row + tiny, param / moments.numel + tiny], 1)
+    logs = torch.log(above / below).mul_(0.25).clamp_(-3, 3)
+    cosines = products / (grad * momentum).sqrt_().clamp_(min=tiny)
+    return torch.cat([cosines, logs, grad.new_full(grad.shape, float(not factors.factored))], 1)
 
 
 def _grown(complement: Tensor, age: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ class _Workspace:
         """The views for blocks of the shape of `like` [P, 1, B, a, b]."""
         if like.shape not in self._views:
             features, *layers = (
-                self._buffers[i % 2][: width * like.numel()].view(len(like), width, *like.shape[2:])
+                self._buffers[i % 2][: width * like.numel()].view(like.shape[0], width, *like.shape[2:])
                 for i, width in enumerate(self._plan.widths)
             )
             coordinate, columns = features[:, NUM_TILED:], self._plan.columns
@@ -185,8 +185,8 @@ class _Plan:
         self.columns = feature_slices(network.num_inputs, ("coordinate",))
         self.widths = [NUM_TILED + count_features(network.num_inputs, ("coordinate",)), *network.widths]
         size = BLOCK_SIZE.get(self.like.device.type, BLOCK_SIZE["other"]) // sum(max(self.widths[i::2]) for i in (0, 1))
-        self.block = block_shape(operands.grid, max(1, size // len(self.like)))
-        self.numel = len(self.like) * math.prod(self.block)
+        self.block = block_shape(operands.grid, max(1, size // self.like.shape[0]))
+        self.numel = self.like.shape[0] * math.prod(self.block)
         self.whole = _Workspace(self) if self.block == operands.grid else None
 
 

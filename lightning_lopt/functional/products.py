@@ -15,7 +15,7 @@ TILE = (64, 512)  # of a product
 
 def as_matrix(tensor: Tensor) -> Tensor:
     """View [P, *S] as [P, n, m], its first dimension by the rest; a vector or scalar is a column."""
-    return tensor.reshape(len(tensor), -1, 1) if tensor.dim() < 3 else tensor.flatten(2)
+    return tensor.reshape(tensor.shape[0], -1, 1) if tensor.dim() < 3 else tensor.flatten(2)
 
 
 def product(left: Tensor, right: Tensor, plus: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
@@ -62,7 +62,7 @@ def symmetric_product(
     height, side = TILE[0], left.shape[1]
     if left.device.type != "cpu" or side <= height:
         return product(left, right, plus, beta, alpha)
-    result = left.new_empty(len(left), side, side)
+    result = left.new_empty(left.shape[0], side, side)
     starts = range(0, side, height)
     _fill(
         [
@@ -110,8 +110,8 @@ def norm(matrices: Tensor) -> Tensor:
 
     It is right for anything that float32 can hold.
     """
-    flat = matrices.reshape(len(matrices), -1)
-    size = max(1, SUM_BLOCK // len(flat))
+    flat = matrices.reshape(matrices.shape[0], -1)
+    size = max(1, SUM_BLOCK // flat.shape[0])
     if flat.shape[1] <= size:
         total = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)
     else:

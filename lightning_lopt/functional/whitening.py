@@ -91,7 +91,7 @@ def _conditioned(matrix: Tensor, gram: Tensor) -> Tensor:
         parts = (tensor.split(count) for tensor in (gram.flatten(0, 1), shrink.flatten(0, 1), blocks))
         whitened = [times_inverse_root(part * factor, rows) for part, factor, rows in zip(*parts, strict=True)]
         rows = torch.cat(whitened) if len(whitened) > 1 else whitened[0]
-    return rows.view(len(matrix), -1, matrix.shape[2])[:, : matrix.shape[1]]
+    return rows.view(matrix.shape[0], -1, matrix.shape[2])[:, : matrix.shape[1]]
 
 
 def times_inverse_root(grams: Tensor, rows: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -70,7 +70,12 @@ class Work:
         return steps * self.batch_size * per_example + outer
 
 
-WORKS = {"paper": Work((784, 128, 128, 10), 128), "8x8": Work((64, 32, 10), 32)}
+WORKS = {
+    "paper": Work((784, 128, 128, 10), 128),
+    "8x8": Work((64, 32, 10), 32),
+    "small": Work((64, 16, 10), 32, num_workers=4, num_pairs=12),  # as in the recipe of the default
+    "small-48": Work((64, 16, 10), 32, num_workers=4, num_pairs=48),
+}
 
 
 class Clock:
@@ -119,7 +124,7 @@ class Clock:
             setattr(module, function, original)
 
 
-def estimator(work: Work, kind: OptimizerKind, device: torch.device) -> Estimator:
+def estimator(work: Work, kind: OptimizerKind, update: str, device: torch.device) -> Estimator:
     """Make an estimator by PES on random images."""
     generator = torch.Generator().manual_seed(0)
     pixels, *hidden, classes = work.sizes
@@ -127,7 +132,7 @@ def estimator(work: Work, kind: OptimizerKind, device: torch.device) -> Estimato
     labels = torch.randint(classes, (IMAGES,), generator=generator)
     task = ImageMLP(images, labels, hidden, work.batch_size, num_classes=classes).to(device)
     training = LocalTraining(work.num_workers, work.local_steps, 0.1, optimizer=LocalOptimizer(kind))
-    pairs = Particles(task, training, work.num_pairs, LogUniform(100, 1_000), "local", seed=0)
+    pairs = Particles(task, training, work.num_pairs, LogUniform(100, 1_000), "local", seed=0, update=update)
     return Estimator(pairs, kind="pes", truncation=work.num_rounds, sigma=0.01, log_floor=None, seed=0)
 
 
@@ -141,7 +146,8 @@ def measure(work: Work, kind: OptimizerKind, update: str, repeats: int, device: 
         repeats: Number of timed meta-iterations, >= 1.
         device: Device of the tasks and the network.
     """
-    network, own = AdaMLP(seed=0, update=update).to(device), estimator(work, kind, device)
+    network = AdaMLP.base_step(seed=0) if update == "blended_nesterov" else AdaMLP(seed=0, update=update)
+    network, own = network.to(device), estimator(work, kind, update, device)
     clocks, peak = [], 0.0
     for repeat in range(repeats + 1):
         peak = max(peak, sgemm_flops())
@@ -166,13 +172,15 @@ def measure(work: Work, kind: OptimizerKind, update: str, repeats: int, device: 
             "CPU seconds": statistics.median(clock.cpu_seconds[part] for clock in clocks),
         }
         whole = bound if part == "whole" else None
-        rows.append({**row, "sgemm bound": whole, "share": whole and whole / row["seconds"]})
+        runs = 2 * work.num_pairs * work.num_rounds / row["CPU seconds"] if part == "whole" else None
+        share = whole and whole / row["seconds"]
+        rows.append({**row, "sgemm bound": whole, "share": share, "rounds of a run per CPU second": runs})
     return rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command line."""
-    parser.add_argument("--work", nargs="+", choices=list(WORKS), default=list(WORKS), help="sizes of the task")
+    parser.add_argument("--work", nargs="+", choices=list(WORKS), default=["paper", "8x8"], help="sizes of the task")
     parser.add_argument("--local-optimizer", choices=get_args(OptimizerKind), default="sgd")
     parser.add_argument("--update", default="published", help="kind of update of the network, see AdaMLP")
     parser.add_argument("--repeats", type=int, default=3, help="timed meta-iterations")
@@ -191,8 +199,7 @@ def main(args: argparse.Namespace) -> None:
         "options": {k: str(v) for k, v in vars(args).items() if k != "main"},
     }
     for name in args.work:
-        base = WORKS[name]
-        work = Work(base.sizes, base.batch_size, num_rounds=args.rounds)
+        work = replace(WORKS[name], num_rounds=args.rounds)
         rows = measure(work, args.local_optimizer, args.update, args.repeats, torch.device(args.device))
         print(f"{name}: {work}\n{work.flop / 1e9:.0f} GFLOP, {torch.get_num_threads()} threads\n{table(rows)}\n")
         result[name] = rows

@@ -37,6 +37,26 @@ GRAD_STD = 1e-3  # about that of four steps with a learning rate of 0.1 and grad
 Shapes = Sequence[tuple[int, ...]]
 
 
+def tiny_vit() -> Shapes:
+    """Shapes of the vision transformer of `examples/finetune_vit.py` for 8×8 digits."""
+    from torchvision.models import VisionTransformer  # an extra, and slow to import
+
+    with torch.device("meta"):
+        backbone = VisionTransformer(8, 2, 4, 4, hidden_dim=64, mlp_dim=128, num_classes=10)
+    return [tuple(p.shape) for p in backbone.parameters()]
+
+
+def minilm() -> Shapes:
+    """Shapes of a BERT of MiniLM's size: 6 layers of width 384, and 30,522 tokens."""
+    width, inner = 384, 1536
+    norm = [(width,)] * 2
+    layer = [*[(width, width), (width,)] * 4, *norm, (inner, width), (inner,), (width, inner), (width,), *norm]
+    return [(30_522, width), (512, width), (2, width), *norm, *layer * 6, (width, width), (width,)]
+
+
+MODELS = {"tiny_vit": tiny_vit, "minilm": minilm}
+
+
 class PlainForm(Optimizer):
     """The plain form, `functional.plain`, as an optimizer that steps tensor by tensor.
 
@@ -169,9 +189,16 @@ def measure(shapes: Shapes, repeats: int) -> dict[str, Any]:
     return {"machine": machine(), "parameters": count, "sgemm_flops": peak, "rows": rows, "times": raw}
 
 
+def _torchvision(name: str) -> Shapes:
+    from torchvision.models import get_model  # an extra, and slow to import
+
+    with torch.device("meta"):
+        return [tuple(p.shape) for p in get_model(name).parameters()]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command line."""
-    parser.add_argument("--model", default="vit_b_16", help="name of a torchvision model")
+    parser.add_argument("--model", default="vit_b_16", help=f"one of {sorted(MODELS)}, or a torchvision model")
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each optimizer")
     parser.add_argument("--json", type=Path, help="file for the numbers")
@@ -179,12 +206,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Measure a model and print the table."""
-    from torchvision.models import get_model  # an extra, and slow to import
-
     if args.threads:
         torch.set_num_threads(args.threads)
-    with torch.device("meta"):
-        shapes = [tuple(p.shape) for p in get_model(args.model).parameters()]
+    shapes = MODELS[args.model]() if args.model in MODELS else _torchvision(args.model)
     result = {"model": args.model, **measure(shapes, args.repeats)}
     print(
         f"{args.model}: {result['parameters']:,} parameters, {torch.get_num_threads()} threads, "

@@ -18,17 +18,17 @@ from examples.benchmarks.compare.data import fashion_mnist
 from examples.benchmarks.compare.simulate import _losses
 from lightning_lopt.meta import ImageMLP
 from lightning_lopt.meta.base import Tensors
-from lightning_lopt.meta.outer import OuterStep, Round, average, learned_step, optimizer_step, views
+from lightning_lopt.meta.outer import SimulatedOuterStep, SimulatedRound, average_anchors, learned_step, optimizer_step, views
 from lightning_lopt.meta.simulation import Simulation
 
 BASE, NUM_WORKERS, LOCAL_STEPS, NUM_ROUNDS, LOCAL_LR, SEEDS = 128, 8, 4, 40, 0.5, (0, 1, 2)
 
 
-def learned(name: str, scale: float, anchor: Tensors) -> OuterStep:
+def learned(name: str, scale: float, anchor: Tensors) -> SimulatedOuterStep:
     """The step of a bundled network, times `scale` on all matrices but the first."""
     whole = learned_step(anchor, [AdaMLP.bundled(name)])
 
-    def step(anchor: Tensors, training: Round) -> None:
+    def step(anchor: Tensors, training: SimulatedRound) -> None:
         before = {key: a.clone() for key, a in anchor.items()}
         whole(anchor, training)
         for key, a in anchor.items():
@@ -38,15 +38,15 @@ def learned(name: str, scale: float, anchor: Tensors) -> OuterStep:
     return step
 
 
-def diloco(anchor: Tensors) -> OuterStep:
+def diloco(anchor: Tensors) -> SimulatedOuterStep:
     """DiLoCo as tuned at width 128."""
     groups = [{"params": params} for params in views(anchor)]
     return optimizer_step(torch.optim.SGD(groups, lr=0.5, momentum=0.9, nesterov=True))
 
 
-def methods(width: int) -> dict[str, Callable[[Tensors], OuterStep]]:
+def methods(width: int) -> dict[str, Callable[[Tensors], SimulatedOuterStep]]:
     """Functions that make an outer step for anchors, by name."""
-    found: dict[str, Callable[[Tensors], OuterStep]] = {"local_sgd": lambda anchor: average, "diloco": diloco}
+    found: dict[str, Callable[[Tensors], SimulatedOuterStep]] = {"local_sgd": lambda anchor: average_anchors, "diloco": diloco}
     for name in ("default", "lopt_a_short"):
         found[name] = partial(learned, name, 1.0)
         if width > BASE:
@@ -54,7 +54,7 @@ def methods(width: int) -> dict[str, Callable[[Tensors], OuterStep]]:
     return found
 
 
-def train(task: ImageMLP, outer: Callable[[Tensors], OuterStep]) -> Tensor:
+def train(task: ImageMLP, outer: Callable[[Tensors], SimulatedOuterStep]) -> Tensor:
     """Train; return the losses before the first round and after each, [rounds + 1, seeds]."""
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     starts = [task.init(1, generator) for generator in generators]

@@ -15,7 +15,7 @@ from examples.benchmarks.compare.methods import Setting
 from examples.benchmarks.compare.simulate import Experiment
 from lightning_lopt import AdaMLP
 from lightning_lopt.meta.local import LocalOptimizer
-from lightning_lopt.meta.outer import Round
+from lightning_lopt.meta.outer import SimulatedRound
 from lightning_lopt.meta.tasks import ImageMLP
 
 
@@ -87,7 +87,7 @@ def test_fedadam_moves_every_coordinate_by_its_rate(task):
     anchor = {name: p.clone() for name, p in start.items()}
     outer = methods.outer([Setting("fedadam", 0.1, {"lr": 0.01})], anchor, AdaMLP())
     workers = {name: p.unsqueeze(1) - 0.5 for name, p in start.items()}
-    outer(anchor, Round(workers, torch.tensor([0]), torch.tensor([0.1]), 1, 0.0, []))
+    outer(anchor, SimulatedRound(workers, torch.tensor([0]), torch.tensor([0.1]), 1, 0.0, []))
     for name, p in anchor.items():
         torch.testing.assert_close(p, start[name] - 0.01, rtol=0, atol=1e-6)
 

@@ -12,12 +12,14 @@ from lightning_lopt.functional import learned
 from lightning_lopt.meta import outer, simulation
 
 
-def test_parts_add_up(tmp_path, capsys):
+@pytest.mark.parametrize(("work", "update"), [("8x8", "published"), ("small", "blended_nesterov")])
+def test_parts_add_up(tmp_path, capsys, work, update):
     before = simulation.local_round, outer.outer_step, learned.apply
     path = tmp_path / "speed.json"
-    bench.main(["meta-speed", "--work", "8x8", "--repeats", "1", "--rounds", "3", "--json", str(path)])
+    options = ["--work", work, "--update", update, "--repeats", "1", "--rounds", "3", "--json", str(path)]
+    bench.main(["meta-speed", *options])
     assert (simulation.local_round, outer.outer_step, learned.apply) == before
-    rows = {row["part"]: row for row in json.loads(path.read_text())["8x8"]}
+    rows = {row["part"]: row for row in json.loads(path.read_text())[work]}
     assert list(rows) == ["local steps", "features", "network", "bookkeeping", "whole"]
     for key in ("seconds", "CPU seconds"):
         times = [row[key] for row in rows.values()]

@@ -47,5 +47,14 @@ def test_the_command_prints_a_table_and_writes_json(monkeypatch, capsys, tmp_pat
     assert json.loads(path.read_text())["rows"][0]["seconds"] == 3
 
 
+def test_shapes_of_the_models_without_weights():
+    counts = {
+        name: [len(s), sum(torch.Size(shape).numel() for shape in s)]
+        for name, make in outer_step.MODELS.items()
+        for s in [make()]
+    }
+    assert counts == {"tiny_vit": [56, 136_650], "minilm": [103, 22_713_216]}
+
+
 def _measured(parameters: int, repeats: int):
     return {"parameters": parameters, "sgemm_flops": 1e9, "rows": [{"optimizer": "x", "seconds": repeats}]}
