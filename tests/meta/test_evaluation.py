@@ -26,7 +26,8 @@ def evaluation(name: str = "small", **keywords) -> Evaluation:
 def diloco(monkeypatch) -> AdaMLP:
     """The base step, undamped, always plain, and with a momentum that stays: Nesterov 0.9, rate 0.7."""
     monkeypatch.setattr(updates, "base_forms", lambda step, *_: torch.cat([step] * 3, 1))
-    monkeypatch.setattr(updates, "decays_of_round", lambda decays, *_: decays)
+    monkeypatch.setattr(updates, "complement_of_round", lambda complement, *_: complement)
+    monkeypatch.setattr(updates, "norm_ratio", lambda state, squared: torch.ones_like(squared))
     monkeypatch.setattr(updates, "damp_model", lambda *args: None)
     return AdaMLP.base_step(lr=0.7, momentum=0.9)
 
