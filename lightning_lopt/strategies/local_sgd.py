@@ -328,6 +328,8 @@ class LocalSGD(DDPStrategy):
         self._resume.clear()
         self._loaders.unwrap()
         self._loaders.forget()
+        trainer = host.trainer_of(self.lightning_module)
+        host.destroy_process_group_at_exit(trainer is not None and not trainer.interrupted)
         super().teardown()
 
     @property

@@ -43,6 +43,15 @@ def _process(rank, name):
     return [t.clone() for t in model.state_dict().values()]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """As the worker processes: another number of threads rounds differently."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 @pytest.fixture(scope="module")
 def processes():
     return run_cases(_process, 2, {name: (name,) for name in OPTIONS})
