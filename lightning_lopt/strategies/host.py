@@ -133,7 +133,7 @@ def destroy_process_group_at_exit(wanted: bool) -> None:
         wanted: Whether to destroy it: not after a failure, since the other workers may hang.
 
     Reason: Lightning does so for NCCL alone. With gloo the end of a process was now and then an abort ("terminate
-    called without an active exception"), in 2 of 9 runs under torchrun.
+    called without an active exception"), which torchrun reports as a failure.
     """
     atexit.unregister(_destroy_process_group)
     if wanted:
