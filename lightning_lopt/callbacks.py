@@ -22,6 +22,7 @@ from typing_extensions import override
 from lightning_lopt.strategies import LocalSGD, host
 from lightning_lopt.strategies.virtual import ProcessRounds
 from lightning_lopt.sync.report import RoundReport
+from lightning_lopt.sync.status import SyncPoint
 
 
 class RoundMonitor(Callback):
@@ -204,6 +205,8 @@ class BatchNormReestimation(Callback):
         comm, norms = _rounds(trainer, self).comm, _trained_norms(in_training)
         if not norms:
             return
+        assert isinstance(trainer.strategy, LocalSGD)
+        trainer.strategy.join(SyncPoint.COLLECTIVE, f"BatchNormReestimation of {len(norms)}")
         momenta, before = [norm.momentum for norm in norms], {m: m.training for m in in_training}
         _set_modes(in_training)
         for norm in norms:

@@ -32,6 +32,29 @@ class CommonInteger(NamedTuple):
     shown: bool = False
 
 
+class Difference(NamedTuple):
+    """An integer on which the workers do not agree.
+
+    Attributes:
+        integer: The integer.
+        own: Its value on this worker, None if any would do.
+        least: Its smallest value.
+        most: Its largest value.
+    """
+
+    integer: CommonInteger
+    own: int | None
+    least: int
+    most: int
+
+    def __str__(self) -> str:
+        """Its name, with the values where they say something."""
+        if not self.integer.shown:
+            return self.integer.name
+        own = "any" if self.own is None else self.own
+        return f"{self.integer.name} (between {self.least} and {self.most}, here {own})"
+
+
 class Communicator:
     """Collectives among the workers, in a process group of their own.
 
@@ -212,8 +235,21 @@ class Communicator:
         Raises:
             DisagreementError: One of the integers differs; on every worker.
         """
+        differences, values = self.compare(device, equal, largest)
+        if differences:
+            raise DisagreementError(self.explain(differences))
+        return values
+
+    def compare(
+        self, device: torch.device, equal: Mapping[CommonInteger, int | None], largest: Sequence[int] = ()
+    ) -> tuple[list[Difference], list[int]]:
+        """Find the integers that differ between the workers; see `agree`.
+
+        Returns:
+            The integers that differ, the same ones on every worker, and the largest values.
+        """
         if self._world is None:
-            return [*largest]
+            return [], [*largest]
         own = [*equal.values()]
         high = [_ANY if v is None else v for v in own]
         low = [_ANY if v is None else -v for v in own]
@@ -223,20 +259,14 @@ class Communicator:
         values = vector.tolist()
         high, low = values[: len(own)], values[len(own) : 2 * len(own)]
         triples = zip(equal.items(), high, low, strict=True)
-        if wrong := [(common, value, -b, a) for (common, value), a, b in triples if a not in (_ANY, -b)]:
-            said = [
-                f"{common.name} (between {least} and {most}, here {'any' if value is None else value})"
-                if common.shown
-                else common.name
-                for common, value, least, most in wrong
-            ]
-            advice = dict.fromkeys(common.advice for common, *_ in wrong)
-            raise DisagreementError(
-                " ".join(
-                    [f"The workers disagree on {', '.join(said)}; this is worker {self.rank}.", *filter(None, advice)]
-                )
-            )
-        return values[2 * len(own) :]
+        differences = [Difference(integer, value, -b, a) for (integer, value), a, b in triples if a not in (_ANY, -b)]
+        return differences, values[2 * len(own) :]
+
+    def explain(self, differences: Sequence[Difference]) -> str:
+        """Say on what the workers disagree, and what may help."""
+        advice = dict.fromkeys(difference.integer.advice for difference in differences)
+        said = f"The workers disagree on {', '.join(map(str, differences))}; this is worker {self.rank}."
+        return " ".join([said, *filter(None, advice)])
 
     def check_same_shapes(self, named: Sequence[tuple[str, Tensor]], device: torch.device) -> None:
         """Check that all workers have the same tensors by name, shape and type.
