@@ -244,8 +244,8 @@ def gather_status(
             places = f"{points[len(points) - first].value} and the {points[last].value}"
             raise DisagreementError(f"The processes of worker {k} wait for one another at the {places}.")
     workers = [
-        WorkerStatus(steps, points[point], *map(from_integer, rest), bool(flags & 1), bool(flags & 2))
-        for steps, point, _, flags, *rest in zip(*columns, strict=True)
+        WorkerStatus(steps, points[at], *map(from_integer, rest), stops=bool(flags & 1), uneven=bool(flags & 2))
+        for steps, at, _, flags, *rest in zip(*columns, strict=True)
     ]
     if _apart(workers):
         raise DisagreementError(f"{_places(workers)} {' '.join(_causes(workers))}")
