@@ -71,7 +71,7 @@ def sync_weight_averages(
     tensors = [t for m in models if m is not None for t in (*m.parameters(), *m.buffers())]
     if not tensors or rounds.comm.num_workers == 1:
         return
-    join(SyncPoint.COLLECTIVE, f"average {[(t.dtype, t.shape) for t in tensors]}")
+    join(SyncPoint.COLLECTIVE, f"average {len(tensors)} tensors of {sum(t.numel() for t in tensors)} numbers")
     with explain_lost_worker(timeout), torch.no_grad():
         rounds.sync.wait()
         for dtype in dict.fromkeys(t.dtype for t in tensors if t.is_floating_point()):

@@ -50,7 +50,8 @@ def explain_lost_worker(timeout: timedelta | None, place: str = "this sync") -> 
             "first error in the other workers' logs. The last checkpoint is intact: resume with "
             "trainer.fit(..., ckpt_path='last'), by itself under torchrun --max-restarts. If a worker is only slow, "
             "raise the strategy's timeout; if it reduces something in every batch while others are out of data, do so "
-            "once per epoch: self.log(..., sync_dist=True, on_step=False)."
+            "once per epoch: self.log(..., sync_dist=True, on_step=False). All workers must call the collectives of "
+            "torch.distributed, and log the metrics of torchmetrics, which call them."
         ) from error
 
 

@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lopt.comm import Communicator, digest
+from lightning_lopt.comm import Communicator, DisagreementError, digest
 from lightning_lopt.compression import Codec
 from lightning_lopt.functional.merge import MergeRule
 from lightning_lopt.rounds import Rounds, check_combination
@@ -45,7 +45,7 @@ from lightning_lopt.strategies.signals import Signals
 from lightning_lopt.strategies.uneven import UnevenInputs
 from lightning_lopt.strategies.virtual import ProcessRounds, workers_of_process
 from lightning_lopt.sync.options import LocalState, SyncOptions
-from lightning_lopt.sync.status import SyncPoint
+from lightning_lopt.sync.status import CALL, SyncPoint
 from lightning_lopt.sync.sync import EvalWeights
 from lightning_lopt.worker_speeds import Speeds, check_speeds
 
@@ -56,8 +56,8 @@ class LocalSGD(DDPStrategy):
     .. math:: a \leftarrow \mathrm{Outer}\big(a,\; a - \tfrac1K \sum_i y_i\big), \qquad y_i \leftarrow a
 
     a is the anchor (the global parameters), y_i worker i's parameters; without an outer optimizer a becomes the
-    mean itself. In the steps between syncs nothing at all is communicated. With manual optimization a local step is a batch in
-    which any optimizer stepped, so that a GAN's two optimizers share their rounds.
+    mean itself. In the steps between syncs nothing at all is communicated. With manual optimization a local step is a
+    batch in which any optimizer stepped, so that a GAN's two optimizers share their rounds.
 
     A worker that does what the others do not (saves, validates, stops, logs a reduced metric) is a `DisagreementError`
     on all that says what it did: before whatever else is sent, a message of fixed length names it. After a resume,
@@ -247,6 +247,8 @@ class LocalSGD(DDPStrategy):
             )
         self._is_set_up, self._uneven = False, None
         super().setup_environment()
+        if self._is_fitting:
+            self._comm = Communicator(self.timeout, self._ranks_of_worker)
 
     @override
     def setup_distributed(self) -> None:
@@ -256,8 +258,8 @@ class LocalSGD(DDPStrategy):
     @override
     def configure_ddp(self) -> None:
         """Workers of one rank need no wrapper, and no gradient all-reduce; `Rounds` gives all the weights of rank 0."""
-        self._comm = Communicator(self.timeout, self._ranks_of_worker)
         if self._ranks_of_worker > 1:
+            assert self._comm is not None
             host.set_gradient_group(self, self._comm.new_group_inside())
             super().configure_ddp()
 
@@ -460,15 +462,24 @@ class LocalSGD(DDPStrategy):
             point: Point that this worker has come to.
             call: Text that says what comes next, the same on all workers.
         """
-        if not self._is_set_up or not self._is_fitting or self._trainer.interrupted:
+        if self._comm is None or not self._is_fitting or self._trainer.interrupted:
             return
         with explain_lost_worker(self.timeout, f"the {point.value}"):
-            if self._uneven is not None:
-                self._uneven.join(point, call)
-            elif self.world_size > 1:  # before the first batch all are together
-                validates = point is SyncPoint.COLLECTIVE and self._trainer.sanity_checking
-                place = SyncPoint.COLLECTIVE_IN_VALIDATION if validates else point
-                self._present_rounds.check(place, call=digest(call))
+            try:
+                self._join(point, call)
+            except DisagreementError as error:
+                raise DisagreementError(f"{error} Here it is: {call}." if call else str(error)) from None
+
+    def _join(self, point: SyncPoint, call: str) -> None:
+        assert self._comm is not None
+        if self._uneven is not None:
+            self._uneven.join(point, call)
+        elif self._is_set_up and self.world_size > 1:  # before the first batch all are together
+            validates = point is SyncPoint.COLLECTIVE and self._trainer.sanity_checking
+            place = SyncPoint.COLLECTIVE_IN_VALIDATION if validates else point
+            self._present_rounds.check(place, call=digest(call))
+        elif not self._is_set_up:  # there are no rounds yet
+            self._comm.agree(self.root_device, {CALL: digest(call)})
 
     def swap_in_global_weights(self) -> None:
         """Show the global weights to whoever evaluates or saves, until `on_validation_end`."""

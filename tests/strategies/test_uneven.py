@@ -12,7 +12,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -82,8 +82,7 @@ def _fit(
         callbacks=callbacks,
         enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         use_distributed_sampler=False,
-        num_sanity_val_steps=1,
-        **options,
+        **{"num_sanity_val_steps": 1, **options},
     )
     module = module(len(batches))
     validation = DataLoader(list(Stream(0, 1, len(batches))), batch_size=None)
@@ -450,6 +449,14 @@ PARTED = {  # keyword arguments of the fit on each worker, and what the error sa
         {"by_rank": [{}, {"limit_val_batches": 0}]},
         [AT(0, "collective in a validation"), AT(1, "collective between batches"), "must validate together"],
     ),
+    "a callback": (
+        {"by_rank": [{"callbacks": [ModelCheckpoint(".")]}, {}]},
+        ["disagree on the collective and its tensors"],
+    ),
+    "an average of weights": (
+        {"by_rank": [{"callbacks": [EMAWeightAveraging()]}, {}]},
+        ["disagree on the collective and its tensors", "must be logged on all workers"],
+    ),
     "a metric": (
         {"module": _LogsOnOne},
         [AT(0, "collective within a batch"), AT(1, "sync"), "must be logged on all workers"],
@@ -493,8 +500,9 @@ def test_what_only_one_worker_does_is_an_error_that_names_it(name, parted):
 
 
 def _one_stops(rank):
-    stop = _Act({1: 11}, _stop)  # in its second epoch
-    module, run, _ = _fit(rank, LocalSGD(local_steps=4, worker_speeds=[1, 2]), [3, 8], epochs=9, callbacks=[stop])
+    """The second is told so in its second epoch; validation loaders are asked for when one is out of data."""
+    strategy, stop = LocalSGD(local_steps=4, worker_speeds=[1, 2]), _Act({1: 11}, _stop)
+    module, run, _ = _fit(rank, strategy, [3, 8], epochs=9, callbacks=[stop], num_sanity_val_steps=0)
     return module.weight.tolist(), run.current_epoch
 
 
