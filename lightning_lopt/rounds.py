@@ -10,10 +10,12 @@ from lightning_lopt.functional.integers import as_integer
 from lightning_lopt.optim.outer import OuterFactory, check_coordinatewise
 from lightning_lopt.schedules import Constant, RoundInfo, Schedule, as_schedule
 from lightning_lopt.sync.options import SyncOptions
-from lightning_lopt.sync.replica import NamedTensors, OptimizerLike
+from lightning_lopt.sync.replica import OptimizerLike
 from lightning_lopt.sync.report import RoundReport
+from lightning_lopt.sync.rules import Rule
 from lightning_lopt.sync.status import SyncPoint, WorkerStatus
 from lightning_lopt.sync.sync import EvalWeights, Sync
+from lightning_lopt.sync.unstepped import NamedTensors
 from lightning_lopt.worker_speeds import Speeds, WorkerSpeeds, check_speeds
 
 _COUNTERS = (
@@ -32,7 +34,7 @@ class Rounds:
     Lookahead step. Creating a `Rounds` is collective, and gives all workers the parameters of rank 0.
 
     Args:
-        model: Model whose buffers are synchronised.
+        model: Model whose tensors are synchronised.
         optimizer: Local optimizer, whose parameters are synchronised and whose `lr` schedules read.
         local_steps: H >= 1, or a schedule (`QSR`, or any callable from `RoundInfo` to an integer >= 1).
         outer_optimizer: Function that makes a torch optimizer from parameter groups, for example
@@ -221,6 +223,13 @@ class Rounds:
         if self.total_steps is not None and self.step_idx < self.total_steps:
             local_steps = min(local_steps, self.total_steps - self.step_idx)
         return local_steps
+
+    def rules(self) -> dict[str, Rule]:
+        """Return the rule by which the workers' values become one, of every parameter and buffer of the model by name.
+
+        See `sync_rules` of `SyncOptions`.
+        """
+        return self.sync.replica.rules()
 
     def swap_in(self, weights: EvalWeights) -> None:
         """Put the global weights into the model until `swap_out`: see `Sync.swap_in`.

@@ -42,6 +42,7 @@ from lightning_lopt.strategies.signals import Signals
 from lightning_lopt.strategies.uneven import UnevenInputs
 from lightning_lopt.strategies.virtual import ProcessRounds, workers_of_process
 from lightning_lopt.sync.options import LocalState, SyncOptions
+from lightning_lopt.sync.rules import Rule
 from lightning_lopt.sync.status import SyncPoint
 from lightning_lopt.sync.sync import EvalWeights
 from lightning_lopt.worker_speeds import Speeds, check_speeds
@@ -76,6 +77,7 @@ class LocalSGD(DDPStrategy):
         sharded: Whether each worker does the outer step of some of the tensors, holds the outer state of these alone,
             and sends the result to all. The traffic is that of an all-reduce, also where every worker's values are
             needed (LAgg-A).
+        sync_rules: Rules for tensors by glob pattern of their names, for example `{"queue": "local"}`: see *State*.
         ranks_per_worker: Number of consecutive processes that are one worker, or `"node"` for all on a node: their
             gradients are averaged in every step, on the fast link between them; rounds are between workers. Within a
             worker the limits of DDP hold: each parameter that trains must take part in every backward pass.
@@ -133,6 +135,7 @@ class LocalSGD(DDPStrategy):
         worker_speeds: list[float] | Literal["measured"] | None = None,
         local_state: LocalState = "keep",
         sharded: bool = False,
+        sync_rules: dict[str, Rule] | None = None,
         ranks_per_worker: int | Literal["node"] = 1,
         virtual_workers: int = 1,
         eval_weights: EvalWeights | None = None,
@@ -173,6 +176,7 @@ class LocalSGD(DDPStrategy):
             merge=merge,
             local_state=local_state,
             sharded=sharded,
+            sync_rules=sync_rules or {},
         )
         check_combination(self._schedule, outer_optimizer, self._options)
         mean = outer_optimizer is None or self._options.effective_selection.partial
