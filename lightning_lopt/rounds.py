@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
+
+from torch.optim import Optimizer
 
 from lightning_lopt.comm import Communicator
 from lightning_lopt.functional.integers import as_integer
@@ -112,6 +115,10 @@ class Rounds:
         self.due = 0
         self.last_report: RoundReport | None = None
         self.listeners: list[Callable[[RoundReport], object]] = []
+        self._looked_in = -1  # round in which `adopt_replaced` was last called
+        if isinstance(optimizer, Optimizer):
+            this = weakref.ref(self)
+            optimizer.register_step_pre_hook(lambda *_: _adopt_replaced(this()))
 
     def step(self) -> bool:
         """Count a local step, right after `optimizer.step()`; launch a sync or end the round if it is time.
@@ -243,6 +250,70 @@ class Rounds:
         """Give the model this worker's own weights back."""
         self.sync.swap.undo()
 
+    def adopt(self) -> None:
+        """Take the present weights as the global ones; all workers must call it, with the same weights.
+
+        A new round begins. Call it after weights were loaded, re-initialised or pruned outside of the optimizer. That
+        is noticed, and this method called, before the first step after a sync; at any other time the change would be
+        taken for progress of the local steps, which an outer optimizer with a learning rate below or a momentum above
+        0 changes again. The outer optimizer's state of what was replaced starts afresh.
+
+        Raises:
+            DisagreementError: The workers' weights differ, or some worker does not call it.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Linear(1, 1, bias=False)
+            >>> rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=0.0), local_steps=1)
+            >>> model.load_state_dict({"weight": torch.full((1, 1), 5.0)})
+            <All keys matched successfully>
+            >>> rounds.adopt()
+            >>> rounds.abandon_round()  # goes back to the global weights
+            >>> model.weight.item()
+            5.0
+        """
+        self.adopt_present(keep_near=False)
+
+    def adopt_present(self, *, keep_near: bool) -> None:
+        """Take the present weights as the global ones. See `Sync.adopt`."""
+        self.sync.swap.undo()
+        self.sync.adopt(keep_near=keep_near)
+        self.local_step = 0
+        self.local_steps = None
+        self.speeds.start(0)
+
+    def adopt_replaced(self, *, at_start: bool = False) -> bool:
+        """Call `adopt` if weights were written since the last sync; to be called before the first local step after it.
+
+        The outer optimizer keeps the state of what moved by at most half of its norm, as a projection moves it. Nothing
+        is noticed within a round, nor where workers hold different weights after a sync (a part is sent, an overlap, a
+        merge rule between the two). Writes through `.data` are noticed at the start alone.
+
+        Args:
+            at_start: Whether a run begins: all workers must call it then, and all values are compared.
+
+        Returns:
+            Whether weights were adopted.
+
+        Raises:
+            DisagreementError: The workers' weights differ, or only some workers' were written.
+        """
+        if self.replaced(at_start=at_start):
+            self.adopt_present(keep_near=not at_start)
+            return True
+        return False
+
+    def replaced(self, *, at_start: bool = False) -> bool:
+        """Whether weights were written since the last sync. See `adopt_replaced`."""
+        between = self.local_step == 0 and self.sync.common
+        if at_start:
+            written = between and bool(self.sync.replica.replaced(thorough=True))
+            return bool(self.comm.agree(self.sync.device, {}, [written])[0])
+        if self._looked_in == self.round_idx or not between:
+            return False
+        self._looked_in = self.round_idx
+        return bool(self.sync.replica.replaced())
+
     def abandon_round(self) -> None:
         """Go back to the anchor, without communication: the local steps since the last sync are lost."""
         self.sync.swap.undo()
@@ -290,6 +361,11 @@ class Rounds:
     def _load_counters(self, state: dict[str, Any]) -> None:
         for name in _COUNTERS:
             setattr(self, name, state[name])
+
+
+def _adopt_replaced(rounds: Rounds | None) -> None:
+    if rounds is not None:
+        rounds.adopt_replaced()
 
 
 def check_combination(schedule: Schedule, outer_optimizer: OuterFactory | None, options: SyncOptions) -> None:

@@ -313,6 +313,7 @@ class LocalSGD(DDPStrategy):
         self._resume.start(trainer)
         if not self._resume.goes_on:
             rounds.step_idx = _steps_so_far(trainer)
+        rounds.adopt_replaced(at_start=True)
         self.signals = Signals(trainer, self.broadcast(uuid.uuid4().hex))
         self._uneven = UnevenInputs(trainer, rounds, self.signals)
         rounds.total_steps = self._uneven.total_steps()
@@ -378,6 +379,8 @@ class LocalSGD(DDPStrategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
         self._resume.begin_batch(self._trainer)
+        with explain_lost_worker(self.timeout):
+            self._present_rounds.adopt_replaced()
         self._workers.begin_batch(self._trainer, batch, batch_idx)
 
     @override
@@ -434,6 +437,19 @@ class LocalSGD(DDPStrategy):
         if self.rounds is not None and self._is_fitting:
             with explain_lost_worker(self.timeout):
                 self.rounds.swap_in("anchor" if self._trainer.interrupted else self._eval_weights)
+
+    def adopt_weights(self) -> None:
+        """Take the weights in the module as the global ones; all workers must call it, with the same weights.
+
+        It is called for you at the start of a fit and before the first step of each round, where a change is noticed.
+        Call it yourself after you replaced weights at any other time of a fit: see `Rounds.adopt`.
+
+        Raises:
+            DisagreementError: The workers' weights differ, or some worker does not call it.
+        """
+        if self.rounds is not None:
+            with explain_lost_worker(self.timeout):
+                self.rounds.adopt()
 
     @override
     def on_validation_start(self) -> None:

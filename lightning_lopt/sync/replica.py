@@ -75,6 +75,8 @@ class Replica:
         self.swap = Swap()
         self.device = next(p.param.device for p in self.parameters())
         self._num_checksums = 0
+        self._versions: list[tuple[int, int]] = []
+        self.note_versions()
 
     def parameters(self) -> Iterator[AnchoredParameter]:
         """All parameters of the local optimizer, in its order."""
@@ -178,6 +180,29 @@ class Replica:
                 p.param.copy_(p.anchor)
         self.unstepped.restore()
 
+    def note_versions(self) -> None:
+        """Remember the parameters as they are, for `replaced`."""
+        self._versions = self._present_versions()
+
+    def _present_versions(self) -> list[tuple[int, int]]:
+        return [(p.param._version, p.param.data_ptr()) for p in self.parameters()]
+
+    @torch.no_grad()
+    def replaced(self, *, thorough: bool = False) -> list[AnchoredParameter]:
+        """Parameters that were written since `note_versions` and differ from their anchors.
+
+        Args:
+            thorough: Whether to compare all values, which also finds writes through `.data`.
+        """
+        if not thorough and self._present_versions() == self._versions:
+            return []
+        anchored = [p for p in self.parameters() if p.has_anchor]
+        return [p for p in anchored if not torch.equal(p.param, p.anchor.to(p.param.dtype))]
+
+    def value_checksum(self) -> int:
+        """A checksum of the present values of the parameters that have an anchor."""
+        return _checksum(p.param for p in self.parameters() if p.has_anchor)
+
     def checksum(self) -> int:
         """A checksum of the anchors in the first two calls and two of each `CHECK_EVERY`, else 0.
 
@@ -186,14 +211,9 @@ class Replica:
         """
         due = self._num_checksums % CHECK_EVERY < 2
         self._num_checksums += 1
-        value = 0
-        for p in self.parameters() if due else ():
-            value = zlib.crc32(p.anchor.detach().cpu().contiguous().numpy().data, value)
-        return value
+        return _checksum(p.anchor for p in self.parameters()) if due else 0
 
-    def renewed(
-        self, arrived: Mapping[str, Tensor], weights: Mapping[AnchoredParameter, Tensor]
-    ) -> dict[str, Tensor]:
+    def renewed(self, arrived: Mapping[str, Tensor], weights: Mapping[AnchoredParameter, Tensor]) -> dict[str, Tensor]:
         """Global values of unstepped tensors of which some depend on the weights: see `spectral_norm`.
 
         Args:
@@ -250,3 +270,10 @@ class Replica:
                 p.param.copy_(value)
             p.residual = None if residual is None else residual.to(p.param.device)
         self.unstepped.load_own_state(state["unstepped"])
+
+
+def _checksum(tensors: Iterable[Tensor]) -> int:
+    value = 0
+    for tensor in tensors:
+        value = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data, value)
+    return value

@@ -262,5 +262,3 @@ def _reasons(own: Tensor, result: Tensor) -> Iterator[tuple[str, str]]:
         if bool(filled.any()) and bool(units.all()) and own.shape[dim] > 1:
             if bool(((result.norm(dim=dim)[filled] - 1).abs() > 1e-3).any()):
                 yield "holds vectors of norm 1", "'local' or 'first'"
-
-

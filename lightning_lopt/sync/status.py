@@ -48,7 +48,22 @@ UNSTEPPED = CommonInteger(
     "in shape can stay each worker's own: sync_rules={name: 'local'}.",
     listed=True,
 )
-COMMON = (ROUND, LOCAL_STEPS, EVERYTHING, IN_TRAINING, COORDINATES, LOCAL_STATE, GLOBAL_WEIGHTS, UNSTEPPED)
+NEW_WEIGHTS = CommonInteger(
+    "the weights that were put in place of the global ones",
+    "Whoever replaces weights must give all workers the same: load the same file on each, and draw new values from the "
+    "same seed.",
+)
+COMMON = (
+    ROUND,
+    LOCAL_STEPS,
+    EVERYTHING,
+    IN_TRAINING,
+    COORDINATES,
+    LOCAL_STATE,
+    GLOBAL_WEIGHTS,
+    UNSTEPPED,
+    NEW_WEIGHTS,
+)
 
 
 class SyncPoint(Enum):
@@ -63,6 +78,7 @@ class SyncPoint(Enum):
     COLLECTIVE_WITHIN_BATCH = "collective within a batch"
     CHECKPOINT = "checkpoint"
     EVALUATION = "evaluation of the workers' mean"
+    ADOPTION = "adoption of new weights"
 
     @property
     def needs_sync(self) -> bool:

@@ -41,6 +41,7 @@ from lightning_lopt.sync.status import (
     IN_TRAINING,
     LOCAL_STATE,
     LOCAL_STEPS,
+    NEW_WEIGHTS,
     ROUND,
     LocalSettings,
     SyncPoint,
@@ -233,6 +234,7 @@ class Sync:
         drifts = any(worker.point is SyncPoint.LAUNCH for worker in exchange.status.workers)
         leaves_common = self._options.leaves_common_weights and not drifts
         self.common = exchange.everything or exchange.skipped or leaves_common
+        self.replica.note_versions()
         done = time.perf_counter()
         return RoundReport(
             round_idx=exchange.round_idx,
@@ -257,6 +259,40 @@ class Sync:
         self.wait()
         unchanged = [False] * len(self.replica.unstepped)
         gather_status(self._comm, self.device, {}, WorkerStatus(0, point), unchanged, self._settings())
+
+    # -- weights from outside -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def adopt(self, *, keep_near: bool = False) -> None:
+        """Take the present weights, which must be the same on all workers, as the global ones.
+
+        Local progress since the last sync is in them, or is lost; a sync in flight is given up. The outer optimizer
+        starts afresh for the parameters that differ from their anchors, and nothing is owed to them by compression.
+
+        Args:
+            keep_near: Whether the outer state of a parameter stays that moved by at most half of its norm, as clipping,
+                a projection or pruning moves it.
+
+        Raises:
+            DisagreementError: The workers' weights differ, or some worker is not here.
+        """
+        self._abandon()
+        self.wait()
+        unchanged = [False] * len(self.replica.unstepped)
+        equal = {NEW_WEIGHTS: self.replica.value_checksum()}
+        own = WorkerStatus(0, SyncPoint.ADOPTION)
+        gather_status(self._comm, self.device, equal, own, unchanged, self._settings())
+        replaced = self.replica.replaced(thorough=True)
+        if keep_near:
+            replaced = [p for p in replaced if (p.param - p.anchor).norm() > 0.5 * p.anchor.norm()]
+        if self._outer_step is not None:
+            self._outer_step.forget(replaced)
+        for p in replaced:
+            if p.residual is not None:
+                p.residual.zero_()
+        self.replica.adopt()
+        self.replica.note_versions()
+        self.common = True
 
     # -- parts of a sync ------------------------------------------------------------------------------------------
 
@@ -396,6 +432,7 @@ class Sync:
         """
         self._abandon()
         self.replica.restore()
+        self.replica.note_versions()
         self.common = True
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
@@ -467,5 +504,6 @@ class Sync:
     def load_local_state(self, state: Mapping[str, Any]) -> None:
         """Restore the result of `local_state`, after `load_state_dict`."""
         self.replica.load_local_state(state)
+        self.replica.note_versions()
         if self._exchange is not None:
             self._exchange.load_local_state(state["exchange"])

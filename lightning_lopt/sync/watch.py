@@ -70,7 +70,9 @@ class Watch:
             seen = self._seen[name]
             if checksums[name] == seen.checksum:
                 self._seen[name] = seen._replace(version=tensor._version, address=tensor.data_ptr())
-        return [n for n in named if n not in known or checksums.get(n, self._seen[n].checksum) != self._seen[n].checksum]
+        return [
+            n for n in named if n not in known or checksums.get(n, self._seen[n].checksum) != self._seen[n].checksum
+        ]
 
     def _suspects(self, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
         suspects, others = {}, {}

@@ -210,6 +210,20 @@ class SharedModule:
             present.clear()
             present.update(buffers)
 
+    def spread(self) -> None:
+        """Give all workers the weights and buffers of the first."""
+        first = self.buffers(0)
+        for rank in range(1, self.num_workers):
+            for tensor, own in self.own[rank].items():
+                own.data = self.own[0][tensor].data.clone()
+            for name, buffer in self.buffers(rank).items():
+                if name in first:
+                    buffer.data = first[name].data.clone()
+
+    def versions(self) -> list[tuple[int, int]]:
+        """Version counters and addresses of the module's parameters."""
+        return [(p._version, p.data_ptr()) for p in self._parameters.values()]
+
     def _present_options(self) -> list[list[dict[str, Any]]]:
         return [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in self._optimizers]
 
