@@ -97,6 +97,11 @@ class OuterStep:
         self.optimizer.add_param_group({"params": [p.anchor for p in group]})
         self._given.append(_settings(self.optimizer.param_groups[-1]))
 
+    def forget(self, parameters: Iterable[AnchoredParameter]) -> None:
+        """Drop the optimizer's state of these parameters."""
+        for p in parameters:
+            self.optimizer.state.pop(p.anchor, None)
+
     def state_dict(self, *, alone: bool) -> dict[str, Any]:
         """State of the optimizer, that of the other workers' shards included on rank 0.
 

@@ -49,6 +49,17 @@ GROUPS = CommonInteger(
     "Add the same groups on all workers, in the same round.",
     shown=True,
 )
+UNSTEPPED = CommonInteger(
+    "the tensors that no optimizer steps",
+    "Register, resize and change the same buffers and parameters on all workers, in the same round; one that may differ "
+    "in shape can stay each worker's own: sync_rules={name: 'local'}.",
+    listed=True,
+)
+NEW_WEIGHTS = CommonInteger(
+    "the weights that were put in place of the global ones",
+    "Whoever replaces weights must give all workers the same: load the same file on each, and draw new values from the "
+    "same seed.",
+)
 COMMON = (
     ROUND,
     LOCAL_STEPS,
@@ -57,6 +68,8 @@ COMMON = (
     COORDINATES,
     LOCAL_STATE,
     GLOBAL_WEIGHTS,
+    UNSTEPPED,
+    NEW_WEIGHTS,
     BATCHES,
     CALL,
     GROUPS,
@@ -77,6 +90,7 @@ class SyncPoint(Enum):
     COLLECTIVE_IN_VALIDATION = "collective in a validation"
     CHECKPOINT = "checkpoint"
     EVALUATION = "evaluation of the workers' mean"
+    ADOPTION = "adoption of new weights"
 
     @property
     def needs_sync(self) -> bool:
@@ -160,12 +174,12 @@ class GroupStatus:
 
     Attributes:
         workers: Status of each worker.
-        changed_buffers: Positions of the buffers that some worker changed.
+        changed: Positions of the unstepped tensors that some worker changed, among those that all follow.
         settings: Settings of the local optimizers, the largest of each over the workers.
     """
 
     workers: list[WorkerStatus] = field(default_factory=list)
-    changed_buffers: list[int] = field(default_factory=list)
+    changed: list[int] = field(default_factory=list)
     settings: LocalSettings = field(default_factory=LocalSettings)
 
     @property
@@ -182,7 +196,7 @@ class GroupStatus:
         """The status as types that `torch.load(weights_only=True)` accepts."""
         return {
             "workers": [{**vars(worker), "point": worker.point.value} for worker in self.workers],
-            "changed_buffers": self.changed_buffers,
+            "changed": self.changed,
             "settings": asdict(self.settings),
         }
 
@@ -190,15 +204,15 @@ class GroupStatus:
     def from_state_dict(cls, state: Mapping[str, Any]) -> GroupStatus:
         """Restore the result of `state_dict`."""
         workers = [WorkerStatus(**{**worker, "point": SyncPoint(worker["point"])}) for worker in state["workers"]]
-        return cls(workers, state["changed_buffers"], LocalSettings(**state["settings"]))
+        return cls(workers, state["changed"], LocalSettings(**state["settings"]))
 
 
 def gather_status(
     comm: Communicator,
     device: torch.device,
-    equal: Mapping[CommonInteger, int | None],
+    equal: Mapping[CommonInteger, int | Sequence[str] | None],
     own: WorkerStatus,
-    changed_buffers: Sequence[bool] = (),
+    changed: Sequence[bool] = (),
     settings: LocalSettings | None = None,
 ) -> GroupStatus:
     """Check that the workers agree, and learn the status of each, in one small integer all-reduce.
@@ -210,7 +224,7 @@ def gather_status(
         device: Device on which the process group communicates.
         equal: Values of some of the `COMMON` integers; each of the others is equal to any.
         own: Status of this worker.
-        changed_buffers: Whether this worker changed each buffer; as many on all workers.
+        changed: Whether this worker changed each unstepped tensor that all follow; as many on all workers.
         settings: Settings of this worker's local optimizer; as many groups on all workers.
 
     Raises:
@@ -220,7 +234,7 @@ def gather_status(
         >>> status = gather_status(
         ...     Communicator(), torch.device("cpu"), {ROUND: 0}, WorkerStatus(16), [False, True]
         ... )
-        >>> status.workers[0].local_steps, status.changed_buffers
+        >>> status.workers[0].local_steps, status.changed
         (16, [1])
     """
     num_workers, points = comm.num_workers, list(SyncPoint)
@@ -233,11 +247,11 @@ def gather_status(
     known = len(settings.lrs) - settings.num_new  # or the message would be longer than that of others
     values = [*settings.lrs[:known], *settings.momenta[:known]]
     common = {integer: equal.get(integer) for integer in COMMON} | {GROUPS: len(settings.lrs)}
-    largest = [*rows, *map(int, changed_buffers), *map(to_integer, values)]
+    largest = [*rows, *map(int, changed), *map(to_integer, values)]
     differences, largest = comm.compare(device, common, largest)
     received = iter(largest)
     columns = [[next(received) for _ in range(num_workers)] for _ in range(NUM_ROWS)]
-    changed = [i for i in range(len(changed_buffers)) if next(received)]
+    by_someone = [i for i in range(len(changed)) if next(received)]
     maxima = _decode(received)
     for k, (last, first) in enumerate(zip(columns[1], columns[2], strict=True)):
         if last + first != len(points):  # not the same on all ranks of a worker
@@ -256,7 +270,7 @@ def gather_status(
         added = _decode(comm.agree(device, {}, [*map(to_integer, new)]))
         maxima = [*maxima[:known], *added[: len(new) // 2], *maxima[known:], *added[len(new) // 2 :]]
     received_settings = LocalSettings(maxima[: len(settings.lrs)], maxima[len(settings.lrs) :])
-    return GroupStatus(workers=workers, changed_buffers=changed, settings=received_settings)
+    return GroupStatus(workers=workers, changed=by_someone, settings=received_settings)
 
 
 def to_integer(number: float) -> int:
@@ -345,6 +359,7 @@ _ADVICE = (
         "All workers must write a checkpoint together: call trainer.save_checkpoint on each, after the same batch, not "
         "only where trainer.is_global_zero. Rank 0 alone writes the common file.",
     ),
+    ({SyncPoint.ADOPTION}, NEW_WEIGHTS.advice),
     (
         {SyncPoint.EVALUATION},
         "All workers must ask for their mean together: validation, strategy.global_weights() and "
