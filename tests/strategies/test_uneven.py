@@ -502,7 +502,8 @@ def test_what_only_one_worker_does_is_an_error_that_names_it(name, parted):
 def _one_stops(rank):
     """The second is told so in its second epoch; validation loaders are asked for when one is out of data."""
     strategy, stop = LocalSGD(local_steps=4, worker_speeds=[1, 2]), _Act({1: 11}, _stop)
-    module, run, _ = _fit(rank, strategy, [3, 8], epochs=9, callbacks=[stop], num_sanity_val_steps=0)
+    options = {"num_sanity_val_steps": 0, "reload_dataloaders_every_n_epochs": 1}
+    module, run, _ = _fit(rank, strategy, [3, 8], epochs=9, callbacks=[stop], **options)
     return module.weight.tolist(), run.current_epoch
 
 
