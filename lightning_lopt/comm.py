@@ -39,6 +39,22 @@ MODEL = CommonInteger(
 )
 
 
+class Difference(NamedTuple):
+    """An integer on which the workers do not agree.
+
+    Attributes:
+        integer: The integer.
+        own: Its value on this worker, or the lines that it stands for; None if any would do.
+        least: Its smallest value.
+        most: Its largest value.
+    """
+
+    integer: CommonInteger
+    own: int | Sequence[str] | None
+    least: int
+    most: int
+
+
 class Communicator:
     """Collectives among the workers, in a process group of their own.
 
@@ -230,8 +246,24 @@ class Communicator:
         Raises:
             DisagreementError: One of the integers differs; on every worker.
         """
+        differences, values = self.compare(device, equal, largest)
+        if differences:
+            raise DisagreementError(self.explain(differences))
+        return values
+
+    def compare(
+        self,
+        device: torch.device,
+        equal: Mapping[CommonInteger, int | Sequence[str] | None],
+        largest: Sequence[int] = (),
+    ) -> tuple[list[Difference], list[int]]:
+        """Find the integers that differ between the workers; see `agree`.
+
+        Returns:
+            The integers that differ, the same ones on every worker, and the largest values.
+        """
         if self._world is None:
-            return [*largest]
+            return [], [*largest]
         own = [v if isinstance(v, int | None) else digest("\n".join(v)) for v in equal.values()]
         high = [_ANY if v is None else v for v in own]
         low = [_ANY if v is None else -v for v in own]
@@ -241,21 +273,24 @@ class Communicator:
         values = vector.tolist()
         high, low = values[: len(own)], values[len(own) : 2 * len(own)]
         triples = zip(equal.items(), high, low, strict=True)
-        if wrong := [(common, value, -b, a) for (common, value), a, b in triples if a not in (_ANY, -b)]:
-            said = [f"{common.name}{self._difference(*rest, common)}" for common, *rest in wrong]
-            advice = dict.fromkeys(common.advice for common, *_ in wrong)
-            raise DisagreementError(
-                " ".join(
-                    [f"The workers disagree on {', '.join(said)}; this is worker {self.rank}.", *filter(None, advice)]
-                )
-            )
-        return values[2 * len(own) :]
+        differences = [Difference(integer, value, -b, a) for (integer, value), a, b in triples if a not in (_ANY, -b)]
+        return differences, values[2 * len(own) :]
 
-    def _difference(self, value: int | Sequence[str] | None, least: int, most: int, common: CommonInteger) -> str:
-        """Say in what the workers' values of an integer differ, which all of them have found; collective if listed."""
-        if common.shown:
-            return f" (between {least} and {most}, here {'any' if value is None else value})"
-        if not common.listed:
+    def explain(self, differences: Sequence[Difference]) -> str:
+        """Say on what the workers disagree, and what may help; all workers must call it, with the same differences."""
+        advice = dict.fromkeys(difference.integer.advice for difference in differences)
+        said = [difference.integer.name + self._values(difference) for difference in differences]
+        return " ".join(
+            [f"The workers disagree on {', '.join(said)}; this is worker {self.rank}.", *filter(None, advice)]
+        )
+
+    def _values(self, difference: Difference) -> str:
+        """Say in what the workers' values of an integer differ; collective if it is listed."""
+        integer, value = difference.integer, difference.own
+        if integer.shown:
+            own = "any" if value is None else value
+            return f" (between {difference.least} and {difference.most}, here {own})"
+        if not integer.listed:
             return ""
         all_lines: list[list[str] | None] = [None] * self._dist.get_world_size(self._world)
         self._dist.all_gather_object(all_lines, None if isinstance(value, int | None) else [*value], group=self._world)

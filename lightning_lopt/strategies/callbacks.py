@@ -56,7 +56,7 @@ class FirstCallback(Callback):
             rank_zero_info("Nothing was synced in this fit: no optimizer took a step.")
 
     def _sync_weight_averages(self, trainer: pl.Trainer) -> None:
-        sync_weight_averages(trainer, self._strategy.rounds, self._strategy.timeout)
+        sync_weight_averages(trainer, self._strategy.rounds, self._strategy.timeout, self._strategy.join)
 
 
 class LastCallback(Callback):

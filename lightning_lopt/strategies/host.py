@@ -107,12 +107,12 @@ def connect_restarted(strategy: DDPStrategy) -> None:
     )
 
 
-def enter_while_checkpointing(trainer: pl.Trainer, context: Callable[[], AbstractContextManager[None]]) -> None:
+def enter_while_checkpointing(trainer: pl.Trainer, context: Callable[[bool], AbstractContextManager[None]]) -> None:
     """Let a context be entered whenever a Trainer puts a checkpoint together.
 
     Args:
         trainer: Trainer that puts checkpoints together.
-        context: Function that makes the context.
+        context: Function that makes the context; it is told whether the checkpoint is to hold the weights alone.
 
     Reason: there is no hook before Lightning reads the module, and none after the last `on_save_checkpoint`.
     """
@@ -120,7 +120,7 @@ def enter_while_checkpointing(trainer: pl.Trainer, context: Callable[[], Abstrac
     dump = type(connector).dump_checkpoint
 
     def dump_in_context(weights_only: bool | None = None) -> dict[str, Any]:
-        with context():
+        with context(bool(weights_only)):
             return dump(connector, weights_only)
 
     connector.dump_checkpoint = dump_in_context

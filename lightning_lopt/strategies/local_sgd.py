@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import Accelerator
@@ -18,12 +19,13 @@ from lightning.pytorch.plugins import DeepSpeedPrecision, FSDPPrecision, Precisi
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lopt.comm import Communicator
+from lightning_lopt.comm import Communicator, DisagreementError, digest
 from lightning_lopt.compression import Codec
 from lightning_lopt.functional.merge import MergeRule
 from lightning_lopt.rounds import Rounds, check_combination
@@ -33,6 +35,7 @@ from lightning_lopt.strategies import host
 from lightning_lopt.strategies.averaging import refuse_averaging
 from lightning_lopt.strategies.callbacks import FirstCallback, LastCallback
 from lightning_lopt.strategies.checkpoint.atomic import AtomicCheckpointIO
+from lightning_lopt.strategies.checkpoint.entry import given_settings
 from lightning_lopt.strategies.checkpoint.resume import Resume
 from lightning_lopt.strategies.checkpoint.writing import CheckpointWriter
 from lightning_lopt.strategies.errors import explain_lost_worker
@@ -43,7 +46,7 @@ from lightning_lopt.strategies.uneven import UnevenInputs
 from lightning_lopt.strategies.virtual import ProcessRounds, workers_of_process
 from lightning_lopt.sync.options import LocalState, SyncOptions
 from lightning_lopt.sync.rules import Rule
-from lightning_lopt.sync.status import SyncPoint
+from lightning_lopt.sync.status import CALL, SyncPoint
 from lightning_lopt.sync.sync import EvalWeights
 from lightning_lopt.worker_speeds import Speeds, check_speeds
 
@@ -54,8 +57,13 @@ class LocalSGD(DDPStrategy):
     .. math:: a \leftarrow \mathrm{Outer}\big(a,\; a - \tfrac1K \sum_i y_i\big), \qquad y_i \leftarrow a
 
     a is the anchor (the global parameters), y_i worker i's parameters; without an outer optimizer a becomes the
-    mean itself. Between syncs nothing at all is communicated. With manual optimization a local step is a batch in
-    which any optimizer stepped, so that a GAN's two optimizers share their rounds.
+    mean itself. In the steps between syncs nothing at all is communicated. With manual optimization a local step is a
+    batch in which any optimizer stepped, so that a GAN's two optimizers share their rounds.
+
+    A worker that does what the others do not (saves, validates, stops, logs a reduced metric) is a `DisagreementError`
+    on all that says what it did: before whatever else is sent, a message of fixed length names it. After a resume,
+    settings of the strategy that the script has changed take effect; those of local optimizers and schedules are the
+    checkpoint's, as always in Lightning. A warning names each.
 
     Args:
         local_steps: H >= 1 in optimizer steps, or a schedule (`QSR`, or a callable from `RoundInfo` to an integer);
@@ -99,12 +107,14 @@ class LocalSGD(DDPStrategy):
     Attributes:
         rounds: The `Rounds` of the present fit (`VirtualRounds` with virtual workers), None before.
         signals: Handling of signals in the present fit, None before.
+        given: Settings of the local optimizers and learning rate schedules, as the script gave them.
         timeout: Time for which a collective waits for all workers before it fails.
 
     Raises:
         ValueError: An argument out of its range, arguments that exclude each other, nothing to train, or lazy
             parameters without a shape.
         TypeError: `outer_optimizer` cannot be called with parameters.
+        DisagreementError: In training, where the workers do different things.
         MisconfigurationException: A plugin of FSDP or DeepSpeed, or several processes with virtual workers.
 
     Memory: 4 bytes per parameter for the anchor, the outer optimizer's state, 4 more during a sync, 8 with overlap;
@@ -197,7 +207,9 @@ class LocalSGD(DDPStrategy):
         self.timeout = timeout
         self.rounds: ProcessRounds | None = None
         self.signals: Signals | None = None
+        self.given: dict[str, str] = {}
         self._comm: Communicator | None = None
+        self._is_set_up = False
         self._uneven: UnevenInputs | None = None
         self._stepped = False  # an optimizer did, in this batch
         self._loaders = ResumableLoaders()
@@ -237,7 +249,10 @@ class LocalSGD(DDPStrategy):
                 f"{type(self).__name__} keeps whole models on its workers and cannot use "
                 f"{type(self.precision_plugin).__name__}. Use Trainer(precision=...) instead of that plugin."
             )
+        self._is_set_up, self._uneven = False, None
         super().setup_environment()
+        if self._is_fitting:
+            self._comm = Communicator(self.timeout, self._ranks_of_worker)
 
     @override
     def setup_distributed(self) -> None:
@@ -247,20 +262,27 @@ class LocalSGD(DDPStrategy):
     @override
     def configure_ddp(self) -> None:
         """Workers of one rank need no wrapper, and no gradient all-reduce; `Rounds` gives all the weights of rank 0."""
-        self._comm = Communicator(self.timeout, self._ranks_of_worker)
         if self._ranks_of_worker > 1:
+            assert self._comm is not None
             host.set_gradient_group(self, self._comm.new_group_inside())
             super().configure_ddp()
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        self.join(SyncPoint.COLLECTIVE_WITHIN_BATCH)
-        return super().reduce(tensor, group, reduce_op)
+        if not isinstance(tensor, Tensor):
+            return tensor
+        with self._agreed(f"reduce {reduce_op}", tensor, group):
+            return super().reduce(tensor, group, reduce_op)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        with self._agreed(f"all_gather {sync_grads}", tensor, group):
+            return super().all_gather(tensor, group, sync_grads)
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        self.join(SyncPoint.COLLECTIVE_WITHIN_BATCH)
-        return super().broadcast(obj, src)
+        with self._agreed(f"broadcast {src}"):
+            return super().broadcast(obj, src)
 
     @override
     def barrier(self, name: str | None = None) -> None:
@@ -268,7 +290,23 @@ class LocalSGD(DDPStrategy):
             self._loaders.unwrap()
         trainer = host.trainer_of(self.lightning_module)
         if trainer is None or not trainer.interrupted:
-            super().barrier(name)  # else the other workers may never come
+            with self._agreed(f"barrier {name}"):
+                super().barrier(name)  # else the other workers may never come
+
+    @contextmanager
+    def _agreed(self, call: str, tensor: Tensor | None = None, group: Any = None) -> Iterator[None]:
+        """Make sure that all workers call the same collective of the default process group, before it is called.
+
+        Args:
+            call: Text that says which it is.
+            tensor: Tensor that is sent, if any.
+            group: Process group; a group of some of the workers is not for all to agree on.
+        """
+        if group in (None, dist.group.WORLD):
+            described = "" if tensor is None else f" {tuple(tensor.shape)} {tensor.dtype}"
+            self.join(SyncPoint.COLLECTIVE, call + described)
+        with explain_lost_worker(self.timeout):
+            yield
 
     # -- start and end of a fit -----------------------------------------------------------------------------------
 
@@ -278,15 +316,17 @@ class LocalSGD(DDPStrategy):
         super().setup(trainer)  # configure_optimizers may set up the data
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        self._uneven = None
+        schedules = [config.scheduler for config in self.lr_scheduler_configs]
+        self.given = given_settings(self.optimizers, schedules)
         self.rounds = self._make_rounds(trainer)
         if not trainer.lightning_module.automatic_optimization:
             for optimizer in self.optimizers:  # sees those who step torch's own optimizer, too
                 optimizer.register_step_post_hook(self._note_step)
-        host.enter_while_checkpointing(trainer, self.global_weights)  # hooks `on_save_checkpoint` see them, too
+        host.enter_while_checkpointing(trainer, self._checkpointing)
         callbacks = host.callbacks_of(trainer)
         others = [c for c in callbacks if not isinstance(c, FirstCallback | LastCallback)]
         callbacks[:] = [FirstCallback(self), *others, LastCallback(self)]
+        self._is_set_up = True
 
     def _make_rounds(self, trainer: pl.Trainer) -> ProcessRounds:
         if lazy := [name for name, p in trainer.lightning_module.named_parameters() if is_lazy(p)]:
@@ -379,6 +419,8 @@ class LocalSGD(DDPStrategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
         self._resume.begin_batch(self._trainer)
+        if self._uneven is not None:
+            self._uneven.begin_batch()
         with explain_lost_worker(self.timeout):
             self._present_rounds.adopt_replaced()
         self._workers.begin_batch(self._trainer, batch, batch_idx)
@@ -420,17 +462,31 @@ class LocalSGD(DDPStrategy):
 
     # -- global weights -------------------------------------------------------------------------------------------
 
-    def join(self, point: SyncPoint) -> None:
-        """Wait for the other workers, if they may be unequally far.
+    def join(self, point: SyncPoint, call: str = "") -> None:
+        """Come together with the other workers, or learn that they are elsewhere.
 
         Args:
             point: Point that this worker has come to.
+            call: Text that says what comes next, the same on all workers.
         """
-        if self._uneven is None:
+        if self._comm is None or not self._is_fitting or self._trainer.interrupted:
             return
-        if self._is_fitting and not self._trainer.interrupted:
-            with explain_lost_worker(self.timeout):
-                self._uneven.join(point)
+        with explain_lost_worker(self.timeout, f"the {point.value}"):
+            try:
+                self._join(point, call)
+            except DisagreementError as error:
+                raise DisagreementError(f"{error} Here it is: {call}." if call else str(error)) from None
+
+    def _join(self, point: SyncPoint, call: str) -> None:
+        assert self._comm is not None
+        if self._uneven is not None:
+            self._uneven.join(point, call)
+        elif self._is_set_up and self.world_size > 1:  # before the first batch all are together
+            validates = point is SyncPoint.COLLECTIVE and self._trainer.sanity_checking
+            place = SyncPoint.COLLECTIVE_IN_VALIDATION if validates else point
+            self._present_rounds.check(place, call=digest(call))
+        elif not self._is_set_up:  # there are no rounds yet
+            self._comm.agree(self.root_device, {CALL: digest(call)})
 
     def swap_in_global_weights(self) -> None:
         """Show the global weights to whoever evaluates or saves, until `on_validation_end`."""
@@ -478,12 +534,18 @@ class LocalSGD(DDPStrategy):
         if self.rounds is None or self.rounds.sync.swap.active:
             yield
             return
-        self.join(SyncPoint.CHECKPOINT)
         self.swap_in_global_weights()
         try:
             yield
         finally:
             self.rounds.swap_out()
+
+    @contextmanager
+    def _checkpointing(self, weights_only: bool) -> Iterator[None]:
+        """Show the global weights while a checkpoint is put together, to hooks `on_save_checkpoint`, too."""
+        self.join(SyncPoint.CHECKPOINT, f"weights_only={weights_only}")
+        with self.global_weights():
+            yield
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,8 +17,11 @@ from lightning_lopt.comm import Communicator
 from lightning_lopt.optim.outer import WORKER_GRADS, HasTotal, OuterFactory, read_contract
 from lightning_lopt.sync.anchors import AnchoredParameter
 from lightning_lopt.sync.flat import FlatBuffer, ParameterSlice, ReceivedSlice
+from lightning_lopt.sync.settings import changed, changes, describe, warn_of_changes
 from lightning_lopt.sync.sharding import Shards
 from lightning_lopt.sync.status import LocalSettings
+
+WRITTEN = ("params", "round_idx", "local_steps", "local_lr", "local_momentum")  # into groups, by every sync
 
 
 class StepResult(NamedTuple):
@@ -78,6 +82,7 @@ class OuterStep:
         self._comm, self._groups, self._shards = comm, groups, shards
         self.optimizer = factory([{"params": [p.anchor for p in group]} for group in groups])
         self.contract = read_contract(self.optimizer)
+        self._given = [_settings(group) for group in self.optimizer.param_groups]  # by the script
         if shards is not None and isinstance(self.optimizer, HasTotal):
             self.optimizer.total = shards.total
         if self.contract.num_workers not in (None, comm.num_workers):
@@ -90,6 +95,7 @@ class OuterStep:
     def add_group(self, group: Sequence[AnchoredParameter]) -> None:
         """Follow a new group of the local optimizer."""
         self.optimizer.add_param_group({"params": [p.anchor for p in group]})
+        self._given.append(_settings(self.optimizer.param_groups[-1]))
 
     def forget(self, parameters: Iterable[AnchoredParameter]) -> None:
         """Drop the optimizer's state of these parameters."""
@@ -106,14 +112,32 @@ class OuterStep:
         if self._shards is not None and not alone:
             for other in self._comm.gather_objects(state["state"]) or ():
                 state["state"].update(other)
-        return state
+        return {**state, "given": self._described()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the result of `state_dict`, as far as it belongs to tensors that this worker steps."""
-        self.optimizer.load_state_dict(state)
+        """Restore the result of `state_dict`, as far as it belongs to tensors that this worker steps.
+
+        Settings that the script has changed since then are the script's, with a warning: see `settings`.
+        """
+        given = state.get("given", [])
+        self.optimizer.load_state_dict({name: value for name, value in state.items() if name != "given"})
         if self._shards is not None:
             for p in (p for group in self._groups for p in group if not self._shards.owns(p)):
                 self.optimizer.state.pop(p.anchor, None)
+        phrases: dict[str, None] = {}
+        for group, own, saved, now in zip(
+            self.optimizer.param_groups, self._given, given, self._described(), strict=False
+        ):
+            group.update(copy.deepcopy({name: own[name] for name in changed(saved, now) if name in own}))
+            phrases |= dict.fromkeys(f"outer {phrase}" for phrase in changes(saved, now))
+        if self._comm.rank == 0:
+            warn_of_changes([*phrases])
+
+    def _described(self) -> list[dict[str, str]]:
+        """The settings of each group as the script gave them, with the fingerprint of a network."""
+        fingerprint = getattr(self.optimizer, "fingerprint", None)
+        network = {} if fingerprint is None else {"network (its digest)": fingerprint[:12]}
+        return [describe(own) | network for own in self._given]
 
     def step(
         self,
@@ -176,6 +200,11 @@ class OuterStep:
                 stacklevel=2,
             )
         return True
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies of the settings in a parameter group."""
+    return copy.deepcopy({name: value for name, value in group.items() if name not in WRITTEN})
 
 
 @contextmanager

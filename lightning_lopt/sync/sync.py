@@ -13,6 +13,7 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -94,6 +95,7 @@ class Sync:
         self._exchange: Exchange | None = None  # launched and not finished
         self._abandoned: Exchange | None = None  # launched, never to be finished, and perhaps not yet over
         self._outlier_filter = OutlierFilter()
+        self._num_groups = len(self.replica.groups)  # whose settings are in every message
         self._warns = comm.rank == 0  # once, of the first workers that are left out
         self._judged: set[str] = set()  # tensors that were looked at for a warning
         named = self.replica.common_tensors()
@@ -182,7 +184,7 @@ class Sync:
                 LOCAL_STATE: sum(state.numel() for state in states),
                 GLOBAL_WEIGHTS: self.replica.checksum(),
             },
-            settings=self._settings(),
+            settings=self._settings(launching=True),
             round_idx=round_idx,
             everything=everything,
             differences=self._outer_step is not None or self._codec is not None,
@@ -250,15 +252,19 @@ class Sync:
             fell_back=result.fell_back,
         )
 
-    def check(self, point: SyncPoint) -> None:
+    def check(self, status: WorkerStatus, equal: Mapping[CommonInteger, int | None] | None = None) -> None:
         """Make sure that all workers are at the same point; a sync in flight is left alone.
 
+        Args:
+            status: Status of this worker.
+            equal: Values of some of the `COMMON` integers of `sync/status.py`.
+
         Raises:
-            DisagreementError: They are not.
+            DisagreementError: They are not, or an integer differs.
         """
         self.wait()
         unchanged = [False] * len(self.replica.unstepped)
-        gather_status(self._comm, self.device, {}, WorkerStatus(0, point), unchanged, self._settings())
+        gather_status(self._comm, self.device, equal or {}, status, unchanged, self._settings())
 
     # -- weights from outside -------------------------------------------------------------------------------------
 
@@ -317,12 +323,21 @@ class Sync:
         slices = choose(parameters, selection.pick([p.param.numel() for p in parameters], round_idx))
         return slices if self._shards is None else self._shards.sort(slices)
 
-    def _settings(self) -> LocalSettings:
-        """Settings of the local optimizer for the outer one; none where there is no outer optimizer."""
+    def _settings(self, *, launching: bool = False) -> LocalSettings:
+        """Settings of the local optimizer for the outer one; none where there is no outer optimizer.
+
+        Args:
+            launching: Whether to include groups that no message has had yet.
+        """
         if self._outer_step is None:
             return LocalSettings()
         turns = self._options.effective_selection.num_turns
-        return self.replica.local_settings(math.inf if self._options.local_state == "reset" else turns)
+        settings = self.replica.local_settings(math.inf if self._options.local_state == "reset" else turns)
+        known = self._num_groups
+        if not launching:
+            return LocalSettings(settings.lrs[:known], settings.momenta[:known])
+        self._num_groups = len(settings.lrs)
+        return replace(settings, num_new=len(settings.lrs) - known)
 
     def _transport(self, codec: Codec | None = None) -> Transport:
         gather = self._outer_step is not None and self._outer_step.contract.needs_worker_grads
@@ -504,6 +519,9 @@ class Sync:
     def load_local_state(self, state: Mapping[str, Any]) -> None:
         """Restore the result of `local_state`, after `load_state_dict`."""
         self.replica.load_local_state(state)
+        if self._codec is None:  # the state may be of a run with compression
+            for p in self.replica.parameters():
+                p.residual = None
         self.replica.note_versions()
         if self._exchange is not None:
             self._exchange.load_local_state(state["exchange"])

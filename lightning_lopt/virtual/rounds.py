@@ -144,9 +144,20 @@ class VirtualRounds:
         """Count a local step that all workers have taken, and sync if it is time. See `Rounds.step`."""
         return self._together(Rounds.step)[0]
 
-    def join(self, point: SyncPoint = SyncPoint.EPOCH_END, *, last: bool = False) -> None:
+    def join(self, point: SyncPoint = SyncPoint.EPOCH_END, *, last: bool = False, stops: bool = False) -> None:
         """See `Rounds.join`."""
-        self._together(lambda rounds: rounds.join(point, last=last))
+        self._together(lambda rounds: rounds.join(point, last=last, stops=stops))
+
+    def check(
+        self,
+        point: SyncPoint,
+        *,
+        batches: int | None = None,
+        call: int | None = None,
+        stops: bool = False,
+        uneven: bool = False,
+    ) -> None:
+        """See `Rounds.check`; workers that take turns cannot part."""
 
     def finish_round(self) -> None:
         """See `Rounds.finish_round`."""

@@ -22,6 +22,7 @@ from lightning_lopt.strategies.checkpoint.worker_files import load_part
 from lightning_lopt.strategies.errors import CheckpointError, run_on_all
 from lightning_lopt.strategies.loaders import ResumableLoaders
 from lightning_lopt.strategies.virtual import ProcessRounds, ProcessWorkers
+from lightning_lopt.sync.settings import changes
 
 if TYPE_CHECKING:
     from lightning_lopt.strategies.local_sgd import LocalSGD
@@ -113,6 +114,7 @@ class Resume:
         if entry is None:
             rank_zero_warn("This checkpoint was not written by a lightning_lopt strategy: a fresh round begins.")
         else:
+            _warn_of_settings(changes(entry.get("given", {}), self._strategy.given))
             rounds.load_state_dict(required(entry, "rounds"))
             if self._parts:
                 self.goes_on = True
@@ -189,6 +191,14 @@ def _ignore_warning(message: str) -> Iterator[None]:
         filters: Any = warnings.filters
         if own not in before and own in filters:
             filters.remove(own)
+
+
+def _warn_of_settings(phrases: list[str]) -> None:
+    if phrases:
+        rank_zero_warn(
+            f"Changed in the script since the checkpoint was written: {', '.join(phrases)}. The checkpoint's values "
+            "hold, as always in Lightning: set others in on_train_start, or begin anew from the weights."
+        )
 
 
 def _share_out_epoch(trainer: pl.Trainer, batch_ratio: Fraction) -> None:

@@ -78,7 +78,7 @@ class CheckpointWriter:
             WorkerLostError: Another process did not come.
         """
         strategy, alone = self._strategy, trainer.interrupted
-        entry = new_entry(strategy.num_workers, strategy.num_parts, rounds.state_dict(alone=alone))
+        entry = new_entry(strategy.num_workers, strategy.num_parts, strategy.given, rounds.state_dict(alone=alone))
         checkpoint[CHECKPOINT_KEY] = entry
         if alone:  # the other workers may be gone: nothing of theirs can be saved
             write()
