@@ -35,7 +35,8 @@ class _Model(nn.Module):
         x = self.embed(tokens)
         for block in self.blocks:
             x = x + block(x)
-        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean((0, 1))
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean((0, 1))
         return self.head(x * self.scale)
 
 

@@ -18,6 +18,7 @@ from lightning.pytorch.plugins import DeepSpeedPrecision, FSDPPrecision, Precisi
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.distributed.constants import default_pg_timeout
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -26,6 +27,7 @@ from typing_extensions import override
 from lightning_lopt.comm import Communicator
 from lightning_lopt.compression import Codec
 from lightning_lopt.functional.merge import MergeRule
+from lightning_lopt.islands import is_sharded
 from lightning_lopt.rounds import Rounds, check_combination
 from lightning_lopt.schedules import RoundInfo, as_schedule
 from lightning_lopt.selection import Selection
@@ -38,6 +40,13 @@ from lightning_lopt.strategies.checkpoint.writing import CheckpointWriter
 from lightning_lopt.strategies.errors import explain_lost_worker
 from lightning_lopt.strategies.joint import JointOptimizer
 from lightning_lopt.strategies.loaders import ResumableLoaders
+from lightning_lopt.strategies.sharded import (
+    WorkerMesh,
+    check_sharded,
+    full_state_dict,
+    load_full_state_dict,
+    refuse_checkpoint,
+)
 from lightning_lopt.strategies.signals import Signals
 from lightning_lopt.strategies.uneven import UnevenInputs
 from lightning_lopt.strategies.virtual import ProcessRounds, workers_of_process
@@ -80,7 +89,11 @@ class LocalSGD(DDPStrategy):
         sync_rules: Rules for tensors by glob pattern of their names, for example `{"queue": "local"}`: see *State*.
         ranks_per_worker: Number of consecutive processes that are one worker, or `"node"` for all on a node: their
             gradients are averaged in every step, on the fast link between them; rounds are between workers. Within a
-            worker the limits of DDP hold: each parameter that trains must take part in every backward pass.
+            worker the limits of DDP hold: each parameter that trains must take part in every backward pass. Where
+            `configure_model` shards the module over `self.device_mesh` (FSDP2, as for `ModelParallelStrategy`), they
+            share one model, which may be larger than a device.
+        tensor_parallel_size: Number of the ranks of a worker that share the matrices of each layer; the others of
+            them share the rows of a batch. It divides `ranks_per_worker`; for models that `configure_model` shards.
         virtual_workers: Number of workers that take turns in one process on one device, each on a batch of its own in
             every step.
         eval_weights: Weights that validation and checkpoints see within a round: `"anchor"`, the last synced ones,
@@ -137,6 +150,7 @@ class LocalSGD(DDPStrategy):
         sharded: bool = False,
         sync_rules: dict[str, Rule] | None = None,
         ranks_per_worker: int | Literal["node"] = 1,
+        tensor_parallel_size: int = 1,
         virtual_workers: int = 1,
         eval_weights: EvalWeights | None = None,
         accelerator: Accelerator | None = None,
@@ -192,6 +206,10 @@ class LocalSGD(DDPStrategy):
                 "virtual_workers take turns, a step each, so that none is faster than another: leave worker_speeds out."
             )
         self._ranks_per_worker: int | Literal["node"] = ranks_per_worker
+        if not isinstance(tensor_parallel_size, int) or tensor_parallel_size < 1:
+            raise ValueError(f"tensor_parallel_size must be an integer >= 1, not {tensor_parallel_size!r}.")
+        self._tensor_parallel_size = tensor_parallel_size
+        self._mesh: WorkerMesh | None = None  # of workers whose ranks may share a model
         self._worker_speeds: Speeds = worker_speeds
         check_speeds(worker_speeds)
         self.timeout = timeout
@@ -238,6 +256,12 @@ class LocalSGD(DDPStrategy):
                 f"{type(self.precision_plugin).__name__}. Use Trainer(precision=...) instead of that plugin."
             )
         super().setup_environment()
+        module = self.lightning_module
+        if self._ranks_of_worker > 1 and is_overridden("configure_model", module):
+            self._mesh = WorkerMesh(
+                self.root_device, self.num_workers, self._ranks_of_worker, self._tensor_parallel_size
+            )
+            host.set_device_mesh(module, self._mesh.of_worker)
 
     @override
     def setup_distributed(self) -> None:
@@ -247,10 +271,14 @@ class LocalSGD(DDPStrategy):
     @override
     def configure_ddp(self) -> None:
         """Workers of one rank need no wrapper, and no gradient all-reduce; `Rounds` gives all the weights of rank 0."""
-        self._comm = Communicator(self.timeout, self._ranks_of_worker)
-        if self._ranks_of_worker > 1:
+        self._comm = Communicator(self.timeout, self._ranks_of_worker, by_column=self._is_sharded)
+        if self._ranks_of_worker > 1 and not self._is_sharded:
             host.set_gradient_group(self, self._comm.new_group_inside())
             super().configure_ddp()
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.lightning_module is not None and is_sharded(self.lightning_module)
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
@@ -275,6 +303,8 @@ class LocalSGD(DDPStrategy):
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         self._loaders.forget()
+        check_sharded(trainer, self._workers.number)
+        host.materialize(trainer.lightning_module, self.root_device)
         super().setup(trainer)  # configure_optimizers may set up the data
         if trainer.state.fn != TrainerFn.FITTING:
             return
@@ -362,6 +392,8 @@ class LocalSGD(DDPStrategy):
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         own = super().distributed_sampler_kwargs
+        if self._mesh is not None and self._is_sharded:
+            return self._mesh.sampler_kwargs()
         return self._workers.sampler_kwargs(own) if self._is_training else own
 
     @override
@@ -488,7 +520,16 @@ class LocalSGD(DDPStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         with self.global_weights():
+            if self._is_sharded:
+                return full_state_dict(self._trainer.lightning_module)
             return super().lightning_module_state_dict()
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        if self._is_sharded:
+            load_full_state_dict(self._trainer.lightning_module, checkpoint["state_dict"], strict=strict)
+        else:
+            super().load_model_state_dict(checkpoint, strict=strict)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -512,6 +553,8 @@ class LocalSGD(DDPStrategy):
         if self.rounds is None or "optimizer_states" not in checkpoint:  # weights alone
             write()
             return
+        if self._is_sharded:
+            refuse_checkpoint()
         assert self._comm is not None
         automatic = self._trainer.lightning_module.automatic_optimization
         accumulating = host.accumulates_gradients(self._trainer) if automatic else not self._stepped
