@@ -11,7 +11,8 @@ Norms, totals and checksums are summed inside the worker, by `Communicator.insid
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -38,14 +39,63 @@ class Box(NamedTuple):
     def of(cls, tensor: Tensor) -> Box:
         """The piece that this rank has of a tensor: all of it where it is not distributed."""
         if not isinstance(tensor, DTensor):
-            return cls(tensor.shape, (0,) * tensor.ndim)
+            return cls.whole(tensor)
         shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
         assert tuple(shape) == tuple(tensor.to_local().shape)
         return cls(torch.Size(shape), tuple(offset))
 
+    @classmethod
+    def whole(cls, tensor: Tensor) -> Box:
+        """All of a tensor."""
+        return cls(tensor.shape, (0,) * tensor.ndim)
+
     def of_whole(self, whole: Tensor) -> Tensor:
         """This part of a whole tensor, as a view."""
         return whole[tuple(slice(o, o + n) for o, n in zip(self.offset, self.shape, strict=True))]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How what a rank holds lies in the model of its worker.
+
+    Attributes:
+        groups: Names of the parameters of each group of the optimizer.
+        sizes: Shape of each whole tensor, by name.
+        boxes: What the rank holds for a sync, by name.
+        shards: What the module itself has on the rank, by name.
+    """
+
+    groups: list[list[str]]
+    sizes: dict[str, torch.Size]
+    boxes: dict[str, Box]
+    shards: dict[str, Box]
+
+    @property
+    def order(self) -> list[str]:
+        """Names of all parameters of the optimizer."""
+        return [name for group in self.groups for name in group]
+
+    @property
+    def held(self) -> list[str]:
+        """Names of those of which the rank holds something for a sync."""
+        return [name for name in self.order if name in self.boxes]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The layout as types that `torch.load(weights_only=True)` accepts."""
+        boxes = {k: {n: [list(b.shape), list(b.offset)] for n, b in v.items()} for k, v in self._boxes().items()}
+        return {"groups": self.groups, "sizes": {n: list(size) for n, size in self.sizes.items()}, **boxes}
+
+    def _boxes(self) -> dict[str, dict[str, Box]]:
+        return {"boxes": self.boxes, "shards": self.shards}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Layout:
+        """Restore the result of `state_dict`."""
+        boxes, shards = (
+            {name: Box(torch.Size(shape), tuple(offset)) for name, (shape, offset) in state[key].items()}
+            for key in ("boxes", "shards")
+        )
+        return cls(state["groups"], {n: torch.Size(size) for n, size in state["sizes"].items()}, boxes, shards)
 
 
 class Held:
@@ -100,6 +150,16 @@ class Held:
     @property
     def state(self) -> dict[Tensor, dict[str, Any]]:
         return {self.held[p]: state for p, state in self._optimizer.state.items() if p in self.held}
+
+    def layout(self) -> Layout:
+        """How what this rank holds lies in the model."""
+        shards = {name: Box.of(p) for p, name in self._names.items()}
+        return Layout(
+            [[self._names[p] for p in group["params"]] for group in self._optimizer.param_groups],
+            {name: p.shape for p, name in self._names.items()},
+            {self._names[p]: shards[self._names[p]] if self.shares_memory else Box.whole(p) for p in self.held},
+            shards,
+        )
 
     def full_numel(self, held: Tensor) -> int:
         """Number of elements of the whole tensor of which something is held."""
@@ -191,6 +251,26 @@ class WholeTensors(Held):
             [b.clone().view(p.dtype).view(shape) for b, (p, shape) in zip(part.split(s), pieces, strict=True)]
             for part, s, pieces in zip(parts, sizes, incoming, strict=True)
         ]
+
+
+def to_local(tree: Any) -> Any:
+    """Nested dictionaries and lists in which DTensors are replaced by copies of their local shards."""
+    if isinstance(tree, DTensor):
+        return _local(tree).clone()
+    if isinstance(tree, Mapping):
+        return {key: to_local(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [to_local(value) for value in tree]
+    return tree
+
+
+def to_distributed(local: Any, like: Tensor) -> Any:
+    """Turn a local shard into a DTensor that lies as another one, and leave everything else as it is."""
+    if not (isinstance(like, DTensor) and isinstance(local, Tensor)) or local.shape != like.to_local().shape:
+        return local
+    return DTensor.from_local(
+        local.to(like.device), like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
 
 
 def is_sharded(module: Any) -> bool:

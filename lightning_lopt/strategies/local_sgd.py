@@ -37,15 +37,15 @@ from lightning_lopt.strategies.callbacks import FirstCallback, LastCallback
 from lightning_lopt.strategies.checkpoint.atomic import AtomicCheckpointIO
 from lightning_lopt.strategies.checkpoint.resume import Resume
 from lightning_lopt.strategies.checkpoint.writing import CheckpointWriter
-from lightning_lopt.strategies.errors import explain_lost_worker
+from lightning_lopt.strategies.errors import CheckpointError, explain_lost_worker
 from lightning_lopt.strategies.joint import JointOptimizer
 from lightning_lopt.strategies.loaders import ResumableLoaders
 from lightning_lopt.strategies.sharded import (
+    NOT_AFTER_EXCEPTION,
     WorkerMesh,
     check_sharded,
     full_state_dict,
     load_full_state_dict,
-    refuse_checkpoint,
 )
 from lightning_lopt.strategies.signals import Signals
 from lightning_lopt.strategies.uneven import UnevenInputs
@@ -271,13 +271,14 @@ class LocalSGD(DDPStrategy):
     @override
     def configure_ddp(self) -> None:
         """Workers of one rank need no wrapper, and no gradient all-reduce; `Rounds` gives all the weights of rank 0."""
-        self._comm = Communicator(self.timeout, self._ranks_of_worker, by_column=self._is_sharded)
-        if self._ranks_of_worker > 1 and not self._is_sharded:
+        self._comm = Communicator(self.timeout, self._ranks_of_worker, by_column=self.is_sharded)
+        if self._ranks_of_worker > 1 and not self.is_sharded:
             host.set_gradient_group(self, self._comm.new_group_inside())
             super().configure_ddp()
 
     @property
-    def _is_sharded(self) -> bool:
+    def is_sharded(self) -> bool:
+        """Whether the ranks of a worker share one model, by DTensors."""
         return self.lightning_module is not None and is_sharded(self.lightning_module)
 
     @override
@@ -392,7 +393,7 @@ class LocalSGD(DDPStrategy):
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         own = super().distributed_sampler_kwargs
-        if self._mesh is not None and self._is_sharded:
+        if self._mesh is not None and self.is_sharded:
             return self._mesh.sampler_kwargs()
         return self._workers.sampler_kwargs(own) if self._is_training else own
 
@@ -520,13 +521,16 @@ class LocalSGD(DDPStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         with self.global_weights():
-            if self._is_sharded:
+            if self.is_sharded:
+                if self._trainer.interrupted:
+                    raise CheckpointError(NOT_AFTER_EXCEPTION)
                 return full_state_dict(self._trainer.lightning_module)
             return super().lightning_module_state_dict()
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        if self._is_sharded:
+        if self.is_sharded:
+            host.materialize(self._trainer.lightning_module, self.root_device)
             load_full_state_dict(self._trainer.lightning_module, checkpoint["state_dict"], strict=strict)
         else:
             super().load_model_state_dict(checkpoint, strict=strict)
@@ -553,8 +557,6 @@ class LocalSGD(DDPStrategy):
         if self.rounds is None or "optimizer_states" not in checkpoint:  # weights alone
             write()
             return
-        if self._is_sharded:
-            refuse_checkpoint()
         assert self._comm is not None
         automatic = self._trainer.lightning_module.automatic_optimization
         accumulating = host.accumulates_gradients(self._trainer) if automatic else not self._stepped
@@ -577,6 +579,8 @@ class LocalSGD(DDPStrategy):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        checkpoint = dict(checkpoint)
+        self._resume.prepare(self._trainer, self._present_rounds, checkpoint)
         super().load_optimizer_state_dict(checkpoint)
         self._resume.restore(self._trainer, self._present_rounds, checkpoint)
 

@@ -7,7 +7,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -19,9 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from lightning_lopt.islands import is_sharded
 from lightning_lopt.strategies import host
 
-_LATER = (
-    "of workers that share a sharded model hold the global weights alone so far: use "
-    "ModelCheckpoint(save_weights_only=True), or enable_checkpointing=False."
+NOT_AFTER_EXCEPTION = (
+    "After an exception a model that the ranks of a worker share cannot be saved: the other ranks may be gone. Go on from "
+    "the last checkpoint before it."
 )
 
 
@@ -95,13 +94,6 @@ def check_sharded(trainer: pl.Trainer, virtual_workers: int) -> None:
             raise MisconfigurationException(
                 f"{type(callback).__name__} copies the module, which a sharded one does not allow: leave it out."
             )
-        if isinstance(callback, ModelCheckpoint) and not callback.save_weights_only:
-            raise MisconfigurationException(f"Checkpoints {_LATER}")
-
-
-def refuse_checkpoint() -> None:
-    """Raise the error that says which checkpoints a sharded model can have."""
-    raise MisconfigurationException(f"Checkpoints {_LATER}")
 
 
 def full_state_dict(module: nn.Module) -> dict[str, Any]:

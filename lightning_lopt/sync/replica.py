@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_lopt.islands import Held
+from lightning_lopt.islands import Held, Layout
 from lightning_lopt.sync import spectral_norm
 from lightning_lopt.sync.anchors import AnchoredParameter
 from lightning_lopt.sync.rules import Rule, Rules
@@ -93,6 +93,10 @@ class Replica:
         """Write the tensors into a sharded model."""
         if self._held_copy is not None:
             self._held_copy.push()
+
+    def layout(self) -> Layout | None:
+        """How the tensors lie in a sharded model, None if this worker has all of them."""
+        return None if self._held_copy is None else self._held_copy.layout()
 
     def full_numel(self, parameter: AnchoredParameter) -> int:
         """Number of elements of a parameter in the worker's whole model."""

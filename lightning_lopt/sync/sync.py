@@ -459,9 +459,10 @@ class Sync:
         """
         if not alone:
             self.wait()
+        divided = self._comm.inside_size > 1  # each rank has its own
         return {
             **self.replica.state_dict(),
-            "outer": None if self._outer_step is None else self._outer_step.state_dict(alone=alone),
+            "outer": None if self._outer_step is None else self._outer_step.state_dict(alone=alone or divided),
             "outer_kind": type(self.outer).__name__,
             "norms": self._outlier_filter.norms._asdict(),
             "common": self.common,

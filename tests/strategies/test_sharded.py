@@ -7,6 +7,7 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
@@ -56,44 +57,63 @@ class _Sharded(_Module):
             fully_shard(self.model, mesh=mesh)
 
 
-def _fit(rank, name, islands, folder):
+def _fit(rank, name, folder, num_workers, size, save=None, resume=None):
     torch.set_default_dtype(torch.float64)
     pl.seed_everything(0, verbose=False)
-    module = _Sharded() if islands else _Module()
+    module = _Sharded() if size > 1 else _Module()
     data = torch.cat([_batch(i % 2, i) for i in range(16)])
-    size = 2 if islands else 4
+    batch_size = 4 // size
+    callbacks = [] if save is None else [ModelCheckpoint(folder, save, every_n_train_steps=5, save_top_k=-1)]
     run = trainer(
-        STRATEGIES[name](ranks_per_worker=2 if islands else 1),
-        devices=4 if islands else 2,
+        STRATEGIES[name](ranks_per_worker=size),
+        devices=num_workers * size,
         max_epochs=2,
         precision="64-true",
         gradient_clip_val=1.0,
         val_check_interval=2,
+        callbacks=callbacks,
+        enable_checkpointing=bool(callbacks),
     )
-    run.fit(module, DataLoader(data, batch_size=size), DataLoader(data, batch_size=size))
-    path = f"{folder}/{name}{islands}.ckpt"
+    loaders = DataLoader(data, batch_size=batch_size), DataLoader(data, batch_size=batch_size)
+    run.fit(module, *loaders, ckpt_path=None if resume is None else f"{folder}/{resume}.ckpt")
+    path = f"{folder}/export.ckpt"
     run.save_checkpoint(path, weights_only=True)
     weights = torch.load(path, weights_only=True)["state_dict"]
+    run.strategy.barrier()
     return weights, float(run.callback_metrics["val"]), run.global_step
 
 
-def _all(rank, islands, folder):
-    return {name: _fit(rank, name, islands, folder) for name in STRATEGIES}
+def _all(rank, folder, runs):
+    results = {}
+    for key, (name, *arguments) in runs.items():
+        results[key] = _fit(rank, name, folder, *arguments)
+    return results
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
+    """Runs of 2 x 2 ranks, of 2 plain workers, of 2 x 1, 1 x 2 and 4 x 1, some of them resumed from another's checkpoint."""
     folder = str(tmp_path_factory.mktemp("sharded"))
-    return run_workers(_all, 4, True, folder, connect=False), run_workers(_all, 2, False, folder, connect=False)
+    names = {f"{name} islands": (name, 2, 2, f"{name}-islands") for name in STRATEGIES}
+    again = {f"{name} islands again": (name, 2, 2, None, f"{name}-islands") for name in STRATEGIES}
+    crossed = {f"{name} from plain": (name, 2, 2, None, f"{name}-plain") for name in STRATEGIES}
+    plain = {f"{name} plain": (name, 2, 1, f"{name}-plain") for name in STRATEGIES}
+    single = {f"{name} to plain": (name, 2, 1, None, f"{name}-islands") for name in STRATEGIES}
+    first = run_workers(_all, 2, folder, plain, connect=False)[0]
+    second = run_workers(_all, 4, folder, {**names, **again, **crossed}, connect=False)[0]
+    third = run_workers(_all, 2, folder, single, connect=False)[0]
+    return {**first, **second, **third}
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_sharded_workers_train_as_plain_ones_do(results, name):
-    islands, plain = results
-    weights, val, steps = islands[0][name]
-    expected, expected_val, expected_steps = plain[0][name]
+@pytest.mark.parametrize("way", ["islands", "islands again", "from plain", "to plain"])
+def test_sharded_workers_train_as_plain_ones_do(results, name, way):
+    weights, val, steps = results[f"{name} {way}"]
+    expected, expected_val, expected_steps = results[f"{name} plain"]
+    exact = results[f"{name} islands"][0]
     assert weights.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(weights[key], value, rtol=0, atol=1e-10, msg=lambda m, key=key: f"{key}: {m}")
+        assert way != "islands again" or torch.equal(weights[key], exact[key])
     assert val == pytest.approx(expected_val, abs=1e-10)
     assert steps == expected_steps
