@@ -1,11 +1,11 @@
-"""Pre-train a small GPT on workers that share a model each (FSDP2), beside data-parallel training on the same tokens.
+r"""Pre-train a small GPT on workers that share a model each (FSDP2), beside data-parallel training on the same tokens.
 
     python examples/pretrain_islands.py                  # 2 workers of 2 ranks on a CPU, Python's source code
     python examples/pretrain_islands.py --data FILE.txt  # a text of yours
 
 On several nodes, each of which is a worker (the same command on all of them):
 
-    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
         examples/pretrain_islands.py --ranks node --width 2048 --depth 24 --num-heads 16
 
 The module shards itself in `configure_model`, as for Lightning's ModelParallelStrategy, with which it trains unchanged:
@@ -64,7 +64,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="text file to train on (default: Python's source code)")
     parser.add_argument("--ranks", default="2", help="ranks of a worker, or 'node' (default: %(default)s)")
-    parser.add_argument("--devices", type=int, default=int(os.environ.get("LOCAL_WORLD_SIZE", 4)), help="ranks per node")
+    devices = int(os.environ.get("LOCAL_WORLD_SIZE", 4))
+    parser.add_argument("--devices", type=int, default=devices, help="ranks per node (default: %(default)s)")
     parser.add_argument("--width", type=int, default=64, help="of the transformer (default: %(default)s)")
     parser.add_argument("--depth", type=int, default=3, help="its blocks (default: %(default)s)")
     parser.add_argument("--num-heads", type=int, default=4, help="of its attention (default: %(default)s)")

@@ -56,13 +56,13 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How what a rank holds lies in the model of its worker.
+    """Pieces of a worker's model on one of its ranks.
 
     Attributes:
         groups: Names of the parameters of each group of the optimizer.
         sizes: Shape of each whole tensor, by name.
-        boxes: What the rank holds for a sync, by name.
-        shards: What the module itself has on the rank, by name.
+        boxes: Piece of each tensor that the rank holds for a sync, by name.
+        shards: Piece of each tensor that the module itself has on the rank, by name.
     """
 
     groups: list[list[str]]
@@ -99,7 +99,7 @@ class Layout:
 
 
 class Held:
-    """What one rank holds of a worker's model, under the names of a module and with the groups of an optimizer.
+    """Tensors of a worker's model that one rank holds, under the names of a module and in the groups of an optimizer.
 
     Args:
         module: Module whose parameters may be DTensors over the ranks of the worker.
@@ -152,7 +152,7 @@ class Held:
         return {self.held[p]: state for p, state in self._optimizer.state.items() if p in self.held}
 
     def layout(self) -> Layout:
-        """How what this rank holds lies in the model."""
+        """Pieces of the model on this rank."""
         shards = {name: Box.of(p) for p, name in self._names.items()}
         return Layout(
             [[self._names[p] for p in group["params"]] for group in self._optimizer.param_groups],
@@ -268,9 +268,8 @@ def to_distributed(local: Any, like: Tensor) -> Any:
     """Turn a local shard into a DTensor that lies as another one, and leave everything else as it is."""
     if not (isinstance(like, DTensor) and isinstance(local, Tensor)) or local.shape != like.to_local().shape:
         return local
-    return DTensor.from_local(
-        local.to(like.device), like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    mesh, placements, local = like.device_mesh, like.placements, local.to(like.device)
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def is_sharded(module: Any) -> bool:
@@ -279,7 +278,7 @@ def is_sharded(module: Any) -> bool:
 
 
 def hold(module: Any, optimizer: Any, comm: Communicator, *, whole: bool) -> Held:
-    """What this rank holds of a sharded model.
+    """Return the tensors of a sharded model that this rank holds.
 
     Args:
         module: Module with DTensors.
@@ -297,14 +296,14 @@ def hold(module: Any, optimizer: Any, comm: Communicator, *, whole: bool) -> Hel
         mesh = sorted(parameter.device_mesh.mesh.flatten().tolist())
         if len(ranks) == 1 and len(mesh) > 1:
             raise ValueError(
-                f"{name} is sharded over {len(mesh)} ranks (DTensor), but each process is a worker here. Give the ranks "
-                f"that share a model as ranks_per_worker={len(mesh)}, and shard over self.device_mesh in "
+                f"{name} is sharded over {len(mesh)} ranks (DTensor), but each process is a worker here. Give the "
+                f"ranks that share a model as ranks_per_worker={len(mesh)}, and shard over self.device_mesh in "
                 "configure_model."
             )
         if not set(mesh) <= set(ranks):
             raise ValueError(
-                f"{name} is sharded over the ranks {mesh}, and this worker has the ranks {ranks}: the mesh of a DTensor "
-                "must lie within one worker. Shard over self.device_mesh in configure_model."
+                f"{name} is sharded over the ranks {mesh}, and this worker has the ranks {ranks}: the mesh of a "
+                "DTensor must lie within one worker. Shard over self.device_mesh in configure_model."
             )
     return (WholeTensors if whole else LocalShards)(module, optimizer, comm)
 

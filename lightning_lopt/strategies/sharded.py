@@ -19,8 +19,8 @@ from lightning_lopt.islands import is_sharded
 from lightning_lopt.strategies import host
 
 NOT_AFTER_EXCEPTION = (
-    "After an exception a model that the ranks of a worker share cannot be saved: the other ranks may be gone. Go on from "
-    "the last checkpoint before it."
+    "After an exception a model that the ranks of a worker share cannot be saved: the other ranks may be gone. Go on "
+    "from the last checkpoint before it."
 )
 
 

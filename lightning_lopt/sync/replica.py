@@ -95,7 +95,7 @@ class Replica:
             self._held_copy.push()
 
     def layout(self) -> Layout | None:
-        """How the tensors lie in a sharded model, None if this worker has all of them."""
+        """Pieces of a sharded model on this rank, None if it has all of the model."""
         return None if self._held_copy is None else self._held_copy.layout()
 
     def full_numel(self, parameter: AnchoredParameter) -> int:
