@@ -11,6 +11,7 @@ import atexit
 import copy
 import os
 import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeGuard
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.strategies.model_parallel import _materialize_distributed_module
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
@@ -35,6 +37,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed import ProcessGroup
 from torch.distributed.constants import default_pg_timeout
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.modules.batchnorm import _BatchNorm as Norm
 from torch.optim import Optimizer
@@ -539,6 +542,34 @@ def shared_store(name: str) -> Store:
         name: Prefix of the keys.
     """
     return PrefixStore(name, _get_default_store())
+
+
+# -- sharded models -----------------------------------------------------------------------------------------------
+
+
+def set_device_mesh(module: pl.LightningModule, mesh: DeviceMesh) -> None:
+    """Give a module the mesh that it reads as `self.device_mesh` in `configure_model`.
+
+    Reason: only Lightning's own `ModelParallelStrategy` is to set it.
+    """
+    module._device_mesh = mesh
+
+
+def materialize(module: nn.Module, device: torch.device) -> None:
+    """Give tensors on the meta device memory, and initialise them, as `ModelParallelStrategy` does.
+
+    Reason: the function is private.
+    """
+    _materialize_distributed_module(module, device)
+
+
+def has_fsdp1(module: nn.Module) -> bool:
+    """Whether a module has parts that FSDP1 wraps.
+
+    Reason: the class is public, but importing it takes long where it is not used.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in module.modules())
 
 
 # -- callbacks and layers -----------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from lightning.pytorch.plugins import DeepSpeedPrecision, FSDPPrecision, Precisi
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from torch.nn.parameter import is_lazy
@@ -28,6 +29,7 @@ from typing_extensions import override
 from lightning_lopt.comm import Communicator, DisagreementError, digest
 from lightning_lopt.compression import Codec
 from lightning_lopt.functional.merge import MergeRule
+from lightning_lopt.islands import is_sharded
 from lightning_lopt.rounds import Rounds, check_combination
 from lightning_lopt.schedules import RoundInfo, as_schedule
 from lightning_lopt.selection import Selection
@@ -38,9 +40,16 @@ from lightning_lopt.strategies.checkpoint.atomic import AtomicCheckpointIO
 from lightning_lopt.strategies.checkpoint.entry import given_settings
 from lightning_lopt.strategies.checkpoint.resume import Resume
 from lightning_lopt.strategies.checkpoint.writing import CheckpointWriter
-from lightning_lopt.strategies.errors import explain_lost_worker
+from lightning_lopt.strategies.errors import CheckpointError, explain_lost_worker
 from lightning_lopt.strategies.joint import JointOptimizer
 from lightning_lopt.strategies.loaders import ResumableLoaders
+from lightning_lopt.strategies.sharded import (
+    NOT_AFTER_EXCEPTION,
+    WorkerMesh,
+    check_sharded,
+    full_state_dict,
+    load_full_state_dict,
+)
 from lightning_lopt.strategies.signals import Signals
 from lightning_lopt.strategies.uneven import UnevenInputs
 from lightning_lopt.strategies.virtual import ProcessRounds, workers_of_process
@@ -88,7 +97,11 @@ class LocalSGD(DDPStrategy):
         sync_rules: Rules for tensors by glob pattern of their names, for example `{"queue": "local"}`: see *State*.
         ranks_per_worker: Number of consecutive processes that are one worker, or `"node"` for all on a node: their
             gradients are averaged in every step, on the fast link between them; rounds are between workers. Within a
-            worker the limits of DDP hold: each parameter that trains must take part in every backward pass.
+            worker the limits of DDP hold: each parameter that trains must take part in every backward pass. Where
+            `configure_model` shards the module over `self.device_mesh` (FSDP2, as for `ModelParallelStrategy`), they
+            share one model, which may be larger than a device.
+        tensor_parallel_size: Number of the ranks of a worker that share the matrices of each layer; the others of
+            them share the rows of a batch. It divides `ranks_per_worker`; for models that `configure_model` shards.
         virtual_workers: Number of workers that take turns in one process on one device, each on a batch of its own in
             every step.
         eval_weights: Weights that validation and checkpoints see within a round: `"anchor"`, the last synced ones,
@@ -147,6 +160,7 @@ class LocalSGD(DDPStrategy):
         sharded: bool = False,
         sync_rules: dict[str, Rule] | None = None,
         ranks_per_worker: int | Literal["node"] = 1,
+        tensor_parallel_size: int = 1,
         virtual_workers: int = 1,
         eval_weights: EvalWeights | None = None,
         accelerator: Accelerator | None = None,
@@ -202,6 +216,10 @@ class LocalSGD(DDPStrategy):
                 "virtual_workers take turns, a step each, so that none is faster than another: leave worker_speeds out."
             )
         self._ranks_per_worker: int | Literal["node"] = ranks_per_worker
+        if not isinstance(tensor_parallel_size, int) or tensor_parallel_size < 1:
+            raise ValueError(f"tensor_parallel_size must be an integer >= 1, not {tensor_parallel_size!r}.")
+        self._tensor_parallel_size = tensor_parallel_size
+        self._mesh: WorkerMesh | None = None  # of workers whose ranks may share a model
         self._worker_speeds: Speeds = worker_speeds
         check_speeds(worker_speeds)
         self.timeout = timeout
@@ -253,6 +271,12 @@ class LocalSGD(DDPStrategy):
         super().setup_environment()
         if self._is_fitting:
             self._comm = Communicator(self.timeout, self._ranks_of_worker)
+        module = self.lightning_module
+        if self._ranks_of_worker > 1 and is_overridden("configure_model", module):
+            self._mesh = WorkerMesh(
+                self.root_device, self.num_workers, self._ranks_of_worker, self._tensor_parallel_size
+            )
+            host.set_device_mesh(module, self._mesh.of_worker)
 
     @override
     def setup_distributed(self) -> None:
@@ -262,10 +286,17 @@ class LocalSGD(DDPStrategy):
     @override
     def configure_ddp(self) -> None:
         """Workers of one rank need no wrapper, and no gradient all-reduce; `Rounds` gives all the weights of rank 0."""
-        if self._ranks_of_worker > 1:
+        if self.is_sharded:
+            self._comm = Communicator(self.timeout, self._ranks_of_worker, by_column=True)
+        elif self._ranks_of_worker > 1:
             assert self._comm is not None
             host.set_gradient_group(self, self._comm.new_group_inside())
             super().configure_ddp()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the ranks of a worker share one model, by DTensors."""
+        return self.lightning_module is not None and is_sharded(self.lightning_module)
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
@@ -313,6 +344,8 @@ class LocalSGD(DDPStrategy):
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         self._loaders.forget()
+        check_sharded(trainer, self._workers.number)
+        host.materialize(trainer.lightning_module, self.root_device)
         super().setup(trainer)  # configure_optimizers may set up the data
         if trainer.state.fn != TrainerFn.FITTING:
             return
@@ -402,6 +435,8 @@ class LocalSGD(DDPStrategy):
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         own = super().distributed_sampler_kwargs
+        if self._mesh is not None and self.is_sharded:
+            return self._mesh.sampler_kwargs()
         return self._workers.sampler_kwargs(own) if self._is_training else own
 
     @override
@@ -550,7 +585,19 @@ class LocalSGD(DDPStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         with self.global_weights():
+            if self.is_sharded:
+                if self._trainer.interrupted:
+                    raise CheckpointError(NOT_AFTER_EXCEPTION)
+                return full_state_dict(self._trainer.lightning_module)
             return super().lightning_module_state_dict()
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        if self.is_sharded:
+            host.materialize(self._trainer.lightning_module, self.root_device)
+            load_full_state_dict(self._trainer.lightning_module, checkpoint["state_dict"], strict=strict)
+        else:
+            super().load_model_state_dict(checkpoint, strict=strict)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -596,6 +643,8 @@ class LocalSGD(DDPStrategy):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        checkpoint = dict(checkpoint)
+        self._resume.prepare(self._trainer, self._present_rounds, checkpoint)
         super().load_optimizer_state_dict(checkpoint)
         self._resume.restore(self._trainer, self._present_rounds, checkpoint)
 

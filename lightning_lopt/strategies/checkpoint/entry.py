@@ -6,12 +6,14 @@
 | `num_workers` | K |
 | `num_parts` | number of parts: one per process or virtual worker, so several per worker with `ranks_per_worker` |
 | `given` | settings of local optimizers and learning rate schedules as the script gave them, as texts |
-| `rounds` | state that all workers share: counters, anchors, the outer optimizer's state (`Rounds.state_dict`) |
+| `sharded` | whether the ranks of a worker share a model |
+| `rounds` | state that all workers share: counters, anchors, the outer state (`Rounds.state_dict`); empty if sharded |
 | `parts` | list of the states that single processes or virtual workers have for themselves, while they are small |
 | `files` | `{"token": ...}` where each part lies in a file of its own beside the checkpoint |
 
 After an exception there are neither parts nor files. A part has the entries `checkpoint` (those of Lightning's entries
-that differ between workers), `local` (`Rounds.local_state`), `random`, `gradients` and `loaders`.
+that differ between workers), `local` (`Rounds.local_state`), `random`, `gradients` and `loaders`. That of a rank that
+shares a model also has `rounds`, of what the rank holds, and its `layout`; states of optimizers are then local shards.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ DERIVED = ("params", "param_names", "initial_lr", "base_lrs", "last_epoch")  # n
 READ_BY = {8: "0.1"}  # releases that resume from the layouts before
 
 
-def new_entry(num_workers: int, num_parts: int, given: dict[str, str], rounds: dict[str, Any]) -> dict[str, Any]:
+def new_entry(
+    num_workers: int, num_parts: int, given: dict[str, str], rounds: dict[str, Any], *, sharded: bool
+) -> dict[str, Any]:
     """Return an entry to which parts or files are yet to be added.
 
     Args:
@@ -38,12 +42,14 @@ def new_entry(num_workers: int, num_parts: int, given: dict[str, str], rounds: d
         num_parts: Number of parts, of all processes together.
         given: Result of `given_settings`.
         rounds: State that all workers share.
+        sharded: Whether the ranks of a worker share a model.
     """
     return {
         "version": CHECKPOINT_VERSION,
         "num_workers": num_workers,
         "num_parts": num_parts,
         "given": given,
+        "sharded": sharded,
         "rounds": rounds,
         "parts": None,
         "files": None,
