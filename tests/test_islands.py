@@ -26,9 +26,8 @@ class _Model(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(WIDTH, 9), nn.Tanh(), nn.Linear(9, WIDTH)) for _ in range(2)
-        )
+        block = nn.Sequential(nn.Linear(WIDTH, 9), nn.Tanh(), nn.Linear(9, WIDTH))
+        self.blocks = nn.ModuleList([block, copy.deepcopy(block)])
         self.scale = nn.Parameter(torch.ones(1))  # one of two shards is empty
         self.register_buffer("mean", torch.zeros(WIDTH))
         self.head = nn.Linear(WIDTH, VOCABULARY)

@@ -92,7 +92,7 @@ def _all(rank, folder, runs):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Runs of 2 x 2 ranks and of 2 plain workers, some of them resumed from a checkpoint of their own or the others'."""
+    """Runs of 2 x 2 ranks and of 2 plain workers, some of them resumed from a checkpoint of theirs or the others'."""
     folder = str(tmp_path_factory.mktemp("sharded"))
     names = {f"{name} islands": (name, 2, 2, f"{name}-islands") for name in STRATEGIES}
     again = {f"{name} islands again": (name, 2, 2, None, f"{name}-islands") for name in STRATEGIES}
