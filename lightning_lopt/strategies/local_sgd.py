@@ -30,7 +30,7 @@ from lightning_lopt.rounds import Rounds, check_combination
 from lightning_lopt.schedules import RoundInfo, as_schedule
 from lightning_lopt.selection import Selection
 from lightning_lopt.strategies import host
-from lightning_lopt.strategies.averaging import refuse_averaging
+from lightning_lopt.strategies.averaging import refuse_callbacks
 from lightning_lopt.strategies.callbacks import FirstCallback, LastCallback
 from lightning_lopt.strategies.checkpoint.atomic import AtomicCheckpointIO
 from lightning_lopt.strategies.checkpoint.resume import Resume
@@ -290,7 +290,7 @@ class LocalSGD(DDPStrategy):
                 f"Lazy parameters have no shape yet: {', '.join(lazy)}. Run a batch through the module in "
                 "configure_model, so that all workers begin with the same weights."
             )
-        refuse_averaging(trainer, self.num_workers, self._workers.number)
+        refuse_callbacks(trainer, self.num_workers, self._workers.number)
         make = partial(
             Rounds,
             local_steps=self._schedule,
