@@ -222,17 +222,25 @@ class Rounds:
             local_steps = min(local_steps, self.total_steps - self.step_idx)
         return local_steps
 
-    def swap_in(self, weights: EvalWeights) -> None:
+    def swap_in(self, weights: EvalWeights, *, moved: bool = False) -> None:
         """Put the global weights into the model until `swap_out`: see `Sync.swap_in`.
 
         Nothing happens where every worker has them already.
+
+        Args:
+            weights: `"anchor"` or `"mean"`.
+            moved: Whether weights were changed without a step, so that they differ right after a sync, too.
         """
-        if not self.synced:
+        if moved or not self.synced:
             self.sync.swap_in(weights)
 
     def swap_out(self) -> None:
         """Give the model this worker's own weights back."""
         self.sync.swap.undo()
+
+    def average_workers(self) -> None:
+        """Give every worker the mean of their weights and optimizer states, outside of a sync."""
+        self.sync.average_workers()
 
     def abandon_round(self) -> None:
         """Go back to the anchor, without communication: the local steps since the last sync are lost."""

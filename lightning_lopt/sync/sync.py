@@ -350,8 +350,19 @@ class Sync:
             pairs: list[tuple[Tensor, Tensor]] = [(s.parameter.param, mean) for s, mean in exchange.means()]
             self.swap.put(pairs + self.replica.buffers.select(exchange.arrived_buffers))
 
-    def _exchange_weights(self) -> Exchange:
-        """Average the workers' present weights and buffers, and change nothing."""
+    @torch.no_grad()
+    def average_workers(self) -> None:
+        """Give every worker the mean of their weights and optimizer states; anchors stay as they are."""
+        exchange = self._exchange_weights(self.replica.local_states(self.replica.parameters()))
+        if exchange.skipped:
+            return
+        for state, mean in zip(exchange.optimizer_states, exchange.mean_states, strict=True):
+            state.copy_(mean)
+        for s, mean in exchange.means():
+            s.write(s.parameter.param, mean)
+
+    def _exchange_weights(self, states: Sequence[Tensor] = ()) -> Exchange:
+        """Average the workers' present weights, buffers and states of local optimizers, and change nothing."""
         self.wait()
         parameters = [p for p in self.replica.parameters() if p.has_anchor]
         exchange = Exchange(
@@ -359,8 +370,9 @@ class Sync:
             device=self.device,
             slices=[ParameterSlice(p) for p in parameters],
             buffers=self.replica.buffers.snapshot(),
+            optimizer_states=states,
             status=WorkerStatus(0, SyncPoint.EVALUATION),
-            equal={IN_TRAINING: training_checksum(parameters)},
+            equal={IN_TRAINING: training_checksum(parameters), LOCAL_STATE: sum(state.numel() for state in states)},
             settings=self._settings(),
             outlier_filter=self._outlier_filter,
         )

@@ -145,13 +145,17 @@ class VirtualRounds:
         """See `Rounds.finish_round`."""
         self._together(Rounds.finish_round)
 
-    def swap_in(self, weights: EvalWeights) -> None:
+    def swap_in(self, weights: EvalWeights, *, moved: bool = False) -> None:
         """See `Rounds.swap_in`."""
-        self._together(lambda rounds: rounds.swap_in(weights))
+        self._together(lambda rounds: rounds.swap_in(weights, moved=moved))
 
     def swap_out(self) -> None:
         """See `Rounds.swap_out`."""
         self._together(Rounds.swap_out)
+
+    def average_workers(self) -> None:
+        """See `Rounds.average_workers`."""
+        self._together(Rounds.average_workers)
 
     def abandon_round(self) -> None:
         """See `Rounds.abandon_round`."""
