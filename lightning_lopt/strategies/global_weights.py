@@ -20,7 +20,7 @@ from lightning_lopt.sync.sync import EvalWeights
 if TYPE_CHECKING:
     from lightning_lopt.strategies.local_sgd import LocalSGD
 
-ROUNDING = 16  # times a type's precision: the error of an operation and its inverse
+ROUNDING = 4  # times a type's precision: the error of an operation and its inverse, as of adding and subtracting
 
 
 class GlobalWeights:
@@ -93,6 +93,8 @@ class GlobalWeights:
             return
         moved = self._modes.evaluating and not trainer.sanity_checking
         weights: EvalWeights = "mean" if moved else self._weights
+        if weights == "mean" and strategy.num_workers == 1:
+            return  # it is this worker's own
         parameters = dict(trainer.lightning_module.named_parameters())
         own = {name: p.data_ptr() for name, p in parameters.items()}
         with explain_lost_worker(strategy.timeout):
