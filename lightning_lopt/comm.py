@@ -25,11 +25,18 @@ class CommonInteger(NamedTuple):
         name: Noun phrase for an error message.
         advice: Sentences about causes and remedies of a disagreement.
         shown: Whether an error message shows its values, which say something if it is a count, not a checksum.
+        listed: Whether it stands for a list of lines, of which an error message shows the first that differs.
     """
 
     name: str
     advice: str = ""
     shown: bool = False
+    listed: bool = False
+
+
+MODEL = CommonInteger(
+    "the model", "Build the same model on every worker (the same arguments, no branch on the rank).", listed=True
+)
 
 
 class Communicator:
@@ -121,11 +128,18 @@ class Communicator:
             flat.div_(self.num_workers)
         self._share(flat)
 
+    def sum_(self, values: Tensor) -> None:
+        """Replace a contiguous tensor by its sum over the workers."""
+        self._reduce(values, dist.ReduceOp.SUM)
+
     def max_(self, values: Tensor) -> None:
         """Replace a contiguous tensor by its maximum over the workers."""
+        self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Tensor, op: Any) -> None:
         if self._group is not None:
             self._count(values, 2 * (self.num_workers - 1) / self.num_workers)
-            self._dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group)
+            self._dist.all_reduce(values, op=op, group=self._group)
         self._share(values)
 
     def gather(self, flat: Tensor) -> Tensor:
@@ -192,12 +206,15 @@ class Communicator:
             return
         for tensor in tensors:
             self._count(tensor, 1 if self._dist.get_rank(self._world) == 0 else 0)
-            buffer = tensor.detach().contiguous()
-            self._dist.broadcast(buffer, group=self._world, group_src=0)
-            tensor.detach().copy_(buffer)
+            values = tensor.detach().contiguous()
+            self._dist.broadcast(values.flatten().view(torch.uint8), group=self._world, group_src=0)  # carries any type
+            tensor.detach().copy_(values)
 
     def agree(
-        self, device: torch.device, equal: Mapping[CommonInteger, int | None], largest: Sequence[int] = ()
+        self,
+        device: torch.device,
+        equal: Mapping[CommonInteger, int | Sequence[str] | None],
+        largest: Sequence[int] = (),
     ) -> list[int]:
         """Check that all workers pass the same integers; return the largest of others, of each over the workers.
 
@@ -205,7 +222,8 @@ class Communicator:
 
         Args:
             device: Device on which the process group communicates.
-            equal: Integers that must be the same on all workers; None is equal to any.
+            equal: Integers that must be the same on all workers, or lines of text, of which the digest must be; None is
+                equal to any.
             largest: Integers of which the maximum is wanted, as many on all workers; flags among them are combined by
                 "or".
 
@@ -214,7 +232,7 @@ class Communicator:
         """
         if self._world is None:
             return [*largest]
-        own = [*equal.values()]
+        own = [v if isinstance(v, int | None) else digest("\n".join(v)) for v in equal.values()]
         high = [_ANY if v is None else v for v in own]
         low = [_ANY if v is None else -v for v in own]
         vector = torch.tensor([*high, *low, *largest], dtype=torch.int64, device=device)
@@ -224,12 +242,7 @@ class Communicator:
         high, low = values[: len(own)], values[len(own) : 2 * len(own)]
         triples = zip(equal.items(), high, low, strict=True)
         if wrong := [(common, value, -b, a) for (common, value), a, b in triples if a not in (_ANY, -b)]:
-            said = [
-                f"{common.name} (between {least} and {most}, here {'any' if value is None else value})"
-                if common.shown
-                else common.name
-                for common, value, least, most in wrong
-            ]
+            said = [f"{common.name}{self._difference(*rest, common)}" for common, *rest in wrong]
             advice = dict.fromkeys(common.advice for common, *_ in wrong)
             raise DisagreementError(
                 " ".join(
@@ -238,30 +251,22 @@ class Communicator:
             )
         return values[2 * len(own) :]
 
-    def check_same_shapes(self, named: Sequence[tuple[str, Tensor]], device: torch.device) -> None:
-        """Check that all workers have the same tensors by name, shape and type.
-
-        Raises:
-            DisagreementError: They do not; on every worker, with the first tensor that differs.
-        """
-        if self._world is None:
-            return
-        described = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in named]
-        try:
-            self.agree(device, {CommonInteger("the model"): digest("\n".join(described))})
-        except DisagreementError:
-            all_described: list[list[str]] = [[] for _ in range(self._dist.get_world_size(self._world))]
-            self._dist.all_gather_object(all_described, described, group=self._world)
-            rank, theirs = next((r, d) for r, d in enumerate(all_described) if d != all_described[0])
-            first = all_described[0]
-            at = next((i for i, pair in enumerate(zip(first, theirs, strict=False)) if pair[0] != pair[1]), -1)
-            difference = (
-                f"{len(first)} tensors against {len(theirs)}" if at < 0 else f"{first[at]!r} against {theirs[at]!r}"
-            )
-            raise DisagreementError(
-                f"Worker 0 and worker {rank} do not have the same model: {difference}. Build the same model on every "
-                "worker (the same arguments, no branch on the rank)."
-            ) from None
+    def _difference(self, value: int | Sequence[str] | None, least: int, most: int, common: CommonInteger) -> str:
+        """Say in what the workers' values of an integer differ, which all of them have found; collective if listed."""
+        if common.shown:
+            return f" (between {least} and {most}, here {'any' if value is None else value})"
+        if not common.listed:
+            return ""
+        all_lines: list[list[str] | None] = [None] * self._dist.get_world_size(self._world)
+        self._dist.all_gather_object(all_lines, None if isinstance(value, int | None) else [*value], group=self._world)
+        given = [(rank, lines) for rank, lines in enumerate(all_lines) if lines is not None]
+        (first, lines), (other, others) = given[0], next(pair for pair in given if pair[1] != given[0][1])
+        at = next((i for i, pair in enumerate(zip(lines, others, strict=False)) if pair[0] != pair[1]), None)
+        if at is None:
+            shorter = min(len(lines), len(others))
+            who, more = (first, lines) if len(lines) > shorter else (other, others)
+            return f" (rank {who} alone has {more[shorter]!r})"
+        return f" (rank {first} has {lines[at]!r}, rank {other} has {others[at]!r})"
 
 
 def digest(text: str) -> int:

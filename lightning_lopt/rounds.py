@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
+
+from torch.optim import Optimizer
 
 from lightning_lopt.comm import Communicator
 from lightning_lopt.functional.integers import as_integer
 from lightning_lopt.optim.outer import OuterFactory, check_coordinatewise
 from lightning_lopt.schedules import Constant, RoundInfo, Schedule, as_schedule
 from lightning_lopt.sync.options import SyncOptions
-from lightning_lopt.sync.replica import NamedTensors, OptimizerLike
+from lightning_lopt.sync.replica import OptimizerLike
 from lightning_lopt.sync.report import RoundReport
+from lightning_lopt.sync.rules import Rule
 from lightning_lopt.sync.status import SyncPoint, WorkerStatus
 from lightning_lopt.sync.sync import EvalWeights, Sync
+from lightning_lopt.sync.unstepped import NamedTensors
 from lightning_lopt.worker_speeds import Speeds, WorkerSpeeds, check_speeds
 
 _COUNTERS = (
@@ -32,7 +37,7 @@ class Rounds:
     Lookahead step. Creating a `Rounds` is collective, and gives all workers the parameters of rank 0.
 
     Args:
-        model: Model whose buffers are synchronised.
+        model: Model whose tensors are synchronised.
         optimizer: Local optimizer, whose parameters are synchronised and whose `lr` schedules read.
         local_steps: H >= 1, or a schedule (`QSR`, or any callable from `RoundInfo` to an integer >= 1).
         outer_optimizer: Function that makes a torch optimizer from parameter groups, for example
@@ -110,6 +115,10 @@ class Rounds:
         self.due = 0
         self.last_report: RoundReport | None = None
         self.listeners: list[Callable[[RoundReport], object]] = []
+        self._looked_in = -1  # round in which `adopt_replaced` was last called
+        if isinstance(optimizer, Optimizer):
+            this = weakref.ref(self)
+            optimizer.register_step_pre_hook(lambda *_: _adopt_replaced(this()))
 
     def step(self) -> bool:
         """Count a local step, right after `optimizer.step()`; launch a sync or end the round if it is time.
@@ -222,6 +231,13 @@ class Rounds:
             local_steps = min(local_steps, self.total_steps - self.step_idx)
         return local_steps
 
+    def rules(self) -> dict[str, Rule]:
+        """Return the rule by which the workers' values become one, of every parameter and buffer of the model by name.
+
+        See `sync_rules` of `SyncOptions`.
+        """
+        return self.sync.replica.rules()
+
     def swap_in(self, weights: EvalWeights, *, moved: bool = False) -> None:
         """Put the global weights into the model until `swap_out`: see `Sync.swap_in`.
 
@@ -238,9 +254,81 @@ class Rounds:
         """Give the model this worker's own weights back."""
         self.sync.swap.undo()
 
+    def undo_rounding(self) -> None:
+        """Give the model the global weights again where a worker's own differ from them by rounding alone."""
+        if self.synced:
+            self.sync.replica.undo_rounding()
+
     def average_workers(self) -> None:
         """Give every worker the mean of their weights and optimizer states, outside of a sync."""
         self.sync.average_workers()
+
+    def adopt(self) -> None:
+        """Take the present weights as the global ones; all workers must call it, with the same weights.
+
+        A new round begins. Call it after weights were loaded, re-initialised or pruned outside of the optimizer. That
+        is noticed, and this method called, before the first step after a sync; at any other time the change would be
+        taken for progress of the local steps, which an outer optimizer with a learning rate below or a momentum above
+        0 changes again. The outer optimizer's state of what was replaced starts afresh.
+
+        Raises:
+            DisagreementError: The workers' weights differ, or some worker does not call it.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Linear(1, 1, bias=False)
+            >>> rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=0.0), local_steps=1)
+            >>> model.load_state_dict({"weight": torch.full((1, 1), 5.0)})
+            <All keys matched successfully>
+            >>> rounds.adopt()
+            >>> rounds.abandon_round()  # goes back to the global weights
+            >>> model.weight.item()
+            5.0
+        """
+        self.adopt_present(keep_near=False)
+
+    def adopt_present(self, *, keep_near: bool) -> None:
+        """Take the present weights as the global ones. See `Sync.adopt`."""
+        self.sync.swap.undo()
+        self.sync.adopt(keep_near=keep_near)
+        self.local_step = 0
+        self.local_steps = None
+        self.speeds.start(0)
+
+    def adopt_replaced(self, *, at_start: bool = False) -> bool:
+        """Call `adopt` if weights were written since the last sync; to be called before the first local step after it.
+
+        The outer optimizer keeps the state of what moved by at most half of its norm, as a projection moves it. Nothing
+        is noticed within a round, nor where workers hold different weights after a sync (a part is sent, an overlap, a
+        merge rule between the two). Writes through `.data` are noticed at the start alone.
+
+        Args:
+            at_start: Whether a run begins: all workers must call it then, and all values are compared.
+
+        Returns:
+            Whether weights were adopted.
+
+        Raises:
+            DisagreementError: The workers' weights differ, or only some workers' were written.
+        """
+        if self.replaced(at_start=at_start):
+            self.adopt_present(keep_near=not at_start)
+            return True
+        return False
+
+    def replaced(self, *, at_start: bool = False) -> bool:
+        """Whether weights were written since the last sync. See `adopt_replaced`."""
+        between = self.local_step == 0 and self.sync.common
+        if at_start:
+            written = between and bool(self.sync.replica.replaced(thorough=True))
+            return bool(self.comm.agree(self.sync.device, {}, [written])[0])
+        if self._looked_in == self.round_idx or not between:
+            return False
+        self._looked_in = self.round_idx
+        if not self.sync.replica.replaced():
+            return False
+        self.sync.replica.undo_rounding()
+        return bool(self.sync.replica.replaced(thorough=True))
 
     def abandon_round(self) -> None:
         """Go back to the anchor, without communication: the local steps since the last sync are lost."""
@@ -289,6 +377,11 @@ class Rounds:
     def _load_counters(self, state: dict[str, Any]) -> None:
         for name in _COUNTERS:
             setattr(self, name, state[name])
+
+
+def _adopt_replaced(rounds: Rounds | None) -> None:
+    if rounds is not None:
+        rounds.adopt_replaced()
 
 
 def check_combination(schedule: Schedule, outer_optimizer: OuterFactory | None, options: SyncOptions) -> None:

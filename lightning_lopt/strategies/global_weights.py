@@ -83,6 +83,8 @@ class GlobalWeights:
         """Give the module this worker's own weights while they are moved; then show the new global ones."""
         self._hide()
         yield
+        if self._strategy.rounds is not None:
+            self._strategy.rounds.undo_rounding()
         if self._wanted:
             self._show()
 

@@ -44,6 +44,7 @@ from lightning_lopt.strategies.signals import Signals
 from lightning_lopt.strategies.uneven import UnevenInputs
 from lightning_lopt.strategies.virtual import ProcessRounds, workers_of_process
 from lightning_lopt.sync.options import LocalState, SyncOptions
+from lightning_lopt.sync.rules import Rule
 from lightning_lopt.sync.status import SyncPoint
 from lightning_lopt.sync.sync import EvalWeights
 from lightning_lopt.worker_speeds import Speeds, check_speeds
@@ -78,6 +79,7 @@ class LocalSGD(DDPStrategy):
         sharded: Whether each worker does the outer step of some of the tensors, holds the outer state of these alone,
             and sends the result to all. The traffic is that of an all-reduce, also where every worker's values are
             needed (LAgg-A).
+        sync_rules: Rules for tensors by glob pattern of their names, for example `{"queue": "local"}`: see *State*.
         ranks_per_worker: Number of consecutive processes that are one worker, or `"node"` for all on a node: their
             gradients are averaged in every step, on the fast link between them; rounds are between workers. Within a
             worker the limits of DDP hold: each parameter that trains must take part in every backward pass.
@@ -148,6 +150,7 @@ class LocalSGD(DDPStrategy):
         worker_speeds: list[float] | Literal["measured"] | None = None,
         local_state: LocalState = "keep",
         sharded: bool = False,
+        sync_rules: dict[str, Rule] | None = None,
         ranks_per_worker: int | Literal["node"] = 1,
         virtual_workers: int = 1,
         eval_weights: EvalWeights | None = None,
@@ -188,6 +191,7 @@ class LocalSGD(DDPStrategy):
             merge=merge,
             local_state=local_state,
             sharded=sharded,
+            sync_rules=sync_rules or {},
         )
         check_combination(self._schedule, outer_optimizer, self._options)
         mean = outer_optimizer is None or self._options.effective_selection.partial
@@ -329,6 +333,8 @@ class LocalSGD(DDPStrategy):
         self._resume.start(trainer)
         if not self._resume.goes_on:
             rounds.step_idx = _steps_so_far(trainer)
+        if not (self._resume.goes_on and self._modes.exist):  # which may have been saved in the mode for evaluation
+            rounds.adopt_replaced(at_start=True)
         self.signals = Signals(trainer, self.broadcast(uuid.uuid4().hex))
         self._uneven = UnevenInputs(trainer, rounds, self.signals)
         rounds.total_steps = self._uneven.total_steps()
@@ -395,6 +401,9 @@ class LocalSGD(DDPStrategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
         self._resume.begin_batch(self._trainer)
+        if not self._modes.evaluating:
+            with explain_lost_worker(self.timeout):
+                self._present_rounds.adopt_replaced()
         self._workers.begin_batch(self._trainer, batch, batch_idx)
 
     @override
@@ -461,6 +470,19 @@ class LocalSGD(DDPStrategy):
         if self._modes.exist and not self._trainer.interrupted:
             with explain_lost_worker(self.timeout):
                 self._present_rounds.average_workers()
+
+    def adopt_weights(self) -> None:
+        """Take the weights in the module as the global ones; all workers must call it, with the same weights.
+
+        It is called for you at the start of a fit and before the first step of each round, where a change is noticed.
+        Call it yourself after you replaced weights at any other time of a fit: see `Rounds.adopt`.
+
+        Raises:
+            DisagreementError: The workers' weights differ, or some worker does not call it.
+        """
+        if self.rounds is not None:
+            with explain_lost_worker(self.timeout):
+                self.rounds.adopt()
 
     @override
     def on_validation_start(self) -> None:

@@ -13,9 +13,12 @@ class AnchoredParameter:
 
     Args:
         param: The worker's own tensor.
+        name: Its name, for error messages.
+        local: Whether it stays the worker's own: it has no anchor and is never sent.
 
     Attributes:
         param: The worker's own tensor.
+        local: Whether it stays the worker's own.
         dtype: Type of the anchor: float32, or float64 for float64 parameters.
         anchor: Value of the parameter after the last sync, the same on all workers.
         has_anchor: Whether the anchor holds such a value yet.
@@ -25,10 +28,14 @@ class AnchoredParameter:
         ValueError: The parameter is complex or sparse.
     """
 
-    def __init__(self, param: Tensor) -> None:
-        if param.is_complex() or param.is_sparse:
-            raise ValueError(f"Parameters must be dense and real, not {param.dtype} ({param.layout}).")
-        self.param = param
+    def __init__(self, param: Tensor, name: str = "parameter", *, local: bool = False) -> None:
+        if not local and (param.is_complex() or param.layout != torch.strided):
+            raise ValueError(
+                f"Parameters must be dense and real, and {name} is {param.dtype} with the layout {param.layout}. Train "
+                "torch.view_as_real(...) of a complex parameter and make it complex where it is used, or keep it each "
+                f"worker's own: sync_rules={{{name!r}: 'local'}}."
+            )
+        self.param, self.local = param, local
         self.dtype = flat_dtype(param)
         self.anchor = torch.empty(0, dtype=self.dtype, device=param.device)
         self.has_anchor = False

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from lightning_lopt.comm import digest
@@ -11,6 +12,7 @@ from lightning_lopt.compression import Codec, as_codec
 from lightning_lopt.functional.integers import as_integer
 from lightning_lopt.functional.merge import MergeRule
 from lightning_lopt.selection import Everything, RandomCoordinates, Selection
+from lightning_lopt.sync.rules import Rule, check_rules
 
 LocalState = Literal["keep", "reset", "average"]
 
@@ -69,6 +71,10 @@ class SyncOptions:
         sharded: Whether each worker does the outer step of some of the tensors, holds the outer state of these alone,
             and sends the result to all. The traffic is that of an all-reduce, also where every worker's values are
             needed (LAgg-A).
+        sync_rules: Rules for tensors by glob pattern of their names, instead of the defaults that `sync/rules.py` lists:
+            `"mean"`, `"unit_mean"` (scaled to norm 1), `"max"`, `"min"`, `"sum_of_changes"` (for counts), `"first"`
+            (rank 0's) or `"local"` (each worker keeps its own); the first pattern that fits holds. Parameters in training
+            are `"mean"` or `"local"`.
 
     Raises:
         ValueError: An argument is out of its range, or two exclude each other.
@@ -85,6 +91,7 @@ class SyncOptions:
     merge: MergeRule = "delay_corrected"
     local_state: LocalState = "keep"
     sharded: bool = False
+    sync_rules: Mapping[str, Rule] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.selection, type) or not hasattr(self.effective_selection, "pick"):
@@ -121,6 +128,7 @@ class SyncOptions:
                 "an error in these would be in the anchor, where no error feedback reaches it."
             )
         as_codec(self.compression)
+        check_rules(self.sync_rules)
 
     @property
     def fingerprint(self) -> int:

@@ -91,6 +91,11 @@ class OuterStep:
         """Follow a new group of the local optimizer."""
         self.optimizer.add_param_group({"params": [p.anchor for p in group]})
 
+    def forget(self, parameters: Iterable[AnchoredParameter]) -> None:
+        """Drop the optimizer's state of these parameters."""
+        for p in parameters:
+            self.optimizer.state.pop(p.anchor, None)
+
     def state_dict(self, *, alone: bool) -> dict[str, Any]:
         """State of the optimizer, that of the other workers' shards included on rank 0.
 

@@ -42,7 +42,28 @@ GLOBAL_WEIGHTS = CommonInteger(
     "the global weights",
     "Something wrote to those of one worker, or the machines round differently, which needs sharded=True.",
 )
-COMMON = (ROUND, LOCAL_STEPS, EVERYTHING, IN_TRAINING, COORDINATES, LOCAL_STATE, GLOBAL_WEIGHTS)
+UNSTEPPED = CommonInteger(
+    "the tensors that no optimizer steps",
+    "Register, resize and change the same buffers and parameters on all workers, in the same round; one that may differ "
+    "in shape can stay each worker's own: sync_rules={name: 'local'}.",
+    listed=True,
+)
+NEW_WEIGHTS = CommonInteger(
+    "the weights that were put in place of the global ones",
+    "Whoever replaces weights must give all workers the same: load the same file on each, and draw new values from the "
+    "same seed.",
+)
+COMMON = (
+    ROUND,
+    LOCAL_STEPS,
+    EVERYTHING,
+    IN_TRAINING,
+    COORDINATES,
+    LOCAL_STATE,
+    GLOBAL_WEIGHTS,
+    UNSTEPPED,
+    NEW_WEIGHTS,
+)
 
 
 class SyncPoint(Enum):
@@ -57,6 +78,7 @@ class SyncPoint(Enum):
     COLLECTIVE_WITHIN_BATCH = "collective within a batch"
     CHECKPOINT = "checkpoint"
     EVALUATION = "evaluation of the workers' mean"
+    ADOPTION = "adoption of new weights"
 
     @property
     def needs_sync(self) -> bool:
@@ -131,12 +153,12 @@ class GroupStatus:
 
     Attributes:
         workers: Status of each worker.
-        changed_buffers: Positions of the buffers that some worker changed.
+        changed: Positions of the unstepped tensors that some worker changed, among those that all follow.
         settings: Settings of the local optimizers, the largest of each over the workers.
     """
 
     workers: list[WorkerStatus] = field(default_factory=list)
-    changed_buffers: list[int] = field(default_factory=list)
+    changed: list[int] = field(default_factory=list)
     settings: LocalSettings = field(default_factory=LocalSettings)
 
     @property
@@ -153,7 +175,7 @@ class GroupStatus:
         """The status as types that `torch.load(weights_only=True)` accepts."""
         return {
             "workers": [{**vars(worker), "point": worker.point.value} for worker in self.workers],
-            "changed_buffers": self.changed_buffers,
+            "changed": self.changed,
             "settings": asdict(self.settings),
         }
 
@@ -161,15 +183,15 @@ class GroupStatus:
     def from_state_dict(cls, state: Mapping[str, Any]) -> GroupStatus:
         """Restore the result of `state_dict`."""
         workers = [WorkerStatus(**{**worker, "point": SyncPoint(worker["point"])}) for worker in state["workers"]]
-        return cls(workers, state["changed_buffers"], LocalSettings(**state["settings"]))
+        return cls(workers, state["changed"], LocalSettings(**state["settings"]))
 
 
 def gather_status(
     comm: Communicator,
     device: torch.device,
-    equal: Mapping[CommonInteger, int | None],
+    equal: Mapping[CommonInteger, int | Sequence[str] | None],
     own: WorkerStatus,
-    changed_buffers: Sequence[bool] = (),
+    changed: Sequence[bool] = (),
     settings: LocalSettings | None = None,
 ) -> GroupStatus:
     """Check that the workers agree, and learn the status of each, in one small integer all-reduce.
@@ -181,7 +203,7 @@ def gather_status(
         device: Device on which the process group communicates.
         equal: Values of some of the `COMMON` integers; each of the others is equal to any.
         own: Status of this worker.
-        changed_buffers: Whether this worker changed each buffer; as many on all workers.
+        changed: Whether this worker changed each unstepped tensor that all follow; as many on all workers.
         settings: Settings of this worker's local optimizer; as many groups on all workers.
 
     Raises:
@@ -191,7 +213,7 @@ def gather_status(
         >>> status = gather_status(
         ...     Communicator(), torch.device("cpu"), {ROUND: 0}, WorkerStatus(16), [False, True]
         ... )
-        >>> status.workers[0].local_steps, status.changed_buffers
+        >>> status.workers[0].local_steps, status.changed
         (16, [1])
     """
     num_workers, points = comm.num_workers, list(SyncPoint)
@@ -201,10 +223,10 @@ def gather_status(
     rows[comm.rank :: num_workers] = [own.local_steps, points.index(own.point), *map(to_integer, floats)]
     values = [*settings.lrs, *settings.momenta]
     common = {integer: equal.get(integer) for integer in COMMON}
-    largest = comm.agree(device, common, [*rows, *map(int, changed_buffers), *map(to_integer, values)])
+    largest = comm.agree(device, common, [*rows, *map(int, changed), *map(to_integer, values)])
     received = iter(largest)
     columns = [[next(received) for _ in range(num_workers)] for _ in range(NUM_ROWS)]
-    changed = [i for i in range(len(changed_buffers)) if next(received)]
+    by_someone = [i for i in range(len(changed)) if next(received)]
     maxima = [from_integer(value) for value in received]
     decoded = [math.nan if math.isinf(value) else value for value in maxima]  # NaN travels as infinity
     status = GroupStatus(
@@ -212,7 +234,7 @@ def gather_status(
             WorkerStatus(steps, points[point], *map(from_integer, rest))
             for steps, point, *rest in zip(*columns, strict=True)
         ],
-        changed_buffers=changed,
+        changed=by_someone,
         settings=LocalSettings(decoded[: len(settings.lrs)], decoded[len(settings.lrs) :]),
     )
     _check_points(status.workers)

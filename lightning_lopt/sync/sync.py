@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_lopt.comm import CommonInteger, Communicator, digest
+from lightning_lopt.comm import MODEL, CommonInteger, Communicator, digest
 from lightning_lopt.compression import Codec
 from lightning_lopt.functional.merge import MergeRule, merge
 from lightning_lopt.functional.outliers import Norms, OutlierFilter
@@ -30,8 +30,9 @@ from lightning_lopt.sync.exchange import Exchange, Transport
 from lightning_lopt.sync.flat import ParameterSlice, choose
 from lightning_lopt.sync.options import SyncOptions
 from lightning_lopt.sync.outer_step import OuterStep, StepResult, average
-from lightning_lopt.sync.replica import NamedTensors, OptimizerLike, Replica
+from lightning_lopt.sync.replica import OptimizerLike, Replica
 from lightning_lopt.sync.report import RoundReport, explain_outliers
+from lightning_lopt.sync.rules import warn_if_spoiled
 from lightning_lopt.sync.sharding import Shards
 from lightning_lopt.sync.status import (
     COORDINATES,
@@ -40,6 +41,7 @@ from lightning_lopt.sync.status import (
     IN_TRAINING,
     LOCAL_STATE,
     LOCAL_STEPS,
+    NEW_WEIGHTS,
     ROUND,
     LocalSettings,
     SyncPoint,
@@ -47,6 +49,7 @@ from lightning_lopt.sync.status import (
     gather_status,
 )
 from lightning_lopt.sync.swap import Swap
+from lightning_lopt.sync.unstepped import NamedTensors
 
 EvalWeights = Literal["anchor", "mean"]
 OUTER_OPTIMIZER = CommonInteger("the outer optimizer", "Give all workers the same outer optimizer and network.")
@@ -59,15 +62,14 @@ class Sync:
     Creating one checks that all workers have the same model, and gives them the parameters and buffers of rank 0.
 
     Args:
-        model: Model whose buffers are synchronised: of floating-point buffers that some worker changed the mean, of
-            integers the maximum.
+        model: Model whose tensors are synchronised, those that no optimizer steps by the rules of `sync/rules.py`.
         optimizer: Local optimizer, whose parameters are synchronised.
         outer_optimizer: Function that makes a `torch.optim.Optimizer` from parameter groups of anchors; None averages.
         comm: Collectives among the workers.
         options: Parts that are sent, time in flight, and merge rule.
 
     Attributes:
-        replica: This worker's parameters with their anchors, buffers and local optimizer states.
+        replica: This worker's parameters with their anchors, other tensors and local optimizer states.
         worker_statuses: Status of every worker at the last sync, or when all waited at the same point.
         common: Whether all workers held the same weights after the last sync.
 
@@ -86,17 +88,20 @@ class Sync:
         options: SyncOptions,
     ) -> None:
         self._comm, self._options, self._codec = comm, options, options.codec
-        self.replica = Replica(model, optimizer)
+        self.replica = Replica(model, optimizer, options.sync_rules)
         self.worker_statuses: list[WorkerStatus] = []
         self.common = True
         self._exchange: Exchange | None = None  # launched and not finished
         self._abandoned: Exchange | None = None  # launched, never to be finished, and perhaps not yet over
         self._outlier_filter = OutlierFilter()
         self._warns = comm.rank == 0  # once, of the first workers that are left out
-        named = self.replica.named_tensors()
-        comm.check_same_shapes(named, self.device)
+        self._judged: set[str] = set()  # tensors that were looked at for a warning
+        named = self.replica.common_tensors()
+        comm.agree(self.device, {MODEL: [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in named]})
         comm.broadcast_([tensor for _, tensor in named])
         self.replica.adopt()
+        if comm.rank == 0 and (unused := self.replica.unused_rules()):
+            warnings.warn(f"sync_rules {unused} fit no parameter or buffer that there is now.", stacklevel=2)
         self._selection = drawn_ahead(options.effective_selection)
         self._shards = Shards(comm) if options.sharded else None
         self._outer_step = None
@@ -165,7 +170,7 @@ class Sync:
             comm=self._comm,
             device=self.device,
             slices=slices,
-            buffers=self.replica.buffers.snapshot(),
+            unstepped=self.replica.unstepped.snapshot(),
             optimizer_states=states,
             status=status,
             equal={
@@ -219,7 +224,7 @@ class Sync:
             result = self._step_anchors(exchange)
             squared_drift = exchange.squared_drift(result.squared_norm)
             self._merge(exchange)
-            self._apply_states_and_buffers(exchange)
+            self._apply_states_and_unstepped(exchange)
         self._outlier_filter.update(exchange.status.norms, exchange.left_out)
         if exchange.left_out and self._warns:
             self._warns = False
@@ -229,6 +234,7 @@ class Sync:
         drifts = any(worker.point is SyncPoint.LAUNCH for worker in exchange.status.workers)
         leaves_common = self._options.leaves_common_weights and not drifts
         self.common = exchange.everything or exchange.skipped or leaves_common
+        self.replica.note_versions()
         done = time.perf_counter()
         return RoundReport(
             round_idx=exchange.round_idx,
@@ -251,8 +257,42 @@ class Sync:
             DisagreementError: They are not.
         """
         self.wait()
-        unchanged = [False] * len(self.replica.buffers)
+        unchanged = [False] * len(self.replica.unstepped)
         gather_status(self._comm, self.device, {}, WorkerStatus(0, point), unchanged, self._settings())
+
+    # -- weights from outside -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def adopt(self, *, keep_near: bool = False) -> None:
+        """Take the present weights, which must be the same on all workers, as the global ones.
+
+        Local progress since the last sync is in them, or is lost; a sync in flight is given up. The outer optimizer
+        starts afresh for the parameters that differ from their anchors, and nothing is owed to them by compression.
+
+        Args:
+            keep_near: Whether the outer state of a parameter stays that moved by at most half of its norm, as clipping,
+                a projection or pruning moves it.
+
+        Raises:
+            DisagreementError: The workers' weights differ, or some worker is not here.
+        """
+        self._abandon()
+        self.wait()
+        unchanged = [False] * len(self.replica.unstepped)
+        equal = {NEW_WEIGHTS: self.replica.value_checksum()}
+        own = WorkerStatus(0, SyncPoint.ADOPTION)
+        gather_status(self._comm, self.device, equal, own, unchanged, self._settings())
+        replaced = self.replica.replaced(thorough=True)
+        if keep_near:
+            replaced = [p for p in replaced if (p.param - p.anchor).norm() > 0.5 * p.anchor.norm()]
+        if self._outer_step is not None:
+            self._outer_step.forget(replaced)
+        for p in replaced:
+            if p.residual is not None:
+                p.residual.zero_()
+        self.replica.adopt()
+        self.replica.note_versions()
+        self.common = True
 
     # -- parts of a sync ------------------------------------------------------------------------------------------
 
@@ -314,15 +354,26 @@ class Sync:
             s.write(p.param, merge(s.read(p.anchor), y, s.read(p.param), self._merge_rule(exchange)))
             p.has_anchor = True
 
-    def _apply_states_and_buffers(self, exchange: Exchange) -> None:
-        """Take up the residuals of compression, the local optimizer's states, and the buffers."""
+    def _apply_states_and_unstepped(self, exchange: Exchange) -> None:
+        """Take up the residuals of compression, the local optimizer's states, and the unstepped tensors."""
         if self._codec is not None:
             exchange.keep_residuals()
         for state, mean in zip(exchange.optimizer_states, exchange.mean_states, strict=True):
             state.copy_(mean)
         if self._options.local_state == "reset":
             self.replica.reset_local_states(s.parameter for s in exchange.slices)
-        self.replica.buffers.merge(exchange.buffers, exchange.arrived_buffers)
+        if self._comm.rank == 0:
+            self._warn_of_spoiled(exchange)
+        anchors = {p: p.anchor for p in self.replica.parameters() if p.has_anchor}
+        self.replica.unstepped.merge(exchange.unstepped, self.replica.renewed(exchange.arrived, anchors))
+
+    def _warn_of_spoiled(self, exchange: Exchange) -> None:
+        """Warn of tensors that a rule by type may have spoiled, when they are synced for the first time."""
+        for name in exchange.arrived.keys() - self._judged:
+            self._judged.add(name)
+            item = exchange.unstepped.items[name]
+            if not self.replica.states_rule(name):
+                warn_if_spoiled(name, item.value, exchange.arrived[name], item.rule)
 
     def _reset_diverged_worker(self, exchange: Exchange) -> None:
         """Forget everything that made this worker diverge, but optimizer states that are now the others' mean."""
@@ -347,13 +398,15 @@ class Sync:
         if exchange is None or exchange.skipped:
             self.swap.put(self.replica.anchor_pairs())
         else:
-            pairs: list[tuple[Tensor, Tensor]] = [(s.parameter.param, mean) for s, mean in exchange.means()]
-            self.swap.put(pairs + self.replica.buffers.select(exchange.arrived_buffers))
+            means = {s.parameter: mean for s, mean in exchange.means()}
+            pairs: list[tuple[Tensor, Tensor]] = [(p.param, mean) for p, mean in means.items()]
+            self.swap.put(pairs + self.replica.unstepped.pairs(self.replica.renewed(exchange.arrived, means)))
 
     @torch.no_grad()
     def average_workers(self) -> None:
         """Give every worker the mean of their weights and optimizer states; anchors stay as they are."""
-        exchange = self._exchange_weights(self.replica.local_states(self.replica.parameters()))
+        parameters = [p for p in self.replica.parameters() if p.has_anchor]
+        exchange = self._exchange_weights(self.replica.local_states(parameters))
         if exchange.skipped:
             return
         for state, mean in zip(exchange.optimizer_states, exchange.mean_states, strict=True):
@@ -369,7 +422,7 @@ class Sync:
             comm=self._comm,
             device=self.device,
             slices=[ParameterSlice(p) for p in parameters],
-            buffers=self.replica.buffers.snapshot(),
+            unstepped=self.replica.unstepped.snapshot(),
             optimizer_states=states,
             status=WorkerStatus(0, SyncPoint.EVALUATION),
             equal={IN_TRAINING: training_checksum(parameters), LOCAL_STATE: sum(state.numel() for state in states)},
@@ -392,6 +445,7 @@ class Sync:
         """
         self._abandon()
         self.replica.restore()
+        self.replica.note_versions()
         self.common = True
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
@@ -450,7 +504,7 @@ class Sync:
             comm=self._comm,
             device=self.device,
             slices=self._slices(parameters, state["round_idx"], everything=False),
-            buffers=self.replica.buffers.snapshot(),
+            unstepped=self.replica.unstepped.snapshot(),
             status=WorkerStatus(state["local_steps"], SyncPoint.LAUNCH),
             equal={},
             round_idx=state["round_idx"],
@@ -463,5 +517,6 @@ class Sync:
     def load_local_state(self, state: Mapping[str, Any]) -> None:
         """Restore the result of `local_state`, after `load_state_dict`."""
         self.replica.load_local_state(state)
+        self.replica.note_versions()
         if self._exchange is not None:
             self._exchange.load_local_state(state["exchange"])

@@ -12,6 +12,7 @@ from lightning_lopt.comm import Communicator
 from lightning_lopt.rounds import Rounds
 from lightning_lopt.sync.replica import OptimizerLike
 from lightning_lopt.sync.report import RoundReport
+from lightning_lopt.sync.rules import Rule
 from lightning_lopt.sync.status import SyncPoint
 from lightning_lopt.sync.sync import EvalWeights, Sync
 from lightning_lopt.virtual.shared_module import SharedModule
@@ -42,6 +43,7 @@ class VirtualRounds:
         timeout: timedelta | None = None,
     ) -> None:
         self._shared_module, self._optimizer = shared_module, optimizer
+        self._versions = shared_module.versions()  # when the workers last met
         size = shared_module.num_workers
         self._group = ThreadGroup(size, timeout)
 
@@ -123,6 +125,10 @@ class VirtualRounds:
         for rounds in self.workers:
             rounds.equal_steps = value
 
+    def rules(self) -> dict[str, Rule]:
+        """See `Rounds.rules`."""
+        return self.workers[0].rules()
+
     # -- all workers together -------------------------------------------------------------------------------------
 
     def _together(self, work: Callable[[Rounds], Any]) -> list[Any]:
@@ -132,6 +138,7 @@ class VirtualRounds:
             return self._group.run([partial(work, rounds) for rounds in self.workers])
         finally:
             self._shared_module.show()
+            self._versions = self._shared_module.versions()
 
     def step(self) -> bool:
         """Count a local step that all workers have taken, and sync if it is time. See `Rounds.step`."""
@@ -153,9 +160,31 @@ class VirtualRounds:
         """See `Rounds.swap_out`."""
         self._together(Rounds.swap_out)
 
+    def undo_rounding(self) -> None:
+        """See `Rounds.undo_rounding`."""
+        self._together(Rounds.undo_rounding)
+
     def average_workers(self) -> None:
         """See `Rounds.average_workers`."""
         self._together(Rounds.average_workers)
+
+    def adopt(self) -> None:
+        """Take the weights in the module as those of all workers. See `Rounds.adopt`."""
+        self._shared_module.collect()
+        self._shared_module.spread()
+        self._together(Rounds.adopt)
+
+    def adopt_replaced(self, *, at_start: bool = False) -> bool:
+        """See `Rounds.adopt_replaced`; what was written to the module is for all workers."""
+        versions, self._versions = self._versions, self._shared_module.versions()
+        if self.local_step or not self.sync.common or (versions == self._versions and not at_start):
+            return False
+        self._shared_module.collect()
+        if not self.sync.replica.replaced(thorough=True):
+            return False
+        self._shared_module.spread()
+        self._together(lambda rounds: rounds.adopt_present(keep_near=not at_start))
+        return True
 
     def abandon_round(self) -> None:
         """See `Rounds.abandon_round`."""

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lopt.sync.replica import NamedTensors, OptimizerLike
+from lightning_lopt.sync.replica import OptimizerLike
+from lightning_lopt.sync.unstepped import NamedTensors
 
 
 @dataclass
@@ -21,26 +22,33 @@ class _Aside:
         states: States of each optimizer.
         options: Options of each optimizer's parameter groups, all but the parameters.
         gradients: Gradient of each parameter.
+        buffers: Buffers that each submodule has, by its name: objects, which a worker may have replaced or registered.
         others: Values of the other attributes that take turns.
     """
 
     states: list[dict[Any, Any]] = field(default_factory=list)
     options: list[list[dict[str, Any]]] = field(default_factory=list)
     gradients: list[Tensor | None] = field(default_factory=list)
+    buffers: dict[str, dict[str, Tensor | None]] = field(default_factory=dict)
     others: list[Any] = field(default_factory=list)
 
 
 class _ModelView:
     """A worker's weights and buffers under the module's names."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-        self._parameters, self._buffers = parameters, buffers
+    def __init__(self, shared_module: SharedModule, rank: int, module: nn.Module) -> None:
+        self._shared_module, self._rank, self._module = shared_module, rank, module
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self._parameters.items()
+        own = self._shared_module.own[self._rank]
+        for name, parameter in self._module.named_parameters():
+            yield name, own.get(parameter, parameter)
 
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self._buffers.items()
+        yield from self._shared_module.buffers(self._rank).items()
+
+    def get_submodule(self, target: str) -> nn.Module:
+        return self._module.get_submodule(target)
 
 
 class _OptimizerView:
@@ -99,10 +107,10 @@ class SharedModule:
     ) -> None:
         self.num_workers = num_workers
         self.active = 0
-        self._parameters, self._buffers = dict(module.named_parameters()), dict(module.named_buffers())
+        self._module, self._parameters = module, dict(module.named_parameters())
         self._optimizers, self._gradients, self._others = optimizers, gradients, others
         held = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-        tensors = [*self._parameters.values(), *self._buffers.values(), *held]
+        tensors = [*self._parameters.values(), *module.buffers(), *held]
         self.own = [{t: _like(t, copied=k > 0) for t in dict.fromkeys(tensors)} for k in range(num_workers)]
         self._aside = [_Aside() for _ in range(num_workers)]
         self.collect()
@@ -111,13 +119,22 @@ class SharedModule:
             aside.states = [{p: copy.deepcopy(s) for p, s in state.items()} for state in self._aside[0].states]
             aside.options = self._present_options()
             aside.gradients = [None for _ in self._aside[0].gradients]
+            aside.buffers = _present_buffers(module)
             aside.others = copy.deepcopy(self._aside[0].others)
 
     def model(self, rank: int) -> NamedTensors:
         """The module as one worker's `Replica` sees it."""
-        own = self.own[rank]
-        named = ({name: own[t] for name, t in kind.items()} for kind in (self._parameters, self._buffers))
-        return _ModelView(*named)
+        return _ModelView(self, rank, self._module)
+
+    def buffers(self, rank: int) -> dict[str, Tensor]:
+        """Buffers of one worker by name, those included that it replaced or registered."""
+        own, named, known = self.own[rank], {}, set()
+        for path, buffers in self._aside[rank].buffers.items():
+            for name, buffer in buffers.items():
+                if buffer is not None and buffer not in known:
+                    known.add(buffer)
+                    named[f"{path}.{name}" if path else name] = own.get(buffer, buffer)
+        return named
 
     def optimizer(self, rank: int, optimizer: OptimizerLike) -> OptimizerLike:
         """The local optimizer as one worker's `Replica` sees it."""
@@ -182,11 +199,30 @@ class SharedModule:
         aside.options = self._present_options()
         aside.others = [getattr(thing, name) for thing, name in self._others]
         aside.gradients = [p.grad for p in self._parameters.values()] if self._gradients else []
+        aside.buffers = _present_buffers(self._module)
 
     def show(self) -> None:
         """Point the module to the tensors of the active worker."""
         for tensor, own in self.own[self.active].items():
             tensor.data = own.data
+        for path, buffers in self._aside[self.active].buffers.items():
+            present = _buffers_of(self._module.get_submodule(path))
+            present.clear()
+            present.update(buffers)
+
+    def spread(self) -> None:
+        """Give all workers the weights and buffers of the first."""
+        first = self.buffers(0)
+        for rank in range(1, self.num_workers):
+            for tensor, own in self.own[rank].items():
+                own.data = self.own[0][tensor].data.clone()
+            for name, buffer in self.buffers(rank).items():
+                if name in first:
+                    buffer.data = first[name].data.clone()
+
+    def versions(self) -> list[tuple[int, int]]:
+        """Version counters and addresses of the module's parameters."""
+        return [(p._version, p.data_ptr()) for p in self._parameters.values()]
 
     def _present_options(self) -> list[list[dict[str, Any]]]:
         return [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in self._optimizers]
@@ -207,3 +243,12 @@ class SharedModule:
 def _like(tensor: Tensor, *, copied: bool) -> Tensor:
     values = tensor.detach().clone() if copied else tensor.detach()
     return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+
+
+def _present_buffers(module: nn.Module) -> dict[str, dict[str, Tensor | None]]:
+    return {path: dict(_buffers_of(submodule)) for path, submodule in module.named_modules()}
+
+
+def _buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """The buffers that a module itself has, None for those that have no value yet; changes change the module."""
+    return vars(module)["_buffers"]  # no public function tells those without a value from those that do not exist

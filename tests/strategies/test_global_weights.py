@@ -52,14 +52,15 @@ class Hooked(Classifier):
         super().on_validation_model_train()
 
 
-def _fit(rank, put_in, take_out, validations=1.0):
+def _fit(rank, put_in, take_out, validations=1.0, devices=2):
     torch.manual_seed(0)
     of_module = put_in == "on_validation_model_eval"
     module = (Hooked if of_module else Classifier)(seed=0)
     swapped = Swapped(module, *(("put", "take") if of_module else (put_in, take_out)))
     if of_module:
         module.swapped = swapped
-    run = trainer(LocalSGD(5), max_epochs=2, num_sanity_val_steps=0, callbacks=[swapped], limit_val_batches=validations)
+    options = {"max_epochs": 2, "num_sanity_val_steps": 0, "limit_val_batches": validations}
+    run = trainer(LocalSGD(5), devices, callbacks=[swapped], **options)
     try:
         run.fit(module, loader(), loader(8, shuffle=False))
     except MisconfigurationException as error:
@@ -90,3 +91,8 @@ def test_what_is_put_in_during_a_validation_and_taken_out_later_is_refused(fits)
         assert "During validation" in message
         assert "more was changed by up to" in message
         assert "both outside" in message
+
+
+def test_a_single_worker_may_put_in_and_take_out_anywhere():
+    """Its own weights are the mean, as without a strategy."""
+    assert isinstance(_fit(0, "on_validation_epoch_start", "on_train_epoch_start", devices=1), torch.Tensor)

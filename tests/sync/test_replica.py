@@ -18,7 +18,7 @@ def _different_models(rank, make_comm):
 
 
 def test_different_models_are_an_error():
-    with pytest.raises(DisagreementError, match=r"'weight \(1, 3\) torch.float32' against 'weight \(2, 3\)"):
+    with pytest.raises(DisagreementError, match=r"has 'weight \(1, 3\) torch.float32', rank 1 has 'weight \(2, 3\)"):
         run_threads(_different_models, 2)
 
 
@@ -53,7 +53,7 @@ def test_parameters_that_only_the_optimizer_holds_start_from_rank_0():
 
 
 def test_parameters_that_only_the_optimizer_holds_have_one_shape():
-    with pytest.raises(DisagreementError, match=r"'parameter 1 of the optimizer \(2,\) .* against .* \(3,\)"):
+    with pytest.raises(DisagreementError, match=r"'parameter 1 of the optimizer \(2,\) .* has .* \(3,\)"):
         run_threads(_outside, 2, [2, 3])
 
 

@@ -1,0 +1,90 @@
+r"""Singular vectors of spectral normalisation, which must belong to the weight that a sync has made.
+
+A layer divides its weight W by :math:`u^T W v`, an estimate of the largest singular value. u and v are buffers, which a
+power iteration improves in every forward pass of training. The mean of the workers' vectors belongs to none of their
+weights, still less to the mean or to an outer step: it is the start of a power iteration with the new weight.
+
+Source: arXiv 1802.05957, algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+NUM_ITERATIONS = 15  # as torch takes for a new layer
+
+# By name, as torch exports neither of the classes.
+_PARAMETRIZATION = "torch.nn.utils.parametrizations._SpectralNorm"
+_HOOK = "torch.nn.utils.spectral_norm.SpectralNorm"
+
+
+class _Names(NamedTuple):
+    """Names of u, v and the weight, seen from the module that has the vectors, and the weight's dimension of outputs."""
+
+    u: str
+    v: str
+    weight: str
+    dim: int
+
+
+def vectors(module: Any) -> tuple[str, ...]:
+    """Names of the singular vectors among the buffers of a module."""
+    names = _names(module)
+    return () if names is None else (names.u, names.v)
+
+
+def _names(module: Any) -> _Names | None:
+    if _is_a(module, _PARAMETRIZATION):
+        return _Names("_u", "_v", "../original", module.dim)
+    for hook in vars(module).get("_forward_pre_hooks", {}).values():
+        if _is_a(hook, _HOOK):
+            return _Names(f"{hook.name}_u", f"{hook.name}_v", f"{hook.name}_orig", hook.dim)
+    return None
+
+
+def _is_a(thing: Any, name: str) -> bool:
+    return any(f"{cls.__module__}.{cls.__qualname__}" == name for cls in type(thing).__mro__)
+
+
+@torch.no_grad()
+def renewed(
+    values: Mapping[str, Tensor], get_submodule: Callable[[str], Any], get_weight: Callable[[str], Tensor | None]
+) -> dict[str, Tensor]:
+    """Let the singular vectors among the values of a sync belong to the weights of that sync.
+
+    Args:
+        values: Global values by name.
+        get_submodule: Function that returns a submodule by its name.
+        get_weight: Function that returns the global value of a parameter by its name, None if it has none.
+
+    Returns:
+        The values, of which u and v are new.
+    """
+    result = dict(values)
+    for name in values:
+        path, _, own_name = name.rpartition(".")
+        names = _names(get_submodule(path))
+        if names is None or own_name != names.u:
+            continue
+        prefix = f"{path}." if path else ""
+        if names.weight.startswith("../"):
+            weight_name = f"{path.rpartition('.')[0]}.{names.weight.removeprefix('../')}"
+        else:
+            weight_name = prefix + names.weight
+        weight, v_name = get_weight(weight_name), prefix + names.v
+        if weight is not None and v_name in values:
+            result[name], result[v_name] = _iterate(weight, values[name], values[v_name], names.dim)
+    return result
+
+
+def _iterate(weight: Tensor, u: Tensor, v: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    matrix = weight.movedim(dim, 0).flatten(1).to(u.dtype)
+    for _ in range(NUM_ITERATIONS):
+        u = normalize(matrix @ v, dim=0)
+        v = normalize(matrix.mT @ u, dim=0)
+    return u, v
