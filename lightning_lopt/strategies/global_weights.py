@@ -36,7 +36,8 @@ class GlobalWeights:
     """
 
     def __init__(self, strategy: LocalSGD, modes: OptimizerModes, weights: EvalWeights) -> None:
-        self._strategy, self._modes, self._weights = strategy, modes, weights
+        self._strategy, self._modes = strategy, modes
+        self._weights: EvalWeights = weights
         self._wanted = False  # where a worker's own are the global ones, they are not replaced
         self._watches = False
         self._put_in: dict[str, tuple[nn.Parameter, Tensor]] = {}
