@@ -138,7 +138,8 @@ class BatchNormReestimation(Callback):
     itself, its running statistics and random states are left as they are.
 
     Each layer is in the mode in which it trains: dropout is active, as in `update_bn`, and BatchNorm that is frozen by
-    ``eval()`` keeps its statistics.
+    ``eval()`` keeps its statistics. If the optimizer has a mode for evaluation (schedule-free), call its ``eval()`` in
+    `on_validation_model_eval`, so that the estimates are for the weights of that mode.
 
     The batches are random ones of the training set, always the same. The module's `forward` gets the first element of
     a batch that is a tuple or a list, else the batch.

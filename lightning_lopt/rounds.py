@@ -280,17 +280,30 @@ class Rounds:
         """
         return self.sync.replica.rules()
 
-    def swap_in(self, weights: EvalWeights) -> None:
+    def swap_in(self, weights: EvalWeights, *, moved: bool = False) -> None:
         """Put the global weights into the model until `swap_out`: see `Sync.swap_in`.
 
         Nothing happens where every worker has them already.
+
+        Args:
+            weights: `"anchor"` or `"mean"`.
+            moved: Whether weights were changed without a step, so that they differ right after a sync, too.
         """
-        if not self.synced:
+        if moved or not self.synced:
             self.sync.swap_in(weights)
 
     def swap_out(self) -> None:
         """Give the model this worker's own weights back."""
         self.sync.swap.undo()
+
+    def undo_rounding(self) -> None:
+        """Give the model the global weights again where a worker's own differ from them by rounding alone."""
+        if self.synced:
+            self.sync.replica.undo_rounding()
+
+    def average_workers(self) -> None:
+        """Give every worker the mean of their weights and optimizer states, outside of a sync."""
+        self.sync.average_workers()
 
     def adopt(self) -> None:
         """Take the present weights as the global ones; all workers must call it, with the same weights.
@@ -354,7 +367,10 @@ class Rounds:
         if self._looked_in == self.round_idx or not between:
             return False
         self._looked_in = self.round_idx
-        return bool(self.sync.replica.replaced())
+        if not self.sync.replica.replaced():
+            return False
+        self.sync.replica.undo_rounding()
+        return bool(self.sync.replica.replaced(thorough=True))
 
     def abandon_round(self) -> None:
         """Go back to the anchor, without communication: the local steps since the last sync are lost."""

@@ -13,7 +13,7 @@ from datetime import timedelta
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from lightning_lopt.strategies.virtual import ProcessRounds
 from lightning_lopt.sync.status import SyncPoint
 
 
-def refuse_averaging(trainer: pl.Trainer, num_workers: int, virtual_workers: int) -> None:
+def refuse_callbacks(trainer: pl.Trainer, num_workers: int, virtual_workers: int) -> None:
     """Refuse callbacks that would end with wrong weights.
 
     Args:
@@ -32,7 +32,7 @@ def refuse_averaging(trainer: pl.Trainer, num_workers: int, virtual_workers: int
         virtual_workers: Workers that share one process.
 
     Raises:
-        MisconfigurationException: SWA of a model with BatchNorm, or any averaging of virtual workers.
+        MisconfigurationException: SWA of a model with BatchNorm, any averaging of virtual workers, or pruning.
     """
     if num_workers == 1:
         return
@@ -42,6 +42,11 @@ def refuse_averaging(trainer: pl.Trainer, num_workers: int, virtual_workers: int
             raise MisconfigurationException(
                 f"{name} would average the first of the virtual_workers alone, which is all that callbacks see. Use "
                 "processes (Trainer(devices=K) without virtual_workers), or leave it out."
+            )
+        if isinstance(callback, ModelPruning):
+            raise MisconfigurationException(
+                f"{name} would choose each worker's mask by that worker's own weights, and the masks would differ. "
+                "Prune before the fit, with torch.nn.utils.prune: then all workers have the mask of rank 0."
             )
         module = trainer.lightning_module
         if isinstance(callback, StochasticWeightAveraging) and callback.pl_module_contains_batch_norm(module):

@@ -129,6 +129,30 @@ def enter_while_checkpointing(trainer: pl.Trainer, context: Callable[[bool], Abs
     connector.dump_checkpoint = dump_in_context
 
 
+def surround_validation(trainer: pl.Trainer, begin: Callable[[], None], end: Callable[[], None]) -> None:
+    """Call functions before the first and after the last hook of each validation within a fit.
+
+    Args:
+        trainer: Trainer in a fit.
+        begin: Function that is called before `on_validation_model_eval`.
+        end: Function that is called after `on_validation_model_train`; not after an exception.
+
+    Reason: of strategies and callbacks Lightning calls no hook outside of these two.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    first, last = type(loop)._on_evaluation_model_eval, type(loop)._on_evaluation_model_train
+
+    def begin_and_call_first() -> None:
+        begin()
+        first(loop)
+
+    def call_last_and_end() -> None:
+        last(loop)
+        end()
+
+    loop._on_evaluation_model_eval, loop._on_evaluation_model_train = begin_and_call_first, call_last_and_end
+
+
 def destroy_process_group_at_exit(wanted: bool) -> None:
     """Destroy the process group when the process ends, or no longer do so.
 

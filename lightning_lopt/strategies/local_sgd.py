@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -34,15 +34,17 @@ from lightning_lopt.rounds import Rounds, check_combination
 from lightning_lopt.schedules import RoundInfo, as_schedule
 from lightning_lopt.selection import Selection
 from lightning_lopt.strategies import host
-from lightning_lopt.strategies.averaging import refuse_averaging
+from lightning_lopt.strategies.averaging import refuse_callbacks, sync_weight_averages
 from lightning_lopt.strategies.callbacks import FirstCallback, LastCallback
 from lightning_lopt.strategies.checkpoint.atomic import AtomicCheckpointIO
 from lightning_lopt.strategies.checkpoint.entry import given_settings
 from lightning_lopt.strategies.checkpoint.resume import Resume
 from lightning_lopt.strategies.checkpoint.writing import CheckpointWriter
 from lightning_lopt.strategies.errors import CheckpointError, explain_lost_worker
+from lightning_lopt.strategies.global_weights import GlobalWeights
 from lightning_lopt.strategies.joint import JointOptimizer
 from lightning_lopt.strategies.loaders import ResumableLoaders
+from lightning_lopt.strategies.modes import OptimizerModes
 from lightning_lopt.strategies.sharded import (
     NOT_AFTER_EXCEPTION,
     WorkerMesh,
@@ -106,7 +108,8 @@ class LocalSGD(DDPStrategy):
             every step.
         eval_weights: Weights that validation and checkpoints see within a round: `"anchor"`, the last synced ones,
             without communication, or `"mean"`, the workers' present average; None means the mean for plain averaging
-            and where a sync sends only a part, else the anchor. After an exception it is always the anchor.
+            and where a sync sends only a part, else the anchor. After an exception it is always the anchor. See below
+            for the hooks that see them.
         accelerator: Usually left to the Trainer, as are the next four.
         parallel_devices: Devices of the processes on this node.
         cluster_environment: Environment that says which process this is.
@@ -130,10 +133,22 @@ class LocalSGD(DDPStrategy):
         DisagreementError: In training, where the workers do different things.
         MisconfigurationException: A plugin of FSDP or DeepSpeed, or several processes with virtual workers.
 
-    Memory: 4 bytes per parameter for the anchor, the outer optimizer's state, 4 more during a sync, 8 with overlap;
-    4 for error feedback, and 4 more in its syncs. Sends 2(K-1)/K × 4 bytes per parameter and round, or what `density`,
-    `selection` and `compression` leave of it. Fails when H is so large that workers drift into different basins: watch
-    `RoundMonitor`'s drift.
+    Weights that hooks see: from `on_validation_model_eval` to `on_validation_model_train`, and in `on_save_checkpoint`,
+    the module shows the global weights. Elsewhere it has this worker's own; `global_weights()` shows the global ones.
+
+    * Hooks may put weights of their own into the module, an EMA for example, and take them out again: both between
+      those two hooks, or both outside of them. Otherwise an error at the end of the validation names the weights.
+    * All workers may call `eval()` and `train()` of an optimizer that has them, as schedule-free ones do, in any hook.
+      Each worker's own weights move. In the mode for evaluation the global weights are always the workers' mean, and
+      each call between those two hooks computes it anew. At the end of training the states of such an optimizer are
+      averaged, so that all workers have the same weights in both modes.
+    * An average that a callback of your own keeps is that of one worker, rank 0 in a checkpoint. `WeightAveraging` and
+      `EMAWeightAveraging` average the workers' mean.
+
+    Memory: 4 bytes per parameter for the anchor, the outer optimizer's state, 4 more during a sync, 8 with overlap, 8
+    in a validation within a round; 4 for error feedback, and 4 more in its syncs. Sends 2(K-1)/K × 4 bytes per
+    parameter and round, or what `density`, `selection` and `compression` leave of it. Fails when H is so large that
+    workers drift into different basins: watch `RoundMonitor`'s drift.
 
     Source: McMahan et al. 1602.05629; Stich 1805.09767.
 
@@ -204,7 +219,8 @@ class LocalSGD(DDPStrategy):
         )
         check_combination(self._schedule, outer_optimizer, self._options)
         mean = outer_optimizer is None or self._options.effective_selection.partial
-        self._eval_weights: EvalWeights = eval_weights or ("mean" if mean else "anchor")
+        self._modes = OptimizerModes(self._workers)
+        self._global_weights = GlobalWeights(self, self._modes, eval_weights or ("mean" if mean else "anchor"))
         if ranks_per_worker != "node" and (not isinstance(ranks_per_worker, int) or ranks_per_worker < 1):
             raise ValueError(f"ranks_per_worker must be an integer >= 1 or 'node', not {ranks_per_worker!r}.")
         if virtual_workers > 1 and ranks_per_worker != 1:
@@ -355,7 +371,11 @@ class LocalSGD(DDPStrategy):
         if not trainer.lightning_module.automatic_optimization:
             for optimizer in self.optimizers:  # sees those who step torch's own optimizer, too
                 optimizer.register_step_post_hook(self._note_step)
-        host.enter_while_checkpointing(trainer, self._checkpointing)
+        wrappers = trainer.lightning_module.optimizers()
+        wrappers = wrappers if isinstance(wrappers, list) else [wrappers]
+        self._modes.attach(self.optimizers, wrappers, self._global_weights.moving)
+        host.surround_validation(trainer, self._begin_validation, self._global_weights.end_validation)
+        host.enter_while_checkpointing(trainer, self._checkpointing)  # hooks `on_save_checkpoint` see them, too
         callbacks = host.callbacks_of(trainer)
         others = [c for c in callbacks if not isinstance(c, FirstCallback | LastCallback)]
         callbacks[:] = [FirstCallback(self), *others, LastCallback(self)]
@@ -367,7 +387,7 @@ class LocalSGD(DDPStrategy):
                 f"Lazy parameters have no shape yet: {', '.join(lazy)}. Run a batch through the module in "
                 "configure_model, so that all workers begin with the same weights."
             )
-        refuse_averaging(trainer, self.num_workers, self._workers.number)
+        refuse_callbacks(trainer, self.num_workers, self._workers.number)
         make = partial(
             Rounds,
             local_steps=self._schedule,
@@ -386,7 +406,8 @@ class LocalSGD(DDPStrategy):
         self._resume.start(trainer)
         if not self._resume.goes_on:
             rounds.step_idx = _steps_so_far(trainer)
-        rounds.adopt_replaced(at_start=True)
+        if not (self._resume.goes_on and self._modes.exist):  # which may have been saved in the mode for evaluation
+            rounds.adopt_replaced(at_start=True)
         self.signals = Signals(trainer, self.broadcast(uuid.uuid4().hex))
         self._uneven = UnevenInputs(trainer, rounds, self.signals)
         rounds.total_steps = self._uneven.total_steps()
@@ -404,6 +425,7 @@ class LocalSGD(DDPStrategy):
     @override
     def teardown(self) -> None:
         self._resume.clear()
+        self._modes.detach()
         self._loaders.unwrap()
         self._loaders.forget()
         trainer = host.trainer_of(self.lightning_module)
@@ -456,8 +478,9 @@ class LocalSGD(DDPStrategy):
         self._resume.begin_batch(self._trainer)
         if self._uneven is not None:
             self._uneven.begin_batch()
-        with explain_lost_worker(self.timeout):
-            self._present_rounds.adopt_replaced()
+        if not self._modes.evaluating:
+            with explain_lost_worker(self.timeout):
+                self._present_rounds.adopt_replaced()
         self._workers.begin_batch(self._trainer, batch, batch_idx)
 
     @override
@@ -506,9 +529,11 @@ class LocalSGD(DDPStrategy):
         """
         if self._comm is None or not self._is_fitting or self._trainer.interrupted:
             return
+        moved = self._modes.evaluating and self._uneven is not None and self._uneven.may_sync(point)
         with explain_lost_worker(self.timeout, f"the {point.value}"):
             try:
-                self._join(point, call)
+                with self._modes.in_training() if moved else nullcontext():
+                    self._join(point, call)
             except DisagreementError as error:
                 raise DisagreementError(f"{error} Here it is: {call}." if call else str(error)) from None
 
@@ -523,11 +548,20 @@ class LocalSGD(DDPStrategy):
         elif not self._is_set_up:  # there are no rounds yet
             self._comm.agree(self.root_device, {CALL: digest(call)})
 
-    def swap_in_global_weights(self) -> None:
-        """Show the global weights to whoever evaluates or saves, until `on_validation_end`."""
-        if self.rounds is not None and self._is_fitting:
+    def _begin_validation(self) -> None:
+        self.join(SyncPoint.VALIDATION)
+        sync_weight_averages(self._trainer, self.rounds, self.timeout, self.join)
+        self._global_weights.begin_validation()
+
+    def abandon_validation(self) -> None:
+        """Give the module this worker's own weights back after an exception."""
+        self._global_weights.abandon()
+
+    def average_modes(self) -> None:
+        """Let all workers end with the same weights in both modes of an optimizer that has modes."""
+        if self._modes.exist and not self._trainer.interrupted:
             with explain_lost_worker(self.timeout):
-                self.rounds.swap_in("anchor" if self._trainer.interrupted else self._eval_weights)
+                self._present_rounds.average_workers()
 
     def adopt_weights(self) -> None:
         """Take the weights in the module as the global ones; all workers must call it, with the same weights.
@@ -548,32 +582,20 @@ class LocalSGD(DDPStrategy):
         if self._is_fitting:
             self._workers.zero_gradients(self._trainer)
 
-    @override
-    def on_validation_end(self) -> None:
-        if self.rounds is not None:
-            self.rounds.swap_out()
-        super().on_validation_end()
-
     @contextmanager
     def global_weights(self) -> Iterator[None]:
         """Show the global weights in the module for a while, for an export in a hook for example.
 
-        With `eval_weights="mean"` all workers must enter it, since their mean is computed. Outside of a fit, and where
-        the global weights are shown already, nothing happens.
+        With `eval_weights="mean"`, and in an optimizer's mode for evaluation, all workers must enter it, since their
+        mean is computed. Outside of a fit, and where the global weights are shown already, nothing happens.
 
         Example:
             >>> strategy = LocalSGD(local_steps=16)
             >>> with strategy.global_weights():
             ...     pass  # torch.save(module.state_dict(), "export.pt")
         """
-        if self.rounds is None or self.rounds.sync.swap.active:
+        with self._global_weights.shown():
             yield
-            return
-        self.swap_in_global_weights()
-        try:
-            yield
-        finally:
-            self.rounds.swap_out()
 
     @contextmanager
     def _checkpointing(self, weights_only: bool) -> Iterator[None]:

@@ -83,6 +83,11 @@ class UnevenInputs:
             total = trainer.max_steps
         return None if total in (-1, float("inf")) else int(total)
 
+    def may_sync(self, point: SyncPoint) -> bool:
+        """Whether a sync can happen while this worker waits at a point."""
+        at_end = point in (SyncPoint.VALIDATION, SyncPoint.EPOCH_END)
+        return point == SyncPoint.TRAINING_END or (self._needed and at_end)
+
     def begin_batch(self) -> None:
         """Note that this worker may now be ahead of others."""
         self._together = False

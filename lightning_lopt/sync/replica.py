@@ -18,6 +18,7 @@ from lightning_lopt.sync.swap import Swap
 from lightning_lopt.sync.unstepped import NamedTensors, UnsteppedTensors, with_own_memory
 
 CHECK_EVERY = 100  # syncs
+ROUNDING = 32  # times a type's precision
 
 
 class OptimizerLike(Protocol):
@@ -224,6 +225,18 @@ class Replica:
             return []
         anchored = [p for p in self.parameters() if p.has_anchor]
         return [p for p in anchored if not torch.equal(p.param, p.anchor.to(p.param.dtype))]
+
+    @torch.no_grad()
+    def undo_rounding(self) -> None:
+        """Give its anchor's value to each parameter that differs from it by rounding alone.
+
+        An operation and its inverse leave it: `eval()` and `train()` of a schedule-free optimizer.
+        """
+        for p in self.replaced(thorough=True):
+            anchor = p.anchor.to(p.param.dtype)
+            rounding = ROUNDING * torch.finfo(anchor.dtype).eps * anchor.abs().max().item()
+            if torch.allclose(p.param, anchor, rtol=0, atol=rounding):
+                p.param.copy_(anchor)
 
     def value_checksum(self) -> int:
         """A checksum of the present values of the parameters that have an anchor."""

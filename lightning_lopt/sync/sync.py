@@ -429,8 +429,20 @@ class Sync:
             pairs: list[tuple[Tensor, Tensor]] = [(p.param, mean) for p, mean in means.items()]
             self.swap.put(pairs + self.replica.unstepped.pairs(self.replica.renewed(exchange.arrived, means)))
 
-    def _exchange_weights(self) -> Exchange:
-        """Average the workers' present weights and buffers, and change nothing."""
+    @torch.no_grad()
+    def average_workers(self) -> None:
+        """Give every worker the mean of their weights and optimizer states; anchors stay as they are."""
+        parameters = [p for p in self.replica.parameters() if p.has_anchor]
+        exchange = self._exchange_weights(self.replica.local_states(parameters))
+        if exchange.skipped:
+            return
+        for state, mean in zip(exchange.optimizer_states, exchange.mean_states, strict=True):
+            state.copy_(mean)
+        for s, mean in exchange.means():
+            s.write(s.parameter.param, mean)
+
+    def _exchange_weights(self, states: Sequence[Tensor] = ()) -> Exchange:
+        """Average the workers' present weights, buffers and states of local optimizers, and change nothing."""
         self.wait()
         parameters = [p for p in self.replica.parameters() if p.has_anchor]
         exchange = Exchange(
@@ -438,8 +450,9 @@ class Sync:
             device=self.device,
             slices=[ParameterSlice(p) for p in parameters],
             unstepped=self.replica.unstepped.snapshot(),
+            optimizer_states=states,
             status=WorkerStatus(0, SyncPoint.EVALUATION),
-            equal={IN_TRAINING: training_checksum(parameters)},
+            equal={IN_TRAINING: training_checksum(parameters), LOCAL_STATE: sum(state.numel() for state in states)},
             settings=self._settings(),
             outlier_filter=self._outlier_filter,
         )

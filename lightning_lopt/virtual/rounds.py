@@ -163,13 +163,21 @@ class VirtualRounds:
         """See `Rounds.finish_round`."""
         self._together(Rounds.finish_round)
 
-    def swap_in(self, weights: EvalWeights) -> None:
+    def swap_in(self, weights: EvalWeights, *, moved: bool = False) -> None:
         """See `Rounds.swap_in`."""
-        self._together(lambda rounds: rounds.swap_in(weights))
+        self._together(lambda rounds: rounds.swap_in(weights, moved=moved))
 
     def swap_out(self) -> None:
         """See `Rounds.swap_out`."""
         self._together(Rounds.swap_out)
+
+    def undo_rounding(self) -> None:
+        """See `Rounds.undo_rounding`."""
+        self._together(Rounds.undo_rounding)
+
+    def average_workers(self) -> None:
+        """See `Rounds.average_workers`."""
+        self._together(Rounds.average_workers)
 
     def adopt(self) -> None:
         """Take the weights in the module as those of all workers. See `Rounds.adopt`."""
