@@ -116,7 +116,7 @@ class Held:
     def __init__(self, module: nn.Module, optimizer: Any, comm: Communicator) -> None:
         self._module, self._optimizer, self._comm = module, optimizer, comm
         self.reshard()
-        self._names = {p: name for name, p in module.named_parameters()}
+        self._names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         self.device = next(iter(self._names)).device
         self.held: dict[Tensor, nn.Parameter] = {}
 

@@ -288,7 +288,7 @@ class LocalSGD(DDPStrategy):
         if self._is_fitting:
             self._comm = Communicator(self.timeout, self._ranks_of_worker)
         module = self.lightning_module
-        if self._ranks_of_worker > 1 and is_overridden("configure_model", module):
+        if module is not None and self._ranks_of_worker > 1 and is_overridden("configure_model", module):
             self._mesh = WorkerMesh(
                 self.root_device, self.num_workers, self._ranks_of_worker, self._tensor_parallel_size
             )

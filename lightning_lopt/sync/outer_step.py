@@ -77,7 +77,8 @@ def average(flat_buffers: Iterable[FlatBuffer], total: Total) -> StepResult:
                 difference = mean if flat_buffer.differences else anchor - mean
                 squared_norm += float(difference.square().sum())
             s.write(s.parameter.anchor, anchor - mean if flat_buffer.differences else mean)
-    return StepResult(*total.of(squared_norm))
+    (squared_norm,) = total.of(squared_norm)
+    return StepResult(squared_norm)
 
 
 class OuterStep:

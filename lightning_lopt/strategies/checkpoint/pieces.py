@@ -171,7 +171,8 @@ def _with(
 
 def _by_name(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """The states of an optimizer's parameters by name instead of number."""
-    return {names[i]: values for i, values in state["state"].items()}
+    states: Mapping[int, Any] = state["state"]
+    return {names[i]: values for i, values in states.items()}
 
 
 def _by_number(
