@@ -289,4 +289,4 @@ UPDATES: dict[str, Update] = {
     "blended_nesterov": BlendedNesterovUpdate(),
     "masked_blended_nesterov": MaskedBlendedNesterovUpdate(),
 }
-FORMER_UPDATES = {"masked_blended_nesterov": "blended_nesterov"}
+FORMER_UPDATES = {"masked_blended_nesterov": "blended_nesterov"}  # the version before each, for runs saved with it

@@ -50,8 +50,8 @@ class LearnedOptimizer(WholeModelOptimizer):
     (`lightning_lopt.functional.blended`). A sync writes these three into each group. Coordinates whose pseudo-gradient
     is and was exactly 0 do not move, as rows of an embedding that no batch has used yet; with ``"published"`` they do.
 
-    Each group holds the name of its ``update``. A state that was saved with the version of the update before that of
-    the network goes on with it.
+    Each parameter group names its ``update``: that of the network, or the version before it, where a state was loaded
+    that had been saved with that one.
 
     Args:
         params: Anchors, or groups of them.
@@ -142,7 +142,7 @@ class LearnedOptimizer(WholeModelOptimizer):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a state, which goes on with the version of the network's update with which it was saved.
+        """Restore a state, and go on with the version of the network's update with which it was saved.
 
         Args:
             state_dict: Result of `state_dict`.
@@ -153,5 +153,5 @@ class LearnedOptimizer(WholeModelOptimizer):
         super().load_state_dict(state_dict)
         own = self.network.update
         former = FORMER_UPDATES.get(own, own)
-        for group in self.param_groups:  # before there were versions, states did not name their update
+        for group in self.param_groups:  # states of the former version do not name their update, or name it
             group["update"] = former if group.get("update", former) == former else own
