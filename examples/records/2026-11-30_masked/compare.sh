@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # compare.sh DATA OUT [NAME ...]
 # Runs the bundled default with the update of 0.1 and with the present one on every task of the default's record (or on
-# those named), at the settings of that record and from its seeds, or those in SEEDS. DATA holds the images and texts.
+# those named), at the settings of that record and from its seeds, or those in SEEDS. DATA holds the images and texts;
+# rows are appended to OUT/rows.jsonl.
 set -euo pipefail
 data=$1 out=$2
 shift 2
@@ -24,9 +25,10 @@ compare() {
     shift
     [[ $names =~ ^\ *$ || $names == *" $name "* ]] || return 0
     for update in blended_nesterov masked_blended_nesterov; do
-        rm -f "$out/$name.$update.jsonl"
-        python -m examples.benchmarks run "$out/$name.$update.jsonl" "$@" --methods learned --best-of "$record/$name.jsonl" \
+        rm -f "$out/run.jsonl"
+        python -m examples.benchmarks run "$out/run.jsonl" "$@" --methods learned --best-of "$record/$name.jsonl" \
             --network "$out/$update.safetensors" --data "$data" --threads 1 --seeds ${SEEDS:-0 1 2}
+        sed "s/^{/{\"name\": \"$name\", \"update\": \"$update\", /" "$out/run.jsonl" >>"$out/rows.jsonl"
     done
 }
 
