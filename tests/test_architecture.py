@@ -62,7 +62,6 @@ TESTED_ELSEWHERE = {
     "functional/plain.py": "functional/test_separable.py: the slow form that the fast one is compared with",
     "functional/products.py": "functional/test_orthogonal.py and test_whitening.py: their matrix products",
     "functional/slow_momentum.py": "optim/test_slow_momentum.py",
-    "functional/updates.py": "functional/test_separable.py: each update of the learned step",
     "meta/callbacks.py": "meta/test_export.py: exports during meta-training",
     "meta/outer.py": "meta/test_evaluation.py and test_particles.py: outer steps of simulated rounds",
     "optim/whole_model.py": "optim/test_learned.py and test_blended_nesterov.py: its two subclasses",
