@@ -64,13 +64,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="text file to train on (default: Python's source code)")
     parser.add_argument("--ranks", default="2", help="ranks of a worker, or 'node' (default: %(default)s)")
-    devices = int(os.environ.get("LOCAL_WORLD_SIZE", 4))
+    devices = int(os.environ.get("LOCAL_WORLD_SIZE", "4"))
     parser.add_argument("--devices", type=int, default=devices, help="ranks per node (default: %(default)s)")
     parser.add_argument("--width", type=int, default=64, help="of the transformer (default: %(default)s)")
     parser.add_argument("--depth", type=int, default=3, help="its blocks (default: %(default)s)")
     parser.add_argument("--num-heads", type=int, default=4, help="of its attention (default: %(default)s)")
     args = set_up(parser, steps=128, lr=3e-3)
-    args.nodes = int(os.environ.get("WORLD_SIZE", args.devices)) // args.devices
+    args.nodes = int(os.environ.get("WORLD_SIZE", str(args.devices))) // args.devices
     ranks = args.devices if args.ranks == "node" else int(args.ranks)
     if args.data is None:
         files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))

@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, TypeGuard
 
 import lightning.pytorch as pl
@@ -566,6 +567,33 @@ def shared_store(name: str) -> Store:
         name: Prefix of the keys.
     """
     return PrefixStore(name, _get_default_store())
+
+
+def call_module_hook_now(trainer: pl.Trainer, name: str, *args: Any) -> None:
+    """Call a hook of the module as Lightning does, and let Lightning's own next call of it do nothing.
+
+    Reason: Lightning calls it after all callbacks, those that save checkpoints included.
+
+    Args:
+        trainer: Trainer in a fit.
+        name: Name of the hook.
+        *args: Arguments of the hook.
+    """
+    own = vars(trainer.lightning_module)
+    if isinstance(own.get(name), _Skip):  # an exception came before Lightning's call
+        del own[name]
+    call_module_hook(trainer, name, *args)
+    own[name] = _Skip(partial(own.pop, name))
+
+
+class _Skip:
+    """A hook that does nothing, once."""
+
+    def __init__(self, remove: Callable[[], object]) -> None:
+        self._remove = remove
+
+    def __call__(self, *_: Any) -> None:
+        self._remove()
 
 
 # -- sharded models -----------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from lightning_lopt.schedules import RoundInfo, as_schedule
 from lightning_lopt.selection import Selection
 from lightning_lopt.strategies import host
 from lightning_lopt.strategies.averaging import refuse_callbacks, sync_weight_averages
-from lightning_lopt.strategies.callbacks import FirstCallback, LastCallback
+from lightning_lopt.strategies.callbacks import place_callbacks
 from lightning_lopt.strategies.checkpoint.atomic import AtomicCheckpointIO
 from lightning_lopt.strategies.checkpoint.entry import given_settings
 from lightning_lopt.strategies.checkpoint.resume import Resume
@@ -376,9 +376,7 @@ class LocalSGD(DDPStrategy):
         self._modes.attach(self.optimizers, wrappers, self._global_weights.moving)
         host.surround_validation(trainer, self._begin_validation, self._global_weights.end_validation)
         host.enter_while_checkpointing(trainer, self._checkpointing)  # hooks `on_save_checkpoint` see them, too
-        callbacks = host.callbacks_of(trainer)
-        others = [c for c in callbacks if not isinstance(c, FirstCallback | LastCallback)]
-        callbacks[:] = [FirstCallback(self), *others, LastCallback(self)]
+        place_callbacks(self, host.callbacks_of(trainer))
         self._is_set_up = True
 
     def _make_rounds(self, trainer: pl.Trainer) -> ProcessRounds:
@@ -507,15 +505,18 @@ class LocalSGD(DDPStrategy):
         with explain_lost_worker(self.timeout):
             self._present_rounds.step()  # attempts count: all ranks make as many
 
-    def end_batch(self, batch_idx: int) -> None:
-        """Call the hook of a batch's end for virtual workers, and act on signals, after the hooks of all callbacks.
+    def call_batch_end_hooks(self, batch_idx: int) -> None:
+        """Call the module's hook of a batch's end for all workers of this process but the first.
 
         Args:
             batch_idx: Index of the batch in its epoch.
         """
+        self._workers.end_batch(self._trainer, batch_idx)
+
+    def end_batch(self) -> None:
+        """Act on signals, after the hooks of all callbacks."""
         assert self.signals is not None
         assert self._uneven is not None
-        self._workers.end_batch(self._trainer, batch_idx)
         self.signals.act(self._uneven.common_step())
 
     # -- global weights -------------------------------------------------------------------------------------------
