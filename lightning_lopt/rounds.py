@@ -273,6 +273,7 @@ class Rounds:
             5.0
         """
         self.adopt_present(keep_near=False)
+        self._looked_in = -1
 
     def adopt_present(self, *, keep_near: bool) -> None:
         """Take the present weights as the global ones. See `Sync.adopt`."""
@@ -290,7 +291,8 @@ class Rounds:
         merge rule between the two). Writes through `.data` are noticed at the start alone.
 
         Args:
-            at_start: Whether a run begins: all workers must call it then, and all values are compared.
+            at_start: Whether a run begins: all workers must call it then, and all values are compared, those that no
+                optimizer steps included.
 
         Returns:
             Whether weights were adopted.
@@ -298,21 +300,20 @@ class Rounds:
         Raises:
             DisagreementError: The workers' weights differ, or only some workers' were written.
         """
-        if self.replaced(at_start=at_start):
-            self.adopt_present(keep_near=not at_start)
-            return True
-        return False
-
-    def replaced(self, *, at_start: bool = False) -> bool:
-        """Whether weights were written since the last sync. See `adopt_replaced`."""
         between = self.local_step == 0 and self.sync.common
         if at_start:
             written = between and bool(self.sync.replica.replaced(thorough=True))
-            return bool(self.comm.agree(self.sync.device, {}, [written])[0])
-        if self._looked_in == self.round_idx or not between:
-            return False
-        self._looked_in = self.round_idx
-        return bool(self.sync.replica.replaced())
+            within, written = map(bool, self.comm.agree(self.sync.device, {}, [not between, written]))
+            if within:
+                return False
+        else:
+            written = between and self._looked_in != self.round_idx and bool(self.sync.replica.replaced())
+            self._looked_in = self.round_idx
+        if written:
+            self.adopt_present(keep_near=not at_start)
+        elif at_start:
+            self.sync.adopt_unstepped()
+        return written
 
     def abandon_round(self) -> None:
         """Go back to the anchor, without communication: the local steps since the last sync are lost."""

@@ -42,6 +42,11 @@ class AnchoredParameter:
         self.residual: Tensor | None = None
 
     @property
+    def trained(self) -> bool:
+        """Whether the parameter is or was in training."""
+        return self.has_anchor or self.param.requires_grad
+
+    @property
     def frozen(self) -> bool:
         """Whether the parameter is not in training at present."""
         return not self.param.requires_grad

@@ -163,7 +163,7 @@ class VirtualRounds:
     def adopt(self) -> None:
         """Take the weights in the module as those of all workers. See `Rounds.adopt`."""
         self._shared_module.collect()
-        self._shared_module.spread()
+        self._spread(everything=False)
         self._together(Rounds.adopt)
 
     def adopt_replaced(self, *, at_start: bool = False) -> bool:
@@ -172,11 +172,18 @@ class VirtualRounds:
         if self.local_step or not self.sync.common or (versions == self._versions and not at_start):
             return False
         self._shared_module.collect()
-        if not self.sync.replica.replaced(thorough=True):
+        if not at_start and not self.sync.replica.replaced(thorough=True):
             return False
-        self._shared_module.spread()
-        self._together(lambda rounds: rounds.adopt_present(keep_near=not at_start))
+        self._spread(everything=at_start and not self.round_idx)
+        if at_start:
+            return self._together(lambda rounds: rounds.adopt_replaced(at_start=True))[0]
+        self._together(lambda rounds: rounds.adopt_present(keep_near=True))
         return True
+
+    def _spread(self, *, everything: bool) -> None:
+        """Give all workers the first one's tensors, but those with the rule `local` unless everything is meant."""
+        kept = [] if everything else [name for name, rule in self.rules().items() if rule == "local"]
+        self._shared_module.spread(kept)
 
     def abandon_round(self) -> None:
         """See `Rounds.abandon_round`."""
