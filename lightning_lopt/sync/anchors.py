@@ -51,6 +51,11 @@ class AnchoredParameter:
         """Whether the parameter is not in training at present."""
         return not self.param.requires_grad
 
+    def moved(self, share: float) -> bool:
+        """Whether the parameter is further from its anchor than a share of the anchor's norm."""
+        distance = (self.param.detach().to(self.dtype) - self.anchor).norm()
+        return bool(distance > share * self.anchor.norm())
+
     def adopt(self, value: Tensor) -> None:
         """Make a copy of a value the anchor."""
         self.anchor.data = value.detach().to(self.dtype, copy=True)

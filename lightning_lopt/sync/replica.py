@@ -17,6 +17,7 @@ from lightning_lopt.sync.swap import Swap
 from lightning_lopt.sync.unstepped import NamedTensors, UnsteppedTensors, with_own_memory
 
 CHECK_EVERY = 100  # syncs
+ROUNDING = 4.0  # machine epsilons by which weights may be off that were exchanged for others and back
 
 
 class OptimizerLike(Protocol):
@@ -184,19 +185,18 @@ class Replica:
         self._versions = self._present_versions()
 
     def _present_versions(self) -> list[tuple[int, int]]:
-        return [(p.param._version, p.param.data_ptr()) for p in self.parameters()]
+        return [(p.param._version, p.param.data_ptr()) for p in self.trained()]
 
     @torch.no_grad()
     def replaced(self, *, thorough: bool = False) -> list[AnchoredParameter]:
-        """Parameters that were written since `note_versions` and differ from their anchors.
+        """Parameters that were written since `note_versions` and differ from their anchors by more than rounding.
 
         Args:
             thorough: Whether to compare all values, which also finds writes through `.data`.
         """
         if not thorough and self._present_versions() == self._versions:
             return []
-        anchored = [p for p in self.parameters() if p.has_anchor]
-        return [p for p in anchored if not torch.equal(p.param, p.anchor.to(p.param.dtype))]
+        return [p for p in self.parameters() if p.has_anchor and p.moved(ROUNDING * torch.finfo(p.param.dtype).eps)]
 
     def value_checksum(self) -> int:
         """A checksum of the present values of the parameters in training."""

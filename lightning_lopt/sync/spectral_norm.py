@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-NUM_ITERATIONS = 15  # as torch takes for a new layer
+NUM_ITERATIONS = 30  # twice as many as torch takes for a new layer: with 15, sigma was up to 4 % off
 
 # By name, as torch exports neither of the classes.
 _PARAMETRIZATION = "torch.nn.utils.parametrizations._SpectralNorm"

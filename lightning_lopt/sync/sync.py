@@ -285,7 +285,7 @@ class Sync:
         self._meet(WorkerStatus(0, SyncPoint.ADOPTION), {NEW_WEIGHTS: self.replica.value_checksum()})
         replaced = self.replica.replaced(thorough=True)
         if keep_near:
-            replaced = [p for p in replaced if (p.param - p.anchor).norm() > 0.5 * p.anchor.norm()]
+            replaced = [p for p in replaced if p.moved(0.5)]
         if self._outer_step is not None:
             self._outer_step.forget(replaced)
         for p in replaced:

@@ -28,14 +28,14 @@ def _sigma(layer, inputs):
 
 def _train(rank, make_comm, layers, kind, overlap):
     layer = layers[rank]
-    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.2)
     options = SyncOptions(overlap_steps=overlap)
     rounds = Rounds(layer, optimizer, 4, lambda p: torch.optim.SGD(p, lr=0.7), comm=make_comm(), options=options)
     inputs = torch.randn(10, *SHAPES[kind], generator=torch.Generator().manual_seed(rank))
     sigmas = []
     for step, x in enumerate(inputs):
         optimizer.zero_grad()
-        layer(x).pow(2).sum().neg().backward()
+        layer(x).pow(2).mean().neg().backward()
         optimizer.step()
         if rounds.step() and not overlap:
             sigmas.append(_sigma(layer, x))
