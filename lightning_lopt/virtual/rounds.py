@@ -201,8 +201,11 @@ class VirtualRounds:
 
     def local_state(self) -> dict[str, Any]:
         """Return the first worker's own state; those of the others are in `workers`. See `Rounds.local_state`."""
+        self._shared_module.collect()
         return self.workers[0].local_state()
 
     def load_local_state(self, state: dict[str, Any]) -> None:
         """Restore the first worker's own state."""
+        self._shared_module.collect()
         self.workers[0].load_local_state(state)
+        self._shared_module.show()
