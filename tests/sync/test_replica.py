@@ -94,7 +94,9 @@ class _Odd(nn.Module):
         self.x, self.odd = nn.Parameter(torch.zeros(1)), nn.Parameter(parameter)
 
 
-@pytest.mark.parametrize("parameter", [torch.ones(2, dtype=torch.cfloat), torch.eye(2).to_sparse()], ids=["complex", "sparse"])
+@pytest.mark.parametrize(
+    "parameter", [torch.ones(2, dtype=torch.cfloat), torch.eye(2).to_sparse()], ids=["complex", "sparse"]
+)
 def test_parameters_in_training_that_are_not_dense_and_real(parameter):
     model = _Odd(parameter)
     with pytest.raises(ValueError, match=r"odd is torch.*sync_rules={'odd': 'local'}"):

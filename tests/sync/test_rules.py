@@ -70,7 +70,9 @@ def _combine(rank, make_comm, cases, left_out):
 
 def _combined(cases, left_out=()):
     results = run_threads(_combine, 3, cases, left_out)
-    assert all(torch.equal(a.to(torch.cdouble), b.to(torch.cdouble)) for r in results[1:] for a, b in zip(r, results[0]))
+    assert all(
+        torch.equal(a.to(torch.cdouble), b.to(torch.cdouble)) for r in results[1:] for a, b in zip(r, results[0])
+    )
     assert all(result.dtype == case[1][0].dtype for result, case in zip(results[0], cases, strict=True))
     return [result.to(torch.float64 if not result.is_complex() else result.dtype).tolist() for result in results[0]]
 
@@ -116,9 +118,19 @@ UNITS = nn.functional.normalize(torch.randn(6, 4, generator=torch.Generator().ma
 SPOILED = {
     "unit vectors": (UNITS, 0.5 * UNITS, "mean", r"queue holds vectors of norm 1.*'local' or 'first'"),
     "unit columns": (UNITS.t(), 0.5 * UNITS.t(), "mean", "holds vectors of norm 1"),
-    "counts": (torch.tensor([3, 4]), torch.tensor([5, 4]), "max", "holds whole numbers.*their maximum.*'sum_of_changes'"),
+    "counts": (
+        torch.tensor([3, 4]),
+        torch.tensor([5, 4]),
+        "max",
+        "holds whole numbers.*their maximum.*'sum_of_changes'",
+    ),
     "float counts": (torch.tensor([3.0, 4.0]), torch.tensor([4.0, 4.0]), "mean", "whole numbers.*their mean"),
-    "extremes": (torch.tensor([0.5, -torch.inf]), torch.tensor([0.7, -torch.inf]), "mean", "infinities.*'max' or 'min'"),
+    "extremes": (
+        torch.tensor([0.5, -torch.inf]),
+        torch.tensor([0.7, -torch.inf]),
+        "mean",
+        "infinities.*'max' or 'min'",
+    ),
 }
 
 

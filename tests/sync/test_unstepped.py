@@ -65,7 +65,9 @@ def _types_in_flight(rank, make_comm, dtype):
     return model.b.double().tolist()
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float64, torch.uint8, torch.uint16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float64, torch.uint8, torch.uint16], ids=str
+)
 def test_each_type_in_flight(dtype):
     assert run_threads(_types_in_flight, 2, dtype) == [[2.0, 2.0]] * 2
 

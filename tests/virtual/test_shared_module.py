@@ -89,7 +89,12 @@ def test_tensors_that_a_worker_replaces_or_registers_are_its_own():
     shared_module.collect()
     for rank in range(2):
         named = {**shared_module.parameters(rank), **shared_module.buffers(rank)}
-        expected = {"center": [2 + 2 * rank], "cache": [rank + 1] * 2, "teacher": [2 + 2 * rank], "late": [2 + 2 * rank]}
+        expected = {
+            "center": [2 + 2 * rank],
+            "cache": [rank + 1] * 2,
+            "teacher": [2 + 2 * rank],
+            "late": [2 + 2 * rank],
+        }
         assert {name: named[name].tolist() for name in expected} == expected
 
 
