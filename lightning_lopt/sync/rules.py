@@ -279,6 +279,6 @@ def _reasons(own: Tensor, result: Tensor) -> Iterator[tuple[str, str]]:
     for dim in {0, own.ndim - 1} if own.ndim and own.numel() > 1 else ():
         filled = own.norm(dim=dim) > 0
         units = (own.norm(dim=dim)[filled] - 1).abs() < 1e-3
-        if bool(filled.any()) and bool(units.all()) and own.shape[dim] > 1:
-            if bool(((result.norm(dim=dim)[filled] - 1).abs() > 1e-3).any()):
-                yield "holds vectors of norm 1", "'local' or 'first'"
+        spoiled = ((result.norm(dim=dim)[filled] - 1).abs() > 1e-3).any()
+        if own.shape[dim] > 1 and bool(units.all()) and bool(spoiled):
+            yield "holds vectors of norm 1", "'local' or 'first'"

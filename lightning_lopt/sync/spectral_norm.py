@@ -25,7 +25,7 @@ _HOOK = "torch.nn.utils.spectral_norm.SpectralNorm"
 
 
 class _Names(NamedTuple):
-    """Names of u, v and the weight, seen from the module that has the vectors, and the weight's dimension of outputs."""
+    """Names of u, v and the weight as their module sees them, and the dimension of the weight's outputs."""
 
     u: str
     v: str

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from lightning_lopt.sync.replica import OptimizerLike
 from lightning_lopt.sync.unstepped import NamedTensors
 
-
 _Named = dict[str, Tensor | None]
 
 

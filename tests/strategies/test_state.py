@@ -1,4 +1,4 @@
-"""State that no optimizer steps, under a Trainer: EMA teachers, weights loaded at the start, counts, and what stays local."""
+"""State that no optimizer steps, under a Trainer: EMA teachers, loaded weights, counts, and what stays local."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def test_parameters_in_training_that_are_not_dense_and_real(parameter):
 
 def test_a_parameter_in_training_has_no_other_rule():
     model = nn.Linear(1, 1)
-    with pytest.raises(ValueError, match="weight is a parameter in training, whose rule can be 'mean' .* not 'max'"):
+    with pytest.raises(ValueError, match=r"weight is a parameter in training, whose rule can be 'mean' .* not 'max'"):
         Rounds(model, torch.optim.SGD(model.parameters(), lr=1.0), 1, options=SyncOptions(sync_rules={"w*": "max"}))
 
 

@@ -71,7 +71,9 @@ def _combine(rank, make_comm, cases, left_out):
 def _combined(cases, left_out=()):
     results = run_threads(_combine, 3, cases, left_out)
     assert all(
-        torch.equal(a.to(torch.cdouble), b.to(torch.cdouble)) for r in results[1:] for a, b in zip(r, results[0])
+        torch.equal(a.to(torch.cdouble), b.to(torch.cdouble))
+        for r in results[1:]
+        for a, b in zip(r, results[0], strict=True)
     )
     assert all(result.dtype == case[1][0].dtype for result, case in zip(results[0], cases, strict=True))
     return [result.to(torch.float64 if not result.is_complex() else result.dtype).tolist() for result in results[0]]

@@ -221,7 +221,10 @@ def test_a_teacher_is_the_mean_of_the_workers(update, held):
 def test_a_teacher_with_a_sync_in_flight():
     first, second = run_threads(_follow, 2, UPDATES["in place"], False, 1)
     assert len(first) == 3
-    apart = [(a - b).norm() / (before_a - before_b).norm() for (before_a, a), (before_b, b) in zip(first, second)]
+    apart = [
+        (a - b).norm() / (before_a - before_b).norm()
+        for (before_a, a), (before_b, b) in zip(first, second, strict=True)
+    ]
     assert all(0 < ratio < 0.9 for ratio in apart)  # apart by the steps in flight alone
 
 
