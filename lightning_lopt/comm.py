@@ -242,7 +242,7 @@ class Communicator:
         high, low = values[: len(own)], values[len(own) : 2 * len(own)]
         triples = zip(equal.items(), high, low, strict=True)
         if wrong := [(common, value, -b, a) for (common, value), a, b in triples if a not in (_ANY, -b)]:
-            said = [f"{common.name}{self._difference(*rest, common)}" for common, *rest in wrong]
+            said = [f"{common.name}{self._difference(value, b, a, common)}" for common, value, b, a in wrong]
             advice = dict.fromkeys(common.advice for common, *_ in wrong)
             raise DisagreementError(
                 " ".join(

@@ -107,8 +107,10 @@ class Rules:
         module, own_name = self.module_of(name), name.rpartition(".")[2]
         if own_name in spectral_norm.vectors(module):
             return "unit_mean"
-        rules = (_RULES_BY_CLASS.get(cls, {}).get(own_name) for cls in spectral_norm.class_names(type(module)))
-        return next(filter(None, rules), None)
+        for cls in spectral_norm.class_names(type(module)):
+            if rule := _RULES_BY_CLASS.get(cls, {}).get(own_name):
+                return rule
+        return None
 
 
 def _has_fractions(tensor: Tensor) -> bool:

@@ -14,7 +14,7 @@ _NUM_BLOCKS = 64
 
 
 class _Seen(NamedTuple):
-    """What was seen of a tensor.
+    """Traces of a tensor as it was seen.
 
     Attributes:
         place: Version counter, which writes through `.data` do not raise, address, layout and type.

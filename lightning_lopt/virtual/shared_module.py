@@ -230,10 +230,10 @@ class SharedModule:
             named = {**self.parameters(rank), **self.buffers(rank)}
             pairs = {own: self.own[0][tensor] for tensor, own in self.own[rank].items()}
             pairs |= {named[name]: value for name, value in first.items() if name in named}
-            for name in kept:
-                pairs.pop(named.get(name), None)
+            stay = {named[name] for name in kept if name in named}
             for own, value in pairs.items():
-                own.data = value.data.clone()
+                if own not in stay:
+                    own.data = value.data.clone()
 
     def _add_missing(self, rank: int) -> None:
         """Give a worker a copy of each parameter and buffer that the first one has registered since the start."""
