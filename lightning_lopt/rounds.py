@@ -60,6 +60,7 @@ class Rounds:
         sync: Anchors, outer optimizer and exchanges with the other workers.
         speeds: Speeds of the workers.
         last_report: The `RoundReport` of the last sync.
+        resumed: Whether a state was loaded.
         listeners: Functions that are called with each `RoundReport`, at once.
 
     Raises:
@@ -115,6 +116,7 @@ class Rounds:
         self.due = 0
         self.last_report: RoundReport | None = None
         self.listeners: list[Callable[[RoundReport], object]] = []
+        self.resumed = False
         self._looked_in = -1  # round in which `adopt_replaced` was last called
         if isinstance(optimizer, Optimizer):
             this = weakref.ref(self)
@@ -292,7 +294,7 @@ class Rounds:
 
         Args:
             at_start: Whether a run begins: all workers must call it then, and all values are compared, those that no
-                optimizer steps included.
+                optimizer steps included if no state was loaded.
 
         Returns:
             Whether weights were adopted.
@@ -311,7 +313,7 @@ class Rounds:
             self._looked_in = self.round_idx
         if written:
             self.adopt_present(keep_near=not at_start)
-        elif at_start:
+        elif at_start and not self.resumed:
             self.sync.adopt_unstepped()
         return written
 
@@ -335,6 +337,7 @@ class Rounds:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the result of `state_dict`."""
         self._load_counters(state)
+        self.resumed = True
         self.equal_steps = self.equal_steps and state.get("equal_steps", True)
         seconds = state.get("seconds", [])
         if len(seconds) == self.comm.num_workers:

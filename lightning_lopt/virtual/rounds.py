@@ -172,12 +172,13 @@ class VirtualRounds:
         if self.local_step or not self.sync.common or (versions == self._versions and not at_start):
             return False
         self._shared_module.collect()
-        if not at_start and not self.sync.replica.replaced(thorough=True):
+        fresh = at_start and not self.workers[0].resumed
+        if not fresh and not self.sync.replica.replaced(thorough=True):
             return False
-        self._spread(everything=at_start and not self.round_idx)
-        if at_start:
+        self._spread(everything=fresh)
+        if fresh:
             return self._together(lambda rounds: rounds.adopt_replaced(at_start=True))[0]
-        self._together(lambda rounds: rounds.adopt_present(keep_near=True))
+        self._together(lambda rounds: rounds.adopt_present(keep_near=not at_start))
         return True
 
     def _spread(self, *, everything: bool) -> None:
