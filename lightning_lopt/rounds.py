@@ -62,6 +62,7 @@ class Rounds:
         sync: Anchors, outer optimizer and exchanges with the other workers.
         speeds: Speeds of the workers.
         last_report: The `RoundReport` of the last sync.
+        resumed: Whether a state was loaded.
         listeners: Functions that are called with each `RoundReport`, at once.
 
     Raises:
@@ -124,6 +125,7 @@ class Rounds:
         self.due = 0
         self.last_report: RoundReport | None = None
         self.listeners: list[Callable[[RoundReport], object]] = []
+        self.resumed = False
         self._looked_in = -1  # round in which `adopt_replaced` was last called
         if isinstance(optimizer, Optimizer):
             this = weakref.ref(self)
@@ -328,6 +330,7 @@ class Rounds:
             5.0
         """
         self.adopt_present(keep_near=False)
+        self._looked_in = -1
 
     def adopt_present(self, *, keep_near: bool) -> None:
         """Take the present weights as the global ones. See `Sync.adopt`."""
@@ -345,7 +348,8 @@ class Rounds:
         merge rule between the two). Writes through `.data` are noticed at the start alone.
 
         Args:
-            at_start: Whether a run begins: all workers must call it then, and all values are compared.
+            at_start: Whether a run begins: all workers must call it then, and all values are compared, those that no
+                optimizer steps included if no state was loaded.
 
         Returns:
             Whether weights were adopted.
@@ -353,24 +357,20 @@ class Rounds:
         Raises:
             DisagreementError: The workers' weights differ, or only some workers' were written.
         """
-        if self.replaced(at_start=at_start):
-            self.adopt_present(keep_near=not at_start)
-            return True
-        return False
-
-    def replaced(self, *, at_start: bool = False) -> bool:
-        """Whether weights were written since the last sync. See `adopt_replaced`."""
         between = self.local_step == 0 and self.sync.common
         if at_start:
             written = between and bool(self.sync.replica.replaced(thorough=True))
-            return bool(self.comm.agree(self.sync.device, {}, [written])[0])
-        if self._looked_in == self.round_idx or not between:
-            return False
-        self._looked_in = self.round_idx
-        if not self.sync.replica.replaced():
-            return False
-        self.sync.replica.undo_rounding()
-        return bool(self.sync.replica.replaced(thorough=True))
+            within, written = map(bool, self.comm.agree(self.sync.device, {}, [not between, written]))
+            if within:
+                return False
+        else:
+            written = between and self._looked_in != self.round_idx and bool(self.sync.replica.replaced())
+            self._looked_in = self.round_idx
+        if written:
+            self.adopt_present(keep_near=not at_start)
+        elif at_start and not self.resumed:
+            self.sync.adopt_unstepped()
+        return written
 
     def abandon_round(self) -> None:
         """Go back to the anchor, without communication: the local steps since the last sync are lost."""
@@ -411,6 +411,7 @@ class Rounds:
         if {"density", "selection", "compression", "sharded", "sync_rules"} & {*changed(given, self._given)}:
             state = {**state, "sync": {**state["sync"], "exchange": None}}
         self._load_counters(state)
+        self.resumed = True
         self.equal_steps = self.equal_steps and state.get("equal_steps", True)
         seconds = state.get("seconds", [])
         if len(seconds) == self.comm.num_workers:

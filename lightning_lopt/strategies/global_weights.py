@@ -32,11 +32,14 @@ class GlobalWeights:
         strategy: Strategy of the fit.
         modes: Modes of its optimizers.
         weights: Weights that are shown: `"anchor"` or `"mean"`.
+
+    Attributes:
+        weights: Weights that are shown.
     """
 
     def __init__(self, strategy: LocalSGD, modes: OptimizerModes, weights: EvalWeights) -> None:
         self._strategy, self._modes = strategy, modes
-        self._weights: EvalWeights = weights
+        self.weights: EvalWeights = weights
         self._wanted = False  # where a worker's own are the global ones, they are not replaced
         self._watches = False
         self._put_in: dict[str, tuple[nn.Parameter, Tensor]] = {}
@@ -93,7 +96,7 @@ class GlobalWeights:
         if rounds is None or trainer is None or trainer.state.fn != TrainerFn.FITTING:
             return
         moved = self._modes.evaluating and not trainer.sanity_checking
-        weights: EvalWeights = "mean" if moved else self._weights
+        weights: EvalWeights = "mean" if moved else self.weights
         if weights == "mean" and strategy.num_workers == 1:
             return  # it is this worker's own
         parameters = {} if strategy.is_sharded else dict(trainer.lightning_module.named_parameters())

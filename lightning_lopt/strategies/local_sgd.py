@@ -96,7 +96,8 @@ class LocalSGD(DDPStrategy):
         sharded: Whether each worker does the outer step of some of the tensors, holds the outer state of these alone,
             and sends the result to all. The traffic is that of an all-reduce, also where every worker's values are
             needed (LAgg-A).
-        sync_rules: Rules for tensors by glob pattern of their names, for example `{"queue": "local"}`: see *State*.
+        sync_rules: Rules for tensors by glob pattern of their names, for example `{"queue": "local"}`: `"mean"`,
+            `"unit_mean"`, `"max"`, `"min"`, `"sum_of_changes"`, `"first"` (rank 0's) or `"local"`. See *State*.
         ranks_per_worker: Number of consecutive processes that are one worker, or `"node"` for all on a node: their
             gradients are averaged in every step, on the fast link between them; rounds are between workers. Within a
             worker the limits of DDP hold: each parameter that trains must take part in every backward pass. Where
@@ -149,6 +150,32 @@ class LocalSGD(DDPStrategy):
     in a validation within a round; 4 for error feedback, and 4 more in its syncs. Sends 2(K-1)/K × 4 bytes per
     parameter and round, or what `density`, `selection` and `compression` leave of it. Fails when H is so large that
     workers drift into different basins: watch `RoundMonitor`'s drift.
+
+    **State.** A sync makes all tensors of the module the same on all workers, those included that no optimizer steps.
+    `sync_rules` changes the rule, also from `"mean"` to itself to silence a warning; `rounds.rules()` lists the rules:
+
+    | tensor                                                        | rule                                             |
+    |---------------------------------------------------------------|--------------------------------------------------|
+    | parameter in training                                         | outer step on the workers' mean; or `"local"`    |
+    | parameter that was trained and is frozen                      | `"mean"`, without an outer step                  |
+    | parameter of an EMA teacher                                   | `"mean"`, from its first change on               |
+    | parameter that never changes                                  | not sent, no memory                              |
+    | floating-point or complex buffer                              | `"mean"`                                         |
+    | integer or boolean buffer                                     | `"max"`                                          |
+    | u and v of spectral normalisation                             | `"unit_mean"`, then a power iteration            |
+    | `min_val` and `max_val` of observers of `torch.ao`            | `"min"`, `"max"`                                 |
+    | histograms, scales and zero points of `torch.ao`              | `"first"`                                        |
+    | names in `_ddp_params_and_buffers_to_ignore`                  | `"local"`                                        |
+
+    Counts need `"sum_of_changes"`, queues of unit vectors `"local"` or `"first"`; where values look like these and have
+    no rule of their own, a warning says so once. Buffers and teachers may be reassigned, resized and registered late,
+    on all workers in the same round. In the round in which a teacher first changes, its last synced values are not
+    known: evaluation of the anchor and a resume with another number of workers see a worker's own. Checkpoints hold
+    `"local"` tensors of every worker; their `state_dict` has rank 0's.
+
+    Weights that are loaded, re-initialised or pruned before the fit's first step (`on_fit_start`) or before the first
+    step after a sync become the global ones; all workers must write the same. Within a round, and where a sync sends
+    only a part or overlaps, call `adopt_weights()`: otherwise the change counts as progress of the local steps.
 
     Source: McMahan et al. 1602.05629; Stich 1805.09767.
 

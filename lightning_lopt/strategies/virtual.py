@@ -372,6 +372,7 @@ class VirtualWorkers(ProcessWorkers):
                 precision.load_state_dict(saved[plugin])
             if parts:
                 self._rounds.workers[rank].load_local_state(parts[rank]["local"])
+                self._shared_module.show()
 
     @override
     def load_gradients(self, parts: Sequence[Mapping[str, Any]]) -> None:

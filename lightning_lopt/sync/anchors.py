@@ -42,9 +42,19 @@ class AnchoredParameter:
         self.residual: Tensor | None = None
 
     @property
+    def trained(self) -> bool:
+        """Whether the parameter is or was in training."""
+        return self.has_anchor or self.param.requires_grad
+
+    @property
     def frozen(self) -> bool:
         """Whether the parameter is not in training at present."""
         return not self.param.requires_grad
+
+    def moved(self, share: float) -> bool:
+        """Whether the parameter is further from its anchor than a share of the anchor's norm."""
+        distance = (self.param.detach().to(self.dtype) - self.anchor).norm()
+        return bool(distance > share * self.anchor.norm())
 
     def adopt(self, value: Tensor) -> None:
         """Make a copy of a value the anchor."""

@@ -193,7 +193,9 @@ class Exchange:
         start, bytes_before = time.perf_counter(), self._comm.bytes_sent
         own = replace(self._own_status, norm=math.sqrt(self._inside_total(self.squared_norm())))
         equal = {**self._equal, UNSTEPPED: self.unstepped.described}
-        self.status = gather_status(self._comm, self._device, equal, own, self.unstepped.changed, self._settings)
+        self.status = gather_status(
+            self._comm, self._device, equal, own, [*self.unstepped.changed.values()], self._settings
+        )
         self.left_out = self._outlier_filter.outliers(self.status.norms)
         if not self.status.all_wait and not self.skipped:
             self._send_all()

@@ -18,7 +18,7 @@ from lightning_lopt.sync.swap import Swap
 from lightning_lopt.sync.unstepped import NamedTensors, UnsteppedTensors, with_own_memory
 
 CHECK_EVERY = 100  # syncs
-ROUNDING = 32  # times a type's precision
+ROUNDING = 4.0  # machine epsilons by which weights may be off that were exchanged for others and back
 
 
 class OptimizerLike(Protocol):
@@ -110,18 +110,18 @@ class Replica:
         for group in self.groups:
             yield from group
 
+    def trained(self) -> list[AnchoredParameter]:
+        """Parameters that are or were trained, but those that stay a worker's own."""
+        return [p for p in self.parameters() if p.trained and not p.local]
+
     def _is_stepped(self, parameter: Tensor) -> bool:
         held = self._held.get(id(parameter))
-        return held is not None and (held.has_anchor or held.param.requires_grad)
+        return held is not None and held.trained
 
     def rules(self) -> dict[str, Rule]:
         """The rule of every parameter and buffer of the model, by name."""
         named = [*self._model.named_parameters(), *self._model.named_buffers()]
         return {name: self._rules.of(name, tensor) for name, tensor in named}
-
-    def states_rule(self, name: str) -> bool:
-        """Whether the user or a class states the rule of a tensor, so that not its type decides."""
-        return self._rules.stated(name) is not None
 
     def unused_rules(self) -> list[str]:
         """The user's patterns that fit no name."""
@@ -136,11 +136,10 @@ class Replica:
         return [(n, with_own_memory(n, t)) for n, t in named if not self._rules.is_local(n)] + others
 
     def adopt(self) -> None:
-        """Take the present parameters in training, and all present buffers, as the global ones."""
-        for p in self.parameters():
-            if p.param.requires_grad and not p.local:
-                p.adopt(p.param)
-        self.unstepped.adopt()
+        """Take the present parameters in training as the global ones."""
+        for p in self.trained():
+            p.adopt(p.param)
+        self.note_versions()
 
     def add_new_groups(self) -> list[list[AnchoredParameter]]:
         """Take up the groups that the optimizer was given since the last call, and return them."""
@@ -162,11 +161,11 @@ class Replica:
         return held
 
     def in_training(self) -> list[AnchoredParameter]:
-        """Parameters that were ever trained.
+        """The parameters of `trained`, each with an anchor.
 
         New ones have no common value yet; their anchor is 0 until their first sync, which averages them.
         """
-        parameters = [p for p in self.parameters() if not p.local and (p.has_anchor or p.param.requires_grad)]
+        parameters = self.trained()
         for p in parameters:
             if not p.has_anchor:
                 p.anchor.data = torch.zeros_like(p.param, dtype=p.dtype)
@@ -212,19 +211,18 @@ class Replica:
         self._versions = self._present_versions()
 
     def _present_versions(self) -> list[tuple[int, int]]:
-        return [(p.param._version, p.param.data_ptr()) for p in self.parameters()]
+        return [(p.param._version, p.param.data_ptr()) for p in self.trained()]
 
     @torch.no_grad()
     def replaced(self, *, thorough: bool = False) -> list[AnchoredParameter]:
-        """Parameters that were written since `note_versions` and differ from their anchors.
+        """Parameters that were written since `note_versions` and differ from their anchors by more than rounding.
 
         Args:
             thorough: Whether to compare all values, which also finds writes through `.data`.
         """
         if not thorough and self._present_versions() == self._versions:
             return []
-        anchored = [p for p in self.parameters() if p.has_anchor]
-        return [p for p in anchored if not torch.equal(p.param, p.anchor.to(p.param.dtype))]
+        return [p for p in self.parameters() if p.has_anchor and p.moved(ROUNDING * torch.finfo(p.param.dtype).eps)]
 
     @torch.no_grad()
     def undo_rounding(self) -> None:
@@ -232,15 +230,16 @@ class Replica:
 
         An operation and its inverse leave it: `eval()` and `train()` of a schedule-free optimizer.
         """
-        for p in self.replaced(thorough=True):
+        for p in self.parameters():
             anchor = p.anchor.to(p.param.dtype)
-            rounding = ROUNDING * torch.finfo(anchor.dtype).eps * anchor.abs().max().item()
-            if torch.allclose(p.param, anchor, rtol=0, atol=rounding):
-                p.param.copy_(anchor)
+            if p.has_anchor and p.param.numel() and not torch.equal(p.param, anchor):
+                rounding = 8 * ROUNDING * torch.finfo(anchor.dtype).eps * anchor.abs().max().item()
+                if torch.allclose(p.param, anchor, rtol=0, atol=rounding):
+                    p.param.copy_(anchor)
 
     def value_checksum(self) -> int:
-        """A checksum of the present values of the parameters that have an anchor."""
-        return _checksum(p.param for p in self.parameters() if p.has_anchor)
+        """A checksum of the present values of the parameters in training."""
+        return _checksum(p.param for p in self.trained())
 
     def checksum(self) -> int:
         """A checksum of the anchors in the first two calls and two of each `CHECK_EVERY`, else 0.
@@ -264,8 +263,8 @@ class Replica:
             held = self._held.get(id(named[name])) if name in named else None
             return None if held is None else weights.get(held)
 
-        named = dict(self._model.named_parameters())
-        return spectral_norm.renewed(arrived, self._model.get_submodule, get_weight)
+        named = dict(self._model.named_parameters()) if arrived else {}
+        return spectral_norm.renewed(arrived, self._rules.module_of, get_weight)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 

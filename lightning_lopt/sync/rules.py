@@ -72,36 +72,49 @@ class Rules:
             name: Name of the tensor in the model.
             tensor: The tensor, whose type matters.
         """
-        return self.stated(name) or ("mean" if tensor.is_floating_point() or tensor.is_complex() else "max")
+        return self.stated(name) or ("mean" if _has_fractions(tensor) else "max")
+
+    def counts(self, name: str, tensor: Tensor) -> bool:
+        """Whether the value at the last sync is part of the rule of a tensor."""
+        return self.of(name, tensor) == "sum_of_changes"
 
     def stated(self, name: str) -> Rule | None:
         """The rule that the user or the class of the tensor's module states, None if its type decides."""
-        for pattern, rule in self._patterns.items():
-            if fnmatchcase(name, pattern):
-                return rule
-        return "local" if name in self._ignored else self._by_class(name)
+        return self._by_user(name) or self._by_class(name)
 
     def is_local(self, name: str) -> bool:
         """Whether a tensor stays a worker's own."""
-        return self.stated(name) == "local"
+        return self._by_user(name) == "local"
 
     def unused(self, names: Sequence[str]) -> list[str]:
         """The user's patterns that fit none of the names."""
         return [pattern for pattern in self._patterns if not any(fnmatchcase(name, pattern) for name in names)]
 
-    def _by_class(self, name: str) -> Rule | None:
-        path, _, own_name = name.rpartition(".")
+    def _by_user(self, name: str) -> Rule | None:
+        for pattern, rule in self._patterns.items():
+            if fnmatchcase(name, pattern):
+                return rule
+        return "local" if name in self._ignored else None
+
+    def module_of(self, name: str) -> Any:
+        """The module that has a tensor, None if there is none."""
         try:
-            module = self._model.get_submodule(path)
-        except AttributeError:  # a name of another model, or of a module that is gone
+            return self._model.get_submodule(name.rpartition(".")[0])
+        except AttributeError:
             return None
+
+    def _by_class(self, name: str) -> Rule | None:
+        module, own_name = self.module_of(name), name.rpartition(".")[2]
         if own_name in spectral_norm.vectors(module):
             return "unit_mean"
-        for cls in type(module).__mro__:
-            rule = _RULES_BY_CLASS.get(f"{cls.__module__}.{cls.__qualname__}", {}).get(own_name)
-            if rule is not None:
+        for cls in spectral_norm.class_names(type(module)):
+            if rule := _RULES_BY_CLASS.get(cls, {}).get(own_name):
                 return rule
         return None
+
+
+def _has_fractions(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def check_rules(patterns: Mapping[str, Rule]) -> None:
@@ -132,8 +145,7 @@ class Contribution(NamedTuple):
     @property
     def averaged(self) -> bool:
         """Whether the values can travel in the mean of the parameters."""
-        floating = self.value.is_floating_point() or self.value.is_complex()
-        return floating and self.rule in ("mean", "unit_mean")
+        return _has_fractions(self.value) and self.rule in ("mean", "unit_mean")
 
     def settled(self, mean: Tensor) -> Tensor:
         """The result of the rule from the mean over the workers, in the type of the value.
@@ -141,9 +153,13 @@ class Contribution(NamedTuple):
         Args:
             mean: Mean of `as_real(value)`.
         """
-        if self.rule == "unit_mean":
-            mean = mean / mean.norm().clamp_min(torch.finfo(mean.dtype).tiny)
-        return as_given(mean, self.value)
+        return as_given(scaled_to_1(mean) if self.rule == "unit_mean" else mean, self.value)
+
+
+def scaled_to_1(tensor: Tensor) -> Tensor:
+    """A floating-point or complex tensor scaled to norm 1."""
+    norm = tensor.norm()
+    return tensor / norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
 
 def as_real(tensor: Tensor) -> Tensor:
@@ -158,6 +174,13 @@ def as_given(real: Tensor, like: Tensor) -> Tensor:
     if not (like.is_floating_point() or real.dtype == torch.int64):
         real = real.round()
     return real.view(like.shape).to(like.dtype)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """A tensor in a type with which torch can calculate."""
+    if tensor.is_complex() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.float32 if tensor.is_floating_point() else torch.int64)
 
 
 def combine(items: Sequence[Contribution], comm: Communicator, left_out: Sequence[int] = ()) -> list[Tensor]:
@@ -192,8 +215,7 @@ def combine(items: Sequence[Contribution], comm: Communicator, left_out: Sequenc
 
 def _way(item: Contribution) -> tuple[bool, torch.dtype]:
     """Whether the largest values are wanted rather than sums, and the type in which values travel."""
-    floating = item.value.is_floating_point() or item.value.is_complex()
-    return item.rule in ("max", "min"), torch.float64 if floating else torch.int64
+    return item.rule in ("max", "min"), torch.float64 if _has_fractions(item.value) else torch.int64
 
 
 def _sent(item: Contribution, comm: Communicator, kept: Sequence[int]) -> Tensor:
@@ -216,10 +238,10 @@ def _received(item: Contribution, value: Tensor, num_kept: int) -> Tensor:
     if item.rule == "min":
         value = -value
     elif item.rule in ("mean", "unit_mean"):
-        value = value / num_kept
+        value = value.double() / num_kept
     elif item.rule == "sum_of_changes" and item.synced is not None:
         value = value + as_real(item.synced).to(value.dtype).flatten()
-    return item.settled(value) if item.rule == "unit_mean" else as_given(value, item.value)
+    return item.settled(value)
 
 
 def warn_if_spoiled(name: str, own: Tensor, result: Tensor, rule: Rule) -> bool:
@@ -260,6 +282,6 @@ def _reasons(own: Tensor, result: Tensor) -> Iterator[tuple[str, str]]:
     for dim in {0, own.ndim - 1} if own.ndim and own.numel() > 1 else ():
         filled = own.norm(dim=dim) > 0
         units = (own.norm(dim=dim)[filled] - 1).abs() < 1e-3
-        if bool(filled.any()) and bool(units.all()) and own.shape[dim] > 1:
-            if bool(((result.norm(dim=dim)[filled] - 1).abs() > 1e-3).any()):
-                yield "holds vectors of norm 1", "'local' or 'first'"
+        spoiled = ((result.norm(dim=dim)[filled] - 1).abs() > 1e-3).any()
+        if own.shape[dim] > 1 and bool(units.all()) and bool(spoiled):
+            yield "holds vectors of norm 1", "'local' or 'first'"

@@ -51,8 +51,8 @@ GROUPS = CommonInteger(
 )
 UNSTEPPED = CommonInteger(
     "the tensors that no optimizer steps",
-    "Register, resize and change the same buffers and parameters on all workers, in the same round; one that may differ "
-    "in shape can stay each worker's own: sync_rules={name: 'local'}.",
+    "Register, resize and change the same buffers and parameters on all workers, in the same round; one that may "
+    "differ in shape can stay each worker's own: sync_rules={name: 'local'}.",
     listed=True,
 )
 NEW_WEIGHTS = CommonInteger(

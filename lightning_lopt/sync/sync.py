@@ -34,7 +34,6 @@ from lightning_lopt.sync.options import SyncOptions
 from lightning_lopt.sync.outer_step import OuterStep, StepResult, Total, average
 from lightning_lopt.sync.replica import OptimizerLike, Replica
 from lightning_lopt.sync.report import RoundReport, explain_outliers
-from lightning_lopt.sync.rules import warn_if_spoiled
 from lightning_lopt.sync.sharding import Shards
 from lightning_lopt.sync.status import (
     COORDINATES,
@@ -45,6 +44,7 @@ from lightning_lopt.sync.status import (
     LOCAL_STEPS,
     NEW_WEIGHTS,
     ROUND,
+    UNSTEPPED,
     LocalSettings,
     SyncPoint,
     WorkerStatus,
@@ -100,12 +100,12 @@ class Sync:
         self._outlier_filter = OutlierFilter()
         self._num_groups = len(self.replica.groups)  # whose settings are in every message
         self._warns = comm.is_first  # once, of the first workers that are left out
-        self._judged: set[str] = set()  # tensors that were looked at for a warning
         named = self.replica.common_tensors()
         comm.agree(self.device, {MODEL: [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in named]})
         comm.broadcast_([tensor for _, tensor in named])
         self.replica.push()
         self.replica.adopt()
+        self.replica.unstepped.adopt()
         if comm.is_first and (unused := self.replica.unused_rules()):
             warnings.warn(f"sync_rules {unused} fit no parameter or buffer that there is now.", stacklevel=2)
         self._selection = drawn_ahead(options.effective_selection)
@@ -271,8 +271,11 @@ class Sync:
             DisagreementError: They are not, or an integer differs.
         """
         self.wait()
-        unchanged = [False] * len(self.replica.unstepped)
-        gather_status(self._comm, self.device, equal or {}, status, unchanged, self._settings())
+        self._meet(status, equal)
+
+    def _meet(self, own: WorkerStatus, equal: Mapping[CommonInteger, int | Sequence[str] | None] | None = None) -> None:
+        unchanged = self.replica.unstepped.unchanged
+        gather_status(self._comm, self.device, equal or {}, own, unchanged, self._settings())
 
     # -- weights from outside -------------------------------------------------------------------------------------
 
@@ -282,6 +285,7 @@ class Sync:
 
         Local progress since the last sync is in them, or is lost; a sync in flight is given up. The outer optimizer
         starts afresh for the parameters that differ from their anchors, and nothing is owed to them by compression.
+        Tensors that no optimizer steps may differ between the workers: those that do are combined by the next sync.
 
         Args:
             keep_near: Whether the outer state of a parameter stays that moved by at most half of its norm, as clipping,
@@ -293,21 +297,30 @@ class Sync:
         self._abandon()
         self.wait()
         self.replica.pull()
-        unchanged = [False] * len(self.replica.unstepped)
-        equal = {NEW_WEIGHTS: self.replica.value_checksum()}
-        own = WorkerStatus(0, SyncPoint.ADOPTION)
-        gather_status(self._comm, self.device, equal, own, unchanged, self._settings())
+        self._meet(WorkerStatus(0, SyncPoint.ADOPTION), {NEW_WEIGHTS: self.replica.value_checksum()})
         replaced = self.replica.replaced(thorough=True)
         if keep_near:
-            replaced = [p for p in replaced if (p.param - p.anchor).norm() > 0.5 * p.anchor.norm()]
+            replaced = [p for p in replaced if p.moved(0.5)]
         if self._outer_step is not None:
             self._outer_step.forget(replaced)
         for p in replaced:
             if p.residual is not None:
                 p.residual.zero_()
         self.replica.adopt()
-        self.replica.note_versions()
+        self.adopt_unstepped()
         self.common = True
+
+    def adopt_unstepped(self) -> None:
+        """Take the present values of what no optimizer steps as those of the last sync, where they are the same on all.
+
+        Raises:
+            DisagreementError: The workers have other buffers, or shapes of these.
+        """
+        unstepped = self.replica.unstepped
+        self._comm.agree(self.device, {UNSTEPPED: unstepped.described()})
+        own = unstepped.checksums()
+        largest = self._comm.agree(self.device, {}, [*own, *(-c for c in own)])
+        unstepped.adopt([a == -b for a, b in zip(largest[: len(own)], largest[len(own) :], strict=True)])
 
     # -- parts of a sync ------------------------------------------------------------------------------------------
 
@@ -389,17 +402,9 @@ class Sync:
         if self._options.local_state == "reset":
             self.replica.reset_local_states(s.parameter for s in exchange.slices)
         if self._comm.is_first:
-            self._warn_of_spoiled(exchange)
+            self.replica.unstepped.warn_of_spoiled(exchange.unstepped, exchange.arrived)
         anchors = {p: p.anchor for p in self.replica.parameters() if p.has_anchor}
         self.replica.unstepped.merge(exchange.unstepped, self.replica.renewed(exchange.arrived, anchors))
-
-    def _warn_of_spoiled(self, exchange: Exchange) -> None:
-        """Warn of tensors that a rule by type may have spoiled, when they are synced for the first time."""
-        for name in exchange.arrived.keys() - self._judged:
-            self._judged.add(name)
-            item = exchange.unstepped.items[name]
-            if not self.replica.states_rule(name):
-                warn_if_spoiled(name, item.value, exchange.arrived[name], item.rule)
 
     def _reset_diverged_worker(self, exchange: Exchange) -> None:
         """Forget everything that made this worker diverge, but optimizer states that are now the others' mean."""

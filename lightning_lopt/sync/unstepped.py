@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_lopt.sync.rules import Contribution, HasSubmodules, Rules
-from lightning_lopt.sync.watch import Watch
+from lightning_lopt.sync.rules import Contribution, HasSubmodules, Rules, scaled_to_1, warn_if_spoiled, wide
+from lightning_lopt.sync.watch import Watch, checksums
 
 
 class NamedTensors(HasSubmodules, Protocol):
@@ -26,15 +26,13 @@ class Snapshot:
     """One worker's unstepped tensors at the launch of a sync.
 
     Attributes:
-        items: What this worker contributes to each of them.
-        changed: Whether the worker changed each of those that all workers follow, which come first.
-        names: Names of all that there are.
-        described: A line for each of these, and whether it changed for the first time: the same on all workers.
+        items: Contribution of this worker to each tensor that may be sent.
+        changed: Whether the worker changed each tensor that all workers follow, by name; others of the items are new.
+        described: A line for each tensor that there is, the same on all workers.
     """
 
     items: dict[str, Contribution]
-    changed: list[bool]
-    names: list[str]
+    changed: dict[str, bool]
     described: list[str]
 
     def sent(self, changed: Iterable[int]) -> dict[str, Contribution]:
@@ -43,19 +41,18 @@ class Snapshot:
         Args:
             changed: Positions of the tensors that some worker changed.
         """
-        names = list(self.items)
-        chosen = [names[i] for i in changed] + names[len(self.changed) :]
+        followed = list(self.changed)
+        chosen = [followed[i] for i in changed] + [name for name in self.items if name not in self.changed]
         return {name: self.items[name] for name in chosen}
 
     def with_values(self, values: Mapping[str, Tensor], device: torch.device) -> Snapshot:
-        """The snapshot with other values.
+        """The snapshot as it was, for what comes after the sending.
 
         Args:
-            values: Values of some tensors, by name.
+            values: Values of all items, by name.
             device: Device for the values.
         """
-        items = {n: i._replace(value=values[n].to(device)) if n in values else i for n, i in self.items.items()}
-        return replace(self, items=items)
+        return replace(self, items={name: Contribution("mean", v.to(device)) for name, v in values.items()})
 
 
 class UnsteppedTensors:
@@ -76,19 +73,13 @@ class UnsteppedTensors:
         self._model, self._rules, self._is_stepped = model, rules, is_stepped
         self._synced: dict[str, Tensor] = {}
         self._changed: set[str] = set()  # for the first time: those whose value at the last sync is not known
+        self._judged: set[str] = set()  # looked at for a warning
         self._watch = Watch({})
 
-    def __len__(self) -> int:
-        """Number of tensors that all workers follow."""
-        return len(self._synced)
-
-    def adopt(self) -> None:
-        """Take the present values as those of the last sync."""
-        present, buffers = self.present(), {name for name, _ in self._model.named_buffers()}
-        kept = {n for n, t in present.items() if n in buffers or self._rules.of(n, t) == "sum_of_changes"}
-        self._synced = {n: t.detach().clone() for n, t in present.items() if n in kept or n in self._synced}
-        self._changed.clear()
-        self._watch = Watch({n: t for n, t in present.items() if n not in self._synced})
+    @property
+    def unchanged(self) -> list[bool]:
+        """The flags of `Snapshot.changed` of a worker that has nothing to send."""
+        return [False] * len(self._synced)
 
     def present(self) -> dict[str, Tensor]:
         """All unstepped tensors by name, but those that stay a worker's own."""
@@ -100,23 +91,44 @@ class UnsteppedTensors:
             if not self._is_stepped(parameter):
                 yield name, parameter
 
+    def described(self) -> list[str]:
+        """Name, shape and type of each."""
+        return _described(self.present())
+
+    def checksums(self) -> list[int]:
+        """A checksum of the present value of each."""
+        return checksums(self.present().values())
+
+    def adopt(self, common: Sequence[bool] | None = None) -> None:
+        """Take the present values as those of the last sync.
+
+        Args:
+            common: Whether each tensor is the same on all workers; the change of others waits for the next sync. None
+                if all are.
+        """
+        present, buffers = self.present(), {name for name, _ in self._model.named_buffers()}
+        differing = {name for name, same in zip(present, common or [], strict=False) if not same}
+        followed = [n for n, t in present.items() if n in self._synced or n in buffers or self._rules.counts(n, t)]
+        for name in followed:
+            if name not in differing:
+                self._synced[name] = present[name].detach().clone()
+        self._changed = differing - self._synced.keys()
+        self._watch = Watch({n: t for n, t in present.items() if n not in self._synced})
+
     # -- a sync ---------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
         """The present values, of which later changes are not seen; what is unchanged is not copied."""
         present = self.present()
         new = self._first_changes(present)
-        changed = [n in present and not _same(present[n], synced) for n, synced in self._synced.items()]
+        changed = {n: n in present and not _same(present[n], synced) for n, synced in self._synced.items()}
         items = {}
-        for (name, synced), flag in zip(self._synced.items(), changed, strict=True):
-            value = present[name].detach().clone() if flag else synced
-            rule = self._rules.of(name, value)
-            items[name] = Contribution(rule, value, synced if synced.shape == value.shape else None)
-        for name in new:
-            value = present[name].detach().clone()
-            items[name] = Contribution(self._rules.of(name, value), value)
-        described = [f"{n} {tuple(t.shape)} {t.dtype}{', changed' * (n in new)}" for n, t in present.items()]
-        return Snapshot(items, changed, list(present), described)
+        for name in [n for n in self._synced if n in present] + new:
+            synced, own = self._synced.get(name), present[name]
+            value = own.detach().clone() if synced is None or changed[name] else synced
+            before = synced if synced is not None and synced.shape == own.shape else None
+            items[name] = Contribution(self._rules.of(name, own), value, before)
+        return Snapshot(items, changed, _described(present, new))
 
     def _first_changes(self, present: Mapping[str, Tensor]) -> list[str]:
         """Names of the tensors that changed, or came, and are not followed yet."""
@@ -136,14 +148,27 @@ class UnsteppedTensors:
             self._synced[name] = value.detach().clone()
             self._changed.discard(name)
             own, old = present.get(name), launched.items[name].value
-            if own is None:
+            if own is None or own.shape != old.shape:  # gone or resized since the launch
                 continue
-            if not own.shape == value.shape == old.shape:
-                own.data = value.to(own.dtype, copy=True)
-                continue
-            wide = value.to(torch.int64) if value.dtype == torch.bool else value
-            own.copy_(torch.where(own == old, wide, wide + (own.to(wide.dtype) - old.to(wide.dtype))))
-        self._synced = {n: t for n, t in self._synced.items() if n in launched.names}  # the same on all workers
+            if _same(own, old):
+                own.copy_(value)
+            else:
+                moved = _moved(value, own, old)
+                own.copy_(scaled_to_1(moved) if self._rules.of(name, own) == "unit_mean" else moved)
+        self._synced = {n: t for n, t in self._synced.items() if n in launched.items}  # the same on all workers
+
+    def warn_of_spoiled(self, launched: Snapshot, arrived: Mapping[str, Tensor]) -> None:
+        """Warn of tensors that a rule by type may have spoiled, when they are synced for the first time.
+
+        Args:
+            launched: Snapshot at the launch of the sync.
+            arrived: Global values by name.
+        """
+        for name in arrived.keys() - self._judged:
+            self._judged.add(name)
+            if self._rules.stated(name) is None:
+                own = launched.items[name].value
+                warn_if_spoiled(name, own, arrived[name], self._rules.of(name, own))
 
     # -- global values --------------------------------------------------------------------------------------------
 
@@ -219,6 +244,17 @@ def with_own_memory(name: str, tensor: Tensor) -> Tensor:
     if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
         tensor.data = tensor.data.contiguous()
     return tensor
+
+
+def _described(tensors: Mapping[str, Tensor], new: Sequence[str] = ()) -> list[str]:
+    changed = dict.fromkeys(new, ", changed")
+    return [f"{n} {tuple(t.shape)} {t.dtype}{changed.get(n, '')}" for n, t in tensors.items()]
+
+
+def _moved(value: Tensor, own: Tensor, old: Tensor) -> Tensor:
+    """The value plus what was added to `old` since; not a number only where one of them is none."""
+    value, own, old = wide(value), wide(own), wide(old)
+    return torch.where(own == old, value, value + (own - old))
 
 
 def _same(first: Tensor, second: Tensor) -> bool:

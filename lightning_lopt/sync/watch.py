@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 NUM_SAMPLES = 64  # elements
 THOROUGH_EVERY = 100  # calls
+_NUM_BLOCKS = 64
 
 
 class _Seen(NamedTuple):
-    """What was seen of a tensor.
+    """Traces of a tensor as it was seen.
 
     Attributes:
-        version: Its version counter, which writes through `.data` do not raise.
-        address: Address of its memory.
-        samples: Copy of some of its elements.
-        checksum: Sum of all of its bits.
+        place: Version counter, which writes through `.data` do not raise, address, layout and type.
+        shares: Whether the samples share its memory; not where it is a slice with gaps.
+        samples: Some of its elements.
+        copy: Copy of these.
+        checksum: Checksum of all of it.
     """
 
-    version: int
-    address: int
+    place: tuple[Any, ...]
+    shares: bool
     samples: Tensor
+    copy: Tensor
     checksum: int
 
 
@@ -50,62 +53,68 @@ class Watch:
 
     def __init__(self, named: Mapping[str, Tensor]) -> None:
         self._calls = 0
-        checksums = _checksums(named.values())
-        self._seen = {
-            name: _Seen(t._version, t.data_ptr(), _samples(t).clone(), checksum)
-            for (name, t), checksum in zip(named.items(), checksums, strict=True)
-        }
+        self._seen = dict(zip(named, map(_see, named.values(), checksums(named.values())), strict=True))
 
     def changed(self, named: Mapping[str, Tensor]) -> list[str]:
         """Names of the tensors that are not what was seen first; unknown names are among them.
 
         Args:
-            named: The same tensors as they are now, by name.
+            named: The same tensors as they are now, by name; others are forgotten.
         """
         self._calls += 1
-        known = {name: t for name, t in named.items() if name in self._seen}
-        suspects = known if self._calls % THOROUGH_EVERY == 0 else self._suspects(known)
-        checksums = dict(zip(suspects, _checksums(suspects.values()), strict=True))
-        for name, tensor in suspects.items():  # a look that found nothing is not to be repeated each time
-            seen = self._seen[name]
-            if checksums[name] == seen.checksum:
-                self._seen[name] = seen._replace(version=tensor._version, address=tensor.data_ptr())
-        return [
-            n for n in named if n not in known or checksums.get(n, self._seen[n].checksum) != self._seen[n].checksum
-        ]
+        self._seen = {name: self._seen[name] for name in named if name in self._seen}
+        suspects = [*self._seen] if self._calls % THOROUGH_EVERY == 0 else self._suspects(named)
+        found = {name for name in named if name not in self._seen}
+        for name, checksum in zip(suspects, checksums(named[name] for name in suspects), strict=True):
+            if checksum != self._seen[name].checksum:
+                found.add(name)
+            else:  # a look that found nothing is not to be repeated each time
+                self._seen[name] = _see(named[name], checksum)
+        return [name for name in named if name in found]
 
-    def _suspects(self, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        suspects, others = {}, {}
-        for name, tensor in known.items():
-            seen, now = self._seen[name], _samples(tensor)
-            same = (tensor._version, tensor.data_ptr(), now.shape) == (seen.version, seen.address, seen.samples.shape)
-            (others if same and now.dtype == seen.samples.dtype else suspects)[name] = tensor
-        if others and not _equal([_samples(t) for t in others.values()], [self._seen[n].samples for n in others]):
-            suspects |= {n: t for n, t in others.items() if not _equal([_samples(t)], [self._seen[n].samples])}
-        return suspects
+    def _suspects(self, named: Mapping[str, Tensor]) -> list[str]:
+        elsewhere = {name for name, seen in self._seen.items() if not seen.shares or _place(named[name]) != seen.place}
+        others = [(name, seen) for name, seen in self._seen.items() if name not in elsewhere]
+        if not _equal([seen for _, seen in others]):
+            elsewhere.update(name for name, seen in others if not _equal([seen]))
+        return [name for name in self._seen if name in elsewhere]
 
 
-def _samples(tensor: Tensor) -> Tensor:
-    """A few bytes of a tensor, spread over all of it: a view where it is contiguous."""
-    flat = tensor.detach().contiguous().flatten()
-    return flat[:: max(1, len(flat) // NUM_SAMPLES)]
+def _see(tensor: Tensor, checksum: int) -> _Seen:
+    flat = _bytes(tensor).view(-1, tensor.element_size())
+    samples = flat[:: max(1, len(flat) // NUM_SAMPLES)]
+    return _Seen(_place(tensor), flat.data_ptr() == tensor.data_ptr(), samples, samples.clone(), checksum)
 
 
-def _equal(first: Iterable[Tensor], second: Iterable[Tensor]) -> bool:
-    return torch.equal(_bytes(first), _bytes(second))
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor._version, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _bytes(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.cat([t.contiguous().view(torch.uint8) for t in tensors])
+def _bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor in the order of its memory, [n]: a view where it is dense."""
+    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+    return tensor.detach().permute(order).contiguous().flatten().view(torch.uint8)
 
 
-def _checksums(tensors: Iterable[Tensor]) -> list[int]:
-    sums = [_words(t).sum(dtype=torch.int64) + t.numel() for t in tensors]
+def _equal(all_seen: Sequence[_Seen]) -> bool:
+    """Whether all samples are as they were."""
+    for width in {seen.copy.shape[1] for seen in all_seen}:
+        of_width = [seen for seen in all_seen if seen.copy.shape[1] == width]
+        if not torch.equal(torch.cat([s.samples for s in of_width]), torch.cat([s.copy for s in of_width])):
+            return False
+    return True
+
+
+def checksums(tensors: Iterable[Tensor]) -> list[int]:
+    """A checksum of the bits of each tensor, in which the order of larger parts counts."""
+    sums = [_checksum(_bytes(tensor)) for tensor in tensors]
     return torch.stack(sums).tolist() if sums else []
 
 
-def _words(tensor: Tensor) -> Tensor:
-    """The bits of a tensor as integers."""
-    flat = tensor.detach().contiguous().flatten()
-    width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(flat.element_size(), torch.int64)
-    return flat.view(width)
+def _checksum(flat: Tensor) -> Tensor:
+    flat = flat.clone() if flat.data_ptr() % 8 else flat
+    size = len(flat) // (8 * _NUM_BLOCKS) * 8 * _NUM_BLOCKS
+    blocks = flat[:size].view(torch.int64).view(_NUM_BLOCKS, -1).sum(1)  # sums of smaller words are slow
+    rest = flat[size:].to(torch.int64)
+    weights = torch.arange(1, max(_NUM_BLOCKS, len(rest)) + 1, device=flat.device)
+    return (blocks * weights[:_NUM_BLOCKS]).sum() + (rest * weights[: len(rest)]).sum() + len(flat)

@@ -182,7 +182,7 @@ class VirtualRounds:
     def adopt(self) -> None:
         """Take the weights in the module as those of all workers. See `Rounds.adopt`."""
         self._shared_module.collect()
-        self._shared_module.spread()
+        self._spread(everything=False)
         self._together(Rounds.adopt)
 
     def adopt_replaced(self, *, at_start: bool = False) -> bool:
@@ -191,11 +191,19 @@ class VirtualRounds:
         if self.local_step or not self.sync.common or (versions == self._versions and not at_start):
             return False
         self._shared_module.collect()
-        if not self.sync.replica.replaced(thorough=True):
+        fresh = at_start and not self.workers[0].resumed
+        if not fresh and not self.sync.replica.replaced(thorough=True):
             return False
-        self._shared_module.spread()
+        self._spread(everything=fresh)
+        if fresh:
+            return self._together(lambda rounds: rounds.adopt_replaced(at_start=True))[0]
         self._together(lambda rounds: rounds.adopt_present(keep_near=not at_start))
         return True
+
+    def _spread(self, *, everything: bool) -> None:
+        """Give all workers the first one's tensors, but those with the rule `local` unless everything is meant."""
+        kept = [] if everything else [name for name, rule in self.rules().items() if rule == "local"]
+        self._shared_module.spread(kept)
 
     def abandon_round(self) -> None:
         """See `Rounds.abandon_round`."""
@@ -213,8 +221,11 @@ class VirtualRounds:
 
     def local_state(self) -> dict[str, Any]:
         """Return the first worker's own state; those of the others are in `workers`. See `Rounds.local_state`."""
+        self._shared_module.collect()
         return self.workers[0].local_state()
 
     def load_local_state(self, state: dict[str, Any]) -> None:
         """Restore the first worker's own state."""
+        self._shared_module.collect()
         self.workers[0].load_local_state(state)
+        self._shared_module.show()

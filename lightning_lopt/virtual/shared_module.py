@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,23 +13,26 @@ from torch.optim import Optimizer
 from lightning_lopt.sync.replica import OptimizerLike
 from lightning_lopt.sync.unstepped import NamedTensors
 
+_Named = dict[str, Tensor | None]
+
 
 @dataclass
 class _Aside:
-    """The state of one worker when the turn of another one began, weights and buffers excepted.
+    """The state of one worker when the turn of another one began.
 
     Attributes:
         states: States of each optimizer.
         options: Options of each optimizer's parameter groups, all but the parameters.
         gradients: Gradient of each parameter.
-        buffers: Buffers that each submodule has, by its name: objects, which a worker may have replaced or registered.
+        tensors: Parameters and buffers that each submodule has, by its name: objects, which a worker may have replaced
+            or registered. Values of those of the start are in `SharedModule.own`.
         others: Values of the other attributes that take turns.
     """
 
     states: list[dict[Any, Any]] = field(default_factory=list)
     options: list[list[dict[str, Any]]] = field(default_factory=list)
     gradients: list[Tensor | None] = field(default_factory=list)
-    buffers: dict[str, dict[str, Tensor | None]] = field(default_factory=dict)
+    tensors: dict[str, tuple[_Named, _Named]] = field(default_factory=dict)
     others: list[Any] = field(default_factory=list)
 
 
@@ -40,9 +43,7 @@ class _ModelView:
         self._shared_module, self._rank, self._module = shared_module, rank, module
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        own = self._shared_module.own[self._rank]
-        for name, parameter in self._module.named_parameters():
-            yield name, own.get(parameter, parameter)
+        yield from self._shared_module.parameters(self._rank).items()
 
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
         yield from self._shared_module.buffers(self._rank).items()
@@ -119,7 +120,7 @@ class SharedModule:
             aside.states = [{p: copy.deepcopy(s) for p, s in state.items()} for state in self._aside[0].states]
             aside.options = self._present_options()
             aside.gradients = [None for _ in self._aside[0].gradients]
-            aside.buffers = _present_buffers(module)
+            aside.tensors = _present_tensors(module)
             aside.others = copy.deepcopy(self._aside[0].others)
 
     def model(self, rank: int) -> NamedTensors:
@@ -128,12 +129,19 @@ class SharedModule:
 
     def buffers(self, rank: int) -> dict[str, Tensor]:
         """Buffers of one worker by name, those included that it replaced or registered."""
+        return self._named(rank, 1)
+
+    def parameters(self, rank: int) -> dict[str, Tensor]:
+        """The same for parameters."""
+        return self._named(rank, 0)
+
+    def _named(self, rank: int, kind: int) -> dict[str, Tensor]:
         own, named, known = self.own[rank], {}, set()
-        for path, buffers in self._aside[rank].buffers.items():
-            for name, buffer in buffers.items():
-                if buffer is not None and buffer not in known:
-                    known.add(buffer)
-                    named[f"{path}.{name}" if path else name] = own.get(buffer, buffer)
+        for path, both in self._aside[rank].tensors.items():
+            for name, tensor in both[kind].items():
+                if tensor is not None and tensor not in known:
+                    known.add(tensor)
+                    named[f"{path}.{name}" if path else name] = own.get(tensor, tensor)
         return named
 
     def optimizer(self, rank: int, optimizer: OptimizerLike) -> OptimizerLike:
@@ -199,26 +207,41 @@ class SharedModule:
         aside.options = self._present_options()
         aside.others = [getattr(thing, name) for thing, name in self._others]
         aside.gradients = [p.grad for p in self._parameters.values()] if self._gradients else []
-        aside.buffers = _present_buffers(self._module)
+        aside.tensors = _present_tensors(self._module)
 
     def show(self) -> None:
         """Point the module to the tensors of the active worker."""
         for tensor, own in self.own[self.active].items():
             tensor.data = own.data
-        for path, buffers in self._aside[self.active].buffers.items():
-            present = _buffers_of(self._module.get_submodule(path))
-            present.clear()
-            present.update(buffers)
+        for path, both in self._aside[self.active].tensors.items():
+            for present, own in zip(_tensors_of(self._module.get_submodule(path)), both, strict=True):
+                present.clear()
+                present.update(own)
 
-    def spread(self) -> None:
-        """Give all workers the weights and buffers of the first."""
-        first = self.buffers(0)
+    def spread(self, kept: Collection[str] = ()) -> None:
+        """Give all workers the weights and buffers of the first, those included that it alone has.
+
+        Args:
+            kept: Names of those that stay their own.
+        """
+        first = {**self.parameters(0), **self.buffers(0)}
         for rank in range(1, self.num_workers):
-            for tensor, own in self.own[rank].items():
-                own.data = self.own[0][tensor].data.clone()
-            for name, buffer in self.buffers(rank).items():
-                if name in first:
-                    buffer.data = first[name].data.clone()
+            self._add_missing(rank)
+            named = {**self.parameters(rank), **self.buffers(rank)}
+            pairs = {own: self.own[0][tensor] for tensor, own in self.own[rank].items()}
+            pairs |= {named[name]: value for name, value in first.items() if name in named}
+            stay = {named[name] for name in kept if name in named}
+            for own, value in pairs.items():
+                if own not in stay:
+                    own.data = value.data.clone()
+
+    def _add_missing(self, rank: int) -> None:
+        """Give a worker a copy of each parameter and buffer that the first one has registered since the start."""
+        for path, both in self._aside[0].tensors.items():
+            mine = self._aside[rank].tensors.setdefault(path, ({}, {}))
+            for tensors, own in zip(both, mine, strict=True):
+                new = {name: tensor for name, tensor in tensors.items() if own.get(name) is None}
+                own.update({n: None if t is None else _like(t, copied=True) for n, t in new.items()})
 
     def versions(self) -> list[tuple[int, int]]:
         """Version counters and addresses of the module's parameters."""
@@ -245,10 +268,12 @@ def _like(tensor: Tensor, *, copied: bool) -> Tensor:
     return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
 
 
-def _present_buffers(module: nn.Module) -> dict[str, dict[str, Tensor | None]]:
-    return {path: dict(_buffers_of(submodule)) for path, submodule in module.named_modules()}
+def _present_tensors(module: nn.Module) -> dict[str, tuple[_Named, _Named]]:
+    found = {path: _tensors_of(submodule) for path, submodule in module.named_modules()}
+    return {path: (dict(parameters), dict(buffers)) for path, (parameters, buffers) in found.items()}
 
 
-def _buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
-    """The buffers that a module itself has, None for those that have no value yet; changes change the module."""
-    return vars(module)["_buffers"]  # no public function tells those without a value from those that do not exist
+def _tensors_of(module: nn.Module) -> tuple[_Named, _Named]:
+    """Parameters and buffers that a module itself has, None for those without a value; changes change the module."""
+    own = vars(module)  # no public function tells those without a value from those that do not exist
+    return own["_parameters"], own["_buffers"]

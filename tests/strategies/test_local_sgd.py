@@ -358,7 +358,7 @@ def test_lightning_cli(tmp_path):
             """
     strategy = cli_trainer(tmp_path, config, _Data).strategy
     assert strategy._schedule == QSR(alpha=0.3, base_steps=4)
-    assert strategy._eval_weights == "anchor"
+    assert strategy._global_weights.weights == "anchor"
 
 
 def _terminated(rank):
