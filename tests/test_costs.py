@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from examples.benchmarks.wire.link import (
     Link,
     Round,
