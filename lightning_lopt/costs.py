@@ -201,7 +201,8 @@ def sync_round(
         body.append(all_reduce(extra, num_workers))
     elif options.sharded:
         half = all_to_all(whole, num_workers)
-        body, exposed = [half, all_reduce(extra, num_workers)], [all_reduce(8, num_workers), half]
+        sums = 2 if worker_grads else 1  # over the shards: the norm, and that of a learned step
+        body, exposed = [half, all_reduce(extra, num_workers)], [*[all_reduce(8, num_workers)] * sums, half]
     elif worker_grads:
         body = [all_gather(whole + extra, num_workers)]
     else:
@@ -281,7 +282,7 @@ def local_steps_that_pay(
         >>> transfer = [Collective(14.48e6)]
         >>> plain, overlapped = (lambda h: Round(h, 0, transfer)), (lambda h: Round(h, h // 2, transfer))
         >>> [local_steps_that_pay(round_of, 0.1, Link(100)) for round_of in (plain, overlapped)]
-        [110, 22]
+        [110, 20]
     """
 
     def fits(local_steps: int) -> bool:
