@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from torch.optim import Optimizer
@@ -16,7 +17,8 @@ from lightning_lopt.sync.options import SyncOptions
 from lightning_lopt.sync.replica import OptimizerLike
 from lightning_lopt.sync.report import RoundReport
 from lightning_lopt.sync.rules import Rule
-from lightning_lopt.sync.status import SyncPoint, WorkerStatus
+from lightning_lopt.sync.settings import changed, changes, describe, warn_of_changes
+from lightning_lopt.sync.status import BATCHES, CALL, LOCAL_STEPS, ROUND, SyncPoint, WorkerStatus
 from lightning_lopt.sync.sync import EvalWeights, Sync
 from lightning_lopt.sync.unstepped import NamedTensors
 from lightning_lopt.worker_speeds import Speeds, WorkerSpeeds, check_speeds
@@ -101,6 +103,13 @@ class Rounds:
         self._options = options or SyncOptions()
         check_combination(self._schedule, outer_optimizer, self._options)
         check_speeds(worker_speeds)
+        self._given = describe(
+            {
+                "local_steps": local_steps,
+                **{field.name: getattr(self._options, field.name) for field in fields(self._options)},
+                "worker_speeds": worker_speeds,
+            }
+        )
         self._optimizer = optimizer
         self.total_steps = total_steps
         self.comm = comm or Communicator()
@@ -152,12 +161,41 @@ class Rounds:
         self._end_round()
         return True
 
-    def _launch(self, point: SyncPoint = SyncPoint.SYNC, *, everything: bool = False) -> None:
+    def _launch(self, point: SyncPoint = SyncPoint.SYNC, *, everything: bool = False, stops: bool = False) -> None:
         steps = self.local_step if point is not SyncPoint.LAUNCH or self.local_steps is None else self.local_steps
-        status = WorkerStatus(steps, point, self.speeds.share, self.speeds.measure(self.local_step))
+        seconds = self.speeds.measure(self.local_step)
+        status = WorkerStatus(
+            steps, point, self.speeds.share, seconds, lr=self._local_lr(), stops=stops, uneven=point.answers_syncs
+        )
         self.sync.launch(self.round_idx, status, everything=everything, same_steps=self.equal_steps)
 
-    def join(self, point: SyncPoint = SyncPoint.EPOCH_END, *, last: bool = False) -> None:
+    def check(
+        self,
+        point: SyncPoint,
+        *,
+        batches: int | None = None,
+        call: int | None = None,
+        stops: bool = False,
+        uneven: bool = False,
+    ) -> None:
+        """Make sure that all workers are at the same point of the same round, by a message of a sync's length.
+
+        Args:
+            point: Point that this worker has come to.
+            batches: Number of batches so far; None where it may differ.
+            call: Digest of a collective that is to come, and of its tensors.
+            stops: Whether this worker was told to end its training.
+            uneven: Whether the workers may be unequally far elsewhere.
+
+        Raises:
+            DisagreementError: Another worker is elsewhere; the error says where, and the likely cause.
+        """
+        steps = self.local_step if self.equal_steps else None
+        equal = {ROUND: self.round_idx, LOCAL_STEPS: steps, BATCHES: batches, CALL: call}
+        status = WorkerStatus(self.local_step, point, lr=self._local_lr(), stops=stops, uneven=uneven)
+        self.sync.check(status, equal)
+
+    def join(self, point: SyncPoint = SyncPoint.EPOCH_END, *, last: bool = False, stops: bool = False) -> None:
         """Wait until all workers have come to the same point, as `torch.distributed.algorithms.Join` does.
 
         Until then this worker takes part in the others' syncs, with its present parameters and no further steps. If
@@ -167,16 +205,17 @@ class Rounds:
         Args:
             point: A `SyncPoint` that answers the syncs of others.
             last: Whether training ends here, so that all must be synced.
+            stops: Whether this worker was told to end its training.
 
         Raises:
             DisagreementError: Workers wait at different points.
         """
         if self.sync.in_flight:
             self._end_round()
-        self._launch(point)
+        self._launch(point, stops=stops)
         while self.sync.in_flight:  # somebody was at a sync
             self._end_round()
-            self._launch(point)
+            self._launch(point, stops=stops)
         self._update_speeds()
         steps = {worker.local_steps for worker in self.sync.worker_statuses}
         self.equal_steps = self.equal_steps and len(steps) == 1
@@ -211,8 +250,7 @@ class Rounds:
         return self.local_step == 0 and self.sync.common
 
     def _choose_local_steps(self) -> int:
-        lr = max(float(group.get("lr") or 0.0) for group in self._optimizer.param_groups)  # None for some
-        info = RoundInfo(self.round_idx, self.step_idx, self.total_steps, lr)
+        info = RoundInfo(self.round_idx, self.step_idx, self.total_steps, self._local_lr())
         returned = self._schedule(info)
         local_steps = as_integer(returned, least=1)
         if local_steps is None:
@@ -231,6 +269,10 @@ class Rounds:
             local_steps = min(local_steps, self.total_steps - self.step_idx)
         return local_steps
 
+    def _local_lr(self) -> float:
+        """The learning rate that schedules read: the largest of all groups."""
+        return max(float(group.get("lr") or 0.0) for group in self._optimizer.param_groups)  # None for some
+
     def rules(self) -> dict[str, Rule]:
         """Return the rule by which the workers' values become one, of every parameter and buffer of the model by name.
 
@@ -238,17 +280,30 @@ class Rounds:
         """
         return self.sync.replica.rules()
 
-    def swap_in(self, weights: EvalWeights) -> None:
+    def swap_in(self, weights: EvalWeights, *, moved: bool = False) -> None:
         """Put the global weights into the model until `swap_out`: see `Sync.swap_in`.
 
         Nothing happens where every worker has them already.
+
+        Args:
+            weights: `"anchor"` or `"mean"`.
+            moved: Whether weights were changed without a step, so that they differ right after a sync, too.
         """
-        if not self.synced:
+        if moved or not self.synced:
             self.sync.swap_in(weights)
 
     def swap_out(self) -> None:
         """Give the model this worker's own weights back."""
         self.sync.swap.undo()
+
+    def undo_rounding(self) -> None:
+        """Give the model the global weights again where a worker's own differ from them by rounding alone."""
+        if self.synced:
+            self.sync.replica.undo_rounding()
+
+    def average_workers(self) -> None:
+        """Give every worker the mean of their weights and optimizer states, outside of a sync."""
+        self.sync.average_workers()
 
     def adopt(self) -> None:
         """Take the present weights as the global ones; all workers must call it, with the same weights.
@@ -312,7 +367,10 @@ class Rounds:
         if self._looked_in == self.round_idx or not between:
             return False
         self._looked_in = self.round_idx
-        return bool(self.sync.replica.replaced())
+        if not self.sync.replica.replaced():
+            return False
+        self.sync.replica.undo_rounding()
+        return bool(self.sync.replica.replaced(thorough=True))
 
     def abandon_round(self) -> None:
         """Go back to the anchor, without communication: the local steps since the last sync are lost."""
@@ -326,13 +384,32 @@ class Rounds:
         """Counters, anchors and outer state, the same on all workers; local weights and states are left out.
 
         Args:
-            alone: Whether not to talk to the other workers: see `Sync.state_dict`.
+            alone: Whether not to talk to the other workers: see `Sync.state_dict`. Otherwise with `sharded=True` all
+                must call it.
         """
+        if self._options.sharded and not alone:
+            self.check(SyncPoint.CHECKPOINT)
         sync = self.sync.state_dict(alone=alone)
-        return {**self._counters(), "equal_steps": self.equal_steps, "seconds": [*self.speeds.seconds], "sync": sync}
+        return {
+            **self._counters(),
+            "equal_steps": self.equal_steps,
+            "seconds": [*self.speeds.seconds],
+            "given": self._given,
+            "sync": sync,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the result of `state_dict`."""
+        """Restore the result of `state_dict`.
+
+        Settings that the script has changed since then are the script's, with a warning: those of a round from the next
+        one on, those of the outer optimizer at once. A sync in flight is given up if it sent other parts, or in another
+        form, than the script wants now; its round ends with a sync of its own.
+        """
+        given = state.get("given", {})
+        if self.comm.rank == 0:
+            warn_of_changes(changes(given, self._given))
+        if {"density", "selection", "compression", "sharded", "sync_rules"} & {*changed(given, self._given)}:
+            state = {**state, "sync": {**state["sync"], "exchange": None}}
         self._load_counters(state)
         self.equal_steps = self.equal_steps and state.get("equal_steps", True)
         seconds = state.get("seconds", [])

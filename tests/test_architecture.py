@@ -26,16 +26,18 @@ MAY_IMPORT = {
     "optim": {"functional", "network"},
     "schedules": {"functional"},
     "comm": set(),
+    "islands": {"comm", "functional"},
     "selection": {"functional"},
     "compression": {"functional"},
     "worker_speeds": set(),
-    "sync": {"comm", "compression", "functional", "optim", "selection"},
+    "sync": {"comm", "compression", "functional", "islands", "optim", "selection"},
     "rounds": {"comm", "functional", "optim", "schedules", "sync", "worker_speeds"},
     "virtual": {"comm", "rounds", "sync", "worker_speeds"},
     "strategies": {
         "comm",
         "compression",
         "functional",
+        "islands",
         "network",
         "optim",
         "rounds",
@@ -61,11 +63,11 @@ TESTED_ELSEWHERE = {
     "functional/plain.py": "functional/test_separable.py: the slow form that the fast one is compared with",
     "functional/products.py": "functional/test_orthogonal.py and test_whitening.py: their matrix products",
     "functional/slow_momentum.py": "optim/test_slow_momentum.py",
-    "functional/updates.py": "functional/test_separable.py: each update of the learned step",
     "meta/callbacks.py": "meta/test_export.py: exports during meta-training",
     "meta/outer.py": "meta/test_evaluation.py and test_particles.py: outer steps of simulated rounds",
     "optim/whole_model.py": "optim/test_learned.py and test_blended_nesterov.py: its two subclasses",
     "strategies/callbacks.py": "strategies/test_local_sgd.py and test_uneven.py: the order of hooks",
+    "strategies/checkpoint/pieces.py": "strategies/test_sharded.py: checkpoints of sharded workers, with other ranks",
     "strategies/checkpoint/mean.py": "strategies/checkpoint/test_worker_files.py: the mean of parts",
     "strategies/host.py": "test_architecture.py: each use has its reason; the rest by every run of a Trainer",
     "strategies/joint.py": "sync/test_sync.py and strategies/test_models.py: several optimizers as one",
@@ -95,7 +97,7 @@ OF_THE_WHOLE = {
 }
 LIGHTNING = {"strategies", "callbacks"}
 LIGHTNING_OF_META = {"meta/module.py", "meta/callbacks.py"}
-DISTRIBUTED = {"comm", "strategies", "virtual"}
+DISTRIBUTED = {"comm", "islands", "strategies", "virtual"}
 
 
 def _imports(path: Path) -> set[str]:

@@ -13,6 +13,7 @@ from torch import nn
 from lightning_lopt import (
     QSR,
     AdaMLP,
+    BlendedNesterov,
     Fragments,
     LearnedOptimizer,
     Rounds,
@@ -246,3 +247,58 @@ def test_arguments_are_checked_before_a_process_group_is_made(monkeypatch):
         with pytest.raises(ValueError, match=r"no room|worker_speeds"):
             Rounds(model, optimizer, 4, **wrong)
     assert not made
+
+
+SHAPES = {"embedding": (6, 4), "another": (6, 4), "bias": (5,), "kernel": (4, 2, 3, 3), "expert": (3, 2)}
+UNUSED = {"embedding": [0, 4], "another": (slice(None), 2), "bias": 1, "kernel": (slice(None), 1), "expert": ...}
+STAYING = {
+    "mean": (None, {}),
+    "mean, fragments": (None, {"selection": Fragments(2)}),
+    "SGD, random coordinates": (_nesterov(0.7, 0.9), {"density": 0.5}),
+    "SlowMo, int8": (SlowMomentum, {"compression": "int8"}),
+    "blended": (BlendedNesterov, {}),
+    "default": (LearnedOptimizer, {}),
+    "default, bf16": (LearnedOptimizer, {"compression": "bf16"}),
+    "default, TopK": (LearnedOptimizer, {"compression": TopK(0.5)}),
+    "default, in flight": (LearnedOptimizer, {"overlap_steps": 1}),
+    "default, sharded": (LearnedOptimizer, {"sharded": True}),
+}
+
+
+def _unused(rank, make_comm, outer, options, dtype=torch.float32):
+    """Rounds in which parts of a model have no gradient on any worker, then some in which all have one."""
+    generator = torch.Generator().manual_seed(0)
+    start = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
+    model = nn.ParameterDict({name: p.clone() for name, p in start.items()})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    rounds = Rounds(model, optimizer, 2, outer, comm=make_comm(), options=SyncOptions(**options))
+    generator.manual_seed(rank + 1)
+    moved = []
+    for some_unused in (True, False):
+        for _ in range(6):
+            for name, p in model.items():
+                p.grad = torch.randn(p.shape, generator=generator).to(dtype) + 0.5
+                if some_unused:
+                    p.grad[UNUSED[name]] = 0
+            optimizer.step()
+            rounds.step()
+        moved.append({name: (p != start[name])[UNUSED[name]] for name, p in model.items()})
+    return moved
+
+
+@pytest.mark.parametrize(
+    ("outer", "options", "dtype"),
+    [*((*staying, torch.float32) for staying in STAYING.values()), (LearnedOptimizer, {}, torch.bfloat16)],
+    ids=[*STAYING, "default, of bfloat16"],
+)
+def test_what_is_unused_on_all_workers_stays_until_it_is_used(outer, options, dtype):
+    """Rows, columns, a channel and a tensor without gradient: padding, tokens not yet seen, an expert not reached."""
+    for unused, used in run_threads(_unused, 2, outer, options, dtype):
+        assert not any(moved.any() for moved in unused.values())
+        assert all(moved.all() for moved in used.values())
+
+
+def test_the_published_update_moves_what_is_unused():
+    """As the authors' code does, whose numbers it is compared with."""
+    for unused, _ in run_threads(_unused, 2, partial(LearnedOptimizer, network="lopt_a_short"), {}):
+        assert all(moved.all() for moved in unused.values())

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class FirstCallback(Callback):
-    """The first callback: workers come together, and global weights are in the module when others look.
+    """The first callback: workers come together before others look at their weights.
 
     Args:
         strategy: Strategy of the Trainer.
@@ -29,12 +29,6 @@ class FirstCallback(Callback):
 
     def __init__(self, strategy: LocalSGD) -> None:
         self._strategy = strategy
-
-    @override
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._strategy.join(SyncPoint.VALIDATION)
-        self._sync_weight_averages(trainer)
-        self._strategy.swap_in_global_weights()
 
     @override
     def on_save_checkpoint(
@@ -51,12 +45,17 @@ class FirstCallback(Callback):
         if self._strategy.rounds is None:
             return
         self._strategy.join(SyncPoint.TRAINING_END)  # nobody may have foreseen it: early stopping, max_time
+        self._strategy.average_modes()
         self._sync_weight_averages(trainer)
         if self._strategy.rounds.last_report is None:
             rank_zero_info("Nothing was synced in this fit: no optimizer took a step.")
 
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._strategy.abandon_validation()
+
     def _sync_weight_averages(self, trainer: pl.Trainer) -> None:
-        sync_weight_averages(trainer, self._strategy.rounds, self._strategy.timeout)
+        sync_weight_averages(trainer, self._strategy.rounds, self._strategy.timeout, self._strategy.join)
 
 
 class LastCallback(Callback):

@@ -148,8 +148,9 @@ class LearnedLocalSGD(LocalSGD):
 
     There is nothing to tune: the bundled weights are the default. For each coordinate the network weighs three forms of
     a Nesterov step s, plain, orthogonalised and whitened (`AdaMLP.base_step`), and gates and corrects their mean:
-    :math:`\mathrm{step} = e^m (w_1 s + w_2 O(s) + w_3 W(s)) + d\,\mathrm{rms}(s)`. A step that is not finite, or more
-    than 100 times the averaged one, is replaced by averaging, with a warning.
+    :math:`\mathrm{step} = e^m (w_1 s + w_2 O(s) + w_3 W(s)) + d\,\mathrm{rms}(s)`, and 0 where s is 0: what has had no
+    gradient on any worker does not move. A step that is not finite, or more than 100 times the averaged one, is
+    replaced by averaging, with a warning.
 
     Args:
         local_steps: H >= 1, or a schedule.

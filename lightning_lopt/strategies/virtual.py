@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -62,10 +62,21 @@ class ProcessRounds(Protocol):
     def speeds(self) -> WorkerSpeeds: ...
 
     def step(self) -> bool: ...
-    def join(self, point: SyncPoint = ..., *, last: bool = ...) -> None: ...
+    def check(
+        self,
+        point: SyncPoint,
+        *,
+        batches: int | None = ...,
+        call: int | None = ...,
+        stops: bool = ...,
+        uneven: bool = ...,
+    ) -> None: ...
+    def join(self, point: SyncPoint = ..., *, last: bool = ..., stops: bool = ...) -> None: ...
     def finish_round(self) -> None: ...
-    def swap_in(self, weights: EvalWeights) -> None: ...
+    def swap_in(self, weights: EvalWeights, *, moved: bool = ...) -> None: ...
     def swap_out(self) -> None: ...
+    def undo_rounding(self) -> None: ...
+    def average_workers(self) -> None: ...
     def rules(self) -> dict[str, Rule]: ...
     def adopt(self) -> None: ...
     def adopt_replaced(self, *, at_start: bool = ...) -> bool: ...
@@ -145,6 +156,10 @@ class ProcessWorkers:
 
     def end_batch(self, trainer: pl.Trainer, batch_idx: int) -> None:
         """Call `on_train_batch_end` of the module for all workers but the first, for whom Lightning calls it."""
+
+    def turns(self) -> Iterator[int]:
+        """Give every worker of this process a turn in the module; within a worker's turn, that one alone."""
+        yield 0
 
     def zero_gradients(self, trainer: pl.Trainer) -> None:
         """Delete the other workers' gradients before a validation, where Lightning deletes the first worker's."""
@@ -303,6 +318,11 @@ class VirtualWorkers(ProcessWorkers):
                     outputs = host.as_hook_outputs(outputs)
                 host.call_module_hook(trainer, "on_train_batch_end", outputs, self._batches[rank], batch_idx)
         self._batches, self._outputs = [], {}
+
+    @override
+    def turns(self) -> Iterator[int]:
+        active = self._shared_module.active
+        yield from [active] if active else self._shared_module.turns()
 
     @override
     def zero_gradients(self, trainer: pl.Trainer) -> None:

@@ -156,7 +156,11 @@ class Exchange:
             squared_norm: Squared norm of the averaged pseudo-gradient.
         """
         compressed = any(flat_buffer.residual is not None for flat_buffer in self.flat_buffers.values())
-        return max(self.squared_norm() - (0.0 if compressed else squared_norm), 0.0)
+        return max(self._inside_total(self.squared_norm()) - (0.0 if compressed else squared_norm), 0.0)
+
+    def _inside_total(self, value: float) -> float:
+        """Sum over the parts that the ranks of this worker hold."""
+        return float(self._comm.inside_total(torch.tensor(value, dtype=torch.float64, device=self._device)))
 
     def launch(self, *, background: bool) -> None:
         """Pack the parameters as they are now, and send them.
@@ -187,7 +191,7 @@ class Exchange:
 
     def _run(self) -> None:
         start, bytes_before = time.perf_counter(), self._comm.bytes_sent
-        own = replace(self._own_status, norm=math.sqrt(self.squared_norm()))
+        own = replace(self._own_status, norm=math.sqrt(self._inside_total(self.squared_norm())))
         equal = {**self._equal, UNSTEPPED: self.unstepped.described}
         self.status = gather_status(self._comm, self._device, equal, own, self.unstepped.changed, self._settings)
         self.left_out = self._outlier_filter.outliers(self.status.norms)
@@ -210,8 +214,17 @@ class Exchange:
                     self._leave_out(flat_buffer)
         others = [name for name in sent if name not in averaged]
         combined = combine([sent[name] for name in others], self._comm, self.left_out)
+        self._average_inside(list(averaged.values()))
         self.arrived = {name: sent[name].settled(mean) for name, mean in averaged.items()}
         self.arrived |= zip(others, combined, strict=True)
+
+    def _average_inside(self, means: Sequence[Tensor]) -> None:
+        """Average over the ranks of this worker, which have each seen other data; nothing else keeps them equal."""
+        if self._comm.inside_size > 1 and means:
+            flat = torch.cat([mean.flatten().double() for mean in means])
+            flat = self._comm.inside_total(flat) / self._comm.inside_size
+            for mean, value in zip(means, flat.split([m.numel() for m in means]), strict=True):
+                mean.copy_(value.view_as(mean))
 
     def _append(self, extra: Tensor) -> Tensor:
         (view,) = self.flat_buffers[flat_dtype(extra)].append([extra])

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_lopt.islands import Held, Layout
 from lightning_lopt.sync import spectral_norm
 from lightning_lopt.sync.anchors import AnchoredParameter
 from lightning_lopt.sync.rules import Rule, Rules
@@ -17,6 +18,7 @@ from lightning_lopt.sync.swap import Swap
 from lightning_lopt.sync.unstepped import NamedTensors, UnsteppedTensors, with_own_memory
 
 CHECK_EVERY = 100  # syncs
+ROUNDING = 32  # times a type's precision
 
 
 class OptimizerLike(Protocol):
@@ -67,16 +69,41 @@ class Replica:
         self.groups: list[list[AnchoredParameter]] = []
         self._held: dict[int, AnchoredParameter] = {}  # by the identity of the parameter
         self.add_new_groups()
-        if not any(p.param.requires_grad for p in self.parameters()):
+        if isinstance(model, Held):
+            self._held_copy: Held | None = model
+        else:
+            self._held_copy = None
+        if self._held_copy is None and not any(p.param.requires_grad for p in self.parameters()):
             raise ValueError(
                 "There is nothing to train: the local optimizer holds no parameter with requires_grad=True."
             )
         self.unstepped = UnsteppedTensors(model, self._rules, self._is_stepped)
-        self.swap = Swap()
-        self.device = next(p.param.device for p in self.parameters())
+        copying = self._held_copy is not None and self._held_copy.shares_memory
+        self.swap = Swap(copying=copying, after=self.push)
+        self.device = self._held_copy.device if self._held_copy else next(p.param.device for p in self.parameters())
         self._num_checksums = 0
         self._versions: list[tuple[int, int]] = []
         self.note_versions()
+
+    def pull(self) -> None:
+        """Bring the tensors up to date with a sharded model; others are the model's own."""
+        if self._held_copy is not None:
+            self._held_copy.pull()
+
+    def push(self) -> None:
+        """Write the tensors into a sharded model."""
+        if self._held_copy is not None:
+            self._held_copy.push()
+
+    def layout(self) -> Layout | None:
+        """Pieces of a sharded model on this rank, None if it has all of the model."""
+        return None if self._held_copy is None else self._held_copy.layout()
+
+    def full_numel(self, parameter: AnchoredParameter) -> int:
+        """Number of elements of a parameter in the worker's whole model."""
+        if self._held_copy is None:
+            return parameter.param.numel()
+        return self._held_copy.full_numel(parameter.param)
 
     def parameters(self) -> Iterator[AnchoredParameter]:
         """All parameters of the local optimizer, in its order."""
@@ -198,6 +225,18 @@ class Replica:
             return []
         anchored = [p for p in self.parameters() if p.has_anchor]
         return [p for p in anchored if not torch.equal(p.param, p.anchor.to(p.param.dtype))]
+
+    @torch.no_grad()
+    def undo_rounding(self) -> None:
+        """Give its anchor's value to each parameter that differs from it by rounding alone.
+
+        An operation and its inverse leave it: `eval()` and `train()` of a schedule-free optimizer.
+        """
+        for p in self.replaced(thorough=True):
+            anchor = p.anchor.to(p.param.dtype)
+            rounding = ROUNDING * torch.finfo(anchor.dtype).eps * anchor.abs().max().item()
+            if torch.allclose(p.param, anchor, rtol=0, atol=rounding):
+                p.param.copy_(anchor)
 
     def value_checksum(self) -> int:
         """A checksum of the present values of the parameters that have an anchor."""

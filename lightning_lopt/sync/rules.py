@@ -179,14 +179,14 @@ def combine(items: Sequence[Contribution], comm: Communicator, left_out: Sequenc
             chosen = [i for i, item in enumerate(items) if _way(item) == (largest, dtype)]
             if not chosen:
                 continue
-            sent = [_sent(items[i], comm.rank, kept).flatten() for i in chosen]
+            sent = [_sent(items[i], comm, kept).flatten() for i in chosen]
             flat = torch.cat(sent)
             if largest:
                 comm.max_(flat)
             else:
                 comm.sum_(flat)
             for i, value in zip(chosen, flat.split([s.numel() for s in sent]), strict=True):
-                results[i] = _received(items[i], value, len(kept))
+                results[i] = _received(items[i], value, len(kept) * comm.inside_size)
     return [results[i] for i in range(len(items))]
 
 
@@ -196,15 +196,16 @@ def _way(item: Contribution) -> tuple[bool, torch.dtype]:
     return item.rule in ("max", "min"), torch.float64 if floating else torch.int64
 
 
-def _sent(item: Contribution, rank: int, kept: Sequence[int]) -> Tensor:
+def _sent(item: Contribution, comm: Communicator, kept: Sequence[int]) -> Tensor:
     largest, dtype = _way(item)
+    rank = comm.rank
     value = as_real(item.value).to(dtype)
     if largest:
         if rank not in kept:
             lowest = -torch.inf if dtype.is_floating_point else torch.iinfo(dtype).min
             return torch.full_like(value, lowest)
         return -value if item.rule == "min" else value
-    if rank not in kept or (item.rule == "first" and rank != kept[0]):
+    if rank not in kept or (item.rule == "first" and (rank != kept[0] or comm.inside_rank)):
         return torch.zeros_like(value)
     if item.rule == "sum_of_changes" and item.synced is not None:
         return value - as_real(item.synced).to(dtype)

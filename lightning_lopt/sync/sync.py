@@ -13,6 +13,7 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -23,13 +24,14 @@ from lightning_lopt.comm import MODEL, CommonInteger, Communicator, digest
 from lightning_lopt.compression import Codec
 from lightning_lopt.functional.merge import MergeRule, merge
 from lightning_lopt.functional.outliers import Norms, OutlierFilter
-from lightning_lopt.optim.outer import OuterFactory
+from lightning_lopt.islands import hold, is_sharded
+from lightning_lopt.optim.outer import OuterFactory, check_coordinatewise
 from lightning_lopt.selection import Everything, drawn_ahead
 from lightning_lopt.sync.anchors import AnchoredParameter, training_checksum
 from lightning_lopt.sync.exchange import Exchange, Transport
 from lightning_lopt.sync.flat import ParameterSlice, choose
 from lightning_lopt.sync.options import SyncOptions
-from lightning_lopt.sync.outer_step import OuterStep, StepResult, average
+from lightning_lopt.sync.outer_step import OuterStep, StepResult, Total, average
 from lightning_lopt.sync.replica import OptimizerLike, Replica
 from lightning_lopt.sync.report import RoundReport, explain_outliers
 from lightning_lopt.sync.rules import warn_if_spoiled
@@ -88,25 +90,29 @@ class Sync:
         options: SyncOptions,
     ) -> None:
         self._comm, self._options, self._codec = comm, options, options.codec
+        if is_sharded(model):
+            model = optimizer = hold(model, optimizer, comm, whole=_needs_whole_tensors(outer_optimizer))
         self.replica = Replica(model, optimizer, options.sync_rules)
         self.worker_statuses: list[WorkerStatus] = []
         self.common = True
         self._exchange: Exchange | None = None  # launched and not finished
         self._abandoned: Exchange | None = None  # launched, never to be finished, and perhaps not yet over
         self._outlier_filter = OutlierFilter()
-        self._warns = comm.rank == 0  # once, of the first workers that are left out
+        self._num_groups = len(self.replica.groups)  # whose settings are in every message
+        self._warns = comm.is_first  # once, of the first workers that are left out
         self._judged: set[str] = set()  # tensors that were looked at for a warning
         named = self.replica.common_tensors()
         comm.agree(self.device, {MODEL: [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in named]})
         comm.broadcast_([tensor for _, tensor in named])
+        self.replica.push()
         self.replica.adopt()
-        if comm.rank == 0 and (unused := self.replica.unused_rules()):
+        if comm.is_first and (unused := self.replica.unused_rules()):
             warnings.warn(f"sync_rules {unused} fit no parameter or buffer that there is now.", stacklevel=2)
         self._selection = drawn_ahead(options.effective_selection)
         self._shards = Shards(comm) if options.sharded else None
-        self._outer_step = None
+        self._outer_step, self._total = None, Total(comm, self._shards)
         if outer_optimizer is not None:
-            self._outer_step = OuterStep(outer_optimizer, self.replica.groups, comm, self._shards)
+            self._outer_step = OuterStep(outer_optimizer, self.replica.groups, comm, self._shards, self._total)
         outer = None if self._outer_step is None else self._outer_step.contract.fingerprint
         comm.agree(
             self.device,
@@ -159,6 +165,7 @@ class Sync:
         """
         start = time.perf_counter()
         self.wait()
+        self.replica.pull()
         in_flight = status.point is SyncPoint.LAUNCH
         parameters = self._parameters_in_training()
         slices = self._slices(parameters, round_idx, everything=everything)
@@ -182,7 +189,7 @@ class Sync:
                 LOCAL_STATE: sum(state.numel() for state in states),
                 GLOBAL_WEIGHTS: self.replica.checksum(),
             },
-            settings=self._settings(),
+            settings=self._settings(launching=True),
             round_idx=round_idx,
             everything=everything,
             differences=self._outer_step is not None or self._codec is not None,
@@ -219,12 +226,15 @@ class Sync:
         exchange, self._exchange = self._exchange, None
         assert exchange is not None
         self.worker_statuses = exchange.status.workers
+        if exchange.launched is not None:
+            self.replica.pull()  # steps were taken since the launch
         squared_drift, result = 0.0, StepResult(0.0)
         if not exchange.skipped:
             result = self._step_anchors(exchange)
             squared_drift = exchange.squared_drift(result.squared_norm)
             self._merge(exchange)
             self._apply_states_and_unstepped(exchange)
+            self.replica.push()
         self._outlier_filter.update(exchange.status.norms, exchange.left_out)
         if exchange.left_out and self._warns:
             self._warns = False
@@ -250,15 +260,19 @@ class Sync:
             fell_back=result.fell_back,
         )
 
-    def check(self, point: SyncPoint) -> None:
+    def check(self, status: WorkerStatus, equal: Mapping[CommonInteger, int | None] | None = None) -> None:
         """Make sure that all workers are at the same point; a sync in flight is left alone.
 
+        Args:
+            status: Status of this worker.
+            equal: Values of some of the `COMMON` integers of `sync/status.py`.
+
         Raises:
-            DisagreementError: They are not.
+            DisagreementError: They are not, or an integer differs.
         """
         self.wait()
         unchanged = [False] * len(self.replica.unstepped)
-        gather_status(self._comm, self.device, {}, WorkerStatus(0, point), unchanged, self._settings())
+        gather_status(self._comm, self.device, equal or {}, status, unchanged, self._settings())
 
     # -- weights from outside -------------------------------------------------------------------------------------
 
@@ -278,6 +292,7 @@ class Sync:
         """
         self._abandon()
         self.wait()
+        self.replica.pull()
         unchanged = [False] * len(self.replica.unstepped)
         equal = {NEW_WEIGHTS: self.replica.value_checksum()}
         own = WorkerStatus(0, SyncPoint.ADOPTION)
@@ -314,15 +329,26 @@ class Sync:
     ) -> list[ParameterSlice]:
         """The slices of the parameters that the sync of a round sends."""
         selection = Everything() if everything else self._selection
-        slices = choose(parameters, selection.pick([p.param.numel() for p in parameters], round_idx))
+        whole = selection.whole_tensors
+        sizes = [self.replica.full_numel(p) if whole else p.param.numel() for p in parameters]
+        slices = choose(parameters, selection.pick(sizes, round_idx))
         return slices if self._shards is None else self._shards.sort(slices)
 
-    def _settings(self) -> LocalSettings:
-        """Settings of the local optimizer for the outer one; none where there is no outer optimizer."""
+    def _settings(self, *, launching: bool = False) -> LocalSettings:
+        """Settings of the local optimizer for the outer one; none where there is no outer optimizer.
+
+        Args:
+            launching: Whether to include groups that no message has had yet.
+        """
         if self._outer_step is None:
             return LocalSettings()
         turns = self._options.effective_selection.num_turns
-        return self.replica.local_settings(math.inf if self._options.local_state == "reset" else turns)
+        settings = self.replica.local_settings(math.inf if self._options.local_state == "reset" else turns)
+        known = self._num_groups
+        if not launching:
+            return LocalSettings(settings.lrs[:known], settings.momenta[:known])
+        self._num_groups = len(settings.lrs)
+        return replace(settings, num_new=len(settings.lrs) - known)
 
     def _transport(self, codec: Codec | None = None) -> Transport:
         gather = self._outer_step is not None and self._outer_step.contract.needs_worker_grads
@@ -332,7 +358,7 @@ class Sync:
         """Step the anchors, and send them to the workers that do not own them."""
         flat_buffers = exchange.flat_buffers.values()
         if self._outer_step is None:
-            result = average(flat_buffers, self._shards)
+            result = average(flat_buffers, self._total)
         else:
             status = exchange.status
             keys = {"round_idx": exchange.round_idx, "local_steps": max(w.local_steps for w in status.workers)}
@@ -362,7 +388,7 @@ class Sync:
             state.copy_(mean)
         if self._options.local_state == "reset":
             self.replica.reset_local_states(s.parameter for s in exchange.slices)
-        if self._comm.rank == 0:
+        if self._comm.is_first:
             self._warn_of_spoiled(exchange)
         anchors = {p: p.anchor for p in self.replica.parameters() if p.has_anchor}
         self.replica.unstepped.merge(exchange.unstepped, self.replica.renewed(exchange.arrived, anchors))
@@ -394,6 +420,7 @@ class Sync:
         """
         if self.swap.active:
             return
+        self.replica.pull()
         exchange = self._exchange_weights() if weights == "mean" else None
         if exchange is None or exchange.skipped:
             self.swap.put(self.replica.anchor_pairs())
@@ -402,8 +429,20 @@ class Sync:
             pairs: list[tuple[Tensor, Tensor]] = [(p.param, mean) for p, mean in means.items()]
             self.swap.put(pairs + self.replica.unstepped.pairs(self.replica.renewed(exchange.arrived, means)))
 
-    def _exchange_weights(self) -> Exchange:
-        """Average the workers' present weights and buffers, and change nothing."""
+    @torch.no_grad()
+    def average_workers(self) -> None:
+        """Give every worker the mean of their weights and optimizer states; anchors stay as they are."""
+        parameters = [p for p in self.replica.parameters() if p.has_anchor]
+        exchange = self._exchange_weights(self.replica.local_states(parameters))
+        if exchange.skipped:
+            return
+        for state, mean in zip(exchange.optimizer_states, exchange.mean_states, strict=True):
+            state.copy_(mean)
+        for s, mean in exchange.means():
+            s.write(s.parameter.param, mean)
+
+    def _exchange_weights(self, states: Sequence[Tensor] = ()) -> Exchange:
+        """Average the workers' present weights, buffers and states of local optimizers, and change nothing."""
         self.wait()
         parameters = [p for p in self.replica.parameters() if p.has_anchor]
         exchange = Exchange(
@@ -411,8 +450,9 @@ class Sync:
             device=self.device,
             slices=[ParameterSlice(p) for p in parameters],
             unstepped=self.replica.unstepped.snapshot(),
+            optimizer_states=states,
             status=WorkerStatus(0, SyncPoint.EVALUATION),
-            equal={IN_TRAINING: training_checksum(parameters)},
+            equal={IN_TRAINING: training_checksum(parameters), LOCAL_STATE: sum(state.numel() for state in states)},
             settings=self._settings(),
             outlier_filter=self._outlier_filter,
         )
@@ -432,6 +472,7 @@ class Sync:
         """
         self._abandon()
         self.replica.restore()
+        self.replica.push()
         self.replica.note_versions()
         self.common = True
 
@@ -446,9 +487,10 @@ class Sync:
         """
         if not alone:
             self.wait()
+        divided = self._comm.inside_size > 1  # each rank has its own
         return {
             **self.replica.state_dict(),
-            "outer": None if self._outer_step is None else self._outer_step.state_dict(alone=alone),
+            "outer": None if self._outer_step is None else self._outer_step.state_dict(alone=alone or divided),
             "outer_kind": type(self.outer).__name__,
             "norms": self._outlier_filter.norms._asdict(),
             "common": self.common,
@@ -457,6 +499,8 @@ class Sync:
 
     def local_state(self) -> dict[str, Any]:
         """Everything that differs between the workers: parameters, buffers, residuals, and y of a sync in flight."""
+        if not self.swap.active:
+            self.replica.pull()
         return {
             **self.replica.local_state(),
             "exchange": None if self._exchange is None else self._exchange.local_state(),
@@ -504,6 +548,21 @@ class Sync:
     def load_local_state(self, state: Mapping[str, Any]) -> None:
         """Restore the result of `local_state`, after `load_state_dict`."""
         self.replica.load_local_state(state)
+        if self._codec is None:  # the state may be of a run with compression
+            for p in self.replica.parameters():
+                p.residual = None
+        self.replica.push()
         self.replica.note_versions()
         if self._exchange is not None:
             self._exchange.load_local_state(state["exchange"])
+
+
+def _needs_whole_tensors(factory: OuterFactory | None) -> bool:
+    """Whether the steps of an outer optimizer depend on more than single coordinates."""
+    if factory is None:
+        return False
+    try:
+        check_coordinatewise(factory)
+    except ValueError:
+        return True
+    return False

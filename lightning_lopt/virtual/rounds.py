@@ -144,21 +144,40 @@ class VirtualRounds:
         """Count a local step that all workers have taken, and sync if it is time. See `Rounds.step`."""
         return self._together(Rounds.step)[0]
 
-    def join(self, point: SyncPoint = SyncPoint.EPOCH_END, *, last: bool = False) -> None:
+    def join(self, point: SyncPoint = SyncPoint.EPOCH_END, *, last: bool = False, stops: bool = False) -> None:
         """See `Rounds.join`."""
-        self._together(lambda rounds: rounds.join(point, last=last))
+        self._together(lambda rounds: rounds.join(point, last=last, stops=stops))
+
+    def check(
+        self,
+        point: SyncPoint,
+        *,
+        batches: int | None = None,
+        call: int | None = None,
+        stops: bool = False,
+        uneven: bool = False,
+    ) -> None:
+        """See `Rounds.check`; workers that take turns cannot part."""
 
     def finish_round(self) -> None:
         """See `Rounds.finish_round`."""
         self._together(Rounds.finish_round)
 
-    def swap_in(self, weights: EvalWeights) -> None:
+    def swap_in(self, weights: EvalWeights, *, moved: bool = False) -> None:
         """See `Rounds.swap_in`."""
-        self._together(lambda rounds: rounds.swap_in(weights))
+        self._together(lambda rounds: rounds.swap_in(weights, moved=moved))
 
     def swap_out(self) -> None:
         """See `Rounds.swap_out`."""
         self._together(Rounds.swap_out)
+
+    def undo_rounding(self) -> None:
+        """See `Rounds.undo_rounding`."""
+        self._together(Rounds.undo_rounding)
+
+    def average_workers(self) -> None:
+        """See `Rounds.average_workers`."""
+        self._together(Rounds.average_workers)
 
     def adopt(self) -> None:
         """Take the weights in the module as those of all workers. See `Rounds.adopt`."""

@@ -53,7 +53,7 @@ def _lopt(num_workers: int) -> Any:
 
 def _lagg(num_workers: int) -> Any:
     """A network of K inputs with a last layer of zeros, as before meta-training: a Nesterov step at LAgg-A's cost."""
-    network = AdaMLP(num_workers, hidden=(8, 8), update="blended_nesterov", step_mult=1.0, exp_mult=1.0, seed=0)
+    network = AdaMLP(num_workers, hidden=(8, 8), update="masked_blended_nesterov", step_mult=1.0, exp_mult=1.0, seed=0)
     nn.init.zeros_(network.get_parameter("layers.2.weight"))
     return partial(LearnedOptimizer, network=network)
 
