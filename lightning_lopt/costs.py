@@ -185,8 +185,8 @@ def sync_round(
         work_seconds: Seconds of the outer step.
 
     Example:
-        >>> [round(sync_round(options, 16, 1e6, 4).bytes_sent) for options in (SyncOptions(), SyncOptions(density=0.1))]
-        [6000614, 600614]
+        >>> [round(sync_round(o, 16, 1e6, 4).bytes_sent / 1e6, 1) for o in (SyncOptions(), SyncOptions(density=0.1))]
+        [6.0, 0.6]
     """
     selection = options.effective_selection
     sent = parameters * getattr(selection, "density", 1.0) / selection.num_turns
