@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import zipfile
@@ -62,8 +63,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             _check(file)
         try:
             return super().load_checkpoint(path, *args, **kwargs)
-        except RuntimeError as error:
-            if "PytorchStreamReader" not in str(error):
+        except (RuntimeError, OSError) as error:  # torch may be told to seek before the file's start
+            seeks = isinstance(error, OSError) and error.errno == errno.EINVAL
+            if not seeks and "PytorchStreamReader" not in str(error):
                 raise
             raise _damaged(file, str(error).splitlines()[0]) from error
 
