@@ -47,6 +47,7 @@ MAY_IMPORT = {
         "virtual",
         "worker_speeds",
     },
+    "costs": {"compression", "sync"},
     "callbacks": {"rounds", "strategies", "sync"},
     "meta": {"comm", "functional", "network", "weights_file"},
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from lightning_lopt.functional.blended import retained_momentum
 from lightning_lopt.meta.base import AbstractTask, Batch, Tensors, column
 
 OptimizerKind = Literal["sgd", "momentum", "adamw"]
+Number = TypeVar("Number", float, Tensor)
 MOMENTUM = 0.9
 BETAS, EPS = (0.9, 0.999), 1e-8
 
@@ -154,6 +155,19 @@ def _clip(grads: Tensors, max_norm: float) -> None:
     factor = (max_norm / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1)
     for grad in grads.values():
         grad.mul_(column(factor, grad))
+
+
+def half_cosine(step: Number, length: Number) -> Number:
+    """Factor that falls from 1 at step 0 to 0 at step `length`, along half a cosine.
+
+    Example:
+        >>> [round(half_cosine(step, 4), 2) for step in range(5)]
+        [1.0, 0.85, 0.5, 0.15, 0.0]
+    """
+    angle = math.pi * step / length
+    if isinstance(angle, Tensor):
+        return 0.5 * (1 + angle.cos())
+    return 0.5 * (1 + math.cos(angle))
 
 
 @dataclass(frozen=True)

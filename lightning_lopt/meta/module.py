@@ -17,7 +17,7 @@ from lightning_lopt.meta.base import AbstractTask, Tensors
 from lightning_lopt.meta.estimator import Estimator, EstimatorKind
 from lightning_lopt.meta.evaluation import Evaluation
 from lightning_lopt.meta.export import Export
-from lightning_lopt.meta.local import LocalOptimizer, LocalTraining, OptimizerKind
+from lightning_lopt.meta.local import LocalOptimizer, LocalTraining, OptimizerKind, half_cosine
 from lightning_lopt.meta.particles import MetaLoss, Particles, joined
 from lightning_lopt.meta.truncation import LogUniform
 from lightning_lopt.network import AdaMLP
@@ -262,7 +262,7 @@ class MetaTraining(L.LightningModule):
             if step < self.warmup_steps:
                 return (step + 1) / self.warmup_steps
             progress = min(1.0, (step - self.warmup_steps) / max(1, total - self.warmup_steps))
-            return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+            return final + (1 - final) * half_cosine(progress, 1)
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

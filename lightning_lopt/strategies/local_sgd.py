@@ -78,7 +78,8 @@ class LocalSGD(DDPStrategy):
 
     Args:
         local_steps: H >= 1 in optimizer steps, or a schedule (`QSR`, or a callable from `RoundInfo` to an integer);
-            begin with 16, or the least H with which a sync costs a tenth of the time.
+            begin with 16, or the least H with which a sync costs a tenth of the time, which
+            `python -m lightning_lopt.costs` prints.
         outer_optimizer: Function that makes a torch optimizer from parameter groups, e.g.
             `partial(torch.optim.AdamW, lr=1e-3)`; the gradient of its parameters is the averaged pseudo-gradient. None
             averages.

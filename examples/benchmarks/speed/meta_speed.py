@@ -22,8 +22,9 @@ from typing import Any, get_args
 
 import torch
 
-from examples.benchmarks.report import machine, table, write_json
+from examples.benchmarks.report import machine, write_json
 from examples.benchmarks.speed.outer_step import FLOP_PER_PARAMETER, sgemm_flops
+from lightning_lopt.costs import table
 from lightning_lopt.functional import learned
 from lightning_lopt.meta import ImageMLP, LocalOptimizer, LocalTraining, LogUniform, outer, simulation
 from lightning_lopt.meta.estimator import Estimator
