@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-FACTOR = 10.0  # leaves out one of 8,000 healthy workers (examples/records/2026-11-30_outliers)
+FACTOR = 10.0
+FORGET = 0.99
 
 
 class Norms(NamedTuple):
@@ -14,7 +15,7 @@ class Norms(NamedTuple):
 
     Attributes:
         last: Norms in the round before, 0 for workers that it left out; empty in the first one.
-        peak: Largest norm of all rounds.
+        peak: Largest norm of all rounds, one that is n rounds old times 0.99^n.
     """
 
     last: Sequence[float] = ()
@@ -25,9 +26,9 @@ class Norms(NamedTuple):
 
         Example:
             >>> Norms().then([4.0, 2.0]).then([1.0, 1.0])
-            Norms(last=[1.0, 1.0], peak=4.0)
+            Norms(last=[1.0, 1.0], peak=3.96)
         """
-        return Norms(list(norms), max(self.peak, *norms))
+        return Norms(list(norms), max(FORGET * self.peak, *norms))
 
 
 def outliers(norms: Sequence[float], before: Norms) -> list[int]:
@@ -40,8 +41,8 @@ def outliers(norms: Sequence[float], before: Norms) -> list[int]:
     The median (the upper one) is over what is finite and not 0, and takes no more norms of the round before than of
     this one. So it is never below the smallest norm of this round: a change that all workers share, as with a new
     learning rate, number of steps or batch, never counts. With two workers, the norms of
-    the round before are needed to tell which one diverged. A norm that a round took is taken again: where the loss is
-    nearly 0, most batches give next to nothing, and one with a hard example a hundred times that.
+    the round before are needed to tell which one diverged. A norm that rounds took not long ago is taken again: where
+    the loss is nearly 0, most batches give next to nothing, and one with a hard example a hundred times that.
 
     Args:
         norms: Norm of each worker's pseudo-gradient in this round.
