@@ -59,6 +59,7 @@ TESTED_ELSEWHERE = {
     "functional/compression.py": "test_compression.py: the codecs that are made of it",
     "functional/grams.py": "functional/test_whitening.py: the matrices that whiten",
     "functional/layers.py": "functional/test_separable.py: the network of the learned step",
+    "functional/precision.py": "sync/test_flat.py: tensors of all types",
     "functional/plain.py": "functional/test_separable.py: the slow form that the fast one is compared with",
     "functional/products.py": "functional/test_orthogonal.py and test_whitening.py: their matrix products",
     "functional/slow_momentum.py": "optim/test_slow_momentum.py",
