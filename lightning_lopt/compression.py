@@ -287,13 +287,12 @@ class PowerSGD:
         return Reduction(means, sent, new)
 
     def _bases(self, matrices: Mapping[int, Tensor], states: Sequence[Tensor | None]) -> dict[int, Tensor]:
-        """The Q of the last call for each matrix, or random columns that are the same on all workers."""
-        generator = torch.Generator().manual_seed(0)
+        """The Q of the last call for each matrix, or random columns that its shape alone determines."""
         bases = {}
         for i, matrix in matrices.items():
             shape, state = (matrix.shape[1], self.rank), states[i]
             if state is None or state.shape != shape:
-                state = torch.randn(shape, generator=generator)
+                state = torch.randn(shape, generator=torch.Generator().manual_seed(0))
             bases[i] = state.to(matrix)
         return bases
 

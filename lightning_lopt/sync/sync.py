@@ -91,7 +91,8 @@ class Sync:
     ) -> None:
         self._comm, self._options, self._codec = comm, options, options.codec
         if is_sharded(model):
-            model = optimizer = hold(model, optimizer, comm, whole=_needs_whole_tensors(outer_optimizer))
+            whole = options.sends_means_alone or _needs_whole_tensors(outer_optimizer)
+            model = optimizer = hold(model, optimizer, comm, whole=whole)
         self.replica = Replica(model, optimizer, options.sync_rules)
         self.worker_statuses: list[WorkerStatus] = []
         self.common = True

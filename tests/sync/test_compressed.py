@@ -146,8 +146,8 @@ def test_the_linear_mean_and_the_mean_residual_are_the_mean(codec, left_out):
 def test_power_sgd_is_its_formula_and_its_bytes():
     """Three workers for four rounds, against algorithms 1 and 2 of arXiv 1905.13727 in numpy."""
     runs = run_threads(_linear, 3, PowerSGD(RANK), (), 1.0)
-    generator = torch.Generator().manual_seed(0)
-    bases = [torch.randn(m, RANK, generator=generator).double().numpy() for m in (18, 15)]
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    bases = [torch.randn(m, RANK, generator=g).double().numpy() for m, g in zip((18, 15), generators, strict=True)]
     errors = np.zeros((3, NUMEL))
     for round_idx in range(4):
         values = np.stack([_draws(k)[round_idx].numpy() for k in range(3)]) + errors
@@ -252,4 +252,4 @@ def test_power_sgd_learns_about_as_fast_as_int8():
     options = [SyncOptions(compression=compression) for compression in ("int8", PowerSGD(1))]
     (loss, num_bytes), (other_loss, other_bytes) = (run_threads(_loss, 2, models, option)[0] for option in options)
     assert other_loss < 1.15 * loss
-    assert other_bytes < 0.75 * num_bytes
+    assert other_bytes < 0.85 * num_bytes
