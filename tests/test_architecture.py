@@ -67,7 +67,6 @@ TESTED_ELSEWHERE = {
     "meta/outer.py": "meta/test_evaluation.py and test_particles.py: outer steps of simulated rounds",
     "optim/whole_model.py": "optim/test_learned.py and test_blended_nesterov.py: its two subclasses",
     "strategies/callbacks.py": "strategies/test_local_sgd.py and test_uneven.py: the order of hooks",
-    "strategies/checkpoint/pieces.py": "strategies/test_sharded.py: checkpoints of sharded workers, with other ranks",
     "strategies/checkpoint/mean.py": "strategies/checkpoint/test_worker_files.py: the mean of parts",
     "strategies/host.py": "test_architecture.py: each use has its reason; the rest by every run of a Trainer",
     "strategies/joint.py": "sync/test_sync.py and strategies/test_models.py: several optimizers as one",
