@@ -223,10 +223,8 @@ class BatchNormReestimation(Callback):
             norm.momentum = momentum
         _set_modes(before)
         statistics = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
-        flat = torch.cat(statistics)
-        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
-        comm.mean_(flat)
-        for statistic, mean in zip(statistics, flat.split([len(s) for s in statistics]), strict=True):
+        means = comm.means([s.to(torch.promote_types(s.dtype, torch.float32)) for s in statistics])
+        for statistic, mean in zip(statistics, means, strict=True):
             statistic.copy_(mean)
 
     def _batches(self, trainer: pl.Trainer, rank: int, num_workers: int) -> Iterator[Any]:

@@ -213,6 +213,15 @@ class Communicator:
             flat.div_(self.num_workers)
         self._share(flat)
 
+    def means(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Average each of several tensors of one device over the workers, in one all-reduce of their common type."""
+        if not tensors:
+            return []
+        flat = torch.cat([t.flatten() for t in tensors])
+        self.mean_(flat)
+        parts = flat.split([t.numel() for t in tensors])
+        return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
+
     def sum_(self, values: Tensor) -> None:
         """Replace a contiguous tensor by its sum over the workers, and over the parts of each."""
         self._reduce(values, dist.ReduceOp.SUM)

@@ -3,8 +3,8 @@
 A sync sees plain tensors only, those that its rank holds, and exchanges them with the same rank of the other workers:
 
 * `LocalShards`: the rank's own shards, without a copy, for outer steps that treat each coordinate by itself;
-* `WholeTensors`: some tensors of the model, whole, for outer steps with statistics of rows, columns or matrices. They
-  are brought together inside the worker before a sync, and shared out after it.
+* `WholeTensors`: some tensors of the model, whole, for outer steps with statistics of rows, columns or matrices, and
+  for codecs of matrices. They are brought together inside the worker before a sync, and shared out after it.
 
 Norms, totals and checksums are summed inside the worker, by `Communicator.inside_total_`.
 """
@@ -284,7 +284,7 @@ def hold(module: Any, optimizer: Any, comm: Communicator, *, whole: bool) -> Hel
         module: Module with DTensors.
         optimizer: Local optimizer of its parameters.
         comm: Collectives among the workers.
-        whole: Whether the outer step needs whole tensors.
+        whole: Whether the outer step or the compression needs whole tensors.
 
     Raises:
         ValueError: Each rank is a worker, or a parameter lies on ranks of several workers.

@@ -10,8 +10,9 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_lopt.comm import Communicator
+from lightning_lopt.functional.balance import even_bounds
 from lightning_lopt.functional.integers import as_integer
-from lightning_lopt.optim.outer import OuterFactory, check_coordinatewise
+from lightning_lopt.optim.outer import OuterFactory, check_coordinatewise, check_needs_mean_alone
 from lightning_lopt.schedules import Constant, RoundInfo, Schedule, as_schedule
 from lightning_lopt.sync.options import SyncOptions
 from lightning_lopt.sync.replica import OptimizerLike
@@ -261,8 +262,8 @@ class Rounds:
                 "it must be an integer >= 1."
             )
         turns = self._options.effective_selection.num_turns
-        turn = self.round_idx % turns
-        local_steps = local_steps * (turn + 1) // turns - local_steps * turn // turns
+        turn, bounds = self.round_idx % turns, even_bounds(local_steps, turns)
+        local_steps = bounds[turn + 1] - bounds[turn]
         if local_steps < 1:
             raise ValueError(
                 f"{turns} fragments take turns within local_steps: these must be at least as many for {info}."
@@ -450,11 +451,14 @@ def check_combination(schedule: Schedule, outer_optimizer: OuterFactory | None, 
     """Refuse a schedule, an outer optimizer and sync options that exclude each other.
 
     Raises:
-        ValueError: The outer optimizer needs whole tensors and random coordinates are sent, or a constant number of
-            local steps leaves no room for the overlap or for all fragments.
+        ValueError: The outer optimizer needs whole tensors and random coordinates are sent, or every worker's
+            pseudo-gradient and a `LinearCodec` sends means alone, or a constant number of local steps leaves no room
+            for the overlap or for all fragments.
     """
     if outer_optimizer is not None and not options.effective_selection.whole_tensors:
         check_coordinatewise(outer_optimizer)
+    if outer_optimizer is not None and options.sends_means_alone:
+        check_needs_mean_alone(outer_optimizer, options.compression)
     turns = options.effective_selection.num_turns
     if isinstance(schedule, Constant) and schedule.local_steps // turns <= options.overlap_steps:
         raise ValueError(

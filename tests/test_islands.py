@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 
-from lightning_lopt import LearnedOptimizer, Rounds, SlowMomentum, SyncOptions
+from lightning_lopt import LearnedOptimizer, PowerSGD, Rounds, SlowMomentum, SyncOptions
 from lightning_lopt.comm import Communicator
 from lightning_lopt.selection import Fragments
 from tests.processes import run_workers
@@ -69,6 +69,7 @@ CASES = {
     "sharded": (partial(SlowMomentum, momentum=0.5), {"sharded": True}),
     "learned, sharded": (LearnedOptimizer, {"sharded": True}),
     "reset": (DILOCO, {"local_state": "reset"}),
+    "factors": (DILOCO, {"compression": PowerSGD(2)}),
 }
 
 

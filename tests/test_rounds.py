@@ -17,6 +17,7 @@ from lightning_lopt import (
     DisagreementError,
     Fragments,
     LearnedOptimizer,
+    PowerSGD,
     Rounds,
     SlowMomentum,
     SyncOptions,
@@ -218,6 +219,7 @@ def test_state_dict_resumes_bitwise_from_every_step(stop, tmp_path):
         (8, None, SyncOptions(overlap_steps=4, selection=Fragments(2)), "2 fragments take turns"),
         (1, None, SyncOptions(selection=Fragments(2)), "no room"),
         (4, LearnedOptimizer, SyncOptions(density=0.5), "cannot step random coordinates"),
+        (4, partial(LearnedOptimizer, network=AdaMLP(1)), SyncOptions(compression=PowerSGD()), "their mean alone"),
         (lambda info: 1, None, SyncOptions(selection=Fragments(2)), "must be at least as many"),
     ],
 )

@@ -295,12 +295,11 @@ class MetaTraining(L.LightningModule):
 
     def _clipped(self, gradient: Tensors) -> Tensors:
         """Average over the processes and clip to `max_window_norm`."""
-        flat = torch.cat([g.flatten() for g in gradient.values()])
-        self._comm.mean_(flat)
+        means = self._comm.means([*gradient.values()])
+        norm = float(torch.cat([mean.flatten() for mean in means]).norm())
         assert self.max_window_norm is not None
-        flat *= min(1.0, self.max_window_norm / max(float(flat.norm()), 1e-12))
-        parts = flat.split([g.numel() for g in gradient.values()])
-        return {name: part.view_as(g) for (name, g), part in zip(gradient.items(), parts, strict=True)}
+        factor = min(1.0, self.max_window_norm / max(norm, 1e-12))
+        return {name: factor * mean for name, mean in zip(gradient, means, strict=True)}
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from lightning_lopt.functional.precision import state_dtype
 from lightning_lopt.strategies import host
 from lightning_lopt.strategies.errors import explain_lost_worker
 from lightning_lopt.strategies.virtual import ProcessRounds
@@ -84,8 +85,5 @@ def sync_weight_averages(
 
 
 def _average(tensors: list[Tensor], rounds: ProcessRounds, device: torch.device) -> None:
-    wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-    flat = torch.cat([t.flatten().to(device, wide) for t in tensors])
-    rounds.comm.mean_(flat)
-    for t, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        t.copy_(mean.view_as(t))
+    for t, mean in zip(tensors, rounds.comm.means([t.to(device, state_dtype(t)) for t in tensors]), strict=True):
+        t.copy_(mean)

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lopt.comm import Communicator, DisagreementError, digest
-from lightning_lopt.compression import Codec
+from lightning_lopt.compression import Codec, LinearCodec
 from lightning_lopt.functional.merge import MergeRule
 from lightning_lopt.islands import is_sharded
 from lightning_lopt.rounds import Rounds, check_combination
@@ -85,7 +85,8 @@ class LocalSGD(DDPStrategy):
             averages.
         density: Share of the coordinates that a sync sends, in (0, 1]; they are drawn anew in every round.
         selection: `Fragments(...)` or any `Selection`, in place of a density.
-        compression: `"bf16"`, `"int8"`, `TopK(...)` or any `Codec`, with error feedback; None for float32.
+        compression: `"bf16"`, `"int8"`, `TopK(...)`, `PowerSGD(...)`, or any `Codec` or `LinearCodec`, with error
+            feedback; None for float32.
         overlap_steps: Number Q of the H local steps that are taken while the sync is in flight, 0 <= Q < H.
         merge: Rule that makes a worker's new parameters from the anchor a, its y at the launch and z at the finish:
             `"delay_corrected"` a + (z - y), `"overwrite"` a, or a number α in [0, 1] for α z + (1 - α) a. Without
@@ -195,7 +196,7 @@ class LocalSGD(DDPStrategy):
         outer_optimizer: Callable[[Iterable], Optimizer] | None = None,
         density: float = 1.0,
         selection: Selection | None = None,
-        compression: str | Codec | None = None,
+        compression: str | Codec | LinearCodec | None = None,
         overlap_steps: int = 0,
         merge: MergeRule = "delay_corrected",
         worker_speeds: list[float] | Literal["measured"] | None = None,

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_lopt.functional.precision import state_dtype
+
 
 class AnchoredParameter:
     """A parameter and its anchor, which is empty until the parameter is first trained.
@@ -23,6 +25,7 @@ class AnchoredParameter:
         anchor: Value of the parameter after the last sync, the same on all workers.
         has_anchor: Whether the anchor holds such a value yet.
         residual: Values that compression has left unsent, of the anchor's shape and type; None without compression.
+        codec_state: State that a `LinearCodec` keeps of the parameter, the same on all workers; None without.
 
     Raises:
         ValueError: The parameter is complex or sparse.
@@ -36,10 +39,11 @@ class AnchoredParameter:
                 f"worker's own: sync_rules={{{name!r}: 'local'}}."
             )
         self.param, self.local = param, local
-        self.dtype = flat_dtype(param)
+        self.dtype = state_dtype(param)
         self.anchor = torch.empty(0, dtype=self.dtype, device=param.device)
         self.has_anchor = False
         self.residual: Tensor | None = None
+        self.codec_state: Tensor | None = None
 
     @property
     def trained(self) -> bool:
@@ -65,8 +69,3 @@ class AnchoredParameter:
 def training_checksum(parameters: Sequence[AnchoredParameter]) -> int:
     """The number of coordinates, to which frozen parameters add more: workers in agreement have the same."""
     return sum(p.param.numel() * (1 + p.frozen * (i + 1)) for i, p in enumerate(parameters))
-
-
-def flat_dtype(tensor: Tensor) -> torch.dtype:
-    """Type in which a tensor is sent: float64 for float64, float32 for every other."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

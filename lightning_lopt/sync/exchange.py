@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from lightning_lopt.comm import CommonInteger, Communicator
-from lightning_lopt.compression import Codec
+from lightning_lopt.compression import Codec, LinearCodec
 from lightning_lopt.functional.outliers import OutlierFilter
-from lightning_lopt.sync.anchors import flat_dtype
+from lightning_lopt.functional.precision import state_dtype
 from lightning_lopt.sync.background import Background
-from lightning_lopt.sync.compressed import compressed_mean
+from lightning_lopt.sync.compressed import average_compressed
 from lightning_lopt.sync.flat import FlatBuffer, ParameterSlice, pack
 from lightning_lopt.sync.rules import as_real, combine
 from lightning_lopt.sync.sharding import Shards
@@ -34,7 +34,7 @@ class Transport:
         gather: Whether every worker's payload is wanted, not only the mean.
     """
 
-    codec: Codec | None = None
+    codec: Codec | LinearCodec | None = None
     shards: Shards | None = None
     gather: bool = False
 
@@ -229,7 +229,7 @@ class Exchange:
                 mean.copy_(value.view_as(mean))
 
     def _append(self, extra: Tensor) -> Tensor:
-        (view,) = self.flat_buffers[flat_dtype(extra)].append([extra])
+        (view,) = self.flat_buffers[state_dtype(extra)].append([extra])
         return view
 
     def _send(self, flat_buffer: FlatBuffer) -> None:
@@ -237,11 +237,7 @@ class Exchange:
         comm, transport, payload = self._comm, self._transport, flat_buffer.payload
         extras = flat_buffer.flat[len(payload) :]
         if transport.codec is not None and len(payload):
-            mean, flat_buffer.residual, flat_buffer.worker_payloads, spread = compressed_mean(
-                comm, payload, flat_buffer.sizes, transport.codec, gather=transport.gather, scale=self._scale
-            )
-            payload.copy_(mean)
-            flat_buffer.squared_norm.copy_(spread)
+            average_compressed(comm, flat_buffer, transport.codec, gather=transport.gather, scale=self._scale)
             comm.mean_(extras)
         elif transport.shards is not None:
             transport.shards.reduce_scatter(flat_buffer, gather=transport.gather)
@@ -260,14 +256,16 @@ class Exchange:
         if flat_buffer.worker_payloads is not None:
             flat_buffer.worker_payloads[self.left_out] = flat_buffer.worker_payloads[kept].mean(0)
 
-    def keep_residuals(self) -> None:
-        """Keep the values of each slice that compression lost; none where the slice was sent as it is."""
+    def keep_compression_state(self) -> None:
+        """Keep the values of each slice that compression lost, none if it was sent as it is, and the codec's states."""
         for flat_buffer in self.flat_buffers.values():
             lost = flat_buffer.residual
             lost = torch.zeros_like(flat_buffer.payload) if lost is None else lost
             for s, values in zip(flat_buffer.slices, flat_buffer.split(lost), strict=True):
                 assert s.parameter.residual is not None
                 s.write(s.parameter.residual, values)
+            for s, codec_state in zip(flat_buffer.slices, flat_buffer.codec_states or (), strict=False):
+                s.parameter.codec_state = codec_state
 
     # -- checkpoints of an exchange in flight ---------------------------------------------------------------------
 

@@ -271,7 +271,8 @@ class Replica:
     def state_dict(self) -> dict[str, Any]:
         """Copies of the values at the last sync, which are the same on all workers."""
         anchors = [p.anchor.clone() if p.has_anchor else None for p in self.parameters()]
-        return {"anchors": anchors, "unstepped": self.unstepped.synced_state()}
+        codec_states = [None if p.codec_state is None else p.codec_state.clone() for p in self.parameters()]
+        return {"anchors": anchors, "codec_states": codec_states, "unstepped": self.unstepped.synced_state()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -289,6 +290,8 @@ class Replica:
                     f"{tuple(p.param.shape)}: build the model that was saved."
                 )
             p.adopt(anchor.to(p.param.device))
+        for p, codec_state in zip(self.parameters(), state.get("codec_states", ()), strict=False):
+            p.codec_state = None if codec_state is None else codec_state.to(p.param.device)
         self.unstepped.load_synced_state(state["unstepped"])
 
     def local_state(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_lopt.comm import MODEL, CommonInteger, Communicator, digest
-from lightning_lopt.compression import Codec
+from lightning_lopt.compression import Codec, LinearCodec
 from lightning_lopt.functional.merge import MergeRule, merge
 from lightning_lopt.functional.outliers import Norms, OutlierFilter
 from lightning_lopt.islands import hold, is_sharded
@@ -91,7 +91,8 @@ class Sync:
     ) -> None:
         self._comm, self._options, self._codec = comm, options, options.codec
         if is_sharded(model):
-            model = optimizer = hold(model, optimizer, comm, whole=_needs_whole_tensors(outer_optimizer))
+            whole = options.sends_means_alone or _needs_whole_tensors(outer_optimizer)
+            model = optimizer = hold(model, optimizer, comm, whole=whole)
         self.replica = Replica(model, optimizer, options.sync_rules)
         self.worker_statuses: list[WorkerStatus] = []
         self.common = True
@@ -363,7 +364,7 @@ class Sync:
         self._num_groups = len(settings.lrs)
         return replace(settings, num_new=len(settings.lrs) - known)
 
-    def _transport(self, codec: Codec | None = None) -> Transport:
+    def _transport(self, codec: Codec | LinearCodec | None = None) -> Transport:
         gather = self._outer_step is not None and self._outer_step.contract.needs_worker_grads
         return Transport(codec, self._shards, gather)
 
@@ -396,7 +397,7 @@ class Sync:
     def _apply_states_and_unstepped(self, exchange: Exchange) -> None:
         """Take up the residuals of compression, the local optimizer's states, and the unstepped tensors."""
         if self._codec is not None:
-            exchange.keep_residuals()
+            exchange.keep_compression_state()
         for state, mean in zip(exchange.optimizer_states, exchange.mean_states, strict=True):
             state.copy_(mean)
         if self._options.local_state == "reset":

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
-from lightning_lopt import DiLoCo, LearnedLocalSGD, LocalSGD
+from lightning_lopt import DiLoCo, LearnedLocalSGD, LocalSGD, PowerSGD
 from tests.processes import run_workers
 from tests.strategies.support import trainer
 from tests.test_islands import _batch, _Model
@@ -20,7 +20,7 @@ from tests.test_islands import _batch, _Model
 STRATEGIES = {
     "diloco": partial(DiLoCo, local_steps=3),
     "learned": partial(LearnedLocalSGD, local_steps=3),
-    "mean": partial(LocalSGD, local_steps=3, overlap_steps=1),
+    "mean": partial(LocalSGD, local_steps=3, overlap_steps=1, compression=PowerSGD(1)),
 }
 
 

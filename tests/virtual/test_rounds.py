@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lopt import Fragments, LearnedOptimizer, Rounds, SyncOptions
+from lightning_lopt import Fragments, LearnedOptimizer, PowerSGD, Rounds, SyncOptions
 from lightning_lopt.virtual import SharedModule, VirtualRounds
 from tests.processes import run_cases
 from tests.threads import run_threads
@@ -16,6 +16,7 @@ from tests.threads import run_threads
 OPTIONS = {
     "average": (None, SyncOptions()),
     "learned, in flight": (LearnedOptimizer, SyncOptions(overlap_steps=1, compression="int8")),
+    "factors, in flight": (None, SyncOptions(overlap_steps=1, compression=PowerSGD(1))),
     "fragments, sharded": (partial(torch.optim.Adam, lr=0.1), SyncOptions(selection=Fragments(2), sharded=True)),
 }
 NUM_STEPS = 11

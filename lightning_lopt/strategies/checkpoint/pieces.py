@@ -82,6 +82,7 @@ def whole_part(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return _with(
         first,
         anchors=join_lists(lambda part: part["rounds"]["sync"]["anchors"]),
+        codec_states=join_lists(_codec_states),
         outer=outer_state(),
         params=join_lists(lambda part: part["local"]["sync"]["params"]),
         residuals=join_lists(lambda part: part["local"]["sync"]["residuals"]),
@@ -128,6 +129,7 @@ def cut_part(part: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     return _with(
         part,
         anchors=cut_list(part["rounds"]["sync"]["anchors"]),
+        codec_states=cut_list(_codec_states(part)),
         outer=outer_state(),
         params=cut_list(part["local"]["sync"]["params"]),
         residuals=cut_list(part["local"]["sync"]["residuals"]),
@@ -145,6 +147,7 @@ def _with(
     part: Mapping[str, Any],
     *,
     anchors: list[Any],
+    codec_states: list[Any],
     outer: Any,
     params: list[Any],
     residuals: list[Any],
@@ -160,13 +163,26 @@ def _with(
         "unstepped": {**local["sync"]["unstepped"], "tensors": tensors},
         "exchange": None,
     }
+    common = {
+        **rounds["sync"],
+        "anchors": anchors,
+        "codec_states": codec_states,
+        "outer": outer,
+        "exchange": None,
+    }
     return {
         **part,
         "layout": None,
         "checkpoint": {**part["checkpoint"], "optimizer_states": optimizers},
         "local": {**local, "sync": own},
-        "rounds": {**rounds, "sync": {**rounds["sync"], "anchors": anchors, "outer": outer, "exchange": None}},
+        "rounds": {**rounds, "sync": common},
     }
+
+
+def _codec_states(part: Mapping[str, Any]) -> Sequence[Any]:
+    """The state of a codec for each parameter, None where there is none."""
+    state = part["rounds"]["sync"]
+    return state.get("codec_states") or [None] * len(state["anchors"])
 
 
 def _by_name(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

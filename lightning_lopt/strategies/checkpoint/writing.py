@@ -12,6 +12,7 @@ Sizes, in numbers per parameter of the model:
 | state of the outer optimizer | checkpoint | 0 for averaging, 1 with momentum, 2 with Adam, 4 to 8 if it is learned |
 | weights and state of the local optimizer | each part | 1 with SGD, 2 with momentum, 3 with Adam |
 | residuals of compression | each part | 1 |
+| states of a `LinearCodec` | checkpoint | rank / n per matrix of n rows with `PowerSGD(rank)` |
 | values of a sync in flight, mean and own | checkpoint and each part | 1 and 1, or the share that is sent |
 | gradients that are accumulating | each part | 1 |
 """

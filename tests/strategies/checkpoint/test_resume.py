@@ -19,7 +19,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
 import lightning_lopt.strategies.checkpoint.writing as checkpoint_module
-from lightning_lopt import LOSCAR, QSR, AdaMLP, DiLoCo, Fragments, LearnedLocalSGD, LocalSGD, SlowMo, TopK
+from lightning_lopt import LOSCAR, QSR, AdaMLP, DiLoCo, Fragments, LearnedLocalSGD, LocalSGD, PowerSGD, SlowMo, TopK
 from lightning_lopt.strategies.checkpoint.atomic import AtomicCheckpointIO
 from tests.processes import run_workers
 from tests.strategies.support import Classifier, flat, loader, trainer
@@ -475,7 +475,7 @@ OTHER_NUMBER = {
     "8": (8, partial(SlowMo, 4), 2**27),
     "2, in files": (2, partial(SlowMo, 4), 0),
     "2 virtual": (2, partial(SlowMo, 4, virtual_workers=2), 2**27),
-    "2, residuals": (2, partial(SlowMo, 4, compression="int8"), 2**27),
+    "2, residuals": (2, partial(SlowMo, 4, compression=PowerSGD(1)), 2**27),
     "2, sharded": (2, partial(LearnedLocalSGD, 4, network=AdaMLP(seed=0), sharded=True), 2**27),
     "8, in flight": (8, partial(LOSCAR, 4, overlap_steps=3, density=0.5), 2**27),
 }
