@@ -63,7 +63,7 @@ def _fit(rank, name, folder, num_workers, size, save=None, resume=None):
     module = _Sharded() if size > 1 else _Module()
     data = torch.cat([_batch(i % 2, i) for i in range(16)])
     batch_size = 4 // size
-    callbacks = [] if save is None else [ModelCheckpoint(folder, save, every_n_train_steps=5, save_top_k=-1)]
+    callbacks = [] if save is None else [ModelCheckpoint(folder, save, every_n_train_steps=10, save_top_k=-1)]
     run = trainer(
         STRATEGIES[name](ranks_per_worker=size),
         devices=num_workers * size,

@@ -126,6 +126,8 @@ class Resume:
     ) -> list[dict[str, Any]]:
         """Return parts of whole tensors for the workers of this process.
 
+        A worker's batch is taken to be as large as before, whatever its number of ranks.
+
         Args:
             entry: Entry of the checkpoint.
             load: Function that reads the part of this number.
@@ -141,16 +143,16 @@ class Resume:
             rounds["sync"]["exchange"] = None
             return {**part, "rounds": rounds}
 
-        def of(workers: Sequence[int]) -> dict[str, Any]:
+        def of(workers: Sequence[int], among: int) -> dict[str, Any]:
             first = whole(workers[0])
-            part = mean_part(chain([first], (whole(worker) for worker in workers[1:])), 1)
+            part = mean_part(chain([first], (whole(worker) for worker in workers[1:])), among)
             part["checkpoint"]["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
-            return {**part, "rounds": first["rounds"], "batch_ratio": Fraction(saved[0], present[0])}
+            return {**part, "rounds": first["rounds"]}
 
         own = [number * present[1] // present[0] for number in self._strategy.own_parts]
         if saved[1] == present[1]:
-            return [of([worker]) for worker in own]
-        part = of(range(saved[1]))
+            return [of([worker], 1) for worker in own]
+        part = of(range(saved[1]), present[1])
         return [part, *(copy.deepcopy(part) for _ in own[1:])]
 
     def prepare(self, trainer: pl.Trainer, rounds: ProcessRounds, checkpoint: dict[str, Any]) -> None:
