@@ -262,8 +262,8 @@ def warn_if_spoiled(name: str, own: Tensor, result: Tensor, rule: Rule) -> bool:
     what, advice = reason
     warnings.warn(
         f"{name} {what}, and the workers' values differed: a sync took their {'mean' if rule == 'mean' else 'maximum'}."
-        f" If that is not what it is for, set a rule, for example sync_rules={{{name!r}: {advice}}}; if it is, say so "
-        f"by {rule!r}.",
+        f" If that is wrong for it, set another rule with sync_rules={{{name!r}: ...}}, {advice}; {rule!r} keeps this "
+        "one and silences the warning.",
         stacklevel=2,
     )
     return True
