@@ -2,8 +2,9 @@ r"""Costs of methods on a link: bytes and seconds of their rounds, and the numbe
 
 .. math:: T = (H - Q)\, t + \max(Q\, t, s) + e + w
 
-for H local steps of t seconds each, a transfer of s seconds that overlaps with Q of these steps, and two times that
-overlap with nothing: e of an exposed transfer and w of the outer step. With w = 0, T bounds any implementation.
+T is the time of a round of H local steps of t seconds each, with a transfer of s seconds that overlaps with Q of these
+steps, an exposed transfer of e seconds, and an outer step of w seconds. With w = 0, T is a lower bound for any
+implementation.
 
 `python -m lightning_lopt.costs --params 5e6 --mbit 100 --step-seconds 0.5 --workers 8` prints a table of all methods.
 
@@ -38,8 +39,8 @@ SAMPLE = 2**16  # coordinates of which a codec's bytes are counted
 class Collective:
     """Traffic of a collective, as one worker sees it.
 
-    A message leaves when the notice that its receiver is ready has come, so that the first one of a phase takes two
-    latencies. Two messages are under way at a time.
+    A message is sent when the receiver's notice that it is ready has arrived, so that the first one of a phase takes
+    two latencies. Two messages are in flight at a time.
 
     Attributes:
         bytes_sent: Bytes of the payload, >= 0.
@@ -113,7 +114,7 @@ class Link:
         return max(streamed, in_turns)
 
     def seconds_after_pause(self, transfer: Transfer) -> float:
-        """Time of collectives after local steps, when TCP doubles what it sends at once until that fills the link."""
+        """Time of collectives after local steps, when TCP begins slowly: its window doubles until it fills the link."""
         largest = max((c.bytes_sent for c in transfer), default=0.0)
         filling = 2 * self.latency * 1e6 * self.mbit / 8
         doublings = math.log2(max(1.0, min(largest, PIECE, filling) / FIRST_WINDOW))
@@ -149,7 +150,7 @@ class Round:
 
 
 def data_parallel(payload: float, num_workers: int) -> Round:
-    """Data-parallel training: all-reduces of buckets of gradients during the backward pass, of the last one after it.
+    """Data-parallel training: all-reduces of buckets of gradients, during the backward pass but for the last bucket.
 
     Args:
         payload: Bytes of all gradients.
@@ -296,7 +297,7 @@ def local_steps_that_pay(
 def local_steps_that_beat(
     other: Round, round_of: Callable[[int], Round], step_seconds: float, link: Link, progress: float = 1.0
 ) -> int | None:
-    """Smallest H for which a method is faster than another one, usually data-parallel training; None if none is.
+    """Smallest H for which a method is faster than another one, usually data-parallel training; None if there is none.
 
     Args:
         other: Round of the other method.

@@ -1,12 +1,13 @@
-"""Workers whose ranks share one model (FSDP2, tensor parallel): what each rank holds of it for a sync.
+"""Workers whose ranks share one model (FSDP2, tensor parallel): the plain tensors that each rank holds for a sync.
 
-A sync sees plain tensors only, those that its rank holds, and exchanges them with the same rank of the other workers:
+Such a worker is an island of ranks on a fast link. In a sync each rank exchanges its plain tensors with the same rank
+of the other workers:
 
 * `LocalShards`: the rank's own shards, without a copy, for outer steps that treat each coordinate by itself;
 * `WholeTensors`: some tensors of the model, whole, for outer steps with statistics of rows, columns or matrices, and
-  for codecs of matrices. They are brought together inside the worker before a sync, and shared out after it.
+  for codecs of matrices. The worker's ranks gather them before a sync, and scatter them after it.
 
-Norms, totals and checksums are summed inside the worker, by `Communicator.inside_total_`.
+Norms, totals and checksums are summed over the ranks of the worker, by `Communicator.inside_total_`.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Layout:
 
     @property
     def held(self) -> list[str]:
-        """Names of those of which the rank holds something for a sync."""
+        """Names of the parameters of which the rank holds a piece for a sync."""
         return [name for name in self.order if name in self.boxes]
 
     def state_dict(self) -> dict[str, Any]:
@@ -121,10 +122,10 @@ class Held:
         self.held: dict[Tensor, nn.Parameter] = {}
 
     def reshard(self) -> None:
-        """Let the module forget gathered parameters.
+        """Let the module free its gathered parameters.
 
-        After a forward without a backward FSDP keeps some of them; they are not what the shards hold once these are
-        written, and hide the DTensors from `named_parameters`.
+        FSDP keeps some of them after a forward pass without a backward pass. They would be out of date once the shards
+        are written, and they hide the DTensors from `named_parameters`.
         """
         for module in self._module.modules():
             reshard = getattr(module, "reshard", None)
@@ -162,7 +163,7 @@ class Held:
         )
 
     def full_numel(self, held: Tensor) -> int:
-        """Number of elements of the whole tensor of which something is held."""
+        """Number of elements of the whole tensor to which a held tensor belongs."""
         return next((p.numel() for p, own in self.held.items() if own is held), held.numel())
 
     def pull(self) -> None:
@@ -196,9 +197,9 @@ class LocalShards(Held):
 class WholeTensors(Held):
     """Some of the worker's tensors, whole; its other ranks hold the others.
 
-    An all-to-all inside the worker brings the pieces of a tensor together on the rank that holds it, another one shares
-    them out. The largest tensor goes first to the rank with the least; one larger than 1/R of the model unbalances
-    them.
+    An all-to-all inside the worker gathers the pieces of a tensor on the rank that holds it, another one scatters them.
+    Tensors are assigned in the order of their size, largest first, each to the rank that has the least so far. With R
+    ranks, one that is larger than 1/R of the model makes them uneven.
     """
 
     def __init__(self, module: nn.Module, optimizer: Any, comm: Communicator) -> None:
@@ -265,7 +266,7 @@ def to_local(tree: Any) -> Any:
 
 
 def to_distributed(local: Any, like: Tensor) -> Any:
-    """Turn a local shard into a DTensor that lies as another one, and leave everything else as it is."""
+    """Turn a local shard into a DTensor with the mesh and placements of another, and return all else unchanged."""
     if not (isinstance(like, DTensor) and isinstance(local, Tensor)) or local.shape != like.to_local().shape:
         return local
     mesh, placements, local = like.device_mesh, like.placements, local.to(like.device)

@@ -311,10 +311,10 @@ class Rounds:
     def adopt(self) -> None:
         """Take the present weights as the global ones; all workers must call it, with the same weights.
 
-        A new round begins. Call it after weights were loaded, re-initialised or pruned outside of the optimizer. That
-        is noticed, and this method called, before the first step after a sync; at any other time the change would be
-        taken for progress of the local steps, which an outer optimizer with a learning rate below or a momentum above
-        0 changes again. The outer optimizer's state of what was replaced starts afresh.
+        A new round begins. Call it after weights were loaded, re-initialised or pruned outside of the optimizer. Before
+        the first step after a sync this is noticed, and the method called for you. At any other time the change would
+        count as progress of the local steps, which an outer optimizer scales by its learning rate and adds to its
+        momentum. The outer optimizer's state of the replaced tensors starts afresh.
 
         Raises:
             DisagreementError: The workers' weights differ, or some worker does not call it.

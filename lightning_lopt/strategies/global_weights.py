@@ -1,4 +1,4 @@
-"""The global weights in the module, while hooks and callbacks evaluate, save or export it."""
+"""Shows the global weights in the module while hooks and callbacks evaluate, save or export it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from lightning_lopt.sync.sync import EvalWeights
 if TYPE_CHECKING:
     from lightning_lopt.strategies.local_sgd import LocalSGD
 
-ROUNDING = 4  # times a type's precision: the error of an operation and its inverse, as of adding and subtracting
+ROUNDING = 4  # in units of a type's eps: the error of an operation followed by its inverse
 
 
 class GlobalWeights:
     """Puts the global weights into the module, and this worker's own back.
 
-    During a validation it remembers the weights that it has put in. If they are others at the end, somebody stored or
-    moved weights on one side of the validation and will restore them on the other, which would spoil the training.
+    During a validation it keeps a copy of the weights that it has put in. If the module's weights differ from it at the
+    end, a hook has swapped in weights of its own during the validation and will swap them out after it, or has done
+    the reverse: either would spoil the training.
 
     Args:
         strategy: Strategy of the fit.

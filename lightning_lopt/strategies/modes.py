@@ -17,8 +17,8 @@ METHODS = ("eval", "train")
 class OptimizerModes:
     """Applies `eval()` and `train()` of optimizers to the workers' own weights, whenever a hook calls them.
 
-    They move the weights, and back. If only one of the two found the global weights in the module, the worker's own
-    would not be moved back, or not be moved at all.
+    `eval()` changes the weights, and `train()` changes them back. If one of the two were applied to global weights that
+    are shown in the module, and the other to the worker's own, the worker's own would be wrong afterwards.
 
     Args:
         workers: Workers of this process; the weights of all are moved.
@@ -38,7 +38,7 @@ class OptimizerModes:
 
     @property
     def evaluating(self) -> bool:
-        """Whether an optimizer is in its mode for evaluation, as far as was seen."""
+        """Whether an optimizer is in its mode for evaluation, by the calls since `attach`."""
         return bool(self._evaluating)
 
     def attach(
@@ -80,7 +80,7 @@ class OptimizerModes:
 
     @contextmanager
     def in_training(self) -> Iterator[None]:
-        """Keep all optimizers in their mode for training, during a sync; then leave them as they were."""
+        """Keep all optimizers in their mode for training during a sync, then restore the modes that they had."""
         evaluating = [*self._evaluating]
         self.train()
         yield

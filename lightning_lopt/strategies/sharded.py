@@ -55,8 +55,8 @@ class WorkerMesh:
     def sampler_kwargs(self) -> dict[str, Any]:
         """Arguments of the training loaders' `DistributedSampler`.
 
-        The ranks of a worker share, batch by batch, what one rank with all of the model would get; those that are
-        parallel in tensors get the same.
+        Together the ranks of a worker get in each step the samples that one rank with a larger batch would get; those
+        that share the matrices of a layer (tensor parallel) get the same samples.
         """
         workers, size, _ = self._mesh.shape
         rank = self._mesh.get_local_rank("data_parallel") * workers + self._mesh.get_local_rank("worker")
@@ -64,15 +64,15 @@ class WorkerMesh:
 
 
 def check_sharded(trainer: pl.Trainer, virtual_workers: int) -> None:
-    """Refuse what is not possible with a sharded model.
+    """Refuse what a sharded model does not allow.
 
     Args:
         trainer: Trainer whose module is configured.
         virtual_workers: Workers that share one process.
 
     Raises:
-        MisconfigurationException: The module is sharded in another way than by DTensors, by virtual workers, or with
-            a callback that would need all of it.
+        MisconfigurationException: The module is sharded by FSDP1, or it is sharded and there are virtual workers or a
+            callback that copies the module.
     """
     module = trainer.lightning_module
     if host.has_fsdp1(module):

@@ -42,6 +42,7 @@ class SyncOptions:
     | `merge="overwrite"`       |                       |                    | many steps in flight, which are lost   |
     | `local_state="average"`   | 4r more per momentum  |                    | the link is slow                       |
     | `sharded=True`            | 4r                    | outer state / K    | a tensor exceeds 1/K of the model      |
+    | `sync_rules={...}`        | nothing if `"local"`  |                    | a rule does not suit the tensor's use  |
 
     ¹ For matrices of n rows and m columns.
     ² While the sync is in flight; 12 × what is sent if it is compressed.

@@ -1,11 +1,11 @@
-"""The rule by which the workers' values of a tensor become one, and how the values travel that are not averaged.
+"""Rules by which the workers' values of a tensor become one, and the collectives for values that are not averaged.
 
-Parameters that an optimizer steps are averaged, or stay a worker's own. Of every other tensor this table says what the
-workers take, unless the user's `sync_rules` say something else:
+Parameters that an optimizer steps are averaged, or stay each worker's own. For every other tensor this table has the
+rule, unless the user's `sync_rules` have another:
 
 | tensor                                                     | rule        |
 |------------------------------------------------------------|-------------|
-| named by DistributedDataParallel's list of what to ignore  | `local`     |
+| named in `_ddp_params_and_buffers_to_ignore`               | `local`     |
 | u and v of spectral normalisation, see `spectral_norm`     | `unit_mean` |
 | `min_val`, `max_val` of observers of `torch.ao`            | `min`, `max`|
 | histograms, `scale`, `zero_point` of `torch.ao`            | `first`     |
@@ -75,11 +75,11 @@ class Rules:
         return self.stated(name) or ("mean" if _has_fractions(tensor) else "max")
 
     def counts(self, name: str, tensor: Tensor) -> bool:
-        """Whether the value at the last sync is part of the rule of a tensor."""
+        """Whether the rule of a tensor needs its value at the last sync."""
         return self.of(name, tensor) == "sum_of_changes"
 
     def stated(self, name: str) -> Rule | None:
-        """The rule that the user or the class of the tensor's module states, None if its type decides."""
+        """The rule that the user or the class of the tensor's module gives; None if the tensor's type decides."""
         return self._by_user(name) or self._by_class(name)
 
     def is_local(self, name: str) -> bool:
@@ -87,7 +87,7 @@ class Rules:
         return self._by_user(name) == "local"
 
     def unused(self, names: Sequence[str]) -> list[str]:
-        """The user's patterns that fit none of the names."""
+        """The user's patterns that match none of the names."""
         return [pattern for pattern in self._patterns if not any(fnmatchcase(name, pattern) for name in names)]
 
     def _by_user(self, name: str) -> Rule | None:
@@ -97,7 +97,7 @@ class Rules:
         return "local" if name in self._ignored else None
 
     def module_of(self, name: str) -> Any:
-        """The module that has a tensor, None if there is none."""
+        """The module that owns a tensor; None if there is none."""
         try:
             return self._model.get_submodule(name.rpartition(".")[0])
         except AttributeError:
@@ -148,7 +148,7 @@ class Contribution(NamedTuple):
         return _has_fractions(self.value) and self.rule in ("mean", "unit_mean")
 
     def settled(self, mean: Tensor) -> Tensor:
-        """The result of the rule from the mean over the workers, in the type of the value.
+        """The result of the rule, computed from the mean over the workers, in the type of the value.
 
         Args:
             mean: Mean of `as_real(value)`.
@@ -177,7 +177,7 @@ def as_given(real: Tensor, like: Tensor) -> Tensor:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """A tensor in a type with which torch can calculate."""
+    """A tensor in a type in which torch can compute: float32, float64, complex or int64."""
     if tensor.is_complex() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(torch.float32 if tensor.is_floating_point() else torch.int64)
@@ -214,7 +214,7 @@ def combine(items: Sequence[Contribution], comm: Communicator, left_out: Sequenc
 
 
 def _way(item: Contribution) -> tuple[bool, torch.dtype]:
-    """Whether the largest values are wanted rather than sums, and the type in which values travel."""
+    """Whether the collective takes the maximum instead of the sum, and the type in which values are sent."""
     return item.rule in ("max", "min"), torch.float64 if _has_fractions(item.value) else torch.int64
 
 
@@ -262,8 +262,8 @@ def warn_if_spoiled(name: str, own: Tensor, result: Tensor, rule: Rule) -> bool:
     what, advice = reason
     warnings.warn(
         f"{name} {what}, and the workers' values differed: a sync took their {'mean' if rule == 'mean' else 'maximum'}."
-        f" If that is not what it is for, set a rule, for example sync_rules={{{name!r}: {advice}}}; if it is, say so "
-        f"by {rule!r}.",
+        f" If that is wrong for it, set another rule with sync_rules={{{name!r}: ...}}, {advice}; {rule!r} keeps this "
+        "one and silences the warning.",
         stacklevel=2,
     )
     return True

@@ -1,8 +1,8 @@
-"""Settings that a script gives, as checkpoints record them, to find out after a resume which have changed.
+"""Settings of the script as a checkpoint records them, and which of them have changed at a resume.
 
-One rule for all: the state of a run is the checkpoint's. A setting that the script has changed since the checkpoint was
-written is the script's, and a warning names it; one that it has not is the checkpoint's, where an optimizer or a
-schedule may have changed it in the meantime.
+One rule holds for all. If the script gives another value than when the checkpoint was written, the script's value
+holds, and a warning names it. If it gives the same, the checkpoint's present value holds, which an optimizer or a
+schedule may have changed during training.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 
 
 def describe(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return settings as texts that a checkpoint can hold, and that differ for settings that do.
+    """Return settings as texts, for a checkpoint; different settings have different texts.
 
-    Two objects of a custom class differ if their `repr` does.
+    Two objects of a custom class count as different if their `repr` differs.
 
     Example:
         >>> describe({"lr": 0.7, "merge": "overwrite"})
@@ -28,7 +28,7 @@ def describe(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def changed(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Return the names of the settings that both have, with other texts.
+    """Return the names of the settings that both have with different texts.
 
     Example:
         >>> changed({"lr": "0.7", "old": "1"}, {"lr": "0.5", "new": "2"})
@@ -48,7 +48,7 @@ def changes(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 
 def warn_of_changes(phrases: Sequence[str]) -> None:
-    """Say which settings of the script hold in place of the checkpoint's, if there are any.
+    """Warn of the settings of the script that replace those of the checkpoint, if there are any.
 
     Args:
         phrases: One phrase per setting, as `changes` returns them.

@@ -1,8 +1,8 @@
-r"""Singular vectors of spectral normalisation, which must belong to the weight that a sync has made.
+r"""Singular vectors of spectral normalisation, recomputed for the weight that results from a sync.
 
 A layer divides its weight W by :math:`u^T W v`, an estimate of the largest singular value. u and v are buffers, which a
-power iteration improves in every forward pass of training. The mean of the workers' vectors belongs to none of their
-weights, still less to the mean or to an outer step: it is the start of a power iteration with the new weight.
+power iteration improves in every forward pass of training. The mean of the workers' vectors does not fit the new
+global weight; a power iteration with this weight starts from it.
 
 Source: arXiv 1802.05957, algorithm 1.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-NUM_ITERATIONS = 30  # twice as many as torch takes for a new layer: with 15, sigma was up to 4 % off
+NUM_ITERATIONS = 30  # twice as many as torch takes for a new layer: with 15, u^T W v was up to 4 % off
 
 # By name, as torch exports neither of the classes.
 _PARAMETRIZATION = "torch.nn.utils.parametrizations._SpectralNorm"
@@ -58,7 +58,7 @@ def class_names(cls: type) -> tuple[str, ...]:
 def renewed(
     values: Mapping[str, Tensor], get_module: Callable[[str], Any], get_weight: Callable[[str], Tensor | None]
 ) -> dict[str, Tensor]:
-    """Let the singular vectors among the values of a sync belong to the weights of that sync.
+    """Recompute the singular vectors among the values of a sync for the weights of that sync.
 
     Args:
         values: Global values by name.
@@ -66,7 +66,7 @@ def renewed(
         get_weight: Function that returns the global value of a parameter by its name, None if it has none.
 
     Returns:
-        The values, of which u and v are new.
+        The values, with new u and v.
     """
     result = dict(values)
     for name in values:

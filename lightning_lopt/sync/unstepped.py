@@ -27,8 +27,9 @@ class Snapshot:
 
     Attributes:
         items: Contribution of this worker to each tensor that may be sent.
-        changed: Whether the worker changed each tensor that all workers follow, by name; others of the items are new.
-        described: A line for each tensor that there is, the same on all workers.
+        changed: Whether the worker changed each tensor whose value at the last sync is known, by name; the other items
+            are new.
+        described: Name, shape and type of every unstepped tensor, the same on all workers.
     """
 
     items: dict[str, Contribution]
@@ -46,7 +47,7 @@ class Snapshot:
         return {name: self.items[name] for name in chosen}
 
     def with_values(self, values: Mapping[str, Tensor], device: torch.device) -> Snapshot:
-        """The snapshot as it was, for what comes after the sending.
+        """Restore the snapshot of a sync in flight from its values, for `UnsteppedTensors.merge`.
 
         Args:
             values: Values of all items, by name.
@@ -58,10 +59,10 @@ class Snapshot:
 class UnsteppedTensors:
     """Buffers, and parameters that no optimizer steps, as they are at each sync, and their values at the last one.
 
-    They are found by name at each sync, so that some may be replaced, resized or registered late. A sync sends those
-    that some worker changed, and combines them by their rules. Values of the last sync are kept of buffers, and of
-    parameters from their first change on: frozen weights cost no memory. In the round of its first change the value of
-    a parameter at the last sync is not known; what asks for it then gets the worker's own.
+    They are looked up by name at each sync, so that some may be replaced, resized or registered late. A sync sends
+    those that some worker changed, and combines them by their rules. For buffers the values at the last sync are kept;
+    for parameters only from their first change on, so that frozen weights cost no memory. In the round of the first
+    change of a parameter its value at the last sync is not known, and the worker's own takes its place.
 
     Args:
         model: Model whose tensors they are.
@@ -78,11 +79,11 @@ class UnsteppedTensors:
 
     @property
     def unchanged(self) -> list[bool]:
-        """The flags of `Snapshot.changed` of a worker that has nothing to send."""
+        """The flags of `Snapshot.changed` for a worker that has nothing to send."""
         return [False] * len(self._synced)
 
     def present(self) -> dict[str, Tensor]:
-        """All unstepped tensors by name, but those that stay a worker's own."""
+        """All unstepped tensors by name, except those that stay each worker's own."""
         return {n: with_own_memory(n, t) for n, t in self._unstepped() if not self._rules.is_local(n)}
 
     def _unstepped(self) -> Iterator[tuple[str, Tensor]]:
@@ -103,8 +104,8 @@ class UnsteppedTensors:
         """Take the present values as those of the last sync.
 
         Args:
-            common: Whether each tensor is the same on all workers; the change of others waits for the next sync. None
-                if all are.
+            common: Whether each tensor is the same on all workers; those that are not are sent at the next sync. None
+                if all are the same.
         """
         present, buffers = self.present(), {name for name, _ in self._model.named_buffers()}
         differing = {name for name, same in zip(present, common or [], strict=False) if not same}
@@ -118,7 +119,7 @@ class UnsteppedTensors:
     # -- a sync ---------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
-        """The present values, of which later changes are not seen; what is unchanged is not copied."""
+        """A snapshot of the present values, which later changes do not affect; unchanged ones are not copied."""
         present = self.present()
         new = self._first_changes(present)
         changed = {n: n in present and not _same(present[n], synced) for n, synced in self._synced.items()}
@@ -131,7 +132,7 @@ class UnsteppedTensors:
         return Snapshot(items, changed, _described(present, new))
 
     def _first_changes(self, present: Mapping[str, Tensor]) -> list[str]:
-        """Names of the tensors that changed, or came, and are not followed yet."""
+        """Names of the tensors that changed or were added since the last sync, and have no synced value yet."""
         others = {n: t for n, t in present.items() if n not in self._synced}
         self._changed.update(self._watch.changed(others))
         return [n for n in others if n in self._changed]
@@ -158,7 +159,7 @@ class UnsteppedTensors:
         self._synced = {n: t for n, t in self._synced.items() if n in launched.items}  # the same on all workers
 
     def warn_of_spoiled(self, launched: Snapshot, arrived: Mapping[str, Tensor]) -> None:
-        """Warn of tensors that a rule by type may have spoiled, when they are synced for the first time.
+        """Warn of tensors for which the default rule of their type may be wrong, when they are first synced.
 
         Args:
             launched: Snapshot at the launch of the sync.
@@ -184,7 +185,7 @@ class UnsteppedTensors:
         return [(present[name], value) for name, value in values.items() if name in present]
 
     def restore(self) -> None:
-        """Give every tensor that is followed its value at the last sync."""
+        """Give every tensor whose value at the last sync is known that value."""
         for tensor, synced in self.pairs():
             _overwrite(tensor, synced)
 
@@ -252,7 +253,7 @@ def _described(tensors: Mapping[str, Tensor], new: Sequence[str] = ()) -> list[s
 
 
 def _moved(value: Tensor, own: Tensor, old: Tensor) -> Tensor:
-    """The value plus what was added to `old` since; not a number only where one of them is none."""
+    """The value plus the change from `old` to `own`, where equal infinities count as no change."""
     value, own, old = wide(value), wide(own), wide(old)
     return torch.where(own == old, value, value + (own - old))
 

@@ -1,4 +1,4 @@
-"""Notices writes to tensors of which no copy is kept."""
+"""Detects changes of tensors without keeping copies of them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class _Seen(NamedTuple):
     """Traces of a tensor as it was seen.
 
     Attributes:
-        place: Version counter, which writes through `.data` do not raise, address, layout and type.
-        shares: Whether the samples share its memory; not where it is a slice with gaps.
+        place: Version counter (which writes through `.data` do not raise), address, layout and type.
+        shares: Whether the samples are a view of the tensor; they are not if it is a slice with gaps.
         samples: Some of its elements.
-        copy: Copy of these.
-        checksum: Checksum of all of it.
+        copy: Copy of the samples.
+        checksum: Checksum of the whole tensor.
     """
 
     place: tuple[Any, ...]
@@ -32,10 +32,10 @@ class _Seen(NamedTuple):
 
 
 class Watch:
-    """Notices which tensors were written, replaced or resized since they were first seen.
+    """Detects which tensors were written, replaced or resized since they were first seen.
 
-    Version counters, addresses and a few elements are compared in every call. Where one of these differs, and for all
-    tensors in each `THOROUGH_EVERY`-th call, a checksum decides.
+    Every call compares version counters, addresses and a few elements. For tensors in which one of these differs, and
+    for all tensors in each `THOROUGH_EVERY`-th call, a checksum decides.
 
     Args:
         named: Tensors by name.
@@ -56,7 +56,7 @@ class Watch:
         self._seen = dict(zip(named, map(_see, named.values(), checksums(named.values())), strict=True))
 
     def changed(self, named: Mapping[str, Tensor]) -> list[str]:
-        """Names of the tensors that are not what was seen first; unknown names are among them.
+        """Names of the tensors that differ from those first seen; names that were not seen before are among them.
 
         Args:
             named: The same tensors as they are now, by name; others are forgotten.
@@ -106,7 +106,7 @@ def _equal(all_seen: Sequence[_Seen]) -> bool:
 
 
 def checksums(tensors: Iterable[Tensor]) -> list[int]:
-    """A checksum of the bits of each tensor, in which the order of larger parts counts."""
+    """A checksum of each tensor's bits; it depends on the order of its 64 blocks, but not on that within one."""
     sums = [_checksum(_bytes(tensor)) for tensor in tensors]
     return torch.stack(sums).tolist() if sums else []
 

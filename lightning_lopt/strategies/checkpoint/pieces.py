@@ -1,7 +1,8 @@
-"""Parts of ranks that share a model: from the pieces that some ranks saved to those that others hold.
+"""Parts of checkpoints of ranks that share a model, converted for a run whose ranks share it in another way.
 
-Each rank saves what it holds, and how that lies in the whole (`Layout`). The same ranks read their parts as they are;
-for others, the parts of one worker are put together to one of whole tensors, of which each rank cuts its own.
+Each rank saves its pieces of the tensors, and where they lie in the whole ones (`Layout`). The same ranks read their
+parts unchanged. For others, `whole_part` joins the parts of one worker to a part with whole tensors, from which
+`cut_part` cuts the pieces of each rank.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def whole_part(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         parts: Parts of all ranks of the worker, in their order, with a `layout` each; or its only part, without one.
 
     Returns:
-        A part as a worker of one rank has it. A sync in flight is not in it.
+        A part like that of a worker of one rank, without the sync in flight.
     """
     first = dict(parts[0])
     if first.get("layout") is None:
@@ -34,7 +35,7 @@ def whole_part(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     sizes, order = layouts[0].sizes, layouts[0].order
 
     def join(name: str, values: Sequence[Any], boxes: Sequence[Boxes]) -> Any:
-        """The whole tensor of which ranks have these values; what is no piece is the first that there is."""
+        """The whole tensor from its pieces; for values that are not pieces, the first one that is not None."""
         pieces = [(own[name], v) for own, v in zip(boxes, values, strict=True) if name in own]
         if not pieces or not all(isinstance(v, Tensor) and v.shape == box.shape for box, v in pieces):
             return next((v for v in values if v is not None), None)
@@ -139,7 +140,7 @@ def cut_part(part: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
 
 
 def _mean(buffers: Sequence[Tensor]) -> Tensor:
-    """The mean of what the ranks of a worker have of a floating-point buffer, else the first."""
+    """The mean over the ranks of a worker of a floating-point buffer; of any other buffer, the first rank's."""
     return torch.stack(list(buffers)).mean(0) if buffers[0].is_floating_point() else buffers[0]
 
 
@@ -194,7 +195,7 @@ def _by_name(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 def _by_number(
     named: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any]], groups: Sequence[Sequence[str]]
 ) -> dict[str, Any]:
-    """A state dict from states by name, of the parameters of these groups."""
+    """A state dict from states by name; the groups hold the names of their parameters."""
     numbers = {name: i for i, name in enumerate(name for group in groups for name in group)}
     starts = [sum(map(len, groups[:i])) for i in range(len(groups))]
     return {
