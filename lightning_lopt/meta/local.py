@@ -14,7 +14,7 @@ from lightning_lopt.functional.blended import retained_momentum
 from lightning_lopt.meta.base import AbstractTask, Batch, Tensors, column
 
 OptimizerKind = Literal["sgd", "momentum", "adamw", "muon"]
-MOMENTA = {"momentum": 0.9, "muon": 0.95}
+MOMENTUM, MUON_MOMENTUM = 0.9, 0.95
 BETAS, EPS = (0.9, 0.999), 1e-8
 MUON_COEFFICIENTS, MUON_STEPS, MUON_EPS, MUON_SCALE = (3.4445, -4.7750, 2.0315), 5, 1e-7, 0.2
 
@@ -90,7 +90,8 @@ class LocalOptimizer:
 
     def retained_momentum(self, local_steps: int) -> float:
         """Compute the share of the momentum that is left of it after a round; 0 for optimizers without."""
-        return retained_momentum(MOMENTA.get(self.kind, 0.0), local_steps)
+        momenta = {"momentum": MOMENTUM, "muon": MUON_MOMENTUM}
+        return retained_momentum(momenta.get(self.kind, 0.0), local_steps)
 
     @torch.no_grad()
     def step(
@@ -137,7 +138,7 @@ class LocalOptimizer:
         for name, p in params.items():
             grad = grads[name].add_(p, alpha=self.weight_decay) if self.weight_decay else grads[name]
             if self.kind == "momentum":
-                grad = state.first[name].mul_(MOMENTA[self.kind]).add_(grad)
+                grad = state.first[name].mul_(MOMENTUM).add_(grad)
             p.addcmul_(grad, column(local_lr, p), value=-1)
 
     def _adamw(self, params: Tensors, grads: Tensors, local_lr: Tensor, state: LocalOptimizerState) -> None:
@@ -154,8 +155,8 @@ class LocalOptimizer:
 
     def _muon(self, params: Tensors, grads: Tensors, local_lr: Tensor, state: LocalOptimizerState) -> None:
         for name, p in params.items():
-            first = state.first[name].lerp_(grads[name], 1 - MOMENTA[self.kind])
-            update = _orthogonal(grads[name].lerp_(first, MOMENTA[self.kind]).flatten(2)).view_as(p)
+            first = state.first[name].lerp_(grads[name], 1 - MUON_MOMENTUM)
+            update = _orthogonal(grads[name].lerp_(first, MUON_MOMENTUM).flatten(2)).view_as(p)
             if self.weight_decay:
                 p.mul_(1 - column(local_lr, p) * self.weight_decay)
             scale = MUON_SCALE * max(p.shape[1], p[0, 0].numel()) ** 0.5

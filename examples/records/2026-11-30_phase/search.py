@@ -1,0 +1,127 @@
+"""Random search for the phase rule of the blended Nesterov step, on the training tasks of examples/recipes.py alone.
+
+PYTHONPATH=.:examples python examples/records/2026-11-30_phase/search.py FASHION_MNIST CIFAR10 rows.jsonl [count [seed]]
+
+With d = γ_t / γ_start, γ_start the local learning rate from which the present decay started, a point (e, C, b, β_max)
+takes the step with the outer learning rate and the momentum
+
+    lr · min(C, d^-e),    1 - β_t = min(1 - β, max((1 - β) d^b, 1 - β_max)).
+
+Each training task has γ in the middle of its range and two decays: a cosine over 100 rounds and, in turn, one of the
+others over 60. A row is a point with the log ratios of its final loss to that of today's step, by cell, clipped to ±0.7.
+"""
+
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from meta_train import load_images
+from recipes import default
+
+from examples.benchmarks.compare import methods, simulate as sim
+from examples.benchmarks.compare.clients import Shared
+from examples.benchmarks.compare.methods import Setting
+from lightning_lopt.functional.blended import BlendedSettings
+from lightning_lopt.meta.outer import BlendedStep
+from lightning_lopt.network import AdaMLP
+
+BASE = {"lr": 1.1, "momentum": 0.85, "e": 0.0, "cap": 1.0, "b": 0.0, "most": 0.85, "kind": 0}
+BLEND = (0.05, 0.45, 0.5)
+SHAPES = {
+    "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x)),
+    "linear": lambda x: 1 - x,
+    "stable then linear": lambda x: min(1.0, (1 - x) / 0.3),
+    "steps": lambda x: 1.0 if x < 0.5 else 0.2 if x < 0.75 else 0.04,
+    "warm-up, cosine": lambda x: x / 0.1 if x < 0.1 else 0.5 * (1 + math.cos(math.pi * (x - 0.1) / 0.9)),
+    "constant": lambda x: 1.0,
+    "two cosines": lambda x: 0.5 * (1 + math.cos(math.pi * (2 * x % 1))) * (1 if x < 0.5 else 0.5),
+}
+
+
+@dataclass(frozen=True)
+class Schedule(sim.Experiment):
+    """Settings of the runs, with any schedule of γ."""
+
+    shape: str = "cosine"
+
+    def factor(self, round_idx):
+        return SHAPES[self.shape]((round_idx + (self.shape == "warm-up, cosine")) / self.num_rounds)
+
+
+class Phased(BlendedStep):
+    """The step with the settings of each run's point in each round."""
+
+    def __init__(self, anchor, points):
+        like = next(iter(anchor.values()))
+        columns = {name: like.new_tensor([point[name] for point in points]) for name in BASE}
+        super().__init__(anchor, BlendedSettings(columns["lr"], columns["momentum"], like.new_tensor([BLEND] * len(points))))
+        self.columns, self.last, self.start, self.mean, self.age = columns, 0 * columns["lr"], 0 * columns["lr"], 0 * columns["lr"], 0
+
+    def __call__(self, anchor, training):
+        c, lr = self.columns, training.local_lr
+        rises = lr > self.last
+        self.start = torch.where(rises, lr, self.start)
+        self.age = torch.where(rises, 0, self.age) + 1
+        self.mean = torch.where(rises, lr, self.mean + (lr - self.mean) / self.age)
+        self.last = lr
+        d = lr / torch.where(c["kind"] == 1, self.mean, self.start)
+        base = 1 - c["momentum"]
+        keep = torch.minimum(base, torch.maximum(base * d ** c["b"], 1 - c["most"]))
+        self._settings = BlendedSettings(c["lr"] * torch.minimum(c["cap"], d ** -c["e"]), 1 - keep, self._settings.blend)
+        super().__call__(anchor, training)
+
+
+def final_losses(task, training, shape, num_rounds, points, seeds):
+    """Log final losses, [points, seeds]."""
+    low, high = training.local_lr
+    experiment = Schedule(training.num_workers, training.steps[0], num_rounds, training.optimizer, shape=shape)
+    settings = [Setting("phased", (low * high) ** 0.5, {"point": json.dumps(point)}) for point in points]
+    losses = []
+    for group in sim.groups(task, settings, training.num_workers * len(seeds)):
+        sim.outer = lambda particles, anchor, network: Phased(anchor, [json.loads(p.options["point"]) for p in particles])
+        losses.append(sim.simulate(Shared(task), group, seeds, experiment, AdaMLP()).losses)
+    limit = task.max_loss
+    return torch.cat(losses)[..., -5:].nan_to_num(nan=limit).clamp(max=limit).mean(2).log()
+
+
+def cells(tasks):
+    """Tasks with their schedules and numbers of rounds."""
+    others = ["linear", "stable then linear", "steps", "warm-up, cosine"]
+    for i, (task, training) in enumerate(tasks):
+        yield i, task, training, "cosine", 100
+        yield i, task, training, others[i % len(others)], 60
+
+
+def random_point(generator):
+    """A point; a fifth of them are constants that do not read the phase."""
+    u = torch.rand(8, generator=generator).tolist()
+    if u[0] < 0.2:
+        return {**BASE, "lr": 1.1 * 4 ** u[1], "momentum": 1 - 0.15 * 0.2 ** u[2]}
+    return {**BASE, "e": 1.5 * u[1], "cap": 4 ** u[2], "b": 1.5 * u[3], "most": 1 - 0.15 * 0.2 ** u[4], "kind": int(u[5] < 0.25)}
+
+
+def evaluate(tasks, points, seeds, out, stage, chosen=None):
+    """Append a row per cell: log ratios of all points, [points - 1, seeds]."""
+    for i, task, training, shape, num_rounds in chosen or cells(tasks):
+        start = time.process_time()
+        losses = final_losses(task, training, shape, num_rounds, [BASE, *points], seeds)
+        ratios = losses[1:] - losses[:1]
+        row = {"stage": stage, "task": i, "name": str(task), "optimizer": training.optimizer.kind, "schedule": shape}
+        row |= {"K": training.num_workers, "H": training.steps[0], "rounds": num_rounds, "seeds": list(seeds), "points": points}
+        row |= {"ratios": [[round(x, 4) for x in r] for r in ratios.tolist()], "cpu_s": round(time.process_time() - start, 1)}
+        with open(out, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(stage, i, shape, f"best {ratios.mean(1).min():+.3f}", row["cpu_s"], flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    tasks = default([load_images(Path(folder)) for folder in sys.argv[1:3]], 0).tasks
+    count, seed = int((sys.argv[4:] or [40])[0]), int((sys.argv[5:] or [0])[0])
+    generator = torch.Generator().manual_seed(seed)
+    points = [random_point(generator) for _ in range(count)]
+    evaluate(tasks, points, range(3), sys.argv[3], "search")
