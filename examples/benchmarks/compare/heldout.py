@@ -1,8 +1,9 @@
 """Compare outer steps on ten held-out tasks, each with a constant and with a decaying local learning rate.
 
-The list was fixed before any outer step but averaging had run on these tasks, and is not for decisions: whoever tunes
-or meta-trains a step does so elsewhere, freezes it, and runs it here. Each method has the same seeds, and is compared
-with the reference seed by seed: the logarithm of the ratio of the final losses.
+The list was fixed before any outer step but averaging had run on these tasks, and no decision may look at them: whoever
+tunes or meta-trains a step does so elsewhere, freezes it in a commit, and runs it here. All methods have the same seeds,
+and each is compared with the reference seed by seed: the logarithm of the ratio of the final losses, the mean over ten
+seeds and its 95 % interval, with constant and with decaying γ apart.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class HeldOut:
     Attributes:
         task: Name of the task, for `load_task`.
         optimizer: Kind of the local optimizer.
-        local_lr: Local learning rate γ, with both schedules: the best of three for averaging with decaying γ.
+        local_lr: Local learning rate γ, with both schedules: of three in steps of about 3, the best for averaging with
+            decaying γ (seed 1000), which was the largest in all tasks.
         num_workers: Number of workers, K.
         local_steps: Number of local steps per round, H.
         num_rounds: Number of rounds.
@@ -51,16 +53,16 @@ class HeldOut:
 
 
 HELD_OUT = (
-    HeldOut("breast_cancer", "momentum", 0.0, 2, 32, 60),
-    HeldOut("friedman", "adamw", 0.0, 2, 64, 40),
-    HeldOut("photograph", "muon", 0.0, 8, 4, 100),
-    HeldOut("shakespeare", "sgd", 0.0, 16, 8, 60),
-    HeldOut("novels", "muon", 0.0, 16, 4, 80),
-    HeldOut("fashion_mnist_conv", "momentum", 0.0, 8, 4, 80),
-    HeldOut("fashion_mnist_vit", "muon", 0.0, 2, 8, 60),
-    HeldOut("fashion_mnist_autoencoder", "adamw", 0.0, 4, 8, 60),
-    HeldOut("shakespeare_lm", "adamw", 0.0, 4, 16, 50),
-    HeldOut("cifar10_narrow", "sgd", 0.0, 4, 16, 50),
+    HeldOut("breast_cancer", "momentum", 0.1, 2, 32, 60),
+    HeldOut("friedman", "adamw", 0.01, 2, 64, 40),
+    HeldOut("photograph", "muon", 0.01, 8, 4, 100),
+    HeldOut("shakespeare", "sgd", 1.0, 16, 8, 60),
+    HeldOut("novels", "muon", 0.01, 16, 4, 80),
+    HeldOut("fashion_mnist_conv", "momentum", 0.1, 8, 4, 80),
+    HeldOut("fashion_mnist_vit", "muon", 0.01, 2, 8, 60),
+    HeldOut("fashion_mnist_autoencoder", "adamw", 0.003, 4, 8, 60),
+    HeldOut("shakespeare_lm", "adamw", 0.01, 4, 16, 50),
+    HeldOut("cifar10_narrow", "sgd", 0.3, 4, 16, 50),
 )
 OPTIONS: dict[str, tuple[str, Mapping[str, float]]] = {  # method and options of the outer optimizer, by name
     "local_sgd": ("local_sgd", {}),
