@@ -1,9 +1,9 @@
 """Compare outer steps on ten held-out tasks, each with a constant and with a decaying local learning rate.
 
-The list was fixed before any outer step but averaging had run on these tasks, and no decision may look at them: whoever
-tunes or meta-trains a step does so elsewhere, freezes it in a commit, and runs it here. All methods have the same seeds,
-and each is compared with the reference seed by seed: the logarithm of the ratio of the final losses, the mean over ten
-seeds and its 95 % interval, with constant and with decaying γ apart.
+The list was fixed before any outer step but averaging had run on these tasks, and no decision may look at them: a step
+is tuned or meta-trained elsewhere, frozen in a commit, and then run here. All methods have the same seeds, and each is
+compared with the reference seed by seed: the logarithm of the ratio of the final losses, the mean over ten seeds and its
+95 % interval, with constant and with decaying γ apart.
 """
 
 from __future__ import annotations
