@@ -2,8 +2,8 @@
 
 The list was fixed before any outer step but averaging had run on these tasks, and no decision may look at them: a step
 is tuned or meta-trained elsewhere, frozen in a commit, and then run here. All methods have the same seeds, and each is
-compared with the reference seed by seed: the logarithm of the ratio of the final losses, the mean over ten seeds and its
-95 % interval, with constant and with decaying γ apart.
+compared with the reference seed by seed: the logarithm of the ratio of the final losses, the mean over ten seeds and
+its 95 % interval, with constant and with decaying γ apart.
 """
 
 from __future__ import annotations
