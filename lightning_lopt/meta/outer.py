@@ -14,6 +14,7 @@ from lightning_lopt.functional.ada import BaseState
 from lightning_lopt.functional.blended import BlendedSettings
 from lightning_lopt.functional.learned import Network
 from lightning_lopt.functional.model import ModelTensor
+from lightning_lopt.functional.phase import LocalDecay, settings_in_phase
 from lightning_lopt.meta.base import Tensors
 from lightning_lopt.meta.unroll import outer_step, step_anchors, zero_states
 from lightning_lopt.network import AdaMLP
@@ -106,17 +107,19 @@ class BlendedStep:
     Args:
         anchor: Global parameters of the runs, {[P, *S]}.
         settings: Hyperparameters of each run, [P] and [P, 3].
+        phases: Exponent of `settings_in_phase` for each run; by default 0.
 
     Attributes:
         states: Memory of the anchors.
     """
 
-    def __init__(self, anchor: Tensors, settings: BlendedSettings) -> None:
-        self._settings = settings
+    def __init__(self, anchor: Tensors, settings: BlendedSettings, phases: Sequence[float] = ()) -> None:
+        self._settings, self._phases = settings, phases
+        self._decays = [LocalDecay()] * len(phases)
         self.states = {n: BaseState.zeros(tuple(a.shape[1:]), len(a), a.dtype, a.device) for n, a in anchor.items()}
 
     def __call__(self, anchor: Tensors, training: SimulatedRound) -> None:
-        settings = self._settings
+        settings = self._in_phase(training.local_lr, training.local_steps)
 
         def step(tensors: list[ModelTensor[BaseState]]) -> None:
             blended.step_model(tensors, [settings] * len(tensors))
@@ -131,6 +134,16 @@ class BlendedStep:
             skipped=training.skipped,
             retained_momentum=training.retained_momentum,
         )
+
+    def _in_phase(self, local_lr: Tensor, local_steps: int) -> BlendedSettings:
+        """Settings of the round."""
+        settings = self._settings
+        if not any(self._phases):
+            return settings
+        self._decays = [decay.after(lr) for decay, lr in zip(self._decays, local_lr.tolist(), strict=True)]
+        of_runs = zip(settings.lr.tolist(), settings.momentum.tolist(), self._decays, self._phases, strict=True)
+        pairs = [settings_in_phase(lr, beta, decay.share, local_steps, e) for lr, beta, decay, e in of_runs]
+        return BlendedSettings(*settings.lr.new_tensor(pairs).unbind(1), settings.blend)
 
 
 def optimizer_step(optimizer: Optimizer) -> SimulatedOuterStep:

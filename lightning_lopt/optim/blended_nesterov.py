@@ -14,6 +14,7 @@ from lightning_lopt.functional import blended
 from lightning_lopt.functional.ada import BaseState
 from lightning_lopt.functional.blended import BlendedSettings
 from lightning_lopt.functional.model import ModelTensor
+from lightning_lopt.functional.phase import LocalDecay, settings_in_phase
 from lightning_lopt.optim.whole_model import WholeModelOptimizer
 
 
@@ -31,6 +32,9 @@ class BlendedNesterov(WholeModelOptimizer):
         lr: Outer learning rate > 0.
         momentum: Momentum β in [0, 1).
         blend: Weights w of the step as it is, orthogonalised and whitened, each at least 0, of sum 1.
+        phase: Exponent >= 0 with which `lr` and `momentum` rise while a group's ``local_lr`` decays, by the rule of
+            `lightning_lopt.functional.phase.settings_in_phase`; 0 leaves them constant. Where ``local_lr`` has not
+            fallen since it last rose, or is not known, the step is that without a phase, bit for bit.
 
     Attributes:
         needs_whole_tensors: Whether the step is undefined on random coordinates of a tensor: True.
@@ -61,6 +65,7 @@ class BlendedNesterov(WholeModelOptimizer):
         lr: float = 1.1,
         momentum: float = 0.85,
         blend: Sequence[float] = (0.05, 0.45, 0.5),
+        phase: float = 0.0,
     ) -> None:
         if not 0 < lr < math.inf:
             raise ValueError(f"BlendedNesterov needs a finite lr > 0, not {lr}.")
@@ -68,7 +73,17 @@ class BlendedNesterov(WholeModelOptimizer):
             raise ValueError(f"BlendedNesterov needs momentum in [0, 1), not {momentum}.")
         if len(blend) != 3 or not min(blend) >= 0 or not abs(sum(blend) - 1) < 1e-6:
             raise ValueError(f"blend must be three weights >= 0 whose sum is 1, not {blend!r}.")
-        super().__init__(params, {"lr": lr, "momentum": momentum, "blend": tuple(blend)})
+        if not 0 <= phase < math.inf:
+            raise ValueError(f"BlendedNesterov needs a finite phase >= 0, not {phase}.")
+        defaults = {"lr": lr, "momentum": momentum, "blend": tuple(blend), "phase": phase}
+        super().__init__(params, {**defaults, "local_decay": tuple(LocalDecay())})
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # of a state from before there was a phase
+            group.setdefault("phase", 0.0)
+            group.setdefault("local_decay", tuple(LocalDecay()))
 
     @override
     def _new_state(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> BaseState:
@@ -76,8 +91,11 @@ class BlendedNesterov(WholeModelOptimizer):
 
     @override
     def _step_model(self, tensors: list[ModelTensor[BaseState]], groups: list[dict[str, Any]]) -> None:
-        settings = [
-            BlendedSettings(*(tensor.grad.new_tensor([group[name]]) for name in ("lr", "momentum", "blend")))
-            for tensor, group in zip(tensors, groups, strict=True)
-        ]
+        for group in self.param_groups:  # those without a pseudo-gradient in this round, too
+            group["local_decay"] = tuple(LocalDecay(*group["local_decay"]).after(group.get("local_lr", math.nan)))
+        settings = []
+        for tensor, group in zip(tensors, groups, strict=True):
+            share, local_steps = LocalDecay(*group["local_decay"]).share, group.get("local_steps", 1)
+            of_round = settings_in_phase(group["lr"], group["momentum"], share, local_steps, group["phase"])
+            settings.append(BlendedSettings(*(tensor.grad.new_tensor([x]) for x in (*of_round, group["blend"]))))
         blended.step_model(tensors, settings, self.total)

@@ -136,8 +136,8 @@ def outer(particles: Sequence[Setting], anchor: Tensors, network: AdaMLP) -> Sim
         like = next(iter(anchor.values()))
         options: list[dict[str, Any]] = [dict(setting.options) for setting in particles]
         own = [BlendedNesterov([torch.empty(0)], **each).param_groups[0] for each in options]
-        names = BlendedSettings._fields
-        return BlendedStep(anchor, BlendedSettings(*(like.new_tensor([each[name] for each in own]) for name in names)))
+        chosen = BlendedSettings(*(like.new_tensor([each[name] for each in own]) for name in BlendedSettings._fields))
+        return BlendedStep(anchor, chosen, [each["phase"] for each in own])
     groups = [
         {"params": params, "local_lr": setting.local_lr, **setting.options}
         for params, setting in zip(views(anchor), particles, strict=True)

@@ -29,7 +29,7 @@ from lightning_lopt.functional.blended import BlendedSettings
 from lightning_lopt.meta.outer import BlendedStep
 from lightning_lopt.network import AdaMLP
 
-BASE = {"lr": 1.1, "momentum": 0.85, "e": 0.0, "cap": 1.0, "b": 0.0, "most": 0.85, "kind": 0}
+BASE = {"lr": 1.1, "momentum": 0.85, "e": 0.0, "cap": 1.0, "b": 0.0, "most": 0.85, "kind": 0, "c": 0.0, "d0": 1.0, "raw": 0}
 BLEND = (0.05, 0.45, 0.5)
 SHAPES = {
     "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x)),
@@ -37,6 +37,7 @@ SHAPES = {
     "stable then linear": lambda x: min(1.0, (1 - x) / 0.3),
     "steps": lambda x: 1.0 if x < 0.5 else 0.2 if x < 0.75 else 0.04,
     "warm-up, cosine": lambda x: x / 0.1 if x < 0.1 else 0.5 * (1 + math.cos(math.pi * (x - 0.1) / 0.9)),
+    "cosine to a tenth": lambda x: 0.1 + 0.45 * (1 + math.cos(math.pi * x)),
     "constant": lambda x: 1.0,
     "two cosines": lambda x: 0.5 * (1 + math.cos(math.pi * (2 * x % 1))) * (1 if x < 0.5 else 0.5),
 }
@@ -69,8 +70,11 @@ class Phased(BlendedStep):
         self.mean = torch.where(rises, lr, self.mean + (lr - self.mean) / self.age)
         self.last = lr
         d = lr / torch.where(c["kind"] == 1, self.mean, self.start)
+        contraction = (1 - (1 - c["c"] * d) ** training.local_steps) / (1 - (1 - c["c"]) ** training.local_steps)
+        own, d = d, torch.where(c["c"] > 0, contraction, (d / c["d0"]).clamp(max=1))
+        of_momentum = torch.where(c["raw"] > 0, own, d)
         base = 1 - c["momentum"]
-        keep = torch.minimum(base, torch.maximum(base * d ** c["b"], 1 - c["most"]))
+        keep = torch.minimum(base, torch.maximum(base * of_momentum ** c["b"], 1 - c["most"]))
         self._settings = BlendedSettings(c["lr"] * torch.minimum(c["cap"], d ** -c["e"]), 1 - keep, self._settings.blend)
         super().__call__(anchor, training)
 
@@ -90,8 +94,8 @@ def final_losses(task, training, shape, num_rounds, points, seeds):
 
 def cells(tasks):
     """Tasks with their schedules and numbers of rounds."""
-    others = ["linear", "stable then linear", "steps", "warm-up, cosine"]
-    for i, (task, training) in enumerate(tasks):
+    others = ["linear", "stable then linear", "steps", "warm-up, cosine", "cosine to a tenth"]
+    for i, (task, training) in sorted(enumerate(tasks), key=lambda pair: (pair[0] not in (2, 13, 16, 18), -pair[0])):
         yield i, task, training, "cosine", 100
         yield i, task, training, others[i % len(others)], 60
 
@@ -102,6 +106,37 @@ def random_point(generator):
     if u[0] < 0.2:
         return {**BASE, "lr": 1.1 * 4 ** u[1], "momentum": 1 - 0.15 * 0.2 ** u[2]}
     return {**BASE, "e": 1.5 * u[1], "cap": 4 ** u[2], "b": 1.5 * u[3], "most": 1 - 0.15 * 0.2 ** u[4], "kind": int(u[5] < 0.25)}
+
+
+def sharper_point(generator):
+    """A point of the second search: the factors rise sooner."""
+    u = torch.rand(6, generator=generator).tolist()
+    return {**BASE, "e": 0.8 * 6 ** u[0], "cap": 1.8 + 2.2 * u[1], "b": 3 * u[2], "most": 0.85 + 0.1 * u[3], "kind": int(u[4] < 0.3)}
+
+
+def contracting_point(generator):
+    """A point of the third search: in the place of d, q = (1 - (1 - c d)^H) / (1 - (1 - c)^H)."""
+    u = torch.rand(6, generator=generator).tolist()
+    c = [0.0, 0.1, 0.2, 0.4, 0.6, 0.9][int(6 * u[0])]
+    return {**BASE, "c": c, "e": 0.4 + 0.8 * u[1], "cap": 1.6 * 2.5 ** u[2], "b": u[3], "most": 0.85 + 0.1 * u[4]}
+
+
+BY_HAND = [  # of the fourth search; with "raw" only the rate reads c and d0
+    {"b": 0.5, "most": 0.9},
+    {"b": 1.0, "most": 0.92},
+    {"b": 0.5, "most": 0.95},
+    {"c": 0.4, "e": 0.8, "cap": 2.2, "b": 0.7, "most": 0.9},
+    {"c": 0.1, "e": 0.8, "cap": 2.2, "b": 0.7, "most": 0.9},
+    {"c": 0.2, "e": 1.0, "cap": 2.5, "b": 0.5, "most": 0.9},
+    {"c": 0.4, "e": 1.0, "cap": 2.5, "b": 0.5, "most": 0.9, "raw": 1},
+    {"c": 0.6, "e": 1.0, "cap": 3.0, "b": 0.5, "most": 0.9, "raw": 1},
+    {"c": 0.2, "e": 1.0, "cap": 3.0, "b": 0.5, "most": 0.9, "raw": 1},
+    {"d0": 0.5, "e": 0.5, "cap": 2.5, "b": 0.5, "most": 0.9, "raw": 1},
+    {"d0": 0.5, "e": 1.0, "cap": 2.5, "b": 0.5, "most": 0.9, "raw": 1},
+    {"d0": 0.5, "e": 1.0, "cap": 2.5, "b": 0.5, "most": 0.92, "raw": 1},
+    {"d0": 0.25, "e": 0.5, "cap": 3.0, "b": 0.5, "most": 0.92, "raw": 1},
+    {"e": 0.5, "cap": 4.0, "lr": 1.65},
+]
 
 
 def evaluate(tasks, points, seeds, out, stage, chosen=None):
@@ -123,5 +158,11 @@ if __name__ == "__main__":
     tasks = default([load_images(Path(folder)) for folder in sys.argv[1:3]], 0).tasks
     count, seed = int((sys.argv[4:] or [40])[0]), int((sys.argv[5:] or [0])[0])
     generator = torch.Generator().manual_seed(seed)
-    points = [random_point(generator) for _ in range(count)]
-    evaluate(tasks, points, range(3), sys.argv[3], "search")
+    points = [(random_point, sharper_point, contracting_point)[seed](generator) for _ in range(count if seed < 3 else 0)]
+    if seed == 1:
+        points += [{**BASE, "lr": 2.5, "momentum": 0.89}, {**BASE, "lr": 1.65}]
+    if seed == 3:
+        points = [{**BASE, **point} for point in BY_HAND]
+    if seed == 2:
+        points += [{**BASE, "e": 0.5, "cap": 4.0}, {**BASE, "e": 0.5, "cap": 2.0}, {**BASE, "e": 0.5, "cap": 2.0, "b": 0.5, "most": 0.9}]
+    evaluate(tasks, points, range(10 * seed, 10 * seed + (2 if seed else 3)), sys.argv[3], f"search {seed}")
