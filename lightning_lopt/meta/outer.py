@@ -143,7 +143,8 @@ class BlendedStep:
         self._decays = [decay.after(lr) for decay, lr in zip(self._decays, local_lr.tolist(), strict=True)]
         of_runs = zip(settings.lr.tolist(), settings.momentum.tolist(), self._decays, self._phases, strict=True)
         pairs = [settings_in_phase(lr, beta, decay.share, local_steps, e) for lr, beta, decay, e in of_runs]
-        return BlendedSettings(*settings.lr.new_tensor(pairs).unbind(1), settings.blend)
+        lr, momentum = settings.lr.new_tensor(pairs).unbind(1)
+        return BlendedSettings(lr, momentum, settings.blend)
 
 
 def optimizer_step(optimizer: Optimizer) -> SimulatedOuterStep:

@@ -19,22 +19,30 @@ from lightning_lopt.optim.whole_model import WholeModelOptimizer
 
 
 class BlendedNesterov(WholeModelOptimizer):
-    """A Nesterov step, blended with its orthogonalised (Muon) and its whitened (Shampoo) form.
+    r"""A Nesterov step, blended with its orthogonalised (Muon) and its whitened (Shampoo) form.
 
     The equations are those of `lightning_lopt.functional.blended.step_model`. A pseudo-gradient that has grown by more
     than half is damped first, unless ``local_lr`` times ``local_steps`` has grown as much, and the share of the
-    momentum that the workers' ``local_momentum`` retains over a round is not counted again. The step equals that of
-    ``LearnedOptimizer(params, AdaMLP.base_step(lr, momentum, blend))`` up to rounding, without a network and with less
-    state.
+    momentum that the workers' ``local_momentum`` retains over a round is not counted again. Without a phase the step
+    equals that of ``LearnedOptimizer(params, AdaMLP.base_step(lr, momentum, blend))`` up to rounding, without a network
+    and with less state.
+
+    With ``phase=1.0`` the outer step grows while the local learning rate γ decays, in round t after H local steps by
+
+    .. math:: \mathrm{lr}_t = \mathrm{lr}\, \min(q^{-1},\, 2.5),\qquad
+        1 - \beta_t = \min\big(1 - \beta,\; \max((1 - \beta)\, q^{1/2},\; 0.1)\big),\qquad
+        q = \frac{1 - (1 - 0.2\, \gamma_t / \gamma_{\mathrm{start}})^H}{1 - 0.8^H}
+
+    where γ_start is that from which the present decay started: any rise, as in a warm-up or at a restart, begins anew.
+    The rule is made by hand; examples/records/2026-11-30_phase has where it gains and where it loses.
 
     Args:
         params: Anchors, or groups of them.
         lr: Outer learning rate > 0.
         momentum: Momentum β in [0, 1).
         blend: Weights w of the step as it is, orthogonalised and whitened, each at least 0, of sum 1.
-        phase: Exponent >= 0 with which `lr` and `momentum` rise while a group's ``local_lr`` decays, by the rule of
-            `lightning_lopt.functional.phase.settings_in_phase`; 0 leaves them constant. Where ``local_lr`` has not
-            fallen since it last rose, or is not known, the step is that without a phase, bit for bit.
+        phase: Exponent e >= 0 that multiplies those of q; 0 leaves `lr` and `momentum` as they are. Where a group's
+            ``local_lr`` has not fallen since it last rose, or is not known, the step is that of 0, bit for bit.
 
     Attributes:
         needs_whole_tensors: Whether the step is undefined on random coordinates of a tensor: True.
@@ -46,7 +54,7 @@ class BlendedNesterov(WholeModelOptimizer):
 
     Memory: momentum (1 per coordinate) and the Gram matrices (at most 5 per coordinate).
 
-    Source: `lightning_lopt.functional`: `blended`, `orthogonal`, `whitening`, `damping`.
+    Source: `lightning_lopt.functional`: `blended`, `orthogonal`, `whitening`, `damping`, `phase`.
 
     Example:
         >>> p = torch.nn.Parameter(torch.zeros(2))

@@ -137,7 +137,7 @@ def test_state_dict_round_trip_is_bitwise(dtype):
     generator, outers = torch.Generator().manual_seed(0), []
     for _ in range(2):
         params = [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in SHAPES]
-        outers.append(BlendedNesterov(params))
+        outers.append(BlendedNesterov(params, phase=1.0))
     for t in range(4):
         if t == 2:
             outers[1].load_state_dict(copy.deepcopy(outers[0].state_dict()))
@@ -147,6 +147,7 @@ def test_state_dict_round_trip_is_bitwise(dtype):
             p.grad = torch.randn(p.shape, generator=generator).to(dtype)
             outers[1].param_groups[0]["params"][j].grad = p.grad.clone()
         for outer in outers[: 1 if t < 2 else 2]:
+            outer.param_groups[0].update(local_lr=0.1 / (1 + t), local_steps=4)
             outer.step()
     for a, b in zip(*(outer.param_groups[0]["params"] for outer in outers), strict=True):
         assert torch.equal(a, b)
