@@ -1,14 +1,18 @@
 """Random search for the phase rule of the blended Nesterov step, on the training tasks of examples/recipes.py alone.
 
-PYTHONPATH=.:examples python examples/records/2026-11-30_phase/search.py FASHION_MNIST CIFAR10 rows.jsonl [count [seed]]
+PYTHONPATH=.:examples python examples/records/2026-11-30_phase/search.py FASHION_MNIST CIFAR10 search.jsonl STAGE
 
-With d = γ_t / γ_start, γ_start the local learning rate from which the present decay started, a point (e, C, b, β_max)
-takes the step with the outer learning rate and the momentum
+With q = γ_t / γ_start, γ_start the local learning rate from which the present decay started, a point takes the step with
 
-    lr · min(C, d^-e),    1 - β_t = min(1 - β, max((1 - β) d^b, 1 - β_max)).
+    lr · min(cap, q^-e),    1 - β_t = min(1 - β, max((1 - β) q^b, 1 - most)).
+
+Variants: with kind 1 γ_start is the mean of γ since it last rose; with c > 0 q is the contraction
+(1 - (1 - c d)^H) / (1 - (1 - c)^H) for d = γ_t / γ_start, and with d0 < 1 it is min(1, d / d0); with raw the momentum
+reads d all the same. Points without e and b are constants.
 
 Each training task has γ in the middle of its range and two decays: a cosine over 100 rounds and, in turn, one of the
-others over 60. A row is a point with the log ratios of its final loss to that of today's step, by cell, clipped to ±0.7.
+others over 60. The file gets a line with the points of the stage, then a line per task and decay, with the log ratios of
+the final loss to that of the base step by point and seed.
 """
 
 import json
@@ -22,7 +26,7 @@ import torch
 from meta_train import load_images
 from recipes import default
 
-from examples.benchmarks.compare import methods, simulate as sim
+from examples.benchmarks.compare import simulate as sim
 from examples.benchmarks.compare.clients import Shared
 from examples.benchmarks.compare.methods import Setting
 from lightning_lopt.functional.blended import BlendedSettings
@@ -38,8 +42,6 @@ SHAPES = {
     "steps": lambda x: 1.0 if x < 0.5 else 0.2 if x < 0.75 else 0.04,
     "warm-up, cosine": lambda x: x / 0.1 if x < 0.1 else 0.5 * (1 + math.cos(math.pi * (x - 0.1) / 0.9)),
     "cosine to a tenth": lambda x: 0.1 + 0.45 * (1 + math.cos(math.pi * x)),
-    "constant": lambda x: 1.0,
-    "two cosines": lambda x: 0.5 * (1 + math.cos(math.pi * (2 * x % 1))) * (1 if x < 0.5 else 0.5),
 }
 
 
@@ -139,14 +141,36 @@ BY_HAND = [  # of the fourth search; with "raw" only the rate reads c and d0
 ]
 
 
-def evaluate(tasks, points, seeds, out, stage, chosen=None):
-    """Append a row per cell: log ratios of all points, [points - 1, seeds]."""
-    for i, task, training, shape, num_rounds in chosen or cells(tasks):
+EXTRA = [  # of the second and the third search
+    [{"lr": 2.5, "momentum": 0.89}, {"lr": 1.65}],
+    [{"e": 0.5, "cap": 4.0}, {"e": 0.5, "cap": 2.0}, {"e": 0.5, "cap": 2.0, "b": 0.5, "most": 0.9}],
+]
+
+
+def points_of(stage):
+    """Points of a stage, 0 to 3."""
+    if stage == 3:
+        return [{**BASE, **point} for point in BY_HAND]
+    draw, count = ((random_point, 40), (sharper_point, 24), (contracting_point, 27))[stage]
+    generator = torch.Generator().manual_seed(stage)
+    extra = EXTRA[stage - 1] if stage else []
+    return [draw(generator) for _ in range(count)] + [{**BASE, **point} for point in extra]
+
+
+def main():
+    """Run a stage."""
+    torch.set_num_threads(1)
+    *folders, out, stage = sys.argv[1:]
+    tasks, stage = default([load_images(Path(folder)) for folder in folders], 0).tasks, int(stage)
+    points, seeds = points_of(stage), range(10 * stage, 10 * stage + (2 if stage else 3))
+    with open(out, "a") as file:
+        file.write(json.dumps({"stage": stage, "points": points}) + "\n")
+    for i, task, training, shape, num_rounds in cells(tasks):
         start = time.process_time()
         losses = final_losses(task, training, shape, num_rounds, [BASE, *points], seeds)
         ratios = losses[1:] - losses[:1]
         row = {"stage": stage, "task": i, "name": str(task), "optimizer": training.optimizer.kind, "schedule": shape}
-        row |= {"K": training.num_workers, "H": training.steps[0], "rounds": num_rounds, "seeds": list(seeds), "points": points}
+        row |= {"K": training.num_workers, "H": training.steps[0], "rounds": num_rounds, "seeds": list(seeds)}
         row |= {"ratios": [[round(x, 4) for x in r] for r in ratios.tolist()], "cpu_s": round(time.process_time() - start, 1)}
         with open(out, "a") as file:
             file.write(json.dumps(row) + "\n")
@@ -154,15 +178,4 @@ def evaluate(tasks, points, seeds, out, stage, chosen=None):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    tasks = default([load_images(Path(folder)) for folder in sys.argv[1:3]], 0).tasks
-    count, seed = int((sys.argv[4:] or [40])[0]), int((sys.argv[5:] or [0])[0])
-    generator = torch.Generator().manual_seed(seed)
-    points = [(random_point, sharper_point, contracting_point)[seed](generator) for _ in range(count if seed < 3 else 0)]
-    if seed == 1:
-        points += [{**BASE, "lr": 2.5, "momentum": 0.89}, {**BASE, "lr": 1.65}]
-    if seed == 3:
-        points = [{**BASE, **point} for point in BY_HAND]
-    if seed == 2:
-        points += [{**BASE, "e": 0.5, "cap": 4.0}, {**BASE, "e": 0.5, "cap": 2.0}, {**BASE, "e": 0.5, "cap": 2.0, "b": 0.5, "most": 0.9}]
-    evaluate(tasks, points, range(10 * seed, 10 * seed + (2 if seed else 3)), sys.argv[3], f"search {seed}")
+    main()
