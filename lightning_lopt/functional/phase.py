@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-STEEPNESS = 0.2  # of a steep direction: curvature times γ at the start of a decay
 LARGEST_FACTOR = 2.5  # of the outer learning rate
-LARGEST_MOMENTUM = 0.9  # to which a decay raises a smaller one
+LARGEST_MOMENTUM = 0.95  # to which a decay raises a smaller one
 
 
 class LocalDecay(NamedTuple):
@@ -51,39 +50,36 @@ class LocalDecay(NamedTuple):
 
 
 def contraction(share: float, local_steps: int) -> float:
-    r"""Compute how far a round contracts the error along a steep direction, relative to the round at the start.
+    r"""Compute how far a round still goes along the steepest direction, of the way to its minimum.
 
-    .. math:: q = \frac{1 - (1 - c\, d)^H}{1 - (1 - c)^H},\qquad c = 0.2
+    .. math:: q = 1 - (1 - d)^H
 
-    That is how the pseudo-gradient of SGD shrinks as γ decays, if γ times the curvature is c at the start: by d with
-    one local step, and hardly at all while many local steps still go all the way.
+    That holds for SGD whose γ_start goes all the way in one step: while many local steps still do so, the
+    pseudo-gradient of this direction hardly shrinks.
 
     Args:
         share: Share d of the local learning rate that is left, in [0, 1].
         local_steps: Number of local steps H; 0 counts as 1.
 
     Example:
-        >>> [round(contraction(0.25, local_steps), 3) for local_steps in (1, 4, 16, 64)]
-        [0.25, 0.314, 0.576, 0.962]
+        >>> [round(contraction(0.1, local_steps), 3) for local_steps in (1, 4, 16, 64)]
+        [0.1, 0.344, 0.815, 0.999]
     """
-    steps = max(local_steps, 1)
-    return (1 - (1 - STEEPNESS * share) ** steps) / (1 - (1 - STEEPNESS) ** steps)
+    return 1 - (1 - share) ** max(local_steps, 1)
 
 
-def settings_in_phase(
-    lr: float, momentum: float, share: float, local_steps: int, phase: float = 1.0
-) -> tuple[float, float]:
+def settings_in_phase(lr: float, momentum: float, share: float, local_steps: int, phase: float) -> tuple[float, float]:
     r"""Raise the outer learning rate and momentum of a round in which the local learning rate has decayed.
 
     .. math:: \mathrm{lr}_t = \mathrm{lr}\, \min(q^{-e},\, 2.5),\qquad
-        1 - \beta_t = \min\big(1 - \beta,\; \max((1 - \beta)\, q^{e/2},\; 0.1)\big)
+        1 - \beta_t = \min\big(1 - \beta,\; \max((1 - \beta)\, d^e,\; 0.05)\big)
 
     with the `contraction` q. A decaying γ anneals the steps already, so the outer step need not be careful as well, but
-    may not overshoot where a round still goes all the way.
+    it may not overshoot where a round still goes all the way.
 
     Args:
         lr: Outer learning rate before the decay.
-        momentum: Outer momentum β before the decay, in [0, 1); one above 0.9 stays as it is.
+        momentum: Outer momentum β before the decay, in [0, 1); one above 0.95 stays as it is.
         share: Share d of the local learning rate that is left, in [0, 1]; see `LocalDecay`.
         local_steps: Number of local steps H.
         phase: Exponent e >= 0; 0 leaves both as they are.
@@ -91,17 +87,16 @@ def settings_in_phase(
     Returns:
         Outer learning rate and momentum of the round.
 
-    Source: made by hand; constants from a random search on small tasks, examples/records/2026-11-30_phase.
+    Source: made by hand; constants from a search on small tasks, examples/records/2026-11-30_phase.
 
     Example:
         >>> for share in (1.0, 0.5, 0.1):
-        ...     print([round(x, 3) for x in settings_in_phase(1.1, 0.85, share, local_steps=4)])
+        ...     print([round(x, 3) for x in settings_in_phase(1.1, 0.85, share, local_steps=4, phase=0.5)])
         [1.1, 0.85]
-        [1.888, 0.886]
-        [2.75, 0.9]
+        [1.136, 0.894]
+        [1.876, 0.95]
     """
     if phase == 0 or share == 1:
         return lr, momentum
-    left = contraction(share, local_steps) ** phase
-    complement = max((1 - momentum) * left**0.5, 1 - LARGEST_MOMENTUM)
-    return lr / max(left, 1 / LARGEST_FACTOR), max(momentum, 1 - complement)
+    complement = max((1 - momentum) * share**phase, 1 - LARGEST_MOMENTUM)
+    return lr / max(contraction(share, local_steps) ** phase, 1 / LARGEST_FACTOR), max(momentum, 1 - complement)

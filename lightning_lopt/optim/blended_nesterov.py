@@ -27,11 +27,12 @@ class BlendedNesterov(WholeModelOptimizer):
     equals that of ``LearnedOptimizer(params, AdaMLP.base_step(lr, momentum, blend))`` up to rounding, without a network
     and with less state.
 
-    With ``phase=1.0`` the outer step grows while the local learning rate γ decays, in round t after H local steps by
+    With a phase e, of which 0.5 is measured, the outer step grows while the local learning rate γ decays: in round t
+    after H local steps
 
-    .. math:: \mathrm{lr}_t = \mathrm{lr}\, \min(q^{-1},\, 2.5),\qquad
-        1 - \beta_t = \min\big(1 - \beta,\; \max((1 - \beta)\, q^{1/2},\; 0.1)\big),\qquad
-        q = \frac{1 - (1 - 0.2\, \gamma_t / \gamma_{\mathrm{start}})^H}{1 - 0.8^H}
+    .. math:: \mathrm{lr}_t = \mathrm{lr}\, \min(q^{-e},\, 2.5),\qquad
+        1 - \beta_t = \min\big(1 - \beta,\; \max((1 - \beta)\, d^e,\; 0.05)\big),\qquad
+        d = \frac{\gamma_t}{\gamma_{\mathrm{start}}},\quad q = 1 - (1 - d)^H
 
     where γ_start is that from which the present decay started: any rise, as in a warm-up or at a restart, begins anew.
     The rule is made by hand; examples/records/2026-11-30_phase has where it gains and where it loses.
@@ -41,8 +42,8 @@ class BlendedNesterov(WholeModelOptimizer):
         lr: Outer learning rate > 0.
         momentum: Momentum β in [0, 1).
         blend: Weights w of the step as it is, orthogonalised and whitened, each at least 0, of sum 1.
-        phase: Exponent e >= 0 that multiplies those of q; 0 leaves `lr` and `momentum` as they are. Where a group's
-            ``local_lr`` has not fallen since it last rose, or is not known, the step is that of 0, bit for bit.
+        phase: Exponent e >= 0; 0 leaves `lr` and `momentum` as they are. Where a group's ``local_lr`` has not fallen
+            since it last rose, or is not known, the step is that of 0, bit for bit.
 
     Attributes:
         needs_whole_tensors: Whether the step is undefined on random coordinates of a tensor: True.

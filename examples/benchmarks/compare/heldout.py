@@ -68,7 +68,7 @@ OPTIONS: dict[str, tuple[str, Mapping[str, float]]] = {  # method and options of
     "local_sgd": ("local_sgd", {}),
     "diloco": ("diloco", {"lr": 0.7, "momentum": 0.9}),
     "base_step": ("base_step", {}),
-    "phase": ("base_step", {"phase": 1.0}),
+    "phase": ("base_step", {"phase": 0.5}),
     "learned": ("learned", {}),
 }
 SCHEDULES = {"constant": False, "decaying": True}

@@ -19,7 +19,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -83,7 +83,7 @@ class Phased(BlendedStep):
 
 def final_losses(task, training, shape, num_rounds, points, seeds):
     """Log final losses, [points, seeds]."""
-    low, high = training.local_lr
+    low, high = training.local_lr if isinstance(training.local_lr, tuple) else (training.local_lr,) * 2
     experiment = Schedule(training.num_workers, training.steps[0], num_rounds, training.optimizer, shape=shape)
     settings = [Setting("phased", (low * high) ** 0.5, {"point": json.dumps(point)}) for point in points]
     losses = []
@@ -100,6 +100,15 @@ def cells(tasks):
     for i, (task, training) in sorted(enumerate(tasks), key=lambda pair: (pair[0] not in (2, 13, 16, 18), -pair[0])):
         yield i, task, training, "cosine", 100
         yield i, task, training, others[i % len(others)], 60
+
+
+def cells_at_the_edge(tasks):
+    """Tasks with γ at the upper end of its range and four times as many local steps, after some as before."""
+    for i, (task, training) in enumerate(tasks):
+        if i in (4, 2, 6, 9, 12, 13, 16, 18):
+            yield i, task, training, "cosine", 100
+        edge = replace(training, local_lr=training.local_lr[1], local_steps=4 * training.steps[0])
+        yield i, task, edge, "cosine", 40
 
 
 def random_point(generator):
@@ -141,6 +150,29 @@ BY_HAND = [  # of the fourth search; with "raw" only the rate reads c and d0
 ]
 
 
+AT_THE_EDGE = [  # of the fifth search
+    {"c": 0.2, "e": 1.0, "cap": 2.5, "b": 0.5, "most": 0.9},
+    {"c": 0.5, "e": 1.0, "cap": 2.5, "b": 0.5, "most": 0.9},
+    {"c": 1.0, "e": 1.0, "cap": 2.5, "b": 0.5, "most": 0.9},
+    {"c": 1.0, "e": 1.0, "cap": 4.0, "b": 0.5, "most": 0.9},
+    {"c": 1.0, "e": 1.0, "cap": 4.0, "b": 0.5, "most": 0.95},
+    {"c": 1.0, "e": 1.0, "cap": 4.0},
+    {"c": 1.0, "e": 0.7, "cap": 2.5, "b": 0.35, "most": 0.9},
+    {"b": 0.5, "most": 0.9},
+    {"b": 0.5, "most": 0.95},
+    {"e": 0.5, "cap": 1.25, "b": 0.5, "most": 0.9},
+]
+SAFER = [  # of the sixth search
+    {"c": 1.0, "e": 0.7, "cap": 2.5, "b": 0.5, "most": 0.95, "raw": 1},
+    {"c": 1.0, "e": 0.7, "cap": 2.5, "b": 0.5, "most": 0.9, "raw": 1},
+    {"c": 1.0, "e": 0.5, "cap": 2.5, "b": 0.5, "most": 0.95, "raw": 1},
+    {"c": 1.0, "e": 0.5, "cap": 1.6, "b": 0.5, "most": 0.95, "raw": 1},
+    {"c": 1.0, "e": 0.7, "cap": 1.6, "b": 0.5, "most": 0.95, "raw": 1},
+    {"b": 0.5, "most": 0.95},
+    {"b": 1.0, "most": 0.95},
+    {"b": 1.0, "most": 0.97},
+    {"b": 1.5, "most": 0.93},
+]
 EXTRA = [  # of the second and the third search
     [{"lr": 2.5, "momentum": 0.89}, {"lr": 1.65}],
     [{"e": 0.5, "cap": 4.0}, {"e": 0.5, "cap": 2.0}, {"e": 0.5, "cap": 2.0, "b": 0.5, "most": 0.9}],
@@ -148,9 +180,9 @@ EXTRA = [  # of the second and the third search
 
 
 def points_of(stage):
-    """Points of a stage, 0 to 3."""
-    if stage == 3:
-        return [{**BASE, **point} for point in BY_HAND]
+    """Points of a stage, 0 to 5."""
+    if stage > 2:
+        return [{**BASE, **point} for point in (BY_HAND, AT_THE_EDGE, SAFER)[stage - 3]]
     draw, count = ((random_point, 40), (sharper_point, 24), (contracting_point, 27))[stage]
     generator = torch.Generator().manual_seed(stage)
     extra = EXTRA[stage - 1] if stage else []
@@ -165,7 +197,7 @@ def main():
     points, seeds = points_of(stage), range(10 * stage, 10 * stage + (2 if stage else 3))
     with open(out, "a") as file:
         file.write(json.dumps({"stage": stage, "points": points}) + "\n")
-    for i, task, training, shape, num_rounds in cells(tasks):
+    for i, task, training, shape, num_rounds in (cells_at_the_edge if stage > 3 else cells)(tasks):
         start = time.process_time()
         losses = final_losses(task, training, shape, num_rounds, [BASE, *points], seeds)
         ratios = losses[1:] - losses[:1]
