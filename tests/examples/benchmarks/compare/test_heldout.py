@@ -39,7 +39,7 @@ def test_ratios_are_paired_by_seed():
 
 
 def test_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
-    tasks = [replace(each, num_rounds=3, local_lr=0.01) for each in heldout.HELD_OUT if each.task == "breast_cancer"]
+    tasks = [replace(each, num_rounds=2, local_steps=2) for each in heldout.HELD_OUT if each.task == "breast_cancer"]
     monkeypatch.setattr(heldout, "HELD_OUT", tasks)
     out = tmp_path / "rows.jsonl"
     for seeds in (["0"], ["0", "1"]):
