@@ -35,8 +35,8 @@ class BlendedNesterov(WholeModelOptimizer):
         d = \frac{\gamma_t}{\gamma_{\mathrm{start}}},\quad q = 1 - (1 - d)^H
 
     where γ_start is that from which the present decay started: any rise, as in a warm-up or at a restart, begins anew.
-    The rule is made by hand. It gains where γ starts well below the largest that trains, and near that it is neither
-    ahead nor behind in the mean of ten held-out tasks: examples/records/2026-11-30_phase.
+    The rule is made by hand. It gains on the small tasks on which it was tuned; in the mean of ten held-out tasks it is
+    neither ahead nor behind, and behind on those with AdamW: examples/records/2026-11-30_phase.
 
     Args:
         params: Anchors, or groups of them.
