@@ -69,7 +69,7 @@ class MetaTraining(L.LightningModule):
         local_steps: Number of local steps H >= 1; of several, each window draws one.
         local_lr: Local learning rate γ > 0; of a range (low, high), each unroll draws one log-uniformly, and half of
             the unrolls let it fall to 0 along a cosine.
-        local_optimizer: Name ``"sgd"``, ``"momentum"`` or ``"adamw"``.
+        local_optimizer: Name ``"sgd"``, ``"momentum"``, ``"adamw"`` or ``"muon"``.
         meta_loss: Loss that is minimised: the workers' training loss (``"local"``), or that of the updated anchor on
             fresh batches (``"updated"``) or on validation batches (``"validation"``).
         log_floor: Floor > 0 to minimise the mean of log(loss + log_floor), so that late progress counts; None for the

@@ -76,10 +76,10 @@ class SyncOptions:
         sharded: Whether each worker does the outer step of some of the tensors, holds the outer state of these alone,
             and sends the result to all. The traffic is that of an all-reduce, also where every worker's values are
             needed (LAgg-A).
-        sync_rules: Rules for tensors by glob pattern of their full names (`"*queue"`), in place of the defaults of *State*
-            in `LocalSGD`: `"mean"`, `"unit_mean"` (scaled to norm 1), `"max"`, `"min"`, `"sum_of_changes"` (for
-            counts), `"first"` (rank 0's) or `"local"` (each worker keeps its own); the first pattern that fits holds.
-            Parameters in training are `"mean"` or `"local"`.
+        sync_rules: Rules for tensors by glob pattern of their full names (`"*queue"`), in place of the defaults of
+            *State* in `LocalSGD`: `"mean"`, `"unit_mean"` (scaled to norm 1), `"max"`, `"min"`, `"sum_of_changes"`
+            (for counts), `"first"` (rank 0's) or `"local"` (each worker keeps its own); the first pattern that fits
+            holds. Parameters in training are `"mean"` or `"local"`.
 
     Raises:
         ValueError: An argument is out of its range, or two exclude each other.
