@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from lightning_lopt.compression import Codec, TopK
+from lightning_lopt.compression import Codec, LinearCodec, TopK
 from lightning_lopt.sync.options import SyncOptions
 from lightning_lopt.sync.status import COMMON, NUM_ROWS
 
@@ -185,6 +185,9 @@ def sync_round(
         worker_grads: Whether the outer optimizer needs every worker's pseudo-gradient, as LAgg-A does.
         work_seconds: Seconds of the outer step.
 
+    Raises:
+        ValueError: The codec is linear, whose bytes depend on the shapes of the tensors.
+
     Example:
         >>> [round(sync_round(o, 16, 1e6, 4).bytes_sent / 1e6, 1) for o in (SyncOptions(), SyncOptions(density=0.1))]
         [6.0, 0.6]
@@ -193,6 +196,8 @@ def sync_round(
     sent = parameters * getattr(selection, "density", 1.0) / selection.num_turns
     whole, extra = 4 * sent, 4  # the norm travels with the payload
     exposed: Transfer = ()
+    if isinstance(options.codec, LinearCodec):
+        raise ValueError(f"The bytes of {options.codec!r} depend on the shapes of the tensors, not on their number.")
     if options.codec is not None:
         code = sent * _code_bytes(options.codec)
         if worker_grads or options.codec.sparse:

@@ -24,7 +24,8 @@ from examples.benchmarks.compare.data import load_task
 from examples.benchmarks.compare.methods import Setting
 from examples.benchmarks.compare.plot import smooth
 from examples.benchmarks.compare.simulate import Experiment, groups, simulate
-from examples.benchmarks.report import append_rows, machine, read_rows, table
+from examples.benchmarks.report import append_rows, machine, read_rows
+from lightning_lopt.costs import table
 from lightning_lopt.meta.local import LocalOptimizer, OptimizerKind
 from lightning_lopt.network import AdaMLP
 from lightning_lopt.optim.learned import resolve_network
