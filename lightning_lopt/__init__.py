@@ -2,7 +2,7 @@
 
 from lightning_lopt.callbacks import BatchNormReestimation, RoundMonitor
 from lightning_lopt.comm import DisagreementError
-from lightning_lopt.compression import BF16, Codec, Int8, TopK
+from lightning_lopt.compression import BF16, Codec, Int8, LinearCodec, PowerSGD, Reduction, TopK
 from lightning_lopt.network import AdaMLP
 from lightning_lopt.optim import BlendedNesterov, LearnedOptimizer, SlowMomentum
 from lightning_lopt.rounds import Rounds
@@ -31,8 +31,11 @@ __all__ = [
     "Int8",
     "LearnedLocalSGD",
     "LearnedOptimizer",
+    "LinearCodec",
     "LocalSGD",
+    "PowerSGD",
     "RandomCoordinates",
+    "Reduction",
     "RoundInfo",
     "RoundMonitor",
     "RoundReport",

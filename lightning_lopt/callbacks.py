@@ -22,6 +22,7 @@ from typing_extensions import override
 from lightning_lopt.strategies import LocalSGD, host
 from lightning_lopt.strategies.virtual import ProcessRounds
 from lightning_lopt.sync.report import RoundReport
+from lightning_lopt.sync.status import SyncPoint
 
 
 class RoundMonitor(Callback):
@@ -31,7 +32,8 @@ class RoundMonitor(Callback):
 
     * ``rounds/round``: rounds finished, in the whole run.
     * ``rounds/local_steps``: local steps of this worker in the round.
-    * ``rounds/bytes_sent``: total of this worker; rank 0's includes the broadcast of the first weights.
+    * ``rounds/bytes_sent``: total of this worker, with the messages by which workers agree on what comes next; rank
+      0's includes the broadcast of the first weights.
     * ``rounds/sync_seconds``, ``rounds/transfer_seconds``, ``rounds/outer_seconds``: of this round.
     * ``rounds/waited_seconds``: the part of the transfer beside which no local step ran.
     * ``rounds/sync_share``: share of all syncs in the time since this fit began.
@@ -136,7 +138,8 @@ class BatchNormReestimation(Callback):
     itself, its running statistics and random states are left as they are.
 
     Each layer is in the mode in which it trains: dropout is active, as in `update_bn`, and BatchNorm that is frozen by
-    ``eval()`` keeps its statistics.
+    ``eval()`` keeps its statistics. If the optimizer has a mode for evaluation (schedule-free), call its ``eval()`` in
+    `on_validation_model_eval`, so that the estimates are for the weights of that mode.
 
     The batches are random ones of the training set, always the same. The module's `forward` gets the first element of
     a batch that is a tuple or a list, else the batch.
@@ -204,6 +207,8 @@ class BatchNormReestimation(Callback):
         comm, norms = _rounds(trainer, self).comm, _trained_norms(in_training)
         if not norms:
             return
+        assert isinstance(trainer.strategy, LocalSGD)
+        trainer.strategy.join(SyncPoint.COLLECTIVE, f"BatchNormReestimation of {len(norms)}")
         momenta, before = [norm.momentum for norm in norms], {m: m.training for m in in_training}
         _set_modes(in_training)
         for norm in norms:
@@ -218,10 +223,8 @@ class BatchNormReestimation(Callback):
             norm.momentum = momentum
         _set_modes(before)
         statistics = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
-        flat = torch.cat(statistics)
-        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
-        comm.mean_(flat)
-        for statistic, mean in zip(statistics, flat.split([len(s) for s in statistics]), strict=True):
+        means = comm.means([s.to(torch.promote_types(s.dtype, torch.float32)) for s in statistics])
+        for statistic, mean in zip(statistics, means, strict=True):
             statistic.copy_(mean)
 
     def _batches(self, trainer: pl.Trainer, rank: int, num_workers: int) -> Iterator[Any]:

@@ -25,11 +25,34 @@ class CommonInteger(NamedTuple):
         name: Noun phrase for an error message.
         advice: Sentences about causes and remedies of a disagreement.
         shown: Whether an error message shows its values, which say something if it is a count, not a checksum.
+        listed: Whether it stands for a list of lines, of which an error message shows the first that differs.
     """
 
     name: str
     advice: str = ""
     shown: bool = False
+    listed: bool = False
+
+
+MODEL = CommonInteger(
+    "the model", "Build the same model on every worker (the same arguments, no branch on the rank).", listed=True
+)
+
+
+class Difference(NamedTuple):
+    """An integer on which the workers do not agree.
+
+    Attributes:
+        integer: The integer.
+        own: Its value on this worker, or the lines that it stands for; None if any would do.
+        least: Its smallest value.
+        most: Its largest value.
+    """
+
+    integer: CommonInteger
+    own: int | Sequence[str] | None
+    least: int
+    most: int
 
 
 class Communicator:
@@ -42,6 +65,8 @@ class Communicator:
         timeout: Time after which a collective fails that some worker does not join; None for torch's default.
         ranks_per_worker: Number of consecutive ranks that are one worker, with the same parameters at all times. The
             first of them talks to the other workers, and tells the rest.
+        by_column: Whether the ranks of a worker hold different parts of one model instead, so that each talks to the
+            same rank of the other workers, and they add up inside what belongs to the whole.
         backend: Object with the collectives of `torch.distributed` by their names; a `VirtualGroup` for workers in
             one process.
 
@@ -64,7 +89,14 @@ class Communicator:
         (1, 0, [1.0, 1.0, 1.0])
     """
 
-    def __init__(self, timeout: timedelta | None = None, ranks_per_worker: int = 1, backend: Any = dist) -> None:
+    def __init__(
+        self,
+        timeout: timedelta | None = None,
+        ranks_per_worker: int = 1,
+        backend: Any = dist,
+        *,
+        by_column: bool = False,
+    ) -> None:
         self._dist = backend
         connected = dist.is_available() and backend.is_initialized()
         world, rank = (backend.get_world_size(), backend.get_rank()) if connected else (1, 0)
@@ -80,7 +112,12 @@ class Communicator:
         if world > 1:
             self._world = self._new_group([list(range(world))])
         self._group, self._inside = self._world, None
-        if ranks_per_worker > 1:
+        self._island: dist.ProcessGroup | None = None  # this rank's worker, if each rank has a column of its own
+        if ranks_per_worker > 1 and by_column:
+            # Groups of their own: a sync in flight must not queue among the collectives of the training step.
+            self._group = self._new_group([list(range(r, world, ranks_per_worker)) for r in range(ranks_per_worker)])
+            self._island = self.new_group_inside()
+        elif ranks_per_worker > 1:
             self._group = self._new_group([list(range(0, world, ranks_per_worker))])
             self._inside = self.new_group_inside()
         self.bytes_sent = 0
@@ -103,6 +140,61 @@ class Communicator:
     def _connected(self) -> bool:
         return self._world is not None
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first rank of the first worker."""
+        return self._world is None or self._dist.get_rank(self._world) == 0
+
+    # -- inside a worker whose ranks hold different parts ----------------------------------------------------------
+
+    @property
+    def ranks_inside(self) -> list[int]:
+        """Ranks of this worker, if each holds a part of its own; otherwise this one alone."""
+        rank = self._dist.get_rank(self._world) if self._world is not None else 0
+        first = rank - rank % self.inside_size
+        return list(range(first, first + self.inside_size))
+
+    @property
+    def inside_size(self) -> int:
+        """Number of ranks of a worker that hold different parts."""
+        return 1 if self._island is None else self._ranks_per_worker
+
+    @property
+    def inside_rank(self) -> int:
+        """Number of this rank among them."""
+        return 0 if self._island is None else self._dist.get_rank(self._island)
+
+    def inside_total(self, values: Tensor) -> Tensor:
+        """Sum over the parts of a worker."""
+        if self._island is not None:
+            values = values.clone()
+            self._dist.all_reduce(values, group=self._island)
+        return values
+
+    def gather_inside(self, item: Any) -> list[Any]:
+        """Gather picklable objects of the ranks of this worker, in their order, on each of them."""
+        if self._island is None:
+            return [item]
+        items = [None] * self.inside_size
+        self._dist.all_gather_object(items, item, group=self._island)
+        return items
+
+    def all_to_all_inside(self, flat: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """Send consecutive slices to the ranks of this worker, and return the slices that they send here.
+
+        Args:
+            flat: Contiguous tensor, [n].
+            send: Length of the slice for each rank.
+            receive: Length of the slice from each rank.
+        """
+        if self._island is None:
+            return flat
+        received = flat.new_empty(sum(receive))
+        self._dist.all_to_all_single(received, flat, list(receive), list(send), group=self._island)
+        return received
+
+    # -- between workers ------------------------------------------------------------------------------------------
+
     def _count(self, tensor: Tensor, factor: float) -> None:
         self.num_collectives += 1
         self.bytes_sent += round(tensor.numel() * tensor.element_size() * factor)
@@ -121,11 +213,29 @@ class Communicator:
             flat.div_(self.num_workers)
         self._share(flat)
 
+    def means(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Average each of several tensors of one device over the workers, in one all-reduce of their common type."""
+        if not tensors:
+            return []
+        flat = torch.cat([t.flatten() for t in tensors])
+        self.mean_(flat)
+        parts = flat.split([t.numel() for t in tensors])
+        return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
+
+    def sum_(self, values: Tensor) -> None:
+        """Replace a contiguous tensor by its sum over the workers, and over the parts of each."""
+        self._reduce(values, dist.ReduceOp.SUM)
+
     def max_(self, values: Tensor) -> None:
-        """Replace a contiguous tensor by its maximum over the workers."""
+        """Replace a contiguous tensor by its maximum over the workers, and over the parts of each."""
+        self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Tensor, op: Any) -> None:
         if self._group is not None:
             self._count(values, 2 * (self.num_workers - 1) / self.num_workers)
-            self._dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group)
+            self._dist.all_reduce(values, op=op, group=self._group)
+            if self._island is not None:
+                self._dist.all_reduce(values, op=op, group=self._island)
         self._share(values)
 
     def gather(self, flat: Tensor) -> Tensor:
@@ -187,17 +297,21 @@ class Communicator:
         return items
 
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite the tensors with those of rank 0, on all processes."""
+        """Overwrite the tensors with those of rank 0, on all processes; with those of worker 0 where it has parts."""
         if self._world is None:
             return
+        group = self._world if self._island is None else self._group
         for tensor in tensors:
-            self._count(tensor, 1 if self._dist.get_rank(self._world) == 0 else 0)
-            buffer = tensor.detach().contiguous()
-            self._dist.broadcast(buffer, group=self._world, group_src=0)
-            tensor.detach().copy_(buffer)
+            self._count(tensor, 1 if self._dist.get_rank(group) == 0 else 0)
+            values = tensor.detach().contiguous()
+            self._dist.broadcast(values.flatten().view(torch.uint8), group=group, group_src=0)  # carries any type
+            tensor.detach().copy_(values)
 
     def agree(
-        self, device: torch.device, equal: Mapping[CommonInteger, int | None], largest: Sequence[int] = ()
+        self,
+        device: torch.device,
+        equal: Mapping[CommonInteger, int | Sequence[str] | None],
+        largest: Sequence[int] = (),
     ) -> list[int]:
         """Check that all workers pass the same integers; return the largest of others, of each over the workers.
 
@@ -205,63 +319,79 @@ class Communicator:
 
         Args:
             device: Device on which the process group communicates.
-            equal: Integers that must be the same on all workers; None is equal to any.
+            equal: Integers that must be the same on all workers, or lines of text, of which the digest must be; None is
+                equal to any.
             largest: Integers of which the maximum is wanted, as many on all workers; flags among them are combined by
                 "or".
 
         Raises:
             DisagreementError: One of the integers differs; on every worker.
         """
+        differences, values = self.compare(device, equal, largest)
+        if differences:
+            raise DisagreementError(self.explain(differences))
+        return values
+
+    def compare(
+        self,
+        device: torch.device,
+        equal: Mapping[CommonInteger, int | Sequence[str] | None],
+        largest: Sequence[int] = (),
+    ) -> tuple[list[Difference], list[int]]:
+        """Find the integers that differ between the workers; see `agree`.
+
+        Returns:
+            The integers that differ, the same ones on every worker, and the largest values.
+        """
         if self._world is None:
-            return [*largest]
-        own = [*equal.values()]
+            return [], [*largest]
+        own = [v if isinstance(v, int | None) else digest("\n".join(v)) for v in equal.values()]
         high = [_ANY if v is None else v for v in own]
         low = [_ANY if v is None else -v for v in own]
         vector = torch.tensor([*high, *low, *largest], dtype=torch.int64, device=device)
         self._count(vector, 2)
-        self._dist.all_reduce(vector, op=dist.ReduceOp.MAX, group=self._world)
+        self._dist.all_reduce(vector, op=dist.ReduceOp.MAX, group=self._world if self._island is None else self._group)
         values = vector.tolist()
         high, low = values[: len(own)], values[len(own) : 2 * len(own)]
-        triples = zip(equal.items(), high, low, strict=True)
-        if wrong := [(common, value, -b, a) for (common, value), a, b in triples if a not in (_ANY, -b)]:
-            said = [
-                f"{common.name} (between {least} and {most}, here {'any' if value is None else value})"
-                if common.shown
-                else common.name
-                for common, value, least, most in wrong
-            ]
-            advice = dict.fromkeys(common.advice for common, *_ in wrong)
-            raise DisagreementError(
-                " ".join(
-                    [f"The workers disagree on {', '.join(said)}; this is worker {self.rank}.", *filter(None, advice)]
-                )
-            )
-        return values[2 * len(own) :]
+        differ = [a not in (_ANY, -b) for a, b in zip(high, low, strict=True)]
+        rest = values[2 * len(own) :]
+        if self._island is not None:  # parts are compared with the same parts; all ranks find the same
+            verdict = torch.tensor([*differ, *rest], dtype=torch.int64, device=device)
+            self._dist.all_reduce(verdict, op=dist.ReduceOp.MAX, group=self._island)
+            differ, rest = verdict[: len(own)].tolist(), verdict[len(own) :].tolist()
+        rows = zip(equal.items(), high, low, differ, strict=True)
+        return [Difference(integer, value, -b, a) for (integer, value), a, b, found in rows if found], rest
 
-    def check_same_shapes(self, named: Sequence[tuple[str, Tensor]], device: torch.device) -> None:
-        """Check that all workers have the same tensors by name, shape and type.
+    def explain(self, differences: Sequence[Difference]) -> str:
+        """Say on what the workers disagree, and what may help; all workers must call it, with the same differences."""
+        advice = dict.fromkeys(difference.integer.advice for difference in differences)
+        said = [difference.integer.name + self._values(difference) for difference in differences]
+        return " ".join(
+            [f"The workers disagree on {', '.join(said)}; this is worker {self.rank}.", *filter(None, advice)]
+        )
 
-        Raises:
-            DisagreementError: They do not; on every worker, with the first tensor that differs.
-        """
-        if self._world is None:
-            return
-        described = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in named]
-        try:
-            self.agree(device, {CommonInteger("the model"): digest("\n".join(described))})
-        except DisagreementError:
-            all_described: list[list[str]] = [[] for _ in range(self._dist.get_world_size(self._world))]
-            self._dist.all_gather_object(all_described, described, group=self._world)
-            rank, theirs = next((r, d) for r, d in enumerate(all_described) if d != all_described[0])
-            first = all_described[0]
-            at = next((i for i, pair in enumerate(zip(first, theirs, strict=False)) if pair[0] != pair[1]), -1)
-            difference = (
-                f"{len(first)} tensors against {len(theirs)}" if at < 0 else f"{first[at]!r} against {theirs[at]!r}"
-            )
-            raise DisagreementError(
-                f"Worker 0 and worker {rank} do not have the same model: {difference}. Build the same model on every "
-                "worker (the same arguments, no branch on the rank)."
-            ) from None
+    def _values(self, difference: Difference) -> str:
+        """Say in what the workers' values of an integer differ; collective if it is listed."""
+        integer, value = difference.integer, difference.own
+        if integer.shown:
+            own = "any" if value is None else value
+            return f" (between {difference.least} and {difference.most}, here {own})"
+        if not integer.listed:
+            return ""
+        group = self._world if self._island is None else self._group
+        all_lines: list[list[str] | None] = [None] * self._dist.get_world_size(group)
+        self._dist.all_gather_object(all_lines, None if isinstance(value, int | None) else [*value], group=group)
+        given = [(rank, lines) for rank, lines in enumerate(all_lines) if lines is not None]
+        unlike = [pair for pair in given if pair[1] != given[0][1]]
+        if not unlike:
+            return " (on other ranks of the workers)"
+        (first, lines), (other, others) = given[0], unlike[0]
+        at = next((i for i, pair in enumerate(zip(lines, others, strict=False)) if pair[0] != pair[1]), None)
+        if at is None:
+            shorter = min(len(lines), len(others))
+            who, more = (first, lines) if len(lines) > shorter else (other, others)
+            return f" (rank {who} alone has {more[shorter]!r})"
+        return f" (rank {first} has {lines[at]!r}, rank {other} has {others[at]!r})"
 
 
 def digest(text: str) -> int:

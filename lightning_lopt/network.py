@@ -37,8 +37,10 @@ class AdaMLP(nn.Module):
         step_mult: Multiplier λ1 > 0 of the first output d: the size of the published step, or that of the correction in
             units of the base step.
         exp_mult: Multiplier λ2 >= 0 of the other outputs: of the magnitude, or of the gate and the logits.
-        update: Kind of update that the output becomes: ``"published"`` (the paper's) or ``"blended_nesterov"``, which
-            also sees 11 features of the tensor as a whole (see `lightning_lopt.functional.updates`).
+        update: Kind of update that the output becomes: ``"published"`` (the paper's) or ``"masked_blended_nesterov"``,
+            which also sees 11 features of the tensor as a whole, and moves nothing whose pseudo-gradient is and was
+            exactly 0 (see `lightning_lopt.functional.updates`). ``"blended_nesterov"`` is the latter without this mask,
+            for weights that were saved with it.
         ada_features: Whether the network sees Ada features; without them only the pseudo-gradients, the parameter and
             the time: the paper's ablation, LOpt and LAgg. They are computed all the same.
         card: Provenance, anything that JSON can hold; saved with the weights.
@@ -46,8 +48,8 @@ class AdaMLP(nn.Module):
             global generator in charge.
 
     Shape:
-        Weights ``layers.{0,1,2}.weight`` [32, F], [32, 32], [O, 32], with O = 2 outputs for ``"published"``, 4 for
-        ``"blended_nesterov"``; offsets ``decays.momentum`` [3], ``decays.rms`` [1], ``decays.factored`` [3].
+        Weights ``layers.{0,1,2}.weight`` [32, F], [32, 32], [O, 32], with O = 2 outputs for ``"published"``, else 4;
+        offsets ``decays.momentum`` [3], ``decays.rms`` [1], ``decays.factored`` [3].
 
     Raises:
         ValueError: An argument out of its range.
@@ -108,7 +110,7 @@ class AdaMLP(nn.Module):
         hidden: tuple[int, int] = (8, 8),
         seed: int | None = None,
     ) -> AdaMLP:
-        """Create a network that takes the step of `BlendedNesterov`, from which ``"blended_nesterov"`` is meta-trained.
+        """Create a network that takes the step of `BlendedNesterov`, from which the default was meta-trained.
 
         Its last layer's weights are 0, so the features do not count. The equations of the step are those of
         `lightning_lopt.functional.blended.step_model`.
@@ -138,7 +140,7 @@ class AdaMLP(nn.Module):
             raise ValueError(f"lr must be in [{low:.2f}, {high:.2f}] and momentum in (0, 1), not {lr} and {momentum}.")
         if not (isinstance(blend, Sequence) and len(blend) == 3 and min(blend) >= 1e-6 and abs(sum(blend) - 1) < 1e-6):
             raise ValueError(f"blend must be three numbers of at least 1e-6 whose sum is 1, not {blend!r}.")
-        network = cls("mean", hidden, 1.0, 1.0, "blended_nesterov", seed=seed)
+        network = cls("mean", hidden, 1.0, 1.0, "masked_blended_nesterov", seed=seed)
         last = network.layers[-1]
         assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.weight)

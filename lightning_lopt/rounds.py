@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
+from torch.optim import Optimizer
+
 from lightning_lopt.comm import Communicator
+from lightning_lopt.functional.balance import even_bounds
 from lightning_lopt.functional.integers import as_integer
-from lightning_lopt.optim.outer import OuterFactory, check_coordinatewise
+from lightning_lopt.optim.outer import OuterFactory, check_coordinatewise, check_needs_mean_alone
 from lightning_lopt.schedules import Constant, RoundInfo, Schedule, as_schedule
 from lightning_lopt.sync.options import SyncOptions
-from lightning_lopt.sync.replica import NamedTensors, OptimizerLike
+from lightning_lopt.sync.replica import OptimizerLike
 from lightning_lopt.sync.report import RoundReport
-from lightning_lopt.sync.status import SyncPoint, WorkerStatus
+from lightning_lopt.sync.rules import Rule
+from lightning_lopt.sync.settings import changed, changes, describe, warn_of_changes
+from lightning_lopt.sync.status import BATCHES, CALL, LOCAL_STEPS, ROUND, SyncPoint, WorkerStatus
 from lightning_lopt.sync.sync import EvalWeights, Sync
+from lightning_lopt.sync.unstepped import NamedTensors
 from lightning_lopt.worker_speeds import Speeds, WorkerSpeeds, check_speeds
 
 _COUNTERS = (
@@ -32,7 +40,7 @@ class Rounds:
     Lookahead step. Creating a `Rounds` is collective, and gives all workers the parameters of rank 0.
 
     Args:
-        model: Model whose buffers are synchronised.
+        model: Model whose tensors are synchronised.
         optimizer: Local optimizer, whose parameters are synchronised and whose `lr` schedules read.
         local_steps: H >= 1, or a schedule (`QSR`, or any callable from `RoundInfo` to an integer >= 1).
         outer_optimizer: Function that makes a torch optimizer from parameter groups, for example
@@ -55,6 +63,7 @@ class Rounds:
         sync: Anchors, outer optimizer and exchanges with the other workers.
         speeds: Speeds of the workers.
         last_report: The `RoundReport` of the last sync.
+        resumed: Whether a state was loaded.
         listeners: Functions that are called with each `RoundReport`, at once.
 
     Raises:
@@ -96,6 +105,13 @@ class Rounds:
         self._options = options or SyncOptions()
         check_combination(self._schedule, outer_optimizer, self._options)
         check_speeds(worker_speeds)
+        self._given = describe(
+            {
+                "local_steps": local_steps,
+                **{field.name: getattr(self._options, field.name) for field in fields(self._options)},
+                "worker_speeds": worker_speeds,
+            }
+        )
         self._optimizer = optimizer
         self.total_steps = total_steps
         self.comm = comm or Communicator()
@@ -110,6 +126,11 @@ class Rounds:
         self.due = 0
         self.last_report: RoundReport | None = None
         self.listeners: list[Callable[[RoundReport], object]] = []
+        self.resumed = False
+        self._looked_in = -1  # round in which `adopt_replaced` was last called
+        if isinstance(optimizer, Optimizer):
+            this = weakref.ref(self)
+            optimizer.register_step_pre_hook(lambda *_: _adopt_replaced(this()))
 
     def step(self) -> bool:
         """Count a local step, right after `optimizer.step()`; launch a sync or end the round if it is time.
@@ -143,12 +164,41 @@ class Rounds:
         self._end_round()
         return True
 
-    def _launch(self, point: SyncPoint = SyncPoint.SYNC, *, everything: bool = False) -> None:
+    def _launch(self, point: SyncPoint = SyncPoint.SYNC, *, everything: bool = False, stops: bool = False) -> None:
         steps = self.local_step if point is not SyncPoint.LAUNCH or self.local_steps is None else self.local_steps
-        status = WorkerStatus(steps, point, self.speeds.share, self.speeds.measure(self.local_step))
+        seconds = self.speeds.measure(self.local_step)
+        status = WorkerStatus(
+            steps, point, self.speeds.share, seconds, lr=self._local_lr(), stops=stops, uneven=point.answers_syncs
+        )
         self.sync.launch(self.round_idx, status, everything=everything, same_steps=self.equal_steps)
 
-    def join(self, point: SyncPoint = SyncPoint.EPOCH_END, *, last: bool = False) -> None:
+    def check(
+        self,
+        point: SyncPoint,
+        *,
+        batches: int | None = None,
+        call: int | None = None,
+        stops: bool = False,
+        uneven: bool = False,
+    ) -> None:
+        """Make sure that all workers are at the same point of the same round, by a message of a sync's length.
+
+        Args:
+            point: Point that this worker has come to.
+            batches: Number of batches so far; None where it may differ.
+            call: Digest of a collective that is to come, and of its tensors.
+            stops: Whether this worker was told to end its training.
+            uneven: Whether the workers may be unequally far elsewhere.
+
+        Raises:
+            DisagreementError: Another worker is elsewhere; the error says where, and the likely cause.
+        """
+        steps = self.local_step if self.equal_steps else None
+        equal = {ROUND: self.round_idx, LOCAL_STEPS: steps, BATCHES: batches, CALL: call}
+        status = WorkerStatus(self.local_step, point, lr=self._local_lr(), stops=stops, uneven=uneven)
+        self.sync.check(status, equal)
+
+    def join(self, point: SyncPoint = SyncPoint.EPOCH_END, *, last: bool = False, stops: bool = False) -> None:
         """Wait until all workers have come to the same point, as `torch.distributed.algorithms.Join` does.
 
         Until then this worker takes part in the others' syncs, with its present parameters and no further steps. If
@@ -158,16 +208,17 @@ class Rounds:
         Args:
             point: A `SyncPoint` that answers the syncs of others.
             last: Whether training ends here, so that all must be synced.
+            stops: Whether this worker was told to end its training.
 
         Raises:
             DisagreementError: Workers wait at different points.
         """
         if self.sync.in_flight:
             self._end_round()
-        self._launch(point)
+        self._launch(point, stops=stops)
         while self.sync.in_flight:  # somebody was at a sync
             self._end_round()
-            self._launch(point)
+            self._launch(point, stops=stops)
         self._update_speeds()
         steps = {worker.local_steps for worker in self.sync.worker_statuses}
         self.equal_steps = self.equal_steps and len(steps) == 1
@@ -202,8 +253,7 @@ class Rounds:
         return self.local_step == 0 and self.sync.common
 
     def _choose_local_steps(self) -> int:
-        lr = max(float(group.get("lr") or 0.0) for group in self._optimizer.param_groups)  # None for some
-        info = RoundInfo(self.round_idx, self.step_idx, self.total_steps, lr)
+        info = RoundInfo(self.round_idx, self.step_idx, self.total_steps, self._local_lr())
         returned = self._schedule(info)
         local_steps = as_integer(returned, least=1)
         if local_steps is None:
@@ -212,8 +262,8 @@ class Rounds:
                 "it must be an integer >= 1."
             )
         turns = self._options.effective_selection.num_turns
-        turn = self.round_idx % turns
-        local_steps = local_steps * (turn + 1) // turns - local_steps * turn // turns
+        turn, bounds = self.round_idx % turns, even_bounds(local_steps, turns)
+        local_steps = bounds[turn + 1] - bounds[turn]
         if local_steps < 1:
             raise ValueError(
                 f"{turns} fragments take turns within local_steps: these must be at least as many for {info}."
@@ -222,17 +272,106 @@ class Rounds:
             local_steps = min(local_steps, self.total_steps - self.step_idx)
         return local_steps
 
-    def swap_in(self, weights: EvalWeights) -> None:
+    def _local_lr(self) -> float:
+        """The learning rate that schedules read: the largest of all groups."""
+        return max(float(group.get("lr") or 0.0) for group in self._optimizer.param_groups)  # None for some
+
+    def rules(self) -> dict[str, Rule]:
+        """Return the rule by which the workers' values become one, of every parameter and buffer of the model by name.
+
+        See `sync_rules` of `SyncOptions`.
+        """
+        return self.sync.replica.rules()
+
+    def swap_in(self, weights: EvalWeights, *, moved: bool = False) -> None:
         """Put the global weights into the model until `swap_out`: see `Sync.swap_in`.
 
         Nothing happens where every worker has them already.
+
+        Args:
+            weights: `"anchor"` or `"mean"`.
+            moved: Whether weights were changed without a step, so that they differ right after a sync, too.
         """
-        if not self.synced:
+        if moved or not self.synced:
             self.sync.swap_in(weights)
 
     def swap_out(self) -> None:
         """Give the model this worker's own weights back."""
         self.sync.swap.undo()
+
+    def undo_rounding(self) -> None:
+        """Give the model the global weights again where a worker's own differ from them by rounding alone."""
+        if self.synced:
+            self.sync.replica.undo_rounding()
+
+    def average_workers(self) -> None:
+        """Give every worker the mean of their weights and optimizer states, outside of a sync."""
+        self.sync.average_workers()
+
+    def adopt(self) -> None:
+        """Take the present weights as the global ones; all workers must call it, with the same weights.
+
+        A new round begins. Call it after weights were loaded, re-initialised or pruned outside of the optimizer. Before
+        the first step after a sync this is noticed, and the method called for you. At any other time the change would
+        count as progress of the local steps, which an outer optimizer scales by its learning rate and adds to its
+        momentum. The outer optimizer's state of the replaced tensors starts afresh.
+
+        Raises:
+            DisagreementError: The workers' weights differ, or some worker does not call it.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Linear(1, 1, bias=False)
+            >>> rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=0.0), local_steps=1)
+            >>> model.load_state_dict({"weight": torch.full((1, 1), 5.0)})
+            <All keys matched successfully>
+            >>> rounds.adopt()
+            >>> rounds.abandon_round()  # goes back to the global weights
+            >>> model.weight.item()
+            5.0
+        """
+        self.adopt_present(keep_near=False)
+        self._looked_in = -1
+
+    def adopt_present(self, *, keep_near: bool) -> None:
+        """Take the present weights as the global ones. See `Sync.adopt`."""
+        self.sync.swap.undo()
+        self.sync.adopt(keep_near=keep_near)
+        self.local_step = 0
+        self.local_steps = None
+        self.speeds.start(0)
+
+    def adopt_replaced(self, *, at_start: bool = False) -> bool:
+        """Call `adopt` if weights were written since the last sync; to be called before the first local step after it.
+
+        The outer optimizer keeps the state of what moved by at most half of its norm, as a projection moves it. Nothing
+        is noticed within a round, nor where workers hold different weights after a sync (a part is sent, an overlap, a
+        merge rule between the two). Writes through `.data` are noticed at the start alone.
+
+        Args:
+            at_start: Whether a run begins: all workers must call it then, and all values are compared, those that no
+                optimizer steps included if no state was loaded.
+
+        Returns:
+            Whether weights were adopted.
+
+        Raises:
+            DisagreementError: The workers' weights differ, or only some workers' were written.
+        """
+        between = self.local_step == 0 and self.sync.common
+        if at_start:
+            written = between and bool(self.sync.replica.replaced(thorough=True))
+            within, written = map(bool, self.comm.agree(self.sync.device, {}, [not between, written]))
+            if within:
+                return False
+        else:
+            written = between and self._looked_in != self.round_idx and bool(self.sync.replica.replaced())
+            self._looked_in = self.round_idx
+        if written:
+            self.adopt_present(keep_near=not at_start)
+        elif at_start and not self.resumed:
+            self.sync.adopt_unstepped()
+        return written
 
     def abandon_round(self) -> None:
         """Go back to the anchor, without communication: the local steps since the last sync are lost."""
@@ -246,14 +385,34 @@ class Rounds:
         """Counters, anchors and outer state, the same on all workers; local weights and states are left out.
 
         Args:
-            alone: Whether not to talk to the other workers: see `Sync.state_dict`.
+            alone: Whether not to talk to the other workers: see `Sync.state_dict`. Otherwise with `sharded=True` all
+                must call it.
         """
+        if self._options.sharded and not alone:
+            self.check(SyncPoint.CHECKPOINT)
         sync = self.sync.state_dict(alone=alone)
-        return {**self._counters(), "equal_steps": self.equal_steps, "seconds": [*self.speeds.seconds], "sync": sync}
+        return {
+            **self._counters(),
+            "equal_steps": self.equal_steps,
+            "seconds": [*self.speeds.seconds],
+            "given": self._given,
+            "sync": sync,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the result of `state_dict`."""
+        """Restore the result of `state_dict`.
+
+        Settings that the script has changed since then are the script's, with a warning: those of a round from the next
+        one on, those of the outer optimizer at once. A sync in flight is given up if it sent other parts, or in another
+        form, than the script wants now; its round ends with a sync of its own.
+        """
+        given = state.get("given", {})
+        if self.comm.rank == 0:
+            warn_of_changes(changes(given, self._given))
+        if {"density", "selection", "compression", "sharded", "sync_rules"} & {*changed(given, self._given)}:
+            state = {**state, "sync": {**state["sync"], "exchange": None}}
         self._load_counters(state)
+        self.resumed = True
         self.equal_steps = self.equal_steps and state.get("equal_steps", True)
         seconds = state.get("seconds", [])
         if len(seconds) == self.comm.num_workers:
@@ -283,15 +442,23 @@ class Rounds:
             setattr(self, name, state[name])
 
 
+def _adopt_replaced(rounds: Rounds | None) -> None:
+    if rounds is not None:
+        rounds.adopt_replaced()
+
+
 def check_combination(schedule: Schedule, outer_optimizer: OuterFactory | None, options: SyncOptions) -> None:
     """Refuse a schedule, an outer optimizer and sync options that exclude each other.
 
     Raises:
-        ValueError: The outer optimizer needs whole tensors and random coordinates are sent, or a constant number of
-            local steps leaves no room for the overlap or for all fragments.
+        ValueError: The outer optimizer needs whole tensors and random coordinates are sent, or every worker's
+            pseudo-gradient and a `LinearCodec` sends means alone, or a constant number of local steps leaves no room
+            for the overlap or for all fragments.
     """
     if outer_optimizer is not None and not options.effective_selection.whole_tensors:
         check_coordinatewise(outer_optimizer)
+    if outer_optimizer is not None and options.sends_means_alone:
+        check_needs_mean_alone(outer_optimizer, options.compression)
     turns = options.effective_selection.num_turns
     if isinstance(schedule, Constant) and schedule.local_steps // turns <= options.overlap_steps:
         raise ValueError(

@@ -26,16 +26,18 @@ MAY_IMPORT = {
     "optim": {"functional", "network"},
     "schedules": {"functional"},
     "comm": set(),
+    "islands": {"comm", "functional"},
     "selection": {"functional"},
     "compression": {"functional"},
     "worker_speeds": set(),
-    "sync": {"comm", "compression", "functional", "optim", "selection"},
+    "sync": {"comm", "compression", "functional", "islands", "optim", "selection"},
     "rounds": {"comm", "functional", "optim", "schedules", "sync", "worker_speeds"},
     "virtual": {"comm", "rounds", "sync", "worker_speeds"},
     "strategies": {
         "comm",
         "compression",
         "functional",
+        "islands",
         "network",
         "optim",
         "rounds",
@@ -45,6 +47,7 @@ MAY_IMPORT = {
         "virtual",
         "worker_speeds",
     },
+    "costs": {"compression", "sync"},
     "callbacks": {"rounds", "strategies", "sync"},
     "meta": {"comm", "functional", "network", "weights_file"},
 }
@@ -57,10 +60,10 @@ TESTED_ELSEWHERE = {
     "functional/compression.py": "test_compression.py: the codecs that are made of it",
     "functional/grams.py": "functional/test_whitening.py: the matrices that whiten",
     "functional/layers.py": "functional/test_separable.py: the network of the learned step",
+    "functional/precision.py": "sync/test_flat.py: tensors of all types",
     "functional/plain.py": "functional/test_separable.py: the slow form that the fast one is compared with",
     "functional/products.py": "functional/test_orthogonal.py and test_whitening.py: their matrix products",
     "functional/slow_momentum.py": "optim/test_slow_momentum.py",
-    "functional/updates.py": "functional/test_separable.py: each update of the learned step",
     "meta/callbacks.py": "meta/test_export.py: exports during meta-training",
     "meta/outer.py": "meta/test_evaluation.py and test_particles.py: outer steps of simulated rounds",
     "optim/whole_model.py": "optim/test_learned.py and test_blended_nesterov.py: its two subclasses",
@@ -78,6 +81,7 @@ OF_THE_WHOLE = {
     "meta/test_reality.py": "simulated rounds equal real ones",
     "strategies/test_models.py": "odd models, loops and launchers",
     "strategies/test_ranks.py": "workers of several ranks",
+    "strategies/test_state.py": "state that no optimizer steps, under a Trainer",
     "strategies/test_travel.py": "options of a sync under a Trainer",
     "sync/test_outliers.py": "workers that diverge",
     "test_architecture.py": "the layers, the public names, and the places of tests",
@@ -94,7 +98,7 @@ OF_THE_WHOLE = {
 }
 LIGHTNING = {"strategies", "callbacks"}
 LIGHTNING_OF_META = {"meta/module.py", "meta/callbacks.py"}
-DISTRIBUTED = {"comm", "strategies", "virtual"}
+DISTRIBUTED = {"comm", "islands", "strategies", "virtual"}
 
 
 def _imports(path: Path) -> set[str]:

@@ -1,11 +1,13 @@
-"""Codecs against numpy's numbers."""
+"""Codecs against numpy's numbers, and factors against the best ones."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lightning_lopt.compression import BF16, Int8, TopK, as_codec
+from lightning_lopt.compression import BF16, Int8, PowerSGD, TopK, as_codec
 from lightning_lopt.functional.compression import CHUNK
 
 CODECS = {"bf16": BF16(), "int8": Int8(), "topk": TopK(6 / 64)}
@@ -75,12 +77,71 @@ def test_wrong_densities(density):
         TopK(density)
 
 
+@pytest.mark.parametrize("rank", [0, 1.5, True])
+def test_wrong_ranks(rank):
+    with pytest.raises(ValueError, match="rank must be an integer >= 1"):
+        PowerSGD(rank)
+
+
+def _matrix(rows, columns, rank, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (torch.randn(n, rank, generator=generator, dtype=torch.float64) for n in (rows, columns))
+    return left @ right.T
+
+
+def _one_worker(codec, tensors, states=None):
+    return codec.reduce(tensors, states or [None] * len(tensors), lambda tensors: [t.clone() for t in tensors])
+
+
+def test_factors_hold_matrices_of_their_rank_and_nothing_else_is_factored():
+    kernel = _matrix(12, 18, 3).view(12, 2, 9)
+    tensors = [kernel, torch.randn(50), _matrix(5, 4, 4), torch.zeros(9, 9), torch.zeros(0, 8), torch.tensor(2.0)]
+    means, sent, states = _one_worker(PowerSGD(3), tensors)
+    for tensor, mean, own in zip(tensors, means, sent, strict=True):
+        torch.testing.assert_close(mean, tensor, rtol=0, atol=1e-12)
+        torch.testing.assert_close(own, tensor, rtol=0, atol=1e-12)
+    assert torch.equal(means[2], tensors[2])  # of rank 4, in 20 numbers instead of 27
+    assert [None if s is None else tuple(s.shape) for s in states] == [(18, 3), None, None, (9, 3), None, None]
+
+
+def test_warm_starts_lead_to_the_best_approximation():
+    """Also from a round in which there was nothing to send."""
+    matrix = _matrix(40, 30, 30) @ torch.diag(0.7 ** torch.arange(30).double())
+    singular_values = torch.linalg.svdvals(matrix)
+    best = float(singular_values[4:].norm())
+    _, _, states = _one_worker(PowerSGD(4), [torch.zeros_like(matrix)])
+    errors = []
+    for _ in range(20):
+        (mean,), _, states = _one_worker(PowerSGD(4), [matrix], states)
+        errors.append(float((matrix - mean).norm()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 1.05 * best
+    assert errors[-1] == pytest.approx(best, rel=1e-3)
+
+
+def test_factors_of_what_is_not_finite_are_not_and_are_forgotten():
+    matrix = torch.ones(20, 20)
+    _, _, states = _one_worker(PowerSGD(2), [matrix])
+    for wrong in (float("nan"), float("inf")):
+        matrix[3, 4] = wrong
+        (mean,), _, after = _one_worker(PowerSGD(2), [matrix], states)
+        assert not mean.isfinite().all()
+        assert torch.equal(after[0], states[0])
+
+
 def test_names():
-    assert (as_codec("bf16"), as_codec("int8"), as_codec(None), as_codec(TopK(0.5))) == (
-        BF16(),
-        Int8(),
-        None,
-        TopK(0.5),
-    )
-    with pytest.raises(ValueError, match="'bf16', 'int8'"):
-        as_codec("int4")
+    given = ["bf16", "int8", None, TopK(0.5), PowerSGD(2)]
+    assert [as_codec(compression) for compression in given] == [BF16(), Int8(), None, TopK(0.5), PowerSGD(2)]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ("int4", r"any Codec \(an object with encode, decode and sparse\) or any LinearCodec .* not 'int4'\.$"),
+        (PowerSGD, "not <class"),
+        (SimpleNamespace(encode=0, sparse=True), "which lacks decode"),
+    ],
+)
+def test_what_is_no_codec(wrong, match):
+    with pytest.raises(ValueError, match=match):
+        as_codec(wrong)

@@ -94,6 +94,22 @@ def test_a_released_name_never_steps_otherwise(name):
     assert found == pytest.approx(STEPS_OF_BUNDLED[name], rel=1e-8)
 
 
+def test_the_former_update_never_steps_otherwise():
+    """The default with the update that it had in 0.1, which moved rows without gradient; numbers as then."""
+    network = AdaMLP.bundled()
+    network.update = "blended_nesterov"
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64)) for s in [(4, 3), (5,)]]
+    outer = LearnedOptimizer(params, network=network)
+    for _ in range(4):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            p.grad[1] = 0
+        outer.step()
+    found = [*(p.sum().item() for p in params), *(p[1].flatten()[0].item() for p in params)]
+    assert found == pytest.approx([-1.3151622451580884, -6.478403856616351, 0.7038807524851761, 1.2235948775483196])
+
+
 def test_bundled_weights_have_a_card_and_are_the_default():
     assert "default" in AdaMLP.bundled_names()
     for name in AdaMLP.bundled_names():

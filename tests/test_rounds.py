@@ -13,8 +13,11 @@ from torch import nn
 from lightning_lopt import (
     QSR,
     AdaMLP,
+    BlendedNesterov,
+    DisagreementError,
     Fragments,
     LearnedOptimizer,
+    PowerSGD,
     Rounds,
     SlowMomentum,
     SyncOptions,
@@ -216,6 +219,7 @@ def test_state_dict_resumes_bitwise_from_every_step(stop, tmp_path):
         (8, None, SyncOptions(overlap_steps=4, selection=Fragments(2)), "2 fragments take turns"),
         (1, None, SyncOptions(selection=Fragments(2)), "no room"),
         (4, LearnedOptimizer, SyncOptions(density=0.5), "cannot step random coordinates"),
+        (4, partial(LearnedOptimizer, network=AdaMLP(1)), SyncOptions(compression=PowerSGD()), "their mean alone"),
         (lambda info: 1, None, SyncOptions(selection=Fragments(2)), "must be at least as many"),
     ],
 )
@@ -246,3 +250,212 @@ def test_arguments_are_checked_before_a_process_group_is_made(monkeypatch):
         with pytest.raises(ValueError, match=r"no room|worker_speeds"):
             Rounds(model, optimizer, 4, **wrong)
     assert not made
+
+
+SHAPES = {"embedding": (6, 4), "another": (6, 4), "bias": (5,), "kernel": (4, 2, 3, 3), "expert": (3, 2)}
+UNUSED = {"embedding": [0, 4], "another": (slice(None), 2), "bias": 1, "kernel": (slice(None), 1), "expert": ...}
+STAYING = {
+    "mean": (None, {}),
+    "mean, fragments": (None, {"selection": Fragments(2)}),
+    "SGD, random coordinates": (_nesterov(0.7, 0.9), {"density": 0.5}),
+    "SlowMo, int8": (SlowMomentum, {"compression": "int8"}),
+    "blended": (BlendedNesterov, {}),
+    "default": (LearnedOptimizer, {}),
+    "default, bf16": (LearnedOptimizer, {"compression": "bf16"}),
+    "default, TopK": (LearnedOptimizer, {"compression": TopK(0.5)}),
+    "default, in flight": (LearnedOptimizer, {"overlap_steps": 1}),
+    "default, sharded": (LearnedOptimizer, {"sharded": True}),
+}
+
+
+def _unused(rank, make_comm, outer, options, dtype=torch.float32):
+    """Rounds in which parts of a model have no gradient on any worker, then some in which all have one."""
+    generator = torch.Generator().manual_seed(0)
+    start = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
+    model = nn.ParameterDict({name: p.clone() for name, p in start.items()})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    rounds = Rounds(model, optimizer, 2, outer, comm=make_comm(), options=SyncOptions(**options))
+    generator.manual_seed(rank + 1)
+    moved = []
+    for some_unused in (True, False):
+        for _ in range(6):
+            for name, p in model.items():
+                p.grad = torch.randn(p.shape, generator=generator).to(dtype) + 0.5
+                if some_unused:
+                    p.grad[UNUSED[name]] = 0
+            optimizer.step()
+            rounds.step()
+        moved.append({name: (p != start[name])[UNUSED[name]] for name, p in model.items()})
+    return moved
+
+
+@pytest.mark.parametrize(
+    ("outer", "options", "dtype"),
+    [*((*staying, torch.float32) for staying in STAYING.values()), (LearnedOptimizer, {}, torch.bfloat16)],
+    ids=[*STAYING, "default, of bfloat16"],
+)
+def test_what_is_unused_on_all_workers_stays_until_it_is_used(outer, options, dtype):
+    """Rows, columns, a channel and a tensor without gradient: padding, tokens not yet seen, an expert not reached."""
+    for unused, used in run_threads(_unused, 2, outer, options, dtype):
+        assert not any(moved.any() for moved in unused.values())
+        assert all(moved.all() for moved in used.values())
+
+
+def test_the_published_update_moves_what_is_unused():
+    """As the authors' code does, whose numbers it is compared with."""
+    for unused, _ in run_threads(_unused, 2, partial(LearnedOptimizer, network="lopt_a_short"), {}):
+        assert all(moved.all() for moved in unused.values())
+
+
+# -- weights from outside ---------------------------------------------------------------------------------------------
+
+NESTEROV = partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
+
+
+class _Net(nn.Module):
+    """A body and a head of two weights each, BatchNorm, and a frozen part."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
+        self.norm, self.frozen = nn.BatchNorm1d(2), nn.Linear(2, 1).requires_grad_(False)
+        for p in self.parameters():
+            nn.init.ones_(p)
+
+
+def _load_first(model, rounds, rank, step):
+    if step == 0:
+        model.load_state_dict({name: t + 4 for name, t in model.state_dict().items()})
+
+
+def _load_frozen(model, rounds, rank, step):
+    if step == 0:
+        model.frozen.weight.data = torch.full((1, 2), 5.0)
+        rounds.adopt_replaced(at_start=True)
+
+
+def _reset_head(model, rounds, rank, step):
+    if step == 2:
+        nn.init.constant_(model.head.weight, 9.0)
+
+
+def _prune(model, rounds, rank, step):
+    if step == 2:
+        with torch.no_grad():
+            model.head.weight[:, 0] = 0.0
+
+
+def _project(model, rounds, rank, step):
+    if step == 2:
+        with torch.no_grad():
+            model.body.weight.mul_(0.9)
+
+
+def _adopt_within(model, rounds, rank, step):
+    if step == 3:
+        model.load_state_dict({name: torch.full_like(t, 3) for name, t in model.state_dict().items()})
+        rounds.adopt()
+
+
+def _unnoticed(model, rounds, rank, step):
+    if step == 3:
+        model.body.weight.data.fill_(3.0)
+
+
+def _per_worker(model, rounds, rank, step):
+    if step == 2:
+        nn.init.constant_(model.head.weight, 5.0 + rank)
+
+
+def _one_worker(model, rounds, rank, step):
+    if step == 2 and rank == 1:
+        nn.init.constant_(model.head.weight, 5.0)
+
+
+def _from_outside(rank, make_comm, change, lr):
+    """Six steps, H = 2, with a gradient of 1 on the body; what came from outside before one of them."""
+    model = _Net()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
+    rounds = Rounds(model, optimizer, 2, NESTEROV, comm=make_comm())
+    before = rounds.comm.bytes_sent
+    for step in range(6):
+        change(model, rounds, rank, step)
+        model.norm(torch.randn(4, 2) + rank)  # its statistics differ between the workers
+        model.body.weight.grad = torch.ones(1, 2)
+        optimizer.step()
+        rounds.step()
+    rounds.finish_round()
+    momenta = {id(a): s["momentum_buffer"] for a, s in rounds.sync.outer.state.items() if "momentum_buffer" in s}
+    kept = [momenta.get(id(p.anchor)) for p in rounds.sync.replica.parameters()]
+    values = [model.body.weight[0, 0].item(), *model.head.weight[0].tolist(), model.frozen.weight[0, 0].item()]
+    statistics = [model.norm.running_mean.tolist(), model.norm.num_batches_tracked.item()]
+    return values, statistics, rounds.comm.bytes_sent - before, kept
+
+
+ADOPTED = {  # body, head, frozen
+    _load_first: [5.0, 5.0, 5.0, 5.0],
+    _load_frozen: [1.0, 1.0, 1.0, 5.0],
+    _reset_head: [1.0, 9.0, 9.0, 1.0],
+    _prune: [1.0, 0.0, 1.0, 1.0],
+    _project: [pytest.approx(0.9), 1.0, 1.0, 1.0],
+    _adopt_within: [3.0, 3.0, 3.0, 3.0],
+}
+
+
+@pytest.mark.parametrize("change", ADOPTED)
+def test_weights_from_outside_are_where_training_goes_on(change):
+    first, second = run_threads(_from_outside, 2, change, 0.0)
+    assert first[0] == second[0] == ADOPTED[change]
+    assert first[1] == second[1]  # the statistics were not taken as they were on each worker
+
+
+def test_frozen_weights_that_are_loaded_at_the_start_are_not_sent():
+    (_, _, plain, _), _ = run_threads(_from_outside, 2, lambda *_: None, 0.0)
+    (_, _, loaded, _), _ = run_threads(_from_outside, 2, _load_frozen, 0.0)
+    assert loaded - plain < 600  # messages alone; three syncs
+
+
+def test_a_change_within_a_round_that_is_not_adopted_is_taken_for_progress():
+    first, second = run_threads(_from_outside, 2, _unnoticed, 0.0)
+    assert first[0] == second[0]
+    assert first[0][0] != 3.0
+
+
+def _momentum_of_body(rank, make_comm, change):
+    *_, kept = _from_outside(rank, make_comm, change, 0.1)
+    return kept[0].mean().item()
+
+
+def test_a_projection_keeps_outer_momentum_and_new_weights_do_not():
+    # g = 0.2 in each round: 0.2, then 0.9 · 0.2 + 0.2 = 0.38, then 0.9 · 0.38 + 0.2 = 0.542
+    assert run_threads(_momentum_of_body, 2, _project) == [pytest.approx(0.542, abs=1e-5)] * 2
+
+    def replace_body(model, rounds, rank, step):
+        if step == 2:
+            nn.init.constant_(model.body.weight, 9.0)
+
+    assert run_threads(_momentum_of_body, 2, replace_body) == [pytest.approx(0.38, abs=1e-5)] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (_per_worker, "the weights that were put in place of the global ones"),
+        (_one_worker, "different places: .*worker 1 at the adoption of new weights"),
+    ],
+)
+def test_workers_that_replace_weights_differently(change, match):
+    with pytest.raises(DisagreementError, match=match):
+        run_threads(_from_outside, 2, change, 0.0)
+
+
+def test_a_projection_within_rounding_is_no_change():
+    """As of schedule-free optimizers, which leave the workers' weights apart by rounding when they swap them."""
+
+    def come_back(model, rounds, rank, step):
+        if step == 2:
+            with torch.no_grad():
+                model.body.weight.mul_(1 + 2e-7 * rank)
+
+    first, second = run_threads(_from_outside, 2, come_back, 0.0)
+    assert first[0][0] == second[0][0] == pytest.approx(1.0)

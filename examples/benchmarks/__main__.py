@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from examples.benchmarks.compare import paper, plot, qsr, run, tune
+from examples.benchmarks.compare import heldout, paper, plot, qsr, run, tune
 from examples.benchmarks.speed import meta_speed, outer_step, overhead
 from examples.benchmarks.wire import wire
 
@@ -15,6 +15,7 @@ COMMANDS = {
     "tune": tune,
     "plot": plot,
     "qsr": qsr,
+    "heldout": heldout,
     "wire": wire,
     "outer-step": outer_step,
     "meta-speed": meta_speed,

@@ -1,11 +1,11 @@
-"""Tables, files of rows and a description of the machine, for all benchmarks."""
+"""Files of rows and a description of the machine, for all benchmarks."""
 
 from __future__ import annotations
 
 import json
 import platform
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +26,6 @@ def machine() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}",
     }
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Format rows of equal keys as text, with a column per key; None is left blank.
-
-    Example:
-        >>> print(table([{"name": "a", "seconds": 1.23456}, {"name": "bb", "seconds": None}]))
-        name  seconds
-        a       1.235
-        bb
-    """
-
-    def show(value: Any) -> str:
-        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    columns = [[key, *(show(row[key]) for row in rows)] for key in rows[0]]
-    widths = [max(map(len, column)) for column in columns]
-    lines = []
-    for cells in zip(*columns, strict=True):
-        first, *rest = zip(cells, widths, strict=True)
-        lines.append("  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]).rstrip())
-    return "\n".join(lines)
 
 
 def append_rows(path: str | Path, rows: Iterable[Row]) -> None:

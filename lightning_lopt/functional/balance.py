@@ -1,8 +1,25 @@
-"""Division of items among owners of about equal load."""
+"""Division of items into parts of about equal size."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+
+def even_bounds(length: int, num_parts: int) -> list[int]:
+    """Bounds of consecutive parts of about equal length.
+
+    Args:
+        length: Number of items.
+        num_parts: Number of parts, at least 1; some are empty if it exceeds the length.
+
+    Returns:
+        Begin of each part and the end of the last.
+
+    Example:
+        >>> even_bounds(10, 4)
+        [0, 2, 5, 7, 10]
+    """
+    return [length * part // num_parts for part in range(num_parts + 1)]
 
 
 def least_loaded(sizes: Sequence[int], loads: list[int]) -> list[int]:

@@ -108,6 +108,24 @@ def base_forms(step: Tensor, state: BaseState, factors: Factoring, like: Tensor)
     return torch.cat([step, orthogonal, factors.matrices(whiten(whole, state, size))], 1)
 
 
+def zero_where_unused(step: Tensor, forms: Tensor) -> Tensor:
+    """Set a step to 0 where the Nesterov step is 0: the pseudo-gradient of such a coordinate is and was exactly 0.
+
+    Args:
+        step: Step made of the forms, [P, 1, B, a, b]; overwritten.
+        forms: Result of `base_forms`, of which the first one is the Nesterov step, [P, N, B, a, b].
+
+    Returns:
+        The step.
+
+    Example:
+        >>> forms = torch.tensor([0.0, 2.0]).view(1, 1, 1, 1, 2)
+        >>> zero_where_unused(torch.ones(1, 1, 1, 1, 2), forms).flatten()
+        tensor([0., 1.])
+    """
+    return step.masked_fill_(forms[:, :1] == 0, 0)
+
+
 class BlendedSettings(NamedTuple):
     """Hyperparameters of the blended Nesterov step.
 
@@ -134,7 +152,8 @@ def step_model(
     in round t, with g already multiplied by its `damping` and the 1 - β_t of `complement_of_round`: Nesterov momentum
     that grows to its β over the first rounds, and shrinks with the pseudo-gradient, as when a learning rate decays. O
     makes the singular values of a matrix nearly equal (`orthogonalise`), and leaves a vector as it is; W whitens by
-    recent pseudo-gradients (`whiten`). Both keep the norm.
+    recent pseudo-gradients (`whiten`). Both keep the norm. Coordinates whose pseudo-gradient is and was exactly 0 stay
+    (`zero_where_unused`).
 
     Args:
         tensors: Tensors of the model.
@@ -171,4 +190,5 @@ def _step(tensor: ModelTensor[BaseState], settings: BlendedSettings, factor: Ten
     state.momentum.mul_(shrink.view(-1, 1, 1, 1, 1)).lerp_(matrices, complement[..., None, None, None])
     forms = base_forms(nesterov(matrices, state.momentum, complement), state, factors, param)
     weights = (settings.lr[:, None] * settings.blend)[..., None, None, None]
-    param.sub_(factors.restore((weights * forms).sum(1, keepdim=True), param))
+    step = zero_where_unused((weights * forms).sum(1, keepdim=True), forms)
+    param.sub_(factors.restore(step, param))

@@ -1,4 +1,4 @@
-"""Lossy codes of flat tensors: rounding and selection, as tensors of codes and back."""
+"""Lossy codes of tensors: rounding and selection, as tensors of codes and back, and factors of matrices."""
 
 from __future__ import annotations
 
@@ -100,3 +100,38 @@ def from_top_k(kept: Tensor, places: Tensor, numel: int, density: float) -> Tens
         chunks.scatter_(1, places[part].view(num, keep), kept[part].view(num, keep))
         start, first = start + num * length, first + num * keep
     return values
+
+
+def is_worth_factors(shape: Sequence[int], rank: int) -> bool:
+    """Whether two factors of a matrix are fewer numbers than the matrix.
+
+    Args:
+        shape: Shape of a tensor; its first dimension is the rows, all others together are the columns.
+        rank: Number of columns of each factor.
+
+    Example:
+        >>> is_worth_factors([8, 4, 2], rank=3), is_worth_factors([8, 4, 2], rank=4), is_worth_factors([64], rank=1)
+        (True, False, False)
+    """
+    if len(shape) < 2:
+        return False
+    rows, columns = shape[0], math.prod(shape[1:])
+    return rank * (rows + columns) < rows * columns
+
+
+def orthonormal_basis(columns: Tensor) -> Tensor:
+    """Orthonormal columns that span those of a matrix, completed where these are dependent or 0.
+
+    Args:
+        columns: Matrix, [n, r] with r <= n.
+
+    Returns:
+        Basis, [n, r].
+
+    Example:
+        >>> orthonormal_basis(torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 0.0]])).abs()
+        tensor([[0., 1.],
+                [1., 0.],
+                [0., 0.]])
+    """
+    return torch.linalg.qr(columns).Q

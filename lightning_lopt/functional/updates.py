@@ -7,6 +7,9 @@ of the whole tensor without a base step.
 `Update.step` sees the outputs of the network and the base step, neither the pseudo-gradient nor the parameter. A rule
 that needs one of them, or a norm, brings it in through `Update.base_forms`: a form of the base step may be any tensor
 of the parameter's shape, the pseudo-gradient itself for example, and the root mean square of the first one comes along.
+
+A change of a rule that moves parameters otherwise is a new rule with a new name, and the former name stays, since
+weights files and saved runs hold it: `FORMER_UPDATES` tells which name a new one follows.
 """
 
 from __future__ import annotations
@@ -20,7 +23,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_lopt.functional.ada import AdaState, Decays, Epsilons, Factoring, epsilons, sum_in_blocks
-from lightning_lopt.functional.blended import base_forms, complement_of_round, damp_model, nesterov, norm_ratio
+from lightning_lopt.functional.blended import (
+    base_forms,
+    complement_of_round,
+    damp_model,
+    nesterov,
+    norm_ratio,
+    zero_where_unused,
+)
 from lightning_lopt.functional.damping import Total, local_total
 from lightning_lopt.functional.features import ALL_KINDS, PUBLISHED_KINDS, FeatureKind
 from lightning_lopt.functional.model import ModelTensor
@@ -144,7 +154,11 @@ class Update(ABC):
 
 
 class PublishedUpdate(Update):
-    """The paper's update, from direction and magnitude."""
+    """The paper's update, from direction and magnitude.
+
+    It also moves coordinates whose pseudo-gradient is and was exactly 0, rows of an embedding that no batch uses for
+    example, as the authors' code does; no other current update moves them.
+    """
 
     num_outputs = 2
     feature_kinds = PUBLISHED_KINDS
@@ -191,7 +205,9 @@ class PublishedUpdate(Update):
 class BlendedNesterovUpdate(Update):
     """An update of the blended Nesterov step, from a correction, a gate, and two logits that blend its forms.
 
-    No feature of the network changes with the scale of the pseudo-gradients.
+    No feature of the network changes with the scale of the pseudo-gradients. The correction also moves coordinates
+    whose pseudo-gradient is and was exactly 0: `MaskedBlendedNesterovUpdate` has taken the place of this rule, which is
+    kept for weights and runs that were saved with it.
     """
 
     num_outputs = 4
@@ -254,4 +270,23 @@ class BlendedNesterovUpdate(Update):
         return correction.add_(gate.clamp_(*GATE_RANGE).exp_().mul_(step))
 
 
-UPDATES: dict[str, Update] = {"published": PublishedUpdate(), "blended_nesterov": BlendedNesterovUpdate()}
+class MaskedBlendedNesterovUpdate(BlendedNesterovUpdate):
+    """The update `BlendedNesterovUpdate`, but 0 for coordinates whose pseudo-gradient is and was exactly 0."""
+
+    @override
+    def step(self, output: Tensor, base: Base | None) -> Tensor:
+        r"""Take the step of `BlendedNesterovUpdate.step` where the first form b_1 of the base step is not 0.
+
+        .. math:: [b_1 \ne 0]\,\Big(e^{\lambda_2 m} \sum_i \mathrm{softmax}(0, \lambda_2 l)_i\, b_i
+            + \mathrm{rms}(b)\,\lambda_1 d\Big)
+        """
+        assert base is not None
+        return zero_where_unused(super().step(output, base), base.forms)
+
+
+UPDATES: dict[str, Update] = {
+    "published": PublishedUpdate(),
+    "blended_nesterov": BlendedNesterovUpdate(),
+    "masked_blended_nesterov": MaskedBlendedNesterovUpdate(),
+}
+FORMER_UPDATES = {"masked_blended_nesterov": "blended_nesterov"}  # the version before each, for runs saved with it

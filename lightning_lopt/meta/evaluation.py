@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_lopt.meta.base import AbstractTask, Tensors
-from lightning_lopt.meta.local import LocalTraining
+from lightning_lopt.meta.local import LocalTraining, half_cosine
 from lightning_lopt.meta.outer import SimulatedOuterStep, average_anchors, learned_step, optimizer_step, views
 from lightning_lopt.meta.particles import seeded
 from lightning_lopt.meta.simulation import Simulation
@@ -104,7 +103,7 @@ class Evaluation:
         simulation = Simulation(task, anchor, training.num_workers, outer(anchor), training.optimizer)
         losses = [task.loss(anchor, sample)]
         for round_idx in range(self.num_rounds):
-            cosine = 0.5 * (1 + math.cos(math.pi * round_idx / self.num_rounds))
+            cosine = half_cosine(round_idx, self.num_rounds)
             rates = (base_lr * torch.where(decays.bool(), cosine, 1.0)).to(task.device, task.dtype)
             drawn = torch.stack([task.draw(self._local_steps * training.num_workers, g) for g in generators])
             places = drawn.unflatten(1, (self._local_steps, -1)).unbind(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -13,9 +13,11 @@ from torch import Tensor
 from lightning_lopt.functional.blended import retained_momentum
 from lightning_lopt.meta.base import AbstractTask, Batch, Tensors, column
 
-OptimizerKind = Literal["sgd", "momentum", "adamw"]
-MOMENTUM = 0.9
+OptimizerKind = Literal["sgd", "momentum", "adamw", "muon"]
+Number = TypeVar("Number", float, Tensor)
+MOMENTUM, MUON_MOMENTUM = 0.9, 0.95
 BETAS, EPS = (0.9, 0.999), 1e-8
+MUON_COEFFICIENTS, MUON_STEPS, MUON_EPS, MUON_SCALE = (3.4445, -4.7750, 2.0315), 5, 1e-7, 0.2
 
 
 @dataclass
@@ -43,8 +45,10 @@ class LocalOptimizer:
     """An optimizer of the workers, equal to torch.optim's for each replica.
 
     Args:
-        kind: Name ``"sgd"``, ``"momentum"`` (SGD, momentum 0.9) or ``"adamw"`` (betas 0.9 and 0.999, epsilon 1e-8).
-        weight_decay: Weight decay >= 0; added to the gradient by SGD, decoupled in AdamW.
+        kind: Name ``"sgd"``, ``"momentum"`` (SGD, momentum 0.9), ``"adamw"`` (betas 0.9 and 0.999, epsilon 1e-8) or
+            ``"muon"`` (momentum 0.95 and the rate that matches AdamW's; vectors by ``"adamw"``, convolutions as
+            matrices with a row for each output), which iterates in the type of the parameters, torch's in bfloat16.
+        weight_decay: Weight decay >= 0; added to the gradient by SGD, decoupled in AdamW and Muon.
         max_grad_norm: Norm > 0 to which the gradient of a replica is clipped; None leaves it.
 
     Raises:
@@ -80,13 +84,15 @@ class LocalOptimizer:
         state = LocalOptimizerState(torch.zeros(len(some), dtype=torch.long, device=some.device))
         if self.kind != "sgd":
             state.first = {name: torch.zeros_like(p) for name, p in params.items()}
-        if self.kind == "adamw":
-            state.second = {name: torch.zeros_like(p) for name, p in params.items()}
+        if self.kind in ("adamw", "muon"):
+            by_adamw = {name: p for name, p in params.items() if self.kind == "adamw" or not _is_matrix(p)}
+            state.second = {name: torch.zeros_like(p) for name, p in by_adamw.items()}
         return state
 
     def retained_momentum(self, local_steps: int) -> float:
-        """Compute the share of heavy-ball momentum that is left of it after a round; 0 for optimizers without."""
-        return retained_momentum(MOMENTUM if self.kind == "momentum" else 0.0, local_steps)
+        """Compute the share of the momentum that is left of it after a round; 0 for optimizers without."""
+        momenta = {"momentum": MOMENTUM, "muon": MUON_MOMENTUM}
+        return retained_momentum(momenta.get(self.kind, 0.0), local_steps)
 
     @torch.no_grad()
     def step(
@@ -124,10 +130,10 @@ class LocalOptimizer:
         state.steps += 1
         if self.max_grad_norm is not None:
             _clip(grads, self.max_grad_norm)
-        if self.kind == "adamw":
-            self._adamw(params, grads, local_lr, state)
-        else:
-            self._sgd(params, grads, local_lr, state)
+        if self.kind in ("sgd", "momentum"):
+            return self._sgd(params, grads, local_lr, state)
+        self._adamw({name: params[name] for name in state.second}, grads, local_lr, state)
+        self._muon({name: p for name, p in params.items() if name not in state.second}, grads, local_lr, state)
 
     def _sgd(self, params: Tensors, grads: Tensors, local_lr: Tensor, state: LocalOptimizerState) -> None:
         for name, p in params.items():
@@ -148,12 +154,50 @@ class LocalOptimizer:
             step = second.sqrt().add_(column(eps, p))
             p.addcmul_(torch.div(first, step, out=step), column(rate, p), value=-1)
 
+    def _muon(self, params: Tensors, grads: Tensors, local_lr: Tensor, state: LocalOptimizerState) -> None:
+        for name, p in params.items():
+            first = state.first[name].lerp_(grads[name], 1 - MUON_MOMENTUM)
+            update = _orthogonal(grads[name].lerp_(first, MUON_MOMENTUM).flatten(2)).view_as(p)
+            if self.weight_decay:
+                p.mul_(1 - column(local_lr, p) * self.weight_decay)
+            scale = MUON_SCALE * max(p.shape[1], p[0, 0].numel()) ** 0.5
+            p.addcmul_(update, column(local_lr, p), value=-scale)
+
+
+def _is_matrix(p: Tensor) -> bool:
+    """Whether Muon steps a parameter [R, *S]."""
+    return p.dim() > 2
+
+
+def _orthogonal(matrices: Tensor) -> Tensor:
+    """Bring the singular values of matrices [R, a, b] near 1 by the iteration of torch.optim.Muon."""
+    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=MUON_EPS)
+    a, b, c = MUON_COEFFICIENTS
+    for _ in range(MUON_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if matrices.shape[1] > matrices.shape[2] else x
+
 
 def _clip(grads: Tensors, max_norm: float) -> None:
     norms = torch.stack([torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad in grads.values()])
     factor = (max_norm / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1)
     for grad in grads.values():
         grad.mul_(column(factor, grad))
+
+
+def half_cosine(step: Number, length: Number) -> Number:
+    """Factor that falls from 1 at step 0 to 0 at step `length`, along half a cosine.
+
+    Example:
+        >>> [round(half_cosine(step, 4), 2) for step in range(5)]
+        [1.0, 0.85, 0.5, 0.15, 0.0]
+    """
+    angle = math.pi * step / length
+    if isinstance(angle, Tensor):
+        return 0.5 * (1 + angle.cos())
+    return 0.5 * (1 + math.cos(angle))
 
 
 @dataclass(frozen=True)

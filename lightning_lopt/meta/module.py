@@ -17,7 +17,7 @@ from lightning_lopt.meta.base import AbstractTask, Tensors
 from lightning_lopt.meta.estimator import Estimator, EstimatorKind
 from lightning_lopt.meta.evaluation import Evaluation
 from lightning_lopt.meta.export import Export
-from lightning_lopt.meta.local import LocalOptimizer, LocalTraining, OptimizerKind
+from lightning_lopt.meta.local import LocalOptimizer, LocalTraining, OptimizerKind, half_cosine
 from lightning_lopt.meta.particles import MetaLoss, Particles, joined
 from lightning_lopt.meta.truncation import LogUniform
 from lightning_lopt.network import AdaMLP
@@ -69,7 +69,7 @@ class MetaTraining(L.LightningModule):
         local_steps: Number of local steps H >= 1; of several, each window draws one.
         local_lr: Local learning rate γ > 0; of a range (low, high), each unroll draws one log-uniformly, and half of
             the unrolls let it fall to 0 along a cosine.
-        local_optimizer: Name ``"sgd"``, ``"momentum"`` or ``"adamw"``.
+        local_optimizer: Name ``"sgd"``, ``"momentum"``, ``"adamw"`` or ``"muon"``.
         meta_loss: Loss that is minimised: the workers' training loss (``"local"``), or that of the updated anchor on
             fresh batches (``"updated"``) or on validation batches (``"validation"``).
         log_floor: Floor > 0 to minimise the mean of log(loss + log_floor), so that late progress counts; None for the
@@ -262,7 +262,7 @@ class MetaTraining(L.LightningModule):
             if step < self.warmup_steps:
                 return (step + 1) / self.warmup_steps
             progress = min(1.0, (step - self.warmup_steps) / max(1, total - self.warmup_steps))
-            return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+            return final + (1 - final) * half_cosine(progress, 1)
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -295,12 +295,11 @@ class MetaTraining(L.LightningModule):
 
     def _clipped(self, gradient: Tensors) -> Tensors:
         """Average over the processes and clip to `max_window_norm`."""
-        flat = torch.cat([g.flatten() for g in gradient.values()])
-        self._comm.mean_(flat)
+        means = self._comm.means([*gradient.values()])
+        norm = float(torch.cat([mean.flatten() for mean in means]).norm())
         assert self.max_window_norm is not None
-        flat *= min(1.0, self.max_window_norm / max(float(flat.norm()), 1e-12))
-        parts = flat.split([g.numel() for g in gradient.values()])
-        return {name: part.view_as(g) for (name, g), part in zip(gradient.items(), parts, strict=True)}
+        factor = min(1.0, self.max_window_norm / max(norm, 1e-12))
+        return {name: factor * mean for name, mean in zip(gradient, means, strict=True)}
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_lopt.functional import blended
+from lightning_lopt.functional.ada import BaseState
+from lightning_lopt.functional.blended import BlendedSettings
 from lightning_lopt.functional.learned import Network
+from lightning_lopt.functional.model import ModelTensor
+from lightning_lopt.functional.phase import LocalDecay, settings_in_phase
 from lightning_lopt.meta.base import Tensors
-from lightning_lopt.meta.unroll import outer_step, zero_states
+from lightning_lopt.meta.unroll import outer_step, step_anchors, zero_states
 from lightning_lopt.network import AdaMLP
 
 
@@ -94,6 +99,52 @@ def learned_step(anchor: Tensors, networks: Sequence[AdaMLP]) -> LearnedStep:
     stacked = {name: torch.stack([each[name].detach() for each in named]).to(some.device) for name in named[0]}
     expanded = {name: p.expand(len(some), *p.shape[1:]) for name, p in stacked.items()}
     return LearnedStep(anchor, networks[0].update, networks[0].functional(expanded))
+
+
+class BlendedStep:
+    """The blended Nesterov step.
+
+    Args:
+        anchor: Global parameters of the runs, {[P, *S]}.
+        settings: Hyperparameters of each run, [P] and [P, 3].
+        phases: Exponent of `settings_in_phase` for each run; by default 0.
+
+    Attributes:
+        states: Memory of the anchors.
+    """
+
+    def __init__(self, anchor: Tensors, settings: BlendedSettings, phases: Sequence[float] = ()) -> None:
+        self._settings, self._phases = settings, phases
+        self._decays = [LocalDecay()] * len(phases)
+        self.states = {n: BaseState.zeros(tuple(a.shape[1:]), len(a), a.dtype, a.device) for n, a in anchor.items()}
+
+    def __call__(self, anchor: Tensors, training: SimulatedRound) -> None:
+        settings = self._in_phase(training.local_lr, training.local_steps)
+
+        def step(tensors: list[ModelTensor[BaseState]]) -> None:
+            blended.step_model(tensors, [settings] * len(tensors))
+
+        step_anchors(
+            anchor,
+            training.workers,
+            self.states,
+            step,
+            training.round_idx,
+            local_scale=training.local_lr * training.local_steps,
+            skipped=training.skipped,
+            retained_momentum=training.retained_momentum,
+        )
+
+    def _in_phase(self, local_lr: Tensor, local_steps: int) -> BlendedSettings:
+        """Settings of the round."""
+        settings = self._settings
+        if not any(self._phases):
+            return settings
+        self._decays = [decay.after(lr) for decay, lr in zip(self._decays, local_lr.tolist(), strict=True)]
+        of_runs = zip(settings.lr.tolist(), settings.momentum.tolist(), self._decays, self._phases, strict=True)
+        pairs = [settings_in_phase(lr, beta, decay.share, local_steps, e) for lr, beta, decay, e in of_runs]
+        lr, momentum = settings.lr.new_tensor(pairs).unbind(1)
+        return BlendedSettings(lr, momentum, settings.blend)
 
 
 def optimizer_step(optimizer: Optimizer) -> SimulatedOuterStep:

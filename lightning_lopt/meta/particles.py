@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from lightning_lopt.functional.learned import Network
 from lightning_lopt.meta.base import AbstractTask, Tensors
-from lightning_lopt.meta.local import LocalTraining
+from lightning_lopt.meta.local import LocalTraining, half_cosine
 from lightning_lopt.meta.outer import LearnedStep
 from lightning_lopt.meta.simulation import Simulation
 from lightning_lopt.meta.truncation import LogUniform
@@ -131,7 +130,7 @@ class Particles:
 
     def local_lr(self) -> Tensor:
         """Compute γ of each particle in the coming round, [P]."""
-        factor = torch.where(self.decays, 0.5 * (1 + torch.cos(math.pi * self.round_idx / self.length)), 1.0)
+        factor = torch.where(self.decays, half_cosine(self.round_idx, self.length), 1.0)
         return self.base_lr * factor
 
     def round(self, network: Network, local_steps: int, generators: Sequence[torch.Generator]) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from lightning_lopt.functional.updates import UPDATES
 from lightning_lopt.meta.base import AbstractTask, Batch, Tensors
 from lightning_lopt.meta.local import LocalOptimizer, LocalOptimizerState
 
+State = TypeVar("State")
 SGD = LocalOptimizer("sgd")
 
 
@@ -91,9 +93,42 @@ def outer_step(
         skipped: Particles that take no step.
         retained_momentum: Share of their momentum that the workers retain over a round.
     """
+
+    def step(tensors: list[ModelTensor[AdaState]]) -> None:
+        learned.step_model(tensors, [network] * len(tensors), network.update)
+
+    scale = torch.zeros_like(round_idx, dtype=torch.float) if local_scale is None else local_scale
+    several = network.num_inputs > 1
+    step_anchors(anchor, workers, states, step, round_idx, scale, skipped, retained_momentum, worker_grads=several)
+
+
+@torch.no_grad()
+def step_anchors(
+    anchor: Tensors,
+    workers: Tensors,
+    states: Mapping[str, State],
+    step: Callable[[list[ModelTensor[State]]], None],
+    round_idx: Tensor,
+    local_scale: Tensor,
+    skipped: Sequence[int] = (),
+    retained_momentum: float = 0.0,
+    worker_grads: bool = False,
+) -> None:
+    """Apply a step of whole models to the workers' pseudo-gradients, in place on `anchor` and `states`.
+
+    Args:
+        anchor: Global parameters, {[P, *S]}.
+        workers: Parameters of the workers, {[P, K, *S]}.
+        states: Memory of each anchor.
+        step: Step of the models, in place.
+        round_idx: Index of the round, from 0, [P].
+        local_scale: Local learning rate times local steps, γH, [P].
+        skipped: Particles that take no step.
+        retained_momentum: Share of their momentum that the workers retain over a round.
+        worker_grads: Whether the step needs the pseudo-gradient of each worker.
+    """
     memory = [*anchor.values(), *(tensor for state in states.values() for tensor in vars(state).values())]
     before = [tensor[list(skipped)] for tensor in memory] if skipped else []
-    scale = torch.zeros_like(round_idx, dtype=torch.float) if local_scale is None else local_scale
     retained = torch.full(round_idx.shape, retained_momentum, dtype=torch.float64, device=round_idx.device)
     tensors = [
         ModelTensor(
@@ -101,13 +136,13 @@ def outer_step(
             grad=a - workers[name].mean(1),
             state=states[name],
             round_idx=round_idx,
-            local_scale=scale,
+            local_scale=local_scale,
             retained_momentum=retained,
-            worker_grads=a.unsqueeze(1) - workers[name] if network.num_inputs > 1 else None,
+            worker_grads=a.unsqueeze(1) - workers[name] if worker_grads else None,
         )
         for name, a in anchor.items()
     ]
-    learned.step_model(tensors, [network] * len(tensors), network.update)
+    step(tensors)
     if skipped:
         for tensor, values in zip(memory, before, strict=True):
             tensor[list(skipped)] = values

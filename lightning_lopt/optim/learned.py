@@ -15,7 +15,7 @@ from lightning_lopt.functional import learned
 from lightning_lopt.functional.ada import AdaState
 from lightning_lopt.functional.learned import Network
 from lightning_lopt.functional.model import ModelTensor
-from lightning_lopt.functional.updates import UPDATES
+from lightning_lopt.functional.updates import FORMER_UPDATES, UPDATES
 from lightning_lopt.network import AdaMLP
 from lightning_lopt.optim.outer import WORKER_GRADS
 from lightning_lopt.optim.whole_model import WholeModelOptimizer
@@ -44,10 +44,14 @@ class LearnedOptimizer(WholeModelOptimizer):
     ``momentum`` (3 per coordinate), ``second`` (1), ``row`` and ``col`` (3 per row and column), ``squared_norm``,
     ``norm_limit``, ``local_scale``, ``left_gram`` and ``right_gram`` (the default's Gram matrices) and ``step``.
 
-    With the update ``"blended_nesterov"``, which the default has, a pseudo-gradient that grows by more than half is
-    damped (`lightning_lopt.functional.damping`), unless ``local_lr`` times ``local_steps`` has grown as much, and what
-    the workers' ``local_momentum`` retains over a round is not remembered again (`lightning_lopt.functional.blended`).
-    A sync writes these three into each group.
+    With the update ``"masked_blended_nesterov"``, which the default has, a pseudo-gradient that grows by more than half
+    is damped (`lightning_lopt.functional.damping`), unless ``local_lr`` times ``local_steps`` has grown as much, and
+    what the workers' ``local_momentum`` retains over a round is not remembered again
+    (`lightning_lopt.functional.blended`). A sync writes these three into each group. Coordinates whose pseudo-gradient
+    is and was exactly 0 do not move, as rows of an embedding that no batch has used yet; with ``"published"`` they do.
+
+    Each parameter group names its ``update``: that of the network, or the version before it, where a state was loaded
+    that had been saved with that one.
 
     Args:
         params: Anchors, or groups of them.
@@ -80,8 +84,8 @@ class LearnedOptimizer(WholeModelOptimizer):
 
     def __init__(self, params: ParamsT, network: AdaMLP | str | Path | None = None) -> None:
         self.network = resolve_network(network)
-        self._functional: dict[tuple[torch.device, torch.dtype], Network] = {}
-        super().__init__(params, {})
+        self._functional: dict[tuple[torch.device, torch.dtype, str], Network] = {}
+        super().__init__(params, {"update": self.network.update})
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -123,12 +127,31 @@ class LearnedOptimizer(WholeModelOptimizer):
 
     @override
     def _step_model(self, tensors: list[ModelTensor[AdaState]], groups: list[dict[str, Any]]) -> None:
-        networks = [self._network_for(tensor.grad.device, tensor.grad.dtype) for tensor in tensors]
+        networks = [
+            self._network_for(tensor.grad.device, tensor.grad.dtype, group.get("update", self.network.update))
+            for tensor, group in zip(tensors, groups, strict=True)
+        ]
         learned.step_model(tensors, networks, UPDATES[self.network.update], self.total)
 
-    def _network_for(self, device: torch.device, dtype: torch.dtype) -> Network:
-        if (device, dtype) not in self._functional:
+    def _network_for(self, device: torch.device, dtype: torch.dtype, update: str) -> Network:
+        if (device, dtype, update) not in self._functional:
             named = self.network.named_parameters()
             moved = {name: p.detach().to(device, dtype).unsqueeze(0) for name, p in named}
-            self._functional[device, dtype] = self.network.functional(moved)
-        return self._functional[device, dtype]
+            self._functional[device, dtype, update] = self.network.functional(moved)._replace(update=UPDATES[update])
+        return self._functional[device, dtype, update]
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state, and go on with the version of the network's update with which it was saved.
+
+        Args:
+            state_dict: Result of `state_dict`.
+
+        Raises:
+            ValueError: The state is of another version of this optimizer, or of another one.
+        """
+        super().load_state_dict(state_dict)
+        own = self.network.update
+        former = FORMER_UPDATES.get(own, own)
+        for group in self.param_groups:  # states of the former version do not name their update, or name it
+            group["update"] = former if group.get("update", former) == former else own

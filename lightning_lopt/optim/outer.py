@@ -144,6 +144,24 @@ def check_coordinatewise(factory: OuterFactory) -> None:
             raise ValueError(_undefined(optimizer, f"its state {key!r}, which does not begin with 0,"))
 
 
+def check_needs_mean_alone(factory: OuterFactory, codec: object) -> None:
+    """Refuse an outer optimizer that needs every worker's pseudo-gradient, where a codec sends their mean alone.
+
+    Args:
+        factory: Function that makes the optimizer; it is tried on a parameter of its own.
+        codec: The codec, for the error message.
+
+    Raises:
+        ValueError: The optimizer has `needs_worker_grads`.
+    """
+    optimizer = factory([{"params": [torch.zeros(2, 3)]}])
+    if read_contract(optimizer).needs_worker_grads:
+        raise ValueError(
+            f"{type(optimizer).__name__} needs every worker's pseudo-gradient, and compression={codec!r} sends their "
+            "mean alone. Use compression='int8', 'bf16' or TopK(...), or an outer optimizer that needs the mean only."
+        )
+
+
 def _check_step(optimizer: Optimizer) -> None:
     needed = [
         parameter.name

@@ -15,6 +15,7 @@ from lightning_lopt.functional.blended import retained_momentum
 from lightning_lopt.functional.blocks import one_thread
 from lightning_lopt.functional.damping import Total, local_total
 from lightning_lopt.functional.model import ModelTensor
+from lightning_lopt.functional.precision import state_dtype
 
 OLD_NAMES = {"square": "squared_norm", "limit": "norm_limit", "left": "left_gram", "right": "right_gram"}  # in 0.1
 
@@ -71,7 +72,7 @@ class WholeModelOptimizer(Optimizer, ABC):
         assert p.grad is not None
         if p.grad.is_sparse or p.is_complex():
             raise ValueError(f"{type(self).__name__} takes dense real parameters and gradients only.")
-        dtype, state = _state_dtype(p), self.state[p]
+        dtype, state = state_dtype(p), self.state[p]
         if not state:
             new = self._new_state(tuple(p.shape), dtype, p.device)
             state.update(vars(new), step=torch.zeros(1, dtype=torch.long))
@@ -143,7 +144,3 @@ class WholeModelOptimizer(Optimizer, ABC):
 
 def _current_name(name: str) -> str:
     return OLD_NAMES.get(name, name)
-
-
-def _state_dtype(p: Tensor) -> torch.dtype:
-    return torch.float64 if p.dtype == torch.float64 else torch.float32

@@ -7,21 +7,24 @@ them whenever somebody looks: at validation, in a checkpoint, at the end of trai
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from lightning_lopt.functional.precision import state_dtype
 from lightning_lopt.strategies import host
 from lightning_lopt.strategies.errors import explain_lost_worker
 from lightning_lopt.strategies.virtual import ProcessRounds
+from lightning_lopt.sync.status import SyncPoint
 
 
-def refuse_averaging(trainer: pl.Trainer, num_workers: int, virtual_workers: int) -> None:
+def refuse_callbacks(trainer: pl.Trainer, num_workers: int, virtual_workers: int) -> None:
     """Refuse callbacks that would end with wrong weights.
 
     Args:
@@ -30,7 +33,7 @@ def refuse_averaging(trainer: pl.Trainer, num_workers: int, virtual_workers: int
         virtual_workers: Workers that share one process.
 
     Raises:
-        MisconfigurationException: SWA of a model with BatchNorm, or any averaging of virtual workers.
+        MisconfigurationException: SWA of a model with BatchNorm, any averaging of virtual workers, or pruning.
     """
     if num_workers == 1:
         return
@@ -41,6 +44,11 @@ def refuse_averaging(trainer: pl.Trainer, num_workers: int, virtual_workers: int
                 f"{name} would average the first of the virtual_workers alone, which is all that callbacks see. Use "
                 "processes (Trainer(devices=K) without virtual_workers), or leave it out."
             )
+        if isinstance(callback, ModelPruning):
+            raise MisconfigurationException(
+                f"{name} would choose each worker's mask by that worker's own weights, and the masks would differ. "
+                "Prune before the fit, with torch.nn.utils.prune: then all workers have the mask of rank 0."
+            )
         module = trainer.lightning_module
         if isinstance(callback, StochasticWeightAveraging) and callback.pl_module_contains_batch_norm(module):
             raise MisconfigurationException(
@@ -49,13 +57,19 @@ def refuse_averaging(trainer: pl.Trainer, num_workers: int, virtual_workers: int
             )
 
 
-def sync_weight_averages(trainer: pl.Trainer, rounds: ProcessRounds | None, timeout: timedelta | None) -> None:
+def sync_weight_averages(
+    trainer: pl.Trainer,
+    rounds: ProcessRounds | None,
+    timeout: timedelta | None,
+    join: Callable[[SyncPoint, str], None],
+) -> None:
     """Give every worker's averaging callbacks the mean over the workers; in a fit, all workers must call it.
 
     Args:
         trainer: Trainer with the callbacks.
         rounds: Rounds of this fit, None before there are any.
         timeout: Time limit of the collectives.
+        join: Function that makes sure that all workers have such callbacks.
     """
     if rounds is None or trainer.interrupted or trainer.state.fn != TrainerFn.FITTING:
         return
@@ -63,6 +77,7 @@ def sync_weight_averages(trainer: pl.Trainer, rounds: ProcessRounds | None, time
     tensors = [t for m in models if m is not None for t in (*m.parameters(), *m.buffers())]
     if not tensors or rounds.comm.num_workers == 1:
         return
+    join(SyncPoint.COLLECTIVE, f"average {len(tensors)} tensors of {sum(t.numel() for t in tensors)} numbers")
     with explain_lost_worker(timeout), torch.no_grad():
         rounds.sync.wait()
         for dtype in dict.fromkeys(t.dtype for t in tensors if t.is_floating_point()):
@@ -70,8 +85,5 @@ def sync_weight_averages(trainer: pl.Trainer, rounds: ProcessRounds | None, time
 
 
 def _average(tensors: list[Tensor], rounds: ProcessRounds, device: torch.device) -> None:
-    wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-    flat = torch.cat([t.flatten().to(device, wide) for t in tensors])
-    rounds.comm.mean_(flat)
-    for t, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        t.copy_(mean.view_as(t))
+    for t, mean in zip(tensors, rounds.comm.means([t.to(device, state_dtype(t)) for t in tensors]), strict=True):
+        t.copy_(mean)

@@ -26,11 +26,12 @@ class CheckpointError(ValueError):
 
 
 @contextmanager
-def explain_lost_worker(timeout: timedelta | None) -> Iterator[None]:
+def explain_lost_worker(timeout: timedelta | None, place: str = "this sync") -> Iterator[None]:
     """Turn the error of a collective that fails inside into one that says what to do.
 
     Args:
         timeout: Time limit of the collectives, None for that of the process group.
+        place: Place at which this worker waits.
 
     Raises:
         WorkerLostError: Instead of the error of gloo or NCCL.
@@ -45,11 +46,12 @@ def explain_lost_worker(timeout: timedelta | None) -> Iterator[None]:
             raise
         limit = "the default time limit" if timeout is None else timeout
         raise WorkerLostError(
-            f"Another worker died, or did not come to this sync within {limit}: {text.splitlines()[0]}. Look for the "
+            f"Another worker died, or did not come to {place} within {limit}: {text.splitlines()[0]}. Look for the "
             "first error in the other workers' logs. The last checkpoint is intact: resume with "
             "trainer.fit(..., ckpt_path='last'), by itself under torchrun --max-restarts. If a worker is only slow, "
             "raise the strategy's timeout; if it reduces something in every batch while others are out of data, do so "
-            "once per epoch: self.log(..., sync_dist=True, on_step=False)."
+            "once per epoch: self.log(..., sync_dist=True, on_step=False). All workers must call the collectives of "
+            "torch.distributed, and log the metrics of torchmetrics, which call them."
         ) from error
 
 

@@ -11,8 +11,10 @@ import atexit
 import copy
 import os
 import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, TypeGuard
 
 import lightning.pytorch as pl
@@ -22,6 +24,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.fabric.utilities.init import _materialize_distributed_module
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.fabric.utilities.types import _Stateful
@@ -35,6 +38,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed import ProcessGroup
 from torch.distributed.constants import default_pg_timeout
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.modules.batchnorm import _BatchNorm as Norm
 from torch.optim import Optimizer
@@ -107,12 +111,12 @@ def connect_restarted(strategy: DDPStrategy) -> None:
     )
 
 
-def enter_while_checkpointing(trainer: pl.Trainer, context: Callable[[], AbstractContextManager[None]]) -> None:
+def enter_while_checkpointing(trainer: pl.Trainer, context: Callable[[bool], AbstractContextManager[None]]) -> None:
     """Let a context be entered whenever a Trainer puts a checkpoint together.
 
     Args:
         trainer: Trainer that puts checkpoints together.
-        context: Function that makes the context.
+        context: Function that makes the context; it is told whether the checkpoint is to hold the weights alone.
 
     Reason: there is no hook before Lightning reads the module, and none after the last `on_save_checkpoint`.
     """
@@ -120,10 +124,34 @@ def enter_while_checkpointing(trainer: pl.Trainer, context: Callable[[], Abstrac
     dump = type(connector).dump_checkpoint
 
     def dump_in_context(weights_only: bool | None = None) -> dict[str, Any]:
-        with context():
+        with context(bool(weights_only)):
             return dump(connector, weights_only)
 
     connector.dump_checkpoint = dump_in_context
+
+
+def surround_validation(trainer: pl.Trainer, begin: Callable[[], None], end: Callable[[], None]) -> None:
+    """Call functions before the first and after the last hook of each validation within a fit.
+
+    Args:
+        trainer: Trainer in a fit.
+        begin: Function that is called before `on_validation_model_eval`.
+        end: Function that is called after `on_validation_model_train`; not after an exception.
+
+    Reason: of strategies and callbacks Lightning calls no hook outside of these two.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    first, last = type(loop)._on_evaluation_model_eval, type(loop)._on_evaluation_model_train
+
+    def begin_and_call_first() -> None:
+        begin()
+        first(loop)
+
+    def call_last_and_end() -> None:
+        last(loop)
+        end()
+
+    loop._on_evaluation_model_eval, loop._on_evaluation_model_train = begin_and_call_first, call_last_and_end
 
 
 def destroy_process_group_at_exit(wanted: bool) -> None:
@@ -539,6 +567,61 @@ def shared_store(name: str) -> Store:
         name: Prefix of the keys.
     """
     return PrefixStore(name, _get_default_store())
+
+
+def call_module_hook_now(trainer: pl.Trainer, name: str, *args: Any) -> None:
+    """Call a hook of the module as Lightning does, and let Lightning's own next call of it do nothing.
+
+    Reason: Lightning calls it after all callbacks, those that save checkpoints included.
+
+    Args:
+        trainer: Trainer in a fit.
+        name: Name of the hook.
+        *args: Arguments of the hook.
+    """
+    own = vars(trainer.lightning_module)
+    if isinstance(own.get(name), _Skip):  # an exception came before Lightning's call
+        del own[name]
+    call_module_hook(trainer, name, *args)
+    own[name] = _Skip(partial(own.pop, name))
+
+
+class _Skip:
+    """A hook that does nothing, once."""
+
+    def __init__(self, remove: Callable[[], object]) -> None:
+        self._remove = remove
+
+    def __call__(self, *_: Any) -> None:
+        self._remove()
+
+
+# -- sharded models -----------------------------------------------------------------------------------------------
+
+
+def set_device_mesh(module: pl.LightningModule, mesh: DeviceMesh) -> None:
+    """Give a module the mesh that it reads as `self.device_mesh` in `configure_model`.
+
+    Reason: only Lightning's own `ModelParallelStrategy` is to set it.
+    """
+    module._device_mesh = mesh
+
+
+def materialize(module: nn.Module, device: torch.device) -> None:
+    """Give tensors on the meta device memory, and initialise them, as `ModelParallelStrategy` does.
+
+    Reason: the function is private.
+    """
+    _materialize_distributed_module(module, device)
+
+
+def has_fsdp1(module: nn.Module) -> bool:
+    """Whether a module has parts that FSDP1 wraps.
+
+    Reason: the class is public, but importing it takes long where it is not used.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in module.modules())
 
 
 # -- callbacks and layers -----------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ from lightning.fabric.utilities.data import has_iterable_dataset
 from torch.utils.data import DataLoader
 
 from lightning_lopt.strategies import host
-from lightning_lopt.virtual.worker_batches import index_sampler, set_index_sampler
+from lightning_lopt.virtual.worker_batches import Wrapper, index_sampler, set_index_sampler
 
 
-class IndexSampler:
+class IndexSampler(Wrapper):
     """A loader's index sampler that remembers the random states at its epoch's start, and can skip the first indices.
 
     Args:
@@ -25,17 +25,12 @@ class IndexSampler:
     """
 
     def __init__(self, loader: DataLoader, at_once: int = 1) -> None:
+        super().__init__(index_sampler(loader))
         self.at_once = at_once
-        self.wrapped: Any = index_sampler(loader)
         generators = [loader.generator, getattr(loader.sampler, "generator", None)]
         self._generators = [g for i, g in enumerate(generators) if g is not None and g not in generators[:i]]
         self._start: dict[str, Any] | None = None
         self._skip = 0
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "wrapped":  # copying and pickling ask before there is a sampler
-            raise AttributeError(name)
-        return getattr(self.wrapped, name)
 
     def __len__(self) -> int:
         return len(self.wrapped)

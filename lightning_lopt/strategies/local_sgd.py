@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import Accelerator
@@ -18,31 +19,45 @@ from lightning.pytorch.plugins import DeepSpeedPrecision, FSDPPrecision, Precisi
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lopt.comm import Communicator
-from lightning_lopt.compression import Codec
+from lightning_lopt.comm import Communicator, DisagreementError, digest
+from lightning_lopt.compression import Codec, LinearCodec
 from lightning_lopt.functional.merge import MergeRule
+from lightning_lopt.islands import is_sharded
 from lightning_lopt.rounds import Rounds, check_combination
 from lightning_lopt.schedules import RoundInfo, as_schedule
 from lightning_lopt.selection import Selection
 from lightning_lopt.strategies import host
-from lightning_lopt.strategies.averaging import refuse_averaging
-from lightning_lopt.strategies.callbacks import FirstCallback, LastCallback
+from lightning_lopt.strategies.averaging import refuse_callbacks, sync_weight_averages
+from lightning_lopt.strategies.callbacks import place_callbacks
 from lightning_lopt.strategies.checkpoint.atomic import AtomicCheckpointIO
+from lightning_lopt.strategies.checkpoint.entry import given_settings
 from lightning_lopt.strategies.checkpoint.resume import Resume
 from lightning_lopt.strategies.checkpoint.writing import CheckpointWriter
-from lightning_lopt.strategies.errors import explain_lost_worker
+from lightning_lopt.strategies.errors import CheckpointError, explain_lost_worker
+from lightning_lopt.strategies.global_weights import GlobalWeights
 from lightning_lopt.strategies.joint import JointOptimizer
 from lightning_lopt.strategies.loaders import ResumableLoaders
+from lightning_lopt.strategies.modes import OptimizerModes
+from lightning_lopt.strategies.sharded import (
+    NOT_AFTER_EXCEPTION,
+    WorkerMesh,
+    check_sharded,
+    full_state_dict,
+    load_full_state_dict,
+)
 from lightning_lopt.strategies.signals import Signals
 from lightning_lopt.strategies.uneven import UnevenInputs
 from lightning_lopt.strategies.virtual import ProcessRounds, workers_of_process
 from lightning_lopt.sync.options import LocalState, SyncOptions
-from lightning_lopt.sync.status import SyncPoint
+from lightning_lopt.sync.rules import Rule
+from lightning_lopt.sync.status import CALL, SyncPoint
 from lightning_lopt.sync.sync import EvalWeights
 from lightning_lopt.worker_speeds import Speeds, check_speeds
 
@@ -53,18 +68,25 @@ class LocalSGD(DDPStrategy):
     .. math:: a \leftarrow \mathrm{Outer}\big(a,\; a - \tfrac1K \sum_i y_i\big), \qquad y_i \leftarrow a
 
     a is the anchor (the global parameters), y_i worker i's parameters; without an outer optimizer a becomes the
-    mean itself. Between syncs nothing at all is communicated. With manual optimization a local step is a batch in
-    which any optimizer stepped, so that a GAN's two optimizers share their rounds.
+    mean itself. In the steps between syncs nothing at all is communicated. With manual optimization a local step is a
+    batch in which any optimizer stepped, so that a GAN's two optimizers share their rounds.
+
+    A worker that does what the others do not (saves, validates, stops, logs a reduced metric) is a `DisagreementError`
+    on all that says what it did: before whatever else is sent, a message of fixed length names it. After a resume,
+    settings of the strategy that the script has changed take effect; those of local optimizers and schedules are the
+    checkpoint's, as always in Lightning. A warning names each.
 
     Args:
         local_steps: H >= 1 in optimizer steps, or a schedule (`QSR`, or a callable from `RoundInfo` to an integer);
-            begin with 16, or the least H with which a sync costs a tenth of the time.
+            begin with 16, or the least H with which a sync costs a tenth of the time, which
+            `python -m lightning_lopt.costs` prints.
         outer_optimizer: Function that makes a torch optimizer from parameter groups, e.g.
             `partial(torch.optim.AdamW, lr=1e-3)`; the gradient of its parameters is the averaged pseudo-gradient. None
             averages.
         density: Share of the coordinates that a sync sends, in (0, 1]; they are drawn anew in every round.
         selection: `Fragments(...)` or any `Selection`, in place of a density.
-        compression: `"bf16"`, `"int8"`, `TopK(...)` or any `Codec`, with error feedback; None for float32.
+        compression: `"bf16"`, `"int8"`, `TopK(...)`, `PowerSGD(...)`, or any `Codec` or `LinearCodec`, with error
+            feedback; None for float32.
         overlap_steps: Number Q of the H local steps that are taken while the sync is in flight, 0 <= Q < H.
         merge: Rule that makes a worker's new parameters from the anchor a, its y at the launch and z at the finish:
             `"delay_corrected"` a + (z - y), `"overwrite"` a, or a number α in [0, 1] for α z + (1 - α) a. Without
@@ -76,14 +98,23 @@ class LocalSGD(DDPStrategy):
         sharded: Whether each worker does the outer step of some of the tensors, holds the outer state of these alone,
             and sends the result to all. The traffic is that of an all-reduce, also where every worker's values are
             needed (LAgg-A).
+        sync_rules: Rules for tensors by glob pattern of their full names (`"*queue"`), in place of the defaults of
+            *State* in `LocalSGD`: `"mean"`, `"unit_mean"` (scaled to norm 1), `"max"`, `"min"`, `"sum_of_changes"`
+            (for counts), `"first"` (rank 0's) or `"local"` (each worker keeps its own); the first pattern that fits
+            holds. Parameters in training are `"mean"` or `"local"`.
         ranks_per_worker: Number of consecutive processes that are one worker, or `"node"` for all on a node: their
             gradients are averaged in every step, on the fast link between them; rounds are between workers. Within a
-            worker the limits of DDP hold: each parameter that trains must take part in every backward pass.
+            worker the limits of DDP hold: each parameter that trains must take part in every backward pass. Where
+            `configure_model` shards the module over `self.device_mesh` (FSDP2, as for `ModelParallelStrategy`), they
+            share one model, which may be larger than a device.
+        tensor_parallel_size: Number of the ranks of a worker that share the matrices of each layer; the others of
+            them share the rows of a batch. It divides `ranks_per_worker`; for models that `configure_model` shards.
         virtual_workers: Number of workers that take turns in one process on one device, each on a batch of its own in
             every step.
         eval_weights: Weights that validation and checkpoints see within a round: `"anchor"`, the last synced ones,
             without communication, or `"mean"`, the workers' present average; None means the mean for plain averaging
-            and where a sync sends only a part, else the anchor. After an exception it is always the anchor.
+            and where a sync sends only a part, else the anchor. After an exception it is always the anchor. See below
+            for the hooks that see them.
         accelerator: Usually left to the Trainer, as are the next four.
         parallel_devices: Devices of the processes on this node.
         cluster_environment: Environment that says which process this is.
@@ -97,18 +128,58 @@ class LocalSGD(DDPStrategy):
     Attributes:
         rounds: The `Rounds` of the present fit (`VirtualRounds` with virtual workers), None before.
         signals: Handling of signals in the present fit, None before.
+        given: Settings of the local optimizers and learning rate schedules, as the script gave them.
         timeout: Time for which a collective waits for all workers before it fails.
 
     Raises:
         ValueError: An argument out of its range, arguments that exclude each other, nothing to train, or lazy
             parameters without a shape.
         TypeError: `outer_optimizer` cannot be called with parameters.
+        DisagreementError: In training, where the workers do different things.
         MisconfigurationException: A plugin of FSDP or DeepSpeed, or several processes with virtual workers.
 
-    Memory: 4 bytes per parameter for the anchor, the outer optimizer's state, 4 more during a sync, 8 with overlap;
-    4 for error feedback, and 4 more in its syncs. Sends 2(K-1)/K × 4 bytes per parameter and round, or what `density`,
-    `selection` and `compression` leave of it. Fails when H is so large that workers drift into different basins: watch
-    `RoundMonitor`'s drift.
+    Weights that hooks see: from `on_validation_model_eval` to `on_validation_model_train`, and in `on_save_checkpoint`,
+    the module shows the global weights. Elsewhere it has this worker's own; `global_weights()` shows the global ones.
+
+    * Hooks may put weights of their own into the module, an EMA for example, and take them out again: both between
+      those two hooks, or both outside of them. Otherwise an error at the end of the validation names the weights.
+    * All workers may call `eval()` and `train()` of an optimizer that has them, as schedule-free ones do, in any hook.
+      Each worker's own weights move. In the mode for evaluation the global weights are always the workers' mean, and
+      each call between those two hooks computes it anew. At the end of training the states of such an optimizer are
+      averaged, so that all workers have the same weights in both modes.
+    * An average that a callback of your own keeps is that of one worker, rank 0 in a checkpoint. `WeightAveraging` and
+      `EMAWeightAveraging` average the workers' mean.
+
+    Memory: 4 bytes per parameter for the anchor, the outer optimizer's state, 4 more during a sync, 8 with overlap, 8
+    in a validation within a round; 4 for error feedback, and 4 more in its syncs. Sends 2(K-1)/K × 4 bytes per
+    parameter and round, or what `density`, `selection` and `compression` leave of it. Fails when H is so large that
+    workers drift into different basins: watch `RoundMonitor`'s drift.
+
+    **State.** A sync makes all tensors of the module the same on all workers, those included that no optimizer steps.
+    `sync_rules` changes the rule, also from `"mean"` to itself to silence a warning; `rounds.rules()` lists the rules:
+
+    | tensor                                                        | rule                                             |
+    |---------------------------------------------------------------|--------------------------------------------------|
+    | parameter in training                                         | outer step on the workers' mean; or `"local"`    |
+    | parameter that was trained and is frozen                      | `"mean"`, without an outer step                  |
+    | parameter of an EMA teacher                                   | `"mean"`, from its first change on               |
+    | parameter that never changes                                  | not sent, no memory                              |
+    | floating-point or complex buffer                              | `"mean"`                                         |
+    | integer or boolean buffer                                     | `"max"`                                          |
+    | u and v of spectral normalisation                             | `"unit_mean"`, then a power iteration            |
+    | `min_val` and `max_val` of observers of `torch.ao`            | `"min"`, `"max"`                                 |
+    | histograms, scales and zero points of `torch.ao`              | `"first"`                                        |
+    | names in `_ddp_params_and_buffers_to_ignore`                  | `"local"`                                        |
+
+    Counts need `"sum_of_changes"`, queues of unit vectors `"local"` or `"first"`; where values look like these and have
+    no rule of their own, a warning says so once. Buffers and teachers may be reassigned, resized and registered late,
+    on all workers in the same round. In the round in which a teacher first changes, its last synced values are not
+    known: evaluation of the anchor and a resume with another number of workers see a worker's own. Checkpoints hold
+    `"local"` tensors of every worker; their `state_dict` has rank 0's.
+
+    Weights that are loaded, re-initialised or pruned before the fit's first step (`on_fit_start`) or before the first
+    step after a sync become the global ones; all workers must write the same. Within a round, and where a sync sends
+    only a part or overlaps, call `adopt_weights()`: otherwise the change counts as progress of the local steps.
 
     Source: McMahan et al. 1602.05629; Stich 1805.09767.
 
@@ -127,13 +198,15 @@ class LocalSGD(DDPStrategy):
         outer_optimizer: Callable[[Iterable], Optimizer] | None = None,
         density: float = 1.0,
         selection: Selection | None = None,
-        compression: str | Codec | None = None,
+        compression: str | Codec | LinearCodec | None = None,
         overlap_steps: int = 0,
         merge: MergeRule = "delay_corrected",
         worker_speeds: list[float] | Literal["measured"] | None = None,
         local_state: LocalState = "keep",
         sharded: bool = False,
+        sync_rules: dict[str, Rule] | None = None,
         ranks_per_worker: int | Literal["node"] = 1,
+        tensor_parallel_size: int = 1,
         virtual_workers: int = 1,
         eval_weights: EvalWeights | None = None,
         accelerator: Accelerator | None = None,
@@ -173,10 +246,12 @@ class LocalSGD(DDPStrategy):
             merge=merge,
             local_state=local_state,
             sharded=sharded,
+            sync_rules=sync_rules or {},
         )
         check_combination(self._schedule, outer_optimizer, self._options)
         mean = outer_optimizer is None or self._options.effective_selection.partial
-        self._eval_weights: EvalWeights = eval_weights or ("mean" if mean else "anchor")
+        self._modes = OptimizerModes(self._workers)
+        self._global_weights = GlobalWeights(self, self._modes, eval_weights or ("mean" if mean else "anchor"))
         if ranks_per_worker != "node" and (not isinstance(ranks_per_worker, int) or ranks_per_worker < 1):
             raise ValueError(f"ranks_per_worker must be an integer >= 1 or 'node', not {ranks_per_worker!r}.")
         if virtual_workers > 1 and ranks_per_worker != 1:
@@ -188,12 +263,18 @@ class LocalSGD(DDPStrategy):
                 "virtual_workers take turns, a step each, so that none is faster than another: leave worker_speeds out."
             )
         self._ranks_per_worker: int | Literal["node"] = ranks_per_worker
+        if not isinstance(tensor_parallel_size, int) or tensor_parallel_size < 1:
+            raise ValueError(f"tensor_parallel_size must be an integer >= 1, not {tensor_parallel_size!r}.")
+        self._tensor_parallel_size = tensor_parallel_size
+        self._mesh: WorkerMesh | None = None  # of workers whose ranks may share a model
         self._worker_speeds: Speeds = worker_speeds
         check_speeds(worker_speeds)
         self.timeout = timeout
         self.rounds: ProcessRounds | None = None
         self.signals: Signals | None = None
+        self.given: dict[str, str] = {}
         self._comm: Communicator | None = None
+        self._is_set_up = False
         self._uneven: UnevenInputs | None = None
         self._stepped = False  # an optimizer did, in this batch
         self._loaders = ResumableLoaders()
@@ -233,7 +314,16 @@ class LocalSGD(DDPStrategy):
                 f"{type(self).__name__} keeps whole models on its workers and cannot use "
                 f"{type(self.precision_plugin).__name__}. Use Trainer(precision=...) instead of that plugin."
             )
+        self._is_set_up, self._uneven = False, None
         super().setup_environment()
+        if self._is_fitting:
+            self._comm = Communicator(self.timeout, self._ranks_of_worker)
+        module = self.lightning_module
+        if module is not None and self._ranks_of_worker > 1 and is_overridden("configure_model", module):
+            self._mesh = WorkerMesh(
+                self.root_device, self.num_workers, self._ranks_of_worker, self._tensor_parallel_size
+            )
+            host.set_device_mesh(module, self._mesh.of_worker)
 
     @override
     def setup_distributed(self) -> None:
@@ -243,20 +333,34 @@ class LocalSGD(DDPStrategy):
     @override
     def configure_ddp(self) -> None:
         """Workers of one rank need no wrapper, and no gradient all-reduce; `Rounds` gives all the weights of rank 0."""
-        self._comm = Communicator(self.timeout, self._ranks_of_worker)
-        if self._ranks_of_worker > 1:
+        if self.is_sharded:
+            self._comm = Communicator(self.timeout, self._ranks_of_worker, by_column=True)
+        elif self._ranks_of_worker > 1:
+            assert self._comm is not None
             host.set_gradient_group(self, self._comm.new_group_inside())
             super().configure_ddp()
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the ranks of a worker share one model, by DTensors."""
+        return self.lightning_module is not None and is_sharded(self.lightning_module)
+
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        self.join(SyncPoint.COLLECTIVE_WITHIN_BATCH)
-        return super().reduce(tensor, group, reduce_op)
+        if not isinstance(tensor, Tensor):
+            return tensor
+        with self._agreed(f"reduce {reduce_op}", tensor, group):
+            return super().reduce(tensor, group, reduce_op)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        with self._agreed(f"all_gather {sync_grads}", tensor, group):
+            return super().all_gather(tensor, group, sync_grads)
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        self.join(SyncPoint.COLLECTIVE_WITHIN_BATCH)
-        return super().broadcast(obj, src)
+        with self._agreed(f"broadcast {src}"):
+            return super().broadcast(obj, src)
 
     @override
     def barrier(self, name: str | None = None) -> None:
@@ -264,25 +368,47 @@ class LocalSGD(DDPStrategy):
             self._loaders.unwrap()
         trainer = host.trainer_of(self.lightning_module)
         if trainer is None or not trainer.interrupted:
-            super().barrier(name)  # else the other workers may never come
+            with self._agreed(f"barrier {name}"):
+                super().barrier(name)  # else the other workers may never come
+
+    @contextmanager
+    def _agreed(self, call: str, tensor: Tensor | None = None, group: Any = None) -> Iterator[None]:
+        """Make sure that all workers call the same collective of the default process group, before it is called.
+
+        Args:
+            call: Text that says which it is.
+            tensor: Tensor that is sent, if any.
+            group: Process group; a group of some of the workers is not for all to agree on.
+        """
+        if group in (None, dist.group.WORLD):
+            described = "" if tensor is None else f" {tuple(tensor.shape)} {tensor.dtype}"
+            self.join(SyncPoint.COLLECTIVE, call + described)
+        with explain_lost_worker(self.timeout):
+            yield
 
     # -- start and end of a fit -----------------------------------------------------------------------------------
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         self._loaders.forget()
+        check_sharded(trainer, self._workers.number)
+        host.materialize(trainer.lightning_module, self.root_device)
         super().setup(trainer)  # configure_optimizers may set up the data
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        self._uneven = None
+        schedules = [config.scheduler for config in self.lr_scheduler_configs]
+        self.given = given_settings(self.optimizers, schedules)
         self.rounds = self._make_rounds(trainer)
         if not trainer.lightning_module.automatic_optimization:
             for optimizer in self.optimizers:  # sees those who step torch's own optimizer, too
                 optimizer.register_step_post_hook(self._note_step)
-        host.enter_while_checkpointing(trainer, self.global_weights)  # hooks `on_save_checkpoint` see them, too
-        callbacks = host.callbacks_of(trainer)
-        others = [c for c in callbacks if not isinstance(c, FirstCallback | LastCallback)]
-        callbacks[:] = [FirstCallback(self), *others, LastCallback(self)]
+        wrappers = trainer.lightning_module.optimizers()
+        wrappers = wrappers if isinstance(wrappers, list) else [wrappers]
+        self._modes.attach(self.optimizers, wrappers, self._global_weights.moving)
+        host.surround_validation(trainer, self._begin_validation, self._global_weights.end_validation)
+        host.enter_while_checkpointing(trainer, self._checkpointing)  # hooks `on_save_checkpoint` see them, too
+        place_callbacks(self, host.callbacks_of(trainer))
+        self._is_set_up = True
 
     def _make_rounds(self, trainer: pl.Trainer) -> ProcessRounds:
         if lazy := [name for name, p in trainer.lightning_module.named_parameters() if is_lazy(p)]:
@@ -290,7 +416,7 @@ class LocalSGD(DDPStrategy):
                 f"Lazy parameters have no shape yet: {', '.join(lazy)}. Run a batch through the module in "
                 "configure_model, so that all workers begin with the same weights."
             )
-        refuse_averaging(trainer, self.num_workers, self._workers.number)
+        refuse_callbacks(trainer, self.num_workers, self._workers.number)
         make = partial(
             Rounds,
             local_steps=self._schedule,
@@ -309,6 +435,8 @@ class LocalSGD(DDPStrategy):
         self._resume.start(trainer)
         if not self._resume.goes_on:
             rounds.step_idx = _steps_so_far(trainer)
+        if not (self._resume.goes_on and self._modes.exist):  # which may have been saved in the mode for evaluation
+            rounds.adopt_replaced(at_start=True)
         self.signals = Signals(trainer, self.broadcast(uuid.uuid4().hex))
         self._uneven = UnevenInputs(trainer, rounds, self.signals)
         rounds.total_steps = self._uneven.total_steps()
@@ -326,6 +454,7 @@ class LocalSGD(DDPStrategy):
     @override
     def teardown(self) -> None:
         self._resume.clear()
+        self._modes.detach()
         self._loaders.unwrap()
         self._loaders.forget()
         trainer = host.trainer_of(self.lightning_module)
@@ -357,6 +486,8 @@ class LocalSGD(DDPStrategy):
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         own = super().distributed_sampler_kwargs
+        if self._mesh is not None and self.is_sharded:
+            return self._mesh.sampler_kwargs()
         return self._workers.sampler_kwargs(own) if self._is_training else own
 
     @override
@@ -374,6 +505,11 @@ class LocalSGD(DDPStrategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
         self._resume.begin_batch(self._trainer)
+        if self._uneven is not None:
+            self._uneven.begin_batch()
+        if not self._modes.evaluating:
+            with explain_lost_worker(self.timeout):
+                self._present_rounds.adopt_replaced()
         self._workers.begin_batch(self._trainer, batch, batch_idx)
 
     @override
@@ -400,36 +536,77 @@ class LocalSGD(DDPStrategy):
         with explain_lost_worker(self.timeout):
             self._present_rounds.step()  # attempts count: all ranks make as many
 
-    def end_batch(self, batch_idx: int) -> None:
-        """Call the hook of a batch's end for virtual workers, and act on signals, after the hooks of all callbacks.
+    def call_batch_end_hooks(self, batch_idx: int) -> None:
+        """Call the module's hook of a batch's end for all workers of this process but the first.
 
         Args:
             batch_idx: Index of the batch in its epoch.
         """
+        self._workers.end_batch(self._trainer, batch_idx)
+
+    def end_batch(self) -> None:
+        """Act on signals, after the hooks of all callbacks."""
         assert self.signals is not None
         assert self._uneven is not None
-        self._workers.end_batch(self._trainer, batch_idx)
         self.signals.act(self._uneven.common_step())
 
     # -- global weights -------------------------------------------------------------------------------------------
 
-    def join(self, point: SyncPoint) -> None:
-        """Wait for the other workers, if they may be unequally far.
+    def join(self, point: SyncPoint, call: str = "") -> None:
+        """Come together with the other workers, or learn that they are elsewhere.
 
         Args:
             point: Point that this worker has come to.
+            call: Text that says what comes next, the same on all workers.
         """
-        if self._uneven is None:
+        if self._comm is None or not self._is_fitting or self._trainer.interrupted:
             return
-        if self._is_fitting and not self._trainer.interrupted:
-            with explain_lost_worker(self.timeout):
-                self._uneven.join(point)
+        moved = self._modes.evaluating and self._uneven is not None and self._uneven.may_sync(point)
+        with explain_lost_worker(self.timeout, f"the {point.value}"):
+            try:
+                with self._modes.in_training() if moved else nullcontext():
+                    self._join(point, call)
+            except DisagreementError as error:
+                raise DisagreementError(f"{error} Here it is: {call}." if call else str(error)) from None
 
-    def swap_in_global_weights(self) -> None:
-        """Show the global weights to whoever evaluates or saves, until `on_validation_end`."""
-        if self.rounds is not None and self._is_fitting:
+    def _join(self, point: SyncPoint, call: str) -> None:
+        assert self._comm is not None
+        if self._uneven is not None:
+            self._uneven.join(point, call)
+        elif self._is_set_up and self.world_size > 1:  # before the first batch all are together
+            validates = point is SyncPoint.COLLECTIVE and self._trainer.sanity_checking
+            place = SyncPoint.COLLECTIVE_IN_VALIDATION if validates else point
+            self._present_rounds.check(place, call=digest(call))
+        elif not self._is_set_up:  # there are no rounds yet
+            self._comm.agree(self.root_device, {CALL: digest(call)})
+
+    def _begin_validation(self) -> None:
+        self.join(SyncPoint.VALIDATION)
+        sync_weight_averages(self._trainer, self.rounds, self.timeout, self.join)
+        self._global_weights.begin_validation()
+
+    def abandon_validation(self) -> None:
+        """Give the module this worker's own weights back after an exception."""
+        self._global_weights.abandon()
+
+    def average_modes(self) -> None:
+        """Let all workers end with the same weights in both modes of an optimizer that has modes."""
+        if self._modes.exist and not self._trainer.interrupted:
             with explain_lost_worker(self.timeout):
-                self.rounds.swap_in("anchor" if self._trainer.interrupted else self._eval_weights)
+                self._present_rounds.average_workers()
+
+    def adopt_weights(self) -> None:
+        """Take the weights in the module as the global ones; all workers must call it, with the same weights.
+
+        It is called for you at the start of a fit and before the first step of each round, where a change is noticed.
+        Call it yourself after you replaced weights at any other time of a fit: see `Rounds.adopt`.
+
+        Raises:
+            DisagreementError: The workers' weights differ, or some worker does not call it.
+        """
+        if self.rounds is not None:
+            with explain_lost_worker(self.timeout):
+                self.rounds.adopt()
 
     @override
     def on_validation_start(self) -> None:
@@ -437,38 +614,44 @@ class LocalSGD(DDPStrategy):
         if self._is_fitting:
             self._workers.zero_gradients(self._trainer)
 
-    @override
-    def on_validation_end(self) -> None:
-        if self.rounds is not None:
-            self.rounds.swap_out()
-        super().on_validation_end()
-
     @contextmanager
     def global_weights(self) -> Iterator[None]:
         """Show the global weights in the module for a while, for an export in a hook for example.
 
-        With `eval_weights="mean"` all workers must enter it, since their mean is computed. Outside of a fit, and where
-        the global weights are shown already, nothing happens.
+        With `eval_weights="mean"`, and in an optimizer's mode for evaluation, all workers must enter it, since their
+        mean is computed. Outside of a fit, and where the global weights are shown already, nothing happens.
 
         Example:
             >>> strategy = LocalSGD(local_steps=16)
             >>> with strategy.global_weights():
             ...     pass  # torch.save(module.state_dict(), "export.pt")
         """
-        if self.rounds is None or self.rounds.sync.swap.active:
+        with self._global_weights.shown():
             yield
-            return
-        self.join(SyncPoint.CHECKPOINT)
-        self.swap_in_global_weights()
-        try:
+
+    @contextmanager
+    def _checkpointing(self, weights_only: bool) -> Iterator[None]:
+        """Show the global weights while a checkpoint is put together, to hooks `on_save_checkpoint`, too."""
+        self.join(SyncPoint.CHECKPOINT, f"weights_only={weights_only}")
+        with self.global_weights():
             yield
-        finally:
-            self.rounds.swap_out()
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         with self.global_weights():
+            if self.is_sharded:
+                if self._trainer.interrupted:
+                    raise CheckpointError(NOT_AFTER_EXCEPTION)
+                return full_state_dict(self._trainer.lightning_module)
             return super().lightning_module_state_dict()
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        if self.is_sharded:
+            host.materialize(self._trainer.lightning_module, self.root_device)
+            load_full_state_dict(self._trainer.lightning_module, checkpoint["state_dict"], strict=strict)
+        else:
+            super().load_model_state_dict(checkpoint, strict=strict)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -514,6 +697,8 @@ class LocalSGD(DDPStrategy):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        checkpoint = dict(checkpoint)
+        self._resume.prepare(self._trainer, self._present_rounds, checkpoint)
         super().load_optimizer_state_dict(checkpoint)
         self._resume.restore(self._trainer, self._present_rounds, checkpoint)
 

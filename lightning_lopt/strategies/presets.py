@@ -26,7 +26,7 @@ class SlowMo(LocalSGD):
         local_steps: H >= 1, or a schedule.
         outer_lr: Step size α > 0; 1 is usual.
         momentum: Decay β in [0, 1); the authors suggest .2 for 4 workers, .5 for 8, .6 for 16.
-        **kwargs: Arguments of `LocalSGD`.
+        **kwargs: Arguments of `LocalSGD`, `sync_rules` among them.
 
     Raises:
         ValueError: α or β is out of its range.
@@ -66,7 +66,7 @@ class DiLoCo(LocalSGD):
         local_steps: H >= 1, or a schedule; the paper has 500.
         outer_lr: Step size η > 0; the paper has 0.7.
         momentum: Decay μ in [0, 1); the paper has 0.9, and 0 is plain SGD.
-        **kwargs: Arguments of `LocalSGD`.
+        **kwargs: Arguments of `LocalSGD`, `sync_rules` among them.
 
     Raises:
         ValueError: η or μ is out of its range.
@@ -112,7 +112,7 @@ class LOSCAR(LocalSGD):
         local_steps: H >= 1, all local steps of a round, or a schedule; a round of at most Q steps overlaps all but one.
         overlap_steps: Number of steps Q >= 0 in flight, less than H; best as many as the transfer takes.
         density: Share of the coordinates, in (0, 1]; 0.1 is a start.
-        **kwargs: Arguments of `LocalSGD`.
+        **kwargs: Arguments of `LocalSGD`, `sync_rules` among them.
 
     Raises:
         ValueError: The overlap has no room, or the outer optimizer needs whole tensors.
@@ -148,13 +148,14 @@ class LearnedLocalSGD(LocalSGD):
 
     There is nothing to tune: the bundled weights are the default. For each coordinate the network weighs three forms of
     a Nesterov step s, plain, orthogonalised and whitened (`AdaMLP.base_step`), and gates and corrects their mean:
-    :math:`\mathrm{step} = e^m (w_1 s + w_2 O(s) + w_3 W(s)) + d\,\mathrm{rms}(s)`. A step that is not finite, or more
-    than 100 times the averaged one, is replaced by averaging, with a warning.
+    :math:`\mathrm{step} = e^m (w_1 s + w_2 O(s) + w_3 W(s)) + d\,\mathrm{rms}(s)`, and 0 where s is 0: what has had no
+    gradient on any worker does not move. A step that is not finite, or more than 100 times the averaged one, is
+    replaced by averaging, with a warning.
 
     Args:
         local_steps: H >= 1, or a schedule.
         network: An `AdaMLP`, a path to a weights file, the name of bundled weights, or None for the default ones.
-        **kwargs: Arguments of `LocalSGD`, without `outer_optimizer`.
+        **kwargs: Arguments of `LocalSGD`, `sync_rules` among them, without `outer_optimizer`.
 
     Raises:
         FileNotFoundError: There is neither a file nor a bundled network of this name.

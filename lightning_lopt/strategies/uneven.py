@@ -1,4 +1,4 @@
-"""Uneven inputs: workers with unequal numbers of batches or unequal speeds, and where they wait for one another."""
+"""The places of a fit to which workers come together, with equal numbers of batches and speeds or not."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_lopt.comm import digest
 from lightning_lopt.strategies import host
 from lightning_lopt.strategies.signals import Signals
 from lightning_lopt.strategies.virtual import ProcessRounds
@@ -20,9 +21,9 @@ from lightning_lopt.sync.status import SyncPoint
 class UnevenInputs:
     """The places of one fit at which workers wait for one another; creating this is collective.
 
-    Workers whose loaders have the same known number of batches are at every place together, and need not wait. Those
-    with unequal speeds or numbers of batches do, and so do those with an `IterableDataset`, whose length is unknown.
-    Workers in one process are never apart.
+    Workers whose loaders have the same known number of batches are to be at every place together; a message of fixed
+    length makes sure of it before anything else is sent. Those with unequal speeds or numbers of batches wait for one
+    another, and so do those with an `IterableDataset`, whose length is unknown. Workers in one process are never apart.
 
     Args:
         trainer: Trainer whose loaders are set up.
@@ -41,6 +42,8 @@ class UnevenInputs:
         self._trainer, self._rounds, self._signals = trainer, rounds, signals
         self._device = trainer.strategy.root_device
         self.unequal = self._needed = False
+        self._together = True  # since the last place at which all have waited
+        self._several_processes = trainer.world_size > 1
         if trainer.world_size == 1:
             return
         batches = _num_batches(trainer)
@@ -80,31 +83,75 @@ class UnevenInputs:
             total = trainer.max_steps
         return None if total in (-1, float("inf")) else int(total)
 
-    def join(self, point: SyncPoint) -> None:
-        """Wait for all workers, if they may be unequally far; at the end of training, sync what is not synced.
+    def may_sync(self, point: SyncPoint) -> bool:
+        """Whether a sync can happen while this worker waits at a point."""
+        at_end = point in (SyncPoint.VALIDATION, SyncPoint.EPOCH_END)
+        return point == SyncPoint.TRAINING_END or (self._needed and at_end)
+
+    def begin_batch(self) -> None:
+        """Note that this worker may now be ahead of others."""
+        self._together = False
+
+    def join(self, point: SyncPoint, call: str = "") -> None:
+        """Wait for all workers at a place to which all of them must come.
+
+        At the end of training, sync what is not synced.
 
         Args:
-            point: Point that this worker has come to.
+            point: Point that this worker has come to; `SyncPoint.COLLECTIVE` for one that Lightning or the user calls.
+            call: Text that says what comes next, the same on all workers.
 
         Raises:
             DisagreementError: Another worker waits at a place where this one will not come.
         """
-        if not self._needed:
-            if point == SyncPoint.TRAINING_END:
+        if point is SyncPoint.COLLECTIVE:
+            self._join_collective(call)
+        elif not self._needed:
+            self._check(point, call)
+            if point is SyncPoint.TRAINING_END:
                 self._rounds.finish_round()
-        elif point == SyncPoint.CHECKPOINT:
-            self._rounds.sync.check(point)
-        elif point == SyncPoint.COLLECTIVE_WITHIN_BATCH:
-            together_in_flight = self._rounds.sync.in_flight and not self.unequal  # the sync is to stay in flight
-            if host.is_within_batch(self._trainer) and not together_in_flight:
-                self._rounds.sync.check(point)
-        elif point == SyncPoint.VALIDATION and not self.unequal and not host.is_out_of_data(self._trainer):
-            self._rounds.sync.check(SyncPoint.VALIDATION_WITHIN_EPOCH)
+        elif point is SyncPoint.CHECKPOINT:
+            self._check(point, call)
+        elif point is SyncPoint.VALIDATION and not self.unequal and not host.is_out_of_data(self._trainer):
+            self._check(SyncPoint.VALIDATION_WITHIN_EPOCH)
+            self._together = True
         else:
-            self._signals.pause()
-            self._rounds.join(point, last=self._is_last(point))
-            if point == SyncPoint.EPOCH_END and self._rounds.comm.agree(self._device, {}, [self._signals.noted])[0]:
+            self._wait(point)
+
+    def _wait(self, point: SyncPoint) -> None:
+        """Answer the syncs of the others until they are here, too."""
+        self._signals.pause()
+        self._rounds.join(point, last=self._is_last(point), stops=self._trainer.should_stop)
+        self._together = True
+        if point is SyncPoint.EPOCH_END:
+            own = [self._signals.noted, self._trainer.should_stop]
+            noted, stops = self._rounds.comm.agree(self._device, {}, own)
+            self._trainer.should_stop = bool(stops)
+            if noted:
                 self._signals.run_noted_actions()
+
+    def _join_collective(self, call: str) -> None:
+        """Make sure that all workers call the same collective."""
+        within_batch = host.is_within_batch(self._trainer)
+        if self._trainer.validating:
+            if self._needed and not self._together:  # Lightning asks for the loaders before any hook
+                self.join(SyncPoint.VALIDATION)
+            self._check(SyncPoint.COLLECTIVE_IN_VALIDATION, call)
+        elif not within_batch:
+            self._check(SyncPoint.COLLECTIVE, call)
+        elif self.unequal or not self._rounds.sync.in_flight:  # else the sync is to stay in flight
+            self._check(SyncPoint.COLLECTIVE_WITHIN_BATCH, call)
+
+    def _check(self, point: SyncPoint, call: str = "") -> None:
+        """Make sure that all workers are here, in a message of the same length at every point."""
+        if self._several_processes:
+            self._rounds.check(
+                point,
+                batches=None if self._needed else host.batches_begun(self._trainer, in_run=True),
+                call=digest(call),
+                stops=self._trainer.should_stop,
+                uneven=self._needed,
+            )
 
     def common_step(self) -> int | None:
         """Return a number of this step that all workers come to, None where some may not."""

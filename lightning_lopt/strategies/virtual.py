@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from lightning_lopt.rounds import Rounds
 from lightning_lopt.strategies import host
 from lightning_lopt.sync.replica import OptimizerLike
 from lightning_lopt.sync.report import RoundReport
+from lightning_lopt.sync.rules import Rule
 from lightning_lopt.sync.status import SyncPoint
 from lightning_lopt.sync.sync import EvalWeights, Sync
 from lightning_lopt.virtual.rounds import VirtualRounds
@@ -61,10 +62,24 @@ class ProcessRounds(Protocol):
     def speeds(self) -> WorkerSpeeds: ...
 
     def step(self) -> bool: ...
-    def join(self, point: SyncPoint = ..., *, last: bool = ...) -> None: ...
+    def check(
+        self,
+        point: SyncPoint,
+        *,
+        batches: int | None = ...,
+        call: int | None = ...,
+        stops: bool = ...,
+        uneven: bool = ...,
+    ) -> None: ...
+    def join(self, point: SyncPoint = ..., *, last: bool = ..., stops: bool = ...) -> None: ...
     def finish_round(self) -> None: ...
-    def swap_in(self, weights: EvalWeights) -> None: ...
+    def swap_in(self, weights: EvalWeights, *, moved: bool = ...) -> None: ...
     def swap_out(self) -> None: ...
+    def undo_rounding(self) -> None: ...
+    def average_workers(self) -> None: ...
+    def rules(self) -> dict[str, Rule]: ...
+    def adopt(self) -> None: ...
+    def adopt_replaced(self, *, at_start: bool = ...) -> bool: ...
     def abandon_round(self) -> None: ...
     def state_dict(self, *, alone: bool = ...) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -141,6 +156,10 @@ class ProcessWorkers:
 
     def end_batch(self, trainer: pl.Trainer, batch_idx: int) -> None:
         """Call `on_train_batch_end` of the module for all workers but the first, for whom Lightning calls it."""
+
+    def turns(self) -> Iterator[int]:
+        """Give every worker of this process a turn in the module; within a worker's turn, that one alone."""
+        yield 0
 
     def zero_gradients(self, trainer: pl.Trainer) -> None:
         """Delete the other workers' gradients before a validation, where Lightning deletes the first worker's."""
@@ -301,6 +320,11 @@ class VirtualWorkers(ProcessWorkers):
         self._batches, self._outputs = [], {}
 
     @override
+    def turns(self) -> Iterator[int]:
+        active = self._shared_module.active
+        yield from [active] if active else self._shared_module.turns()
+
+    @override
     def zero_gradients(self, trainer: pl.Trainer) -> None:
         if trainer.lightning_module.automatic_optimization:  # there is one gradient for all
             return
@@ -348,6 +372,7 @@ class VirtualWorkers(ProcessWorkers):
                 precision.load_state_dict(saved[plugin])
             if parts:
                 self._rounds.workers[rank].load_local_state(parts[rank]["local"])
+                self._shared_module.show()
 
     @override
     def load_gradients(self, parts: Sequence[Mapping[str, Any]]) -> None:

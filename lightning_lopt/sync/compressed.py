@@ -1,7 +1,8 @@
-"""The mean over the workers of compressed values."""
+"""The mean over the workers of compressed values, by either kind of codec."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -11,11 +12,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_lopt.comm import Communicator
-from lightning_lopt.compression import Codec
+from lightning_lopt.compression import Codec, LinearCodec
+from lightning_lopt.functional.balance import even_bounds
+from lightning_lopt.sync.flat import FlatBuffer
 
 
 class CompressedMean(NamedTuple):
-    """The result of `compressed_mean`.
+    """The result of `compressed_mean` or `linear_mean`.
 
     Attributes:
         mean: Mean over the workers, [n].
@@ -29,6 +32,70 @@ class CompressedMean(NamedTuple):
     residual: Tensor
     worker_values: Tensor | None
     spread: Tensor
+
+
+def average_compressed(
+    comm: Communicator,
+    flat_buffer: FlatBuffer,
+    codec: Codec | LinearCodec,
+    *,
+    gather: bool = False,
+    scale: float = 1.0,
+) -> None:
+    """Replace a buffer's payload by its compressed mean over the workers, and keep what was lost in `residual`.
+
+    Args:
+        comm: Collectives among the workers.
+        flat_buffer: Buffer to send, without its extras.
+        codec: Compression of the payload.
+        gather: Whether every worker's payload is wanted, which a `LinearCodec` cannot tell.
+        scale: Factor by which the caller scales the mean.
+    """
+    if isinstance(codec, LinearCodec):
+        assert not gather  # check_combination has refused it
+        shapes, states = [s.shape for s in flat_buffer.slices], [s.parameter.codec_state for s in flat_buffer.slices]
+        result, flat_buffer.codec_states = linear_mean(comm, flat_buffer.payload, shapes, states, codec, scale=scale)
+    else:
+        result = compressed_mean(comm, flat_buffer.payload, flat_buffer.sizes, codec, gather=gather, scale=scale)
+    flat_buffer.payload.copy_(result.mean)
+    flat_buffer.residual, flat_buffer.worker_payloads = result.residual, result.worker_values
+    flat_buffer.squared_norm.copy_(result.spread)
+
+
+def linear_mean(
+    comm: Communicator,
+    values: Tensor,
+    shapes: Sequence[Sequence[int]],
+    states: Sequence[Tensor | None],
+    codec: LinearCodec,
+    *,
+    scale: float = 1.0,
+) -> tuple[CompressedMean, Sequence[Tensor | None]]:
+    """Average values over the workers by a `LinearCodec`, and return the error and the codec's new states, too.
+
+    The mean of `values` is the mean that is returned plus the mean of the residuals. Workers that are left out pass
+    zeros, and have no residual.
+
+    Args:
+        comm: Collectives among the workers.
+        values: Values of this worker, [n].
+        shapes: Shapes of the tensors that `values` are made of.
+        states: State of each tensor.
+        codec: Compression of the values.
+        scale: Factor by which the caller scales the mean.
+
+    Example:
+        >>> from lightning_lopt.compression import PowerSGD
+        >>> result, states = linear_mean(Communicator(), torch.ones(12), [(3, 4)], [None], PowerSGD(1))
+        >>> round(result.mean.sum().item(), 3), states[0].shape
+        (12.0, torch.Size([4, 1]))
+    """
+    parts = values.split([math.prod(shape) for shape in shapes])
+    tensors = [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
+    reduced = codec.reduce(tensors, states, comm.means)
+    mean, sent = (torch.cat([t.flatten() for t in ts]) for ts in (reduced.means, reduced.sent))
+    spread = _squares(sent) - scale * _squares(mean)
+    return CompressedMean(mean, torch.sub(values, sent, out=sent), None, spread), reduced.states
 
 
 def compressed_mean(
@@ -77,7 +144,7 @@ def compressed_mean(
                 mean += codec.decode(code, sizes)
             mean.div_(num_workers)
         return CompressedMean(mean, values - sent, workers, _squares(sent) - scale * _squares(mean))
-    bounds = [len(values) * k // num_workers for k in range(num_workers + 1)]
+    bounds = even_bounds(len(values), num_workers)
     pieces = _cut(sizes, bounds)
     parts = values.split([high - low for low, high in pairwise(bounds)])
     codes = _stack([_encode(codec, part, s) for part, s in zip(parts, pieces, strict=True)])

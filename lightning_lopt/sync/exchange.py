@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from lightning_lopt.comm import CommonInteger, Communicator
-from lightning_lopt.compression import Codec
+from lightning_lopt.compression import Codec, LinearCodec
 from lightning_lopt.functional.outliers import OutlierFilter
-from lightning_lopt.sync.anchors import flat_dtype
+from lightning_lopt.functional.precision import state_dtype
 from lightning_lopt.sync.background import Background
-from lightning_lopt.sync.buffers import BufferSnapshot, maxima
-from lightning_lopt.sync.compressed import compressed_mean
+from lightning_lopt.sync.compressed import average_compressed
 from lightning_lopt.sync.flat import FlatBuffer, ParameterSlice, pack
+from lightning_lopt.sync.rules import as_real, combine
 from lightning_lopt.sync.sharding import Shards
-from lightning_lopt.sync.status import GroupStatus, LocalSettings, WorkerStatus, gather_status
+from lightning_lopt.sync.status import UNSTEPPED, GroupStatus, LocalSettings, WorkerStatus, gather_status
+from lightning_lopt.sync.unstepped import Snapshot
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,13 @@ class Transport:
         gather: Whether every worker's payload is wanted, not only the mean.
     """
 
-    codec: Codec | None = None
+    codec: Codec | LinearCodec | None = None
     shards: Shards | None = None
     gather: bool = False
 
 
 class Exchange:
-    """One status message and one exchange of parameters and buffers among all workers.
+    """One status message and one exchange of parameters and other tensors among all workers.
 
     The status tells all workers where each of them is, before anything else is sent. If all wait at the same point,
     nothing else is. Workers whose pseudo-gradients it shows to be outliers send zeros, and a mean is that of the
@@ -52,7 +53,7 @@ class Exchange:
         comm: Collectives among the workers.
         device: Device on which the process group communicates.
         slices: Slices of the parameters to send.
-        buffers: This worker's buffers.
+        unstepped: This worker's tensors that no optimizer steps.
         optimizer_states: Floating-point states of the local optimizer to average.
         status: Status of this worker; the norm is filled in.
         equal: Values of some of the `COMMON` integers of `sync/status.py`, which must be the same on all workers.
@@ -67,11 +68,11 @@ class Exchange:
         round_idx: Index of the round that ends.
         everything: Whether the weights shall be the same on all workers afterwards.
         flat_buffers: The flat buffers by type; after the exchange they hold means.
-        buffers: This worker's buffers at the launch.
+        unstepped: This worker's tensors that no optimizer steps, at the launch.
         launched: A copy of y for each slice; None if nothing changes between launch and arrival.
         optimizer_states: States of the local optimizer to average.
         mean_states: Their means.
-        arrived_buffers: Global values of the buffers that some worker changed, by position.
+        arrived: Global values of those that some worker changed, by name.
         status: Status of all workers.
         left_out: Workers that are in no mean.
         bytes_sent: Bytes that this worker sent.
@@ -85,7 +86,7 @@ class Exchange:
         comm: Communicator,
         device: torch.device,
         slices: Sequence[ParameterSlice],
-        buffers: BufferSnapshot,
+        unstepped: Snapshot,
         optimizer_states: Sequence[Tensor] = (),
         status: WorkerStatus,
         equal: Mapping[CommonInteger, int | None],
@@ -100,14 +101,14 @@ class Exchange:
         self._own_status, self._equal, self._settings = status, equal, settings or LocalSettings()
         self._differences, self._transport = differences, transport or Transport()
         self._outlier_filter = outlier_filter or OutlierFilter()
-        self._changed = buffers.changed
         self.round_idx, self.everything = round_idx, everything
-        self.buffers = buffers.values
+        self.unstepped = unstepped
         self.optimizer_states = list(optimizer_states)
         self.mean_states: list[Tensor] = []
-        self.flat_buffers = pack(slices, [*buffers.values, *optimizer_states])
+        averaged = [as_real(item.value) for item in unstepped.items.values() if item.averaged]
+        self.flat_buffers = pack(slices, [*averaged, *optimizer_states])
         self.launched: list[Tensor] | None = None
-        self.arrived_buffers: dict[int, Tensor] = {}
+        self.arrived: dict[str, Tensor] = {}
         self.status = GroupStatus()
         self.left_out: list[int] = []
         self.bytes_sent = 0
@@ -155,7 +156,11 @@ class Exchange:
             squared_norm: Squared norm of the averaged pseudo-gradient.
         """
         compressed = any(flat_buffer.residual is not None for flat_buffer in self.flat_buffers.values())
-        return max(self.squared_norm() - (0.0 if compressed else squared_norm), 0.0)
+        return max(self._inside_total(self.squared_norm()) - (0.0 if compressed else squared_norm), 0.0)
+
+    def _inside_total(self, value: float) -> float:
+        """Sum over the parts that the ranks of this worker hold."""
+        return float(self._comm.inside_total(torch.tensor(value, dtype=torch.float64, device=self._device)))
 
     def launch(self, *, background: bool) -> None:
         """Pack the parameters as they are now, and send them.
@@ -186,19 +191,22 @@ class Exchange:
 
     def _run(self) -> None:
         start, bytes_before = time.perf_counter(), self._comm.bytes_sent
-        own = replace(self._own_status, norm=math.sqrt(self.squared_norm()))
-        self.status = gather_status(self._comm, self._device, self._equal, own, self._changed, self._settings)
+        own = replace(self._own_status, norm=math.sqrt(self._inside_total(self.squared_norm())))
+        equal = {**self._equal, UNSTEPPED: self.unstepped.described}
+        self.status = gather_status(
+            self._comm, self._device, equal, own, [*self.unstepped.changed.values()], self._settings
+        )
         self.left_out = self._outlier_filter.outliers(self.status.norms)
         if not self.status.all_wait and not self.skipped:
-            self._send_all(self.status.changed_buffers)
+            self._send_all()
         self.bytes_sent = self._comm.bytes_sent - bytes_before
         self.transfer_seconds = time.perf_counter() - start
 
-    def _send_all(self, changed: Sequence[int]) -> None:
-        """Replace the flat buffers, the changed buffers and the states by their means over the workers."""
-        for i in (i for i in changed if self.buffers[i].is_floating_point()):
-            (self.arrived_buffers[i],) = self._append(self.buffers[i])
-        self.mean_states = [view for state in self.optimizer_states for view in self._append(state)]
+    def _send_all(self) -> None:
+        """Replace the flat buffers and the states by their means over the workers; combine the unstepped tensors."""
+        sent = self.unstepped.sent(self.status.changed)
+        averaged = {name: self._append(as_real(item.value)) for name, item in sent.items() if item.averaged}
+        self.mean_states = [self._append(state) for state in self.optimizer_states]
         for flat_buffer in self.flat_buffers.values():
             if len(flat_buffer.flat) > 1:
                 if self._comm.rank in self.left_out:
@@ -206,23 +214,30 @@ class Exchange:
                 self._send(flat_buffer)
                 if self.left_out:
                     self._leave_out(flat_buffer)
-        integers = [i for i in changed if not self.buffers[i].is_floating_point()]
-        values = maxima([self.buffers[i] for i in integers], self._comm)
-        self.arrived_buffers |= zip(integers, values, strict=True)
+        others = [name for name in sent if name not in averaged]
+        combined = combine([sent[name] for name in others], self._comm, self.left_out)
+        self._average_inside(list(averaged.values()))
+        self.arrived = {name: sent[name].settled(mean) for name, mean in averaged.items()}
+        self.arrived |= zip(others, combined, strict=True)
 
-    def _append(self, extra: Tensor) -> list[Tensor]:
-        return self.flat_buffers[flat_dtype(extra)].append([extra])
+    def _average_inside(self, means: Sequence[Tensor]) -> None:
+        """Average over the ranks of this worker, which have each seen other data; nothing else keeps them equal."""
+        if self._comm.inside_size > 1 and means:
+            flat = torch.cat([mean.flatten().double() for mean in means])
+            flat = self._comm.inside_total(flat) / self._comm.inside_size
+            for mean, value in zip(means, flat.split([m.numel() for m in means]), strict=True):
+                mean.copy_(value.view_as(mean))
+
+    def _append(self, extra: Tensor) -> Tensor:
+        (view,) = self.flat_buffers[state_dtype(extra)].append([extra])
+        return view
 
     def _send(self, flat_buffer: FlatBuffer) -> None:
         """Replace a flat buffer by its mean over the workers."""
         comm, transport, payload = self._comm, self._transport, flat_buffer.payload
         extras = flat_buffer.flat[len(payload) :]
         if transport.codec is not None and len(payload):
-            mean, flat_buffer.residual, flat_buffer.worker_payloads, spread = compressed_mean(
-                comm, payload, flat_buffer.sizes, transport.codec, gather=transport.gather, scale=self._scale
-            )
-            payload.copy_(mean)
-            flat_buffer.squared_norm.copy_(spread)
+            average_compressed(comm, flat_buffer, transport.codec, gather=transport.gather, scale=self._scale)
             comm.mean_(extras)
         elif transport.shards is not None:
             transport.shards.reduce_scatter(flat_buffer, gather=transport.gather)
@@ -241,14 +256,16 @@ class Exchange:
         if flat_buffer.worker_payloads is not None:
             flat_buffer.worker_payloads[self.left_out] = flat_buffer.worker_payloads[kept].mean(0)
 
-    def keep_residuals(self) -> None:
-        """Keep the values of each slice that compression lost; none where the slice was sent as it is."""
+    def keep_compression_state(self) -> None:
+        """Keep the values of each slice that compression lost, none if it was sent as it is, and the codec's states."""
         for flat_buffer in self.flat_buffers.values():
             lost = flat_buffer.residual
             lost = torch.zeros_like(flat_buffer.payload) if lost is None else lost
             for s, values in zip(flat_buffer.slices, flat_buffer.split(lost), strict=True):
                 assert s.parameter.residual is not None
                 s.write(s.parameter.residual, values)
+            for s, codec_state in zip(flat_buffer.slices, flat_buffer.codec_states or (), strict=False):
+                s.parameter.codec_state = codec_state
 
     # -- checkpoints of an exchange in flight ---------------------------------------------------------------------
 
@@ -259,7 +276,7 @@ class Exchange:
             "round_idx": self.round_idx,
             "local_steps": self.local_steps,
             "flat_buffers": None if self._transport.shards else self._flat_states(),
-            "arrived_buffers": {i: value.clone() for i, value in self.arrived_buffers.items()},
+            "arrived": {name: value.clone() for name, value in self.arrived.items()},
             "status": self.status.state_dict(),
             "left_out": self.left_out,
         }
@@ -268,8 +285,7 @@ class Exchange:
         """Restore the result of `state_dict`, in an exchange of the same slices."""
         self._load_flat_states(state["flat_buffers"])
         self.status, self.left_out = GroupStatus.from_state_dict(state["status"]), state["left_out"]
-        arrived = state["arrived_buffers"].items()
-        self.arrived_buffers = {i: value.to(self.buffers[i].device) for i, value in arrived}
+        self.arrived = {name: value.to(self._device) for name, value in state["arrived"].items()}
 
     def local_state(self) -> dict[str, Any]:
         """Everything that differs between the workers; waits for it."""
@@ -277,7 +293,7 @@ class Exchange:
         return {
             "flat_buffers": self._flat_states() if self._transport.shards else None,
             "launched": self.launched,
-            "buffers": self.buffers,
+            "unstepped": {name: item.value for name, item in self.unstepped.items.items()},
             "residuals": [flat_buffer.residual for flat_buffer in self.flat_buffers.values()],
         }
 
@@ -286,7 +302,7 @@ class Exchange:
         self._load_flat_states(state["flat_buffers"])
         launched = zip(state["launched"], self.slices, strict=True)
         self.launched = [y.to(s.parameter.param.device) for y, s in launched]
-        self.buffers = [b.to(like.device) for b, like in zip(state["buffers"], self.buffers, strict=True)]
+        self.unstepped = self.unstepped.with_values(state["unstepped"], self._device)
         for flat_buffer, residual in zip(self.flat_buffers.values(), state["residuals"], strict=True):
             flat_buffer.residual = None if residual is None else residual.to(flat_buffer.payload.device)
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lopt.sync.anchors import AnchoredParameter, flat_dtype
+from lightning_lopt.functional.precision import state_dtype
+from lightning_lopt.sync.anchors import AnchoredParameter
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class FlatBuffer:
         owned: The slices that this worker steps; their parts of the payload hold means after the exchange.
         worker_payloads: Every worker's payload [K, n] of the owned slices, if the exchange gathered them.
         residual: Values of this worker's payload that compression lost, [n], if it was compressed.
+        codec_states: States of the parameters for the next exchange, if a `LinearCodec` compressed it.
     """
 
     def __init__(self, slices: Sequence[ParameterSlice], room: int, like: Tensor) -> None:
@@ -98,6 +100,7 @@ class FlatBuffer:
         self.owned = slice(None)
         self.worker_payloads: Tensor | None = None
         self.residual: Tensor | None = None
+        self.codec_states: Sequence[Tensor | None] | None = None
 
     def split(self, flat: Tensor, which: slice = slice(None)) -> list[Tensor]:
         """Cut the last dimension of `flat` into the parts of some slices, [..., n] -> [..., *S] each."""
@@ -148,6 +151,7 @@ class FlatBuffer:
             "payload": self.payload.clone(),
             "squared_norm": self.squared_norm.clone(),
             "worker_payloads": self.worker_payloads,
+            "codec_states": None if self.codec_states is None else [*self.codec_states],
             "differences": self.differences,
             "owned": [self.owned.start, self.owned.stop],
         }
@@ -158,6 +162,10 @@ class FlatBuffer:
         self.squared_norm.copy_(state["squared_norm"])
         self.differences, self.worker_payloads = state["differences"], state["worker_payloads"]
         self.owned = slice(*state["owned"])
+        codec_states = state.get("codec_states")
+        if codec_states is not None:
+            codec_states = [None if s is None else s.to(self.payload.device) for s in codec_states]
+        self.codec_states = codec_states
 
 
 def choose(parameters: Sequence[AnchoredParameter], choices: Sequence[bool | Tensor]) -> list[ParameterSlice]:
@@ -186,7 +194,7 @@ def pack(slices: Sequence[ParameterSlice], extras: Sequence[Tensor]) -> dict[tor
     flat_buffers = {}
     for dtype in (torch.float32, torch.float64):
         of_type = [s for s in slices if s.parameter.dtype == dtype]
-        extra = [e for e in extras if e.is_floating_point() and flat_dtype(e) == dtype]
+        extra = [e for e in extras if e.is_floating_point() and state_dtype(e) == dtype]
         if of_type or extra:
             like = of_type[0].parameter.anchor if of_type else extra[0]
             room = sum(e.numel() for e in extra)

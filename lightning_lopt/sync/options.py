@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from lightning_lopt.comm import digest
-from lightning_lopt.compression import Codec, as_codec
+from lightning_lopt.compression import Codec, LinearCodec, as_codec
 from lightning_lopt.functional.integers import as_integer
 from lightning_lopt.functional.merge import MergeRule
 from lightning_lopt.selection import Everything, RandomCoordinates, Selection
+from lightning_lopt.sync.rules import Rule, check_rules
 
 LocalState = Literal["keep", "reset", "average"]
 
@@ -20,26 +22,30 @@ class SyncOptions:
     """Options of a sync; by default everything is sent at once, as it is.
 
     The options combine with one another and with any outer optimizer, but for these: a `density` excludes outer
-    optimizers with statistics of whole tensors and a `local_state` other than `"keep"`; `sharded=True` excludes
-    `compression`; `local_state="average"` excludes `overlap_steps`.
+    optimizers with statistics of whole tensors and a `local_state` other than `"keep"`; `PowerSGD` excludes a `density`
+    and a network with K inputs; `sharded=True` excludes `compression`; `local_state="average"` excludes
+    `overlap_steps`.
 
     By default a sync sends 4r bytes per parameter, where r = 2(K-1)/K is the factor of a ring all-reduce among K
     workers, plus the buffers that changed. The table says what each option sends instead and the memory that it adds,
     both in bytes per parameter, and when it fails:
 
-    | option                   | sent                    | memory             | fails when                             |
-    |--------------------------|-------------------------|--------------------|----------------------------------------|
-    | `density=0.1`            | density × 4r            | 8 × density        | workers drift on what is seldom sent   |
-    | `selection=Fragments(4)` | 4r / 4, every H/4 steps |                    | a common model is needed between syncs |
-    | `compression="bf16"`     | 2r                      | 4                  |                                        |
-    | `compression="int8"`     | r                       | 4                  | huge coordinates coarsen others        |
-    | `compression=TopK(0.02)` | (K-1) × 0.02 × 6        | 4                  | K is large: all codes are gathered     |
-    | `overlap_steps=16`       |                         | 8 × what is sent ¹ | more than half of H is in flight       |
-    | `merge="overwrite"`      |                         |                    | many steps in flight, which are lost   |
-    | `local_state="average"`  | 4r more per momentum    |                    | the link is slow                       |
-    | `sharded=True`           | 4r                      | outer state / K    | a tensor exceeds 1/K of the model      |
+    | option                    | sent                  | memory             | fails when                             |
+    |---------------------------|-----------------------|--------------------|----------------------------------------|
+    | `density=0.1`             | density × 4r          | 8 × density        | workers drift on what is seldom sent   |
+    | `selection=Fragments(4)`  | 4r/4, every H/4 steps |                    | a common model is needed between syncs |
+    | `compression="bf16"`      | 2r                    | 4                  |                                        |
+    | `compression="int8"`      | r                     | 4                  | huge coordinates coarsen others        |
+    | `compression=TopK(0.02)`  | (K-1) × 0.02 × 6      | 4                  | K is large: all codes are gathered     |
+    | `compression=PowerSGD(4)` | 4r × 4 (n + m) / nm ¹ | 4 + 16/n ¹         | updates have a high rank               |
+    | `overlap_steps=16`        |                       | 8 × what is sent ² | more than half of H is in flight       |
+    | `merge="overwrite"`       |                       |                    | many steps in flight, which are lost   |
+    | `local_state="average"`   | 4r more per momentum  |                    | the link is slow                       |
+    | `sharded=True`            | 4r                    | outer state / K    | a tensor exceeds 1/K of the model      |
+    | `sync_rules={...}`        | nothing if `"local"`  |                    | a rule does not suit the tensor's use  |
 
-    ¹ While the sync is in flight; 12 × what is sent if it is compressed.
+    ¹ For matrices of n rows and m columns.
+    ² While the sync is in flight; 12 × what is sent if it is compressed.
 
     A network with K inputs (LAgg-A) needs every worker's pseudo-gradient. It gathers them, 4(K-1) bytes per parameter,
     2 or 1 times (K-1) if compressed; with `sharded=True` it sends the bytes of an all-reduce.
@@ -59,7 +65,8 @@ class SyncOptions:
     Args:
         density: Share of the coordinates that a sync sends, in (0, 1]; they are drawn anew in every round.
         selection: `Fragments(...)` or any `Selection`, in place of a density.
-        compression: `"bf16"`, `"int8"`, `TopK(...)` or any `Codec`, with error feedback; None for float32.
+        compression: `"bf16"`, `"int8"`, `TopK(...)`, `PowerSGD(...)`, or any `Codec` or `LinearCodec`, with error
+            feedback; None for float32.
         overlap_steps: Number Q of the H local steps that are taken while the sync is in flight, 0 <= Q < H.
         merge: Rule that makes a worker's new parameters from the anchor a, its y at the launch and z at the finish:
             `"delay_corrected"` a + (z - y), `"overwrite"` a, or a number α in [0, 1] for α z + (1 - α) a. Without
@@ -69,6 +76,10 @@ class SyncOptions:
         sharded: Whether each worker does the outer step of some of the tensors, holds the outer state of these alone,
             and sends the result to all. The traffic is that of an all-reduce, also where every worker's values are
             needed (LAgg-A).
+        sync_rules: Rules for tensors by glob pattern of their full names (`"*queue"`), in place of the defaults of
+            *State* in `LocalSGD`: `"mean"`, `"unit_mean"` (scaled to norm 1), `"max"`, `"min"`, `"sum_of_changes"`
+            (for counts), `"first"` (rank 0's) or `"local"` (each worker keeps its own); the first pattern that fits
+            holds. Parameters in training are `"mean"` or `"local"`.
 
     Raises:
         ValueError: An argument is out of its range, or two exclude each other.
@@ -80,11 +91,12 @@ class SyncOptions:
 
     density: float = 1.0
     selection: Selection | None = None
-    compression: str | Codec | None = None
+    compression: str | Codec | LinearCodec | None = None
     overlap_steps: int = 0
     merge: MergeRule = "delay_corrected"
     local_state: LocalState = "keep"
     sharded: bool = False
+    sync_rules: Mapping[str, Rule] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.selection, type) or not hasattr(self.effective_selection, "pick"):
@@ -120,7 +132,13 @@ class SyncOptions:
                 "sharded=True excludes compression: the owners of tensors send the results of their outer steps, and "
                 "an error in these would be in the anchor, where no error feedback reaches it."
             )
-        as_codec(self.compression)
+        if self.sends_means_alone and not self.effective_selection.whole_tensors:
+            raise ValueError(
+                f"compression={self.compression!r} needs whole tensors: random coordinates of a matrix are no matrix, "
+                "and others in each round. Use it without density, or with selection=Fragments(...); TopK(...) and "
+                "'int8' compress random coordinates, too."
+            )
+        check_rules(self.sync_rules)
 
     @property
     def fingerprint(self) -> int:
@@ -133,9 +151,14 @@ class SyncOptions:
         return self.selection or (Everything() if self.density == 1 else RandomCoordinates(self.density))
 
     @property
-    def codec(self) -> Codec | None:
+    def codec(self) -> Codec | LinearCodec | None:
         """The codec that `compression` stands for, None for none."""
         return as_codec(self.compression)
+
+    @property
+    def sends_means_alone(self) -> bool:
+        """Whether no worker's own values can be had from a sync, since a `LinearCodec` compresses it."""
+        return isinstance(self.codec, LinearCodec)
 
     @property
     def leaves_common_weights(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,8 +17,11 @@ from lightning_lopt.comm import Communicator
 from lightning_lopt.optim.outer import WORKER_GRADS, HasTotal, OuterFactory, read_contract
 from lightning_lopt.sync.anchors import AnchoredParameter
 from lightning_lopt.sync.flat import FlatBuffer, ParameterSlice, ReceivedSlice
+from lightning_lopt.sync.settings import changed, changes, describe, warn_of_changes
 from lightning_lopt.sync.sharding import Shards
 from lightning_lopt.sync.status import LocalSettings
+
+WRITTEN = ("params", "round_idx", "local_steps", "local_lr", "local_momentum")  # into groups, by every sync
 
 
 class StepResult(NamedTuple):
@@ -33,12 +37,37 @@ class StepResult(NamedTuple):
     fell_back: bool = False
 
 
-def average(flat_buffers: Iterable[FlatBuffer], shards: Shards | None) -> StepResult:
+class Total:
+    """Sums over all tensors of the model, of which a rank may have some, or parts.
+
+    Args:
+        comm: Collectives among the workers.
+        shards: Division of the tensors among the workers; None if every worker has them all.
+
+    Attributes:
+        divided: Whether this rank has less than everything.
+    """
+
+    def __init__(self, comm: Communicator, shards: Shards | None) -> None:
+        self._comm, self._shards = comm, shards
+        self.divided = shards is not None or comm.inside_size > 1
+
+    def __call__(self, sums: Tensor) -> Tensor:
+        if self._shards is not None:
+            sums = self._shards.total(sums)
+        return self._comm.inside_total(sums)
+
+    def of(self, *values: float) -> list[float]:
+        """Sum numbers that this rank has for its own tensors."""
+        return self(torch.tensor(values, dtype=torch.float64)).tolist() if self.divided else [*values]
+
+
+def average(flat_buffers: Iterable[FlatBuffer], total: Total) -> StepResult:
     """Make the means that arrived the anchors.
 
     Args:
         flat_buffers: Buffers after the exchange.
-        shards: Division of the tensors among the workers; None if every worker has them all.
+        total: Sum over all tensors of the model.
     """
     squared_norm = 0.0
     for flat_buffer in flat_buffers:
@@ -48,7 +77,8 @@ def average(flat_buffers: Iterable[FlatBuffer], shards: Shards | None) -> StepRe
                 difference = mean if flat_buffer.differences else anchor - mean
                 squared_norm += float(difference.square().sum())
             s.write(s.parameter.anchor, anchor - mean if flat_buffer.differences else mean)
-    return StepResult(_total(squared_norm, shards))
+    (squared_norm,) = total.of(squared_norm)
+    return StepResult(squared_norm)
 
 
 class OuterStep:
@@ -59,6 +89,7 @@ class OuterStep:
         groups: Parameters of each group of the local optimizer.
         comm: Collectives among the workers.
         shards: Division of the tensors among the workers; None if every worker steps them all.
+        total: Sum over all tensors of the model.
 
     Attributes:
         optimizer: The outer optimizer.
@@ -74,12 +105,14 @@ class OuterStep:
         groups: Sequence[Sequence[AnchoredParameter]],
         comm: Communicator,
         shards: Shards | None,
+        total: Total,
     ) -> None:
-        self._comm, self._groups, self._shards = comm, groups, shards
+        self._comm, self._groups, self._shards, self._total = comm, groups, shards, total
         self.optimizer = factory([{"params": [p.anchor for p in group]} for group in groups])
         self.contract = read_contract(self.optimizer)
-        if shards is not None and isinstance(self.optimizer, HasTotal):
-            self.optimizer.total = shards.total
+        self._given = [_settings(group) for group in self.optimizer.param_groups]  # by the script
+        if total.divided and isinstance(self.optimizer, HasTotal):
+            self.optimizer.total = total
         if self.contract.num_workers not in (None, comm.num_workers):
             raise ValueError(
                 f"This outer optimizer's network belongs to {self.contract.num_workers} workers, but there are "
@@ -90,6 +123,12 @@ class OuterStep:
     def add_group(self, group: Sequence[AnchoredParameter]) -> None:
         """Follow a new group of the local optimizer."""
         self.optimizer.add_param_group({"params": [p.anchor for p in group]})
+        self._given.append(_settings(self.optimizer.param_groups[-1]))
+
+    def forget(self, parameters: Iterable[AnchoredParameter]) -> None:
+        """Drop the optimizer's state of these parameters."""
+        for p in parameters:
+            self.optimizer.state.pop(p.anchor, None)
 
     def state_dict(self, *, alone: bool) -> dict[str, Any]:
         """State of the optimizer, that of the other workers' shards included on rank 0.
@@ -101,14 +140,32 @@ class OuterStep:
         if self._shards is not None and not alone:
             for other in self._comm.gather_objects(state["state"]) or ():
                 state["state"].update(other)
-        return state
+        return {**state, "given": self._described()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the result of `state_dict`, as far as it belongs to tensors that this worker steps."""
-        self.optimizer.load_state_dict(state)
+        """Restore the result of `state_dict`, as far as it belongs to tensors that this worker steps.
+
+        Settings that the script has changed since then are the script's, with a warning: see `settings`.
+        """
+        given = state.get("given", [])
+        self.optimizer.load_state_dict({name: value for name, value in state.items() if name != "given"})
         if self._shards is not None:
             for p in (p for group in self._groups for p in group if not self._shards.owns(p)):
                 self.optimizer.state.pop(p.anchor, None)
+        phrases: dict[str, None] = {}
+        for group, own, saved, now in zip(
+            self.optimizer.param_groups, self._given, given, self._described(), strict=False
+        ):
+            group.update(copy.deepcopy({name: own[name] for name in changed(saved, now) if name in own}))
+            phrases |= dict.fromkeys(f"outer {phrase}" for phrase in changes(saved, now))
+        if self._comm.rank == 0:
+            warn_of_changes([*phrases])
+
+    def _described(self) -> list[dict[str, str]]:
+        """The settings of each group as the script gave them, with the fingerprint of a network."""
+        fingerprint = getattr(self.optimizer, "fingerprint", None)
+        network = {} if fingerprint is None else {"network (its digest)": fingerprint[:12]}
+        return [describe(own) | network for own in self._given]
 
     def step(
         self,
@@ -139,9 +196,8 @@ class OuterStep:
                 received.append(item)
         for group, lr, momentum in zip(self.optimizer.param_groups, settings.lrs, settings.momenta, strict=True):
             group.update(keys, local_lr=lr, local_momentum=momentum)
-        squared_norm = _total(sum(float(grad.square().sum()) for _, grad, _ in received), self._shards)
-        if any(s.frozen for flat_buffer in flat_buffers for s in flat_buffer.slices):  # the same on all workers
-            frozen_squared_norm = _total(frozen_squared_norm, self._shards)
+        stepped = sum(float(grad.square().sum()) for _, grad, _ in received)
+        squared_norm, frozen_squared_norm = self._total.of(stepped, frozen_squared_norm)
         limit = self.contract.max_update_ratio
         with narrowed(self.optimizer, [s for s, *_ in received]), _gradients(received):
             before = [] if limit is None else [_copy_of_anchor(s, scratch=scratch) for s, *_ in received]
@@ -154,14 +210,14 @@ class OuterStep:
     ) -> bool:
         """Average instead if the step is not finite or over `limit` times the averaged one, and warn."""
         steps = ((s.parameter.anchor - old).square().sum() for (s, *_), old in zip(received, before, strict=True))
-        squared_step = _total(sum(float(step) for step in steps), self._shards)
+        (squared_step,) = self._total.of(sum(float(step) for step in steps))
         if math.isfinite(squared_step) and squared_step <= limit**2 * squared_norm:
             return False
         for (s, grad, _), old in zip(received, before, strict=True):
             torch.sub(old, grad, out=s.parameter.anchor)
         if not math.isfinite(squared_step):
             self.optimizer.state.clear()
-        if self._comm.rank == 0:
+        if self._comm.is_first:
             limited = f"more than {limit:g} times as much is not trusted."
             warnings.warn(
                 f"Round {round_idx}: the outer step was refused and the workers were averaged instead. Its "
@@ -171,6 +227,11 @@ class OuterStep:
                 stacklevel=2,
             )
         return True
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies of the settings in a parameter group."""
+    return copy.deepcopy({name: value for name, value in group.items() if name not in WRITTEN})
 
 
 @contextmanager
@@ -223,8 +284,3 @@ def _copy_of_anchor(s: ParameterSlice, *, scratch: bool) -> Tensor:
     if scratch and s.index is None and p.param.dtype == p.dtype:
         return p.param.detach().copy_(p.anchor)
     return p.anchor.clone()
-
-
-def _total(value: float, shards: Shards | None) -> float:
-    """Sum over the workers of a number that each has for its own tensors."""
-    return value if shards is None else float(shards.total(torch.tensor(value, dtype=torch.float64)))

@@ -9,19 +9,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_lopt.islands import Held, Layout
+from lightning_lopt.sync import spectral_norm
 from lightning_lopt.sync.anchors import AnchoredParameter
-from lightning_lopt.sync.buffers import Buffers
+from lightning_lopt.sync.rules import Rule, Rules
 from lightning_lopt.sync.status import LocalSettings
 from lightning_lopt.sync.swap import Swap
+from lightning_lopt.sync.unstepped import NamedTensors, UnsteppedTensors, with_own_memory
 
 CHECK_EVERY = 100  # syncs
-
-
-class NamedTensors(Protocol):
-    """The part of a `torch.nn.Module` that a `Replica` needs."""
-
-    def named_parameters(self) -> Iterable[tuple[str, Tensor]]: ...
-    def named_buffers(self) -> Iterable[tuple[str, Tensor]]: ...
+ROUNDING = 4.0  # machine epsilons by which weights may be off that were exchanged for others and back
 
 
 class OptimizerLike(Protocol):
@@ -34,23 +31,25 @@ class OptimizerLike(Protocol):
 
 
 class Replica:
-    """Parameters with their anchors, buffers, and states of the local optimizer of one worker.
+    """Parameters with their anchors, all other tensors of the model, and states of one worker's local optimizer.
 
     It alone knows how the worker's tensors are laid out; a sync sees dense tensors.
 
     Args:
-        model: Model whose buffers are synchronised.
+        model: Model whose tensors are synchronised.
         optimizer: Local optimizer whose parameters are synchronised; groups that it is given later are found by
             `add_new_groups`.
+        sync_rules: Rules of the user, by glob pattern of a tensor's name.
 
     Attributes:
         groups: Parameters of each group of the optimizer, with their anchors.
-        buffers: Buffers of the model.
+        unstepped: Tensors of the model that no optimizer steps.
         swap: Global values that the model shows for a while in place of the worker's own.
         device: Device of the parameters.
 
     Raises:
-        ValueError: There is nothing to train, or parameters are not dense and real.
+        ValueError: There is nothing to train, tensors are not dense, parameters are complex, or a rule does not suit a
+            parameter in training.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -62,51 +61,111 @@ class Replica:
         False
     """
 
-    def __init__(self, model: NamedTensors, optimizer: OptimizerLike) -> None:
+    def __init__(
+        self, model: NamedTensors, optimizer: OptimizerLike, sync_rules: Mapping[str, Rule] | None = None
+    ) -> None:
         self._model, self._optimizer = model, optimizer
+        self._rules = Rules(model, sync_rules or {})
         self.groups: list[list[AnchoredParameter]] = []
+        self._held: dict[int, AnchoredParameter] = {}  # by the identity of the parameter
         self.add_new_groups()
-        if not any(p.param.requires_grad for p in self.parameters()):
+        if isinstance(model, Held):
+            self._held_copy: Held | None = model
+        else:
+            self._held_copy = None
+        if self._held_copy is None and not any(p.param.requires_grad for p in self.parameters()):
             raise ValueError(
                 "There is nothing to train: the local optimizer holds no parameter with requires_grad=True."
             )
-        self.buffers = Buffers(model.named_buffers())
-        self.swap = Swap()
-        self.device = next(p.param.device for p in self.parameters())
+        self.unstepped = UnsteppedTensors(model, self._rules, self._is_stepped)
+        copying = self._held_copy is not None and self._held_copy.shares_memory
+        self.swap = Swap(copying=copying, after=self.push)
+        self.device = self._held_copy.device if self._held_copy else next(p.param.device for p in self.parameters())
         self._num_checksums = 0
+        self._versions: list[tuple[int, int]] = []
+        self.note_versions()
+
+    def pull(self) -> None:
+        """Bring the tensors up to date with a sharded model; others are the model's own."""
+        if self._held_copy is not None:
+            self._held_copy.pull()
+
+    def push(self) -> None:
+        """Write the tensors into a sharded model."""
+        if self._held_copy is not None:
+            self._held_copy.push()
+
+    def layout(self) -> Layout | None:
+        """Pieces of a sharded model on this rank, None if it has all of the model."""
+        return None if self._held_copy is None else self._held_copy.layout()
+
+    def full_numel(self, parameter: AnchoredParameter) -> int:
+        """Number of elements of a parameter in the worker's whole model."""
+        if self._held_copy is None:
+            return parameter.param.numel()
+        return self._held_copy.full_numel(parameter.param)
 
     def parameters(self) -> Iterator[AnchoredParameter]:
         """All parameters of the local optimizer, in its order."""
         for group in self.groups:
             yield from group
 
-    def named_tensors(self) -> list[tuple[str, Tensor]]:
-        """All parameters and buffers of the model by name, then the optimizer's parameters that the model lacks."""
+    def trained(self) -> list[AnchoredParameter]:
+        """Parameters that are or were trained, but those that stay a worker's own."""
+        return [p for p in self.parameters() if p.trained and not p.local]
+
+    def _is_stepped(self, parameter: Tensor) -> bool:
+        held = self._held.get(id(parameter))
+        return held is not None and held.trained
+
+    def rules(self) -> dict[str, Rule]:
+        """The rule of every parameter and buffer of the model, by name."""
+        named = [*self._model.named_parameters(), *self._model.named_buffers()]
+        return {name: self._rules.of(name, tensor) for name, tensor in named}
+
+    def unused_rules(self) -> list[str]:
+        """The user's patterns that fit no name."""
+        return self._rules.unused(list(self.rules()))
+
+    def common_tensors(self) -> list[tuple[str, Tensor]]:
+        """All tensors that workers begin with in common: of the model by name, then others of the optimizer."""
         named = [*self._model.named_parameters(), *self._model.named_buffers()]
         known = {id(tensor) for _, tensor in named}
         held = enumerate(p.param for p in self.parameters())
-        return named + [(f"parameter {i} of the optimizer", p) for i, p in held if id(p) not in known]
+        others = [(f"parameter {i} of the optimizer", p) for i, p in held if id(p) not in known]
+        return [(n, with_own_memory(n, t)) for n, t in named if not self._rules.is_local(n)] + others
 
     def adopt(self) -> None:
-        """Take the present parameters in training, and all present buffers, as the global ones."""
-        for p in self.parameters():
-            if p.param.requires_grad:
-                p.adopt(p.param)
-        self.buffers.adopt()
+        """Take the present parameters in training as the global ones."""
+        for p in self.trained():
+            p.adopt(p.param)
+        self.note_versions()
 
     def add_new_groups(self) -> list[list[AnchoredParameter]]:
         """Take up the groups that the optimizer was given since the last call, and return them."""
         groups = self._optimizer.param_groups[len(self.groups) :]
-        new = [[AnchoredParameter(p) for p in group["params"]] for group in groups]
+        names = {id(p): name for name, p in self._model.named_parameters()} if groups else {}
+        new = [[self._hold(p, names.get(id(p))) for p in group["params"]] for group in groups]
         self.groups += new
         return new
 
+    def _hold(self, parameter: Tensor, name: str | None) -> AnchoredParameter:
+        rule = "mean" if name is None else self._rules.of(name, parameter)
+        if rule not in ("mean", "local") and parameter.requires_grad:
+            raise ValueError(
+                f"{name} is a parameter in training, whose rule can be 'mean' (with the outer step) or 'local', not "
+                f"{rule!r}: check sync_rules."
+            )
+        held = AnchoredParameter(parameter, name or "a parameter", local=rule == "local")
+        self._held[id(parameter)] = held
+        return held
+
     def in_training(self) -> list[AnchoredParameter]:
-        """Parameters that were ever trained.
+        """The parameters of `trained`, each with an anchor.
 
         New ones have no common value yet; their anchor is 0 until their first sync, which averages them.
         """
-        parameters = [p for p in self.parameters() if p.has_anchor or p.param.requires_grad]
+        parameters = self.trained()
         for p in parameters:
             if not p.has_anchor:
                 p.anchor.data = torch.zeros_like(p.param, dtype=p.dtype)
@@ -137,7 +196,7 @@ class Replica:
     def anchor_pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Each parameter and buffer with a copy of its value at the last sync."""
         pairs = [(p.param, p.anchor.clone()) for p in self.parameters() if p.has_anchor]
-        return pairs + [(buffer, synced.clone()) for buffer, synced in self.buffers.pairs()]
+        return pairs + self.unstepped.pairs()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -145,7 +204,42 @@ class Replica:
         for p in self.parameters():
             if p.has_anchor:
                 p.param.copy_(p.anchor)
-        self.buffers.restore()
+        self.unstepped.restore()
+
+    def note_versions(self) -> None:
+        """Remember the parameters as they are, for `replaced`."""
+        self._versions = self._present_versions()
+
+    def _present_versions(self) -> list[tuple[int, int]]:
+        return [(p.param._version, p.param.data_ptr()) for p in self.trained()]
+
+    @torch.no_grad()
+    def replaced(self, *, thorough: bool = False) -> list[AnchoredParameter]:
+        """Parameters that were written since `note_versions` and differ from their anchors by more than rounding.
+
+        Args:
+            thorough: Whether to compare all values, which also finds writes through `.data`.
+        """
+        if not thorough and self._present_versions() == self._versions:
+            return []
+        return [p for p in self.parameters() if p.has_anchor and p.moved(ROUNDING * torch.finfo(p.param.dtype).eps)]
+
+    @torch.no_grad()
+    def undo_rounding(self) -> None:
+        """Give its anchor's value to each parameter that differs from it by rounding alone.
+
+        An operation and its inverse leave it: `eval()` and `train()` of a schedule-free optimizer.
+        """
+        for p in self.parameters():
+            anchor = p.anchor.to(p.param.dtype)
+            if p.has_anchor and p.param.numel() and not torch.equal(p.param, anchor):
+                rounding = 8 * ROUNDING * torch.finfo(anchor.dtype).eps * anchor.abs().max().item()
+                if torch.allclose(p.param, anchor, rtol=0, atol=rounding):
+                    p.param.copy_(anchor)
+
+    def value_checksum(self) -> int:
+        """A checksum of the present values of the parameters in training."""
+        return _checksum(p.param for p in self.trained())
 
     def checksum(self) -> int:
         """A checksum of the anchors in the first two calls and two of each `CHECK_EVERY`, else 0.
@@ -155,17 +249,30 @@ class Replica:
         """
         due = self._num_checksums % CHECK_EVERY < 2
         self._num_checksums += 1
-        value = 0
-        for p in self.parameters() if due else ():
-            value = zlib.crc32(p.anchor.detach().cpu().contiguous().numpy().data, value)
-        return value
+        return _checksum(p.anchor for p in self.parameters()) if due else 0
+
+    def renewed(self, arrived: Mapping[str, Tensor], weights: Mapping[AnchoredParameter, Tensor]) -> dict[str, Tensor]:
+        """Global values of unstepped tensors of which some depend on the weights: see `spectral_norm`.
+
+        Args:
+            arrived: Values as they are combined, by name.
+            weights: Global values of parameters.
+        """
+
+        def get_weight(name: str) -> Tensor | None:
+            held = self._held.get(id(named[name])) if name in named else None
+            return None if held is None else weights.get(held)
+
+        named = dict(self._model.named_parameters()) if arrived else {}
+        return spectral_norm.renewed(arrived, self._rules.module_of, get_weight)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of the values at the last sync, which are the same on all workers."""
         anchors = [p.anchor.clone() if p.has_anchor else None for p in self.parameters()]
-        return {"anchors": anchors, "buffers": self.buffers.synced_state()}
+        codec_states = [None if p.codec_state is None else p.codec_state.clone() for p in self.parameters()]
+        return {"anchors": anchors, "codec_states": codec_states, "unstepped": self.unstepped.synced_state()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -183,14 +290,16 @@ class Replica:
                     f"{tuple(p.param.shape)}: build the model that was saved."
                 )
             p.adopt(anchor.to(p.param.device))
-        self.buffers.load_synced_state(state["buffers"])
+        for p, codec_state in zip(self.parameters(), state.get("codec_states", ()), strict=False):
+            p.codec_state = None if codec_state is None else codec_state.to(p.param.device)
+        self.unstepped.load_synced_state(state["unstepped"])
 
     def local_state(self) -> dict[str, Any]:
         """Copies of this worker's own values and residuals."""
         return {
-            "params": [p.param.detach().clone() if p.has_anchor else None for p in self.parameters()],
+            "params": [p.param.detach().clone() if p.has_anchor or p.local else None for p in self.parameters()],
             "residuals": [None if p.residual is None else p.residual.clone() for p in self.parameters()],
-            "buffers": self.buffers.own_state(),
+            "unstepped": self.unstepped.own_state(),
         }
 
     @torch.no_grad()
@@ -201,4 +310,11 @@ class Replica:
             if value is not None:
                 p.param.copy_(value)
             p.residual = None if residual is None else residual.to(p.param.device)
-        self.buffers.load_own_state(state["buffers"])
+        self.unstepped.load_own_state(state["unstepped"])
+
+
+def _checksum(tensors: Iterable[Tensor]) -> int:
+    value = 0
+    for tensor in tensors:
+        value = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data, value)
+    return value

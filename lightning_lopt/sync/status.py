@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
 import torch
 
-from lightning_lopt.comm import CommonInteger, Communicator, DisagreementError
+from lightning_lopt.comm import CommonInteger, Communicator, Difference, DisagreementError
 
-NUM_ROWS = 5  # integers per worker
+NUM_ROWS = 8  # integers per worker
 
 _SAME_STEPS = (
     "All workers must take the same number of steps in a round: check for unequal data per worker, a learning rate "
@@ -42,7 +42,38 @@ GLOBAL_WEIGHTS = CommonInteger(
     "the global weights",
     "Something wrote to those of one worker, or the machines round differently, which needs sharded=True.",
 )
-COMMON = (ROUND, LOCAL_STEPS, EVERYTHING, IN_TRAINING, COORDINATES, LOCAL_STATE, GLOBAL_WEIGHTS)
+BATCHES = CommonInteger("the number of batches so far", "All workers must come here after the same batch.", shown=True)
+CALL = CommonInteger("the collective and its tensors", "All workers must call the same one, with tensors of one shape.")
+GROUPS = CommonInteger(
+    "the number of the local optimizer's parameter groups",
+    "Add the same groups on all workers, in the same round.",
+    shown=True,
+)
+UNSTEPPED = CommonInteger(
+    "the tensors that no optimizer steps",
+    "Register, resize and change the same buffers and parameters on all workers, in the same round; one that may "
+    "differ in shape can stay each worker's own: sync_rules={name: 'local'}.",
+    listed=True,
+)
+NEW_WEIGHTS = CommonInteger(
+    "the weights that were put in place of the global ones",
+    "Whoever replaces weights must give all workers the same: load the same file on each, and draw new values from the "
+    "same seed.",
+)
+COMMON = (
+    ROUND,
+    LOCAL_STEPS,
+    EVERYTHING,
+    IN_TRAINING,
+    COORDINATES,
+    LOCAL_STATE,
+    GLOBAL_WEIGHTS,
+    UNSTEPPED,
+    NEW_WEIGHTS,
+    BATCHES,
+    CALL,
+    GROUPS,
+)
 
 
 class SyncPoint(Enum):
@@ -54,9 +85,12 @@ class SyncPoint(Enum):
     EPOCH_END = "epoch end"
     TRAINING_END = "training end"
     VALIDATION_WITHIN_EPOCH = "validation within an epoch"
+    COLLECTIVE = "collective between batches"
     COLLECTIVE_WITHIN_BATCH = "collective within a batch"
+    COLLECTIVE_IN_VALIDATION = "collective in a validation"
     CHECKPOINT = "checkpoint"
     EVALUATION = "evaluation of the workers' mean"
+    ADOPTION = "adoption of new weights"
 
     @property
     def needs_sync(self) -> bool:
@@ -70,7 +104,7 @@ class SyncPoint(Enum):
 
     @property
     def answers_syncs(self) -> bool:
-        """Whether a worker that waits here takes part in the syncs of others."""
+        """Whether a worker that may be ahead of others takes part in their syncs while it waits here."""
         return self in (SyncPoint.VALIDATION, SyncPoint.EPOCH_END, SyncPoint.TRAINING_END)
 
 
@@ -81,14 +115,17 @@ class LocalSettings:
     Attributes:
         lrs: Learning rates, NaN where a group has none.
         momenta: Heavy-ball momenta that last from one sync of a tensor to the next, in [0, 1].
+        num_new: Number of the last groups that are new, so that other workers may not have them. They are sent when all
+            workers are known to have them.
 
     Example:
         >>> LocalSettings.of([{"lr": 0.1, "momentum": 0.9}, {"lr": None}])
-        LocalSettings(lrs=[0.1, nan], momenta=[0.9, 0.0])
+        LocalSettings(lrs=[0.1, nan], momenta=[0.9, 0.0], num_new=0)
     """
 
     lrs: list[float] = field(default_factory=list)
     momenta: list[float] = field(default_factory=list)
+    num_new: int = 0
 
     @classmethod
     def of(cls, groups: Sequence[Mapping[str, Any]], momentum_power: float = 1.0) -> LocalSettings:
@@ -116,6 +153,9 @@ class WorkerStatus:
         speed_share: Share of the fastest worker's steps that it takes in a round, in (0, 1].
         step_seconds: Seconds per local step, 0 if unknown.
         norm: Norm of its pseudo-gradient.
+        lr: Learning rate that schedules read, 0 if unknown.
+        stops: Whether it was told to end its training, by `trainer.should_stop`.
+        uneven: Whether the workers may be unequally far, so that it answers syncs where its point does.
     """
 
     local_steps: int
@@ -123,6 +163,9 @@ class WorkerStatus:
     speed_share: float = 1.0
     step_seconds: float = 0.0
     norm: float = 0.0
+    lr: float = 0.0
+    stops: bool = False
+    uneven: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,12 +174,12 @@ class GroupStatus:
 
     Attributes:
         workers: Status of each worker.
-        changed_buffers: Positions of the buffers that some worker changed.
+        changed: Positions of the unstepped tensors that some worker changed, among those that all follow.
         settings: Settings of the local optimizers, the largest of each over the workers.
     """
 
     workers: list[WorkerStatus] = field(default_factory=list)
-    changed_buffers: list[int] = field(default_factory=list)
+    changed: list[int] = field(default_factory=list)
     settings: LocalSettings = field(default_factory=LocalSettings)
 
     @property
@@ -153,7 +196,7 @@ class GroupStatus:
         """The status as types that `torch.load(weights_only=True)` accepts."""
         return {
             "workers": [{**vars(worker), "point": worker.point.value} for worker in self.workers],
-            "changed_buffers": self.changed_buffers,
+            "changed": self.changed,
             "settings": asdict(self.settings),
         }
 
@@ -161,15 +204,15 @@ class GroupStatus:
     def from_state_dict(cls, state: Mapping[str, Any]) -> GroupStatus:
         """Restore the result of `state_dict`."""
         workers = [WorkerStatus(**{**worker, "point": SyncPoint(worker["point"])}) for worker in state["workers"]]
-        return cls(workers, state["changed_buffers"], LocalSettings(**state["settings"]))
+        return cls(workers, state["changed"], LocalSettings(**state["settings"]))
 
 
 def gather_status(
     comm: Communicator,
     device: torch.device,
-    equal: Mapping[CommonInteger, int | None],
+    equal: Mapping[CommonInteger, int | Sequence[str] | None],
     own: WorkerStatus,
-    changed_buffers: Sequence[bool] = (),
+    changed: Sequence[bool] = (),
     settings: LocalSettings | None = None,
 ) -> GroupStatus:
     """Check that the workers agree, and learn the status of each, in one small integer all-reduce.
@@ -181,7 +224,7 @@ def gather_status(
         device: Device on which the process group communicates.
         equal: Values of some of the `COMMON` integers; each of the others is equal to any.
         own: Status of this worker.
-        changed_buffers: Whether this worker changed each buffer; as many on all workers.
+        changed: Whether this worker changed each unstepped tensor that all follow; as many on all workers.
         settings: Settings of this worker's local optimizer; as many groups on all workers.
 
     Raises:
@@ -191,32 +234,43 @@ def gather_status(
         >>> status = gather_status(
         ...     Communicator(), torch.device("cpu"), {ROUND: 0}, WorkerStatus(16), [False, True]
         ... )
-        >>> status.workers[0].local_steps, status.changed_buffers
+        >>> status.workers[0].local_steps, status.changed
         (16, [1])
     """
     num_workers, points = comm.num_workers, list(SyncPoint)
     settings = settings or LocalSettings()
     rows = [0] * (NUM_ROWS * num_workers)
-    floats = [own.speed_share, own.step_seconds, own.norm]
-    rows[comm.rank :: num_workers] = [own.local_steps, points.index(own.point), *map(to_integer, floats)]
-    values = [*settings.lrs, *settings.momenta]
-    common = {integer: equal.get(integer) for integer in COMMON}
-    largest = comm.agree(device, common, [*rows, *map(int, changed_buffers), *map(to_integer, values)])
+    floats = [own.speed_share, own.step_seconds, own.norm, own.lr]
+    flags = own.stops + 2 * own.uneven
+    at = points.index(own.point)
+    rows[comm.rank :: num_workers] = [own.local_steps, at, len(points) - at, flags, *map(to_integer, floats)]
+    known = len(settings.lrs) - settings.num_new  # or the message would be longer than that of others
+    values = [*settings.lrs[:known], *settings.momenta[:known]]
+    common = {integer: equal.get(integer) for integer in COMMON} | {GROUPS: len(settings.lrs)}
+    largest = [*rows, *map(int, changed), *map(to_integer, values)]
+    differences, largest = comm.compare(device, common, largest)
     received = iter(largest)
     columns = [[next(received) for _ in range(num_workers)] for _ in range(NUM_ROWS)]
-    changed = [i for i in range(len(changed_buffers)) if next(received)]
-    maxima = [from_integer(value) for value in received]
-    decoded = [math.nan if math.isinf(value) else value for value in maxima]  # NaN travels as infinity
-    status = GroupStatus(
-        workers=[
-            WorkerStatus(steps, points[point], *map(from_integer, rest))
-            for steps, point, *rest in zip(*columns, strict=True)
-        ],
-        changed_buffers=changed,
-        settings=LocalSettings(decoded[: len(settings.lrs)], decoded[len(settings.lrs) :]),
-    )
-    _check_points(status.workers)
-    return status
+    by_someone = [i for i in range(len(changed)) if next(received)]
+    maxima = _decode(received)
+    for k, (last, first) in enumerate(zip(columns[1], columns[2], strict=True)):
+        if last + first != len(points):  # not the same on all ranks of a worker
+            places = f"{points[len(points) - first].value} and the {points[last].value}"
+            raise DisagreementError(f"The processes of worker {k} wait for one another at the {places}.")
+    workers = [
+        WorkerStatus(steps, points[at], *map(from_integer, rest), stops=bool(flags & 1), uneven=bool(flags & 2))
+        for steps, at, _, flags, *rest in zip(*columns, strict=True)
+    ]
+    if _apart(workers):
+        raise DisagreementError(f"{_places(workers)} {' '.join(_causes(workers))}")
+    if differences:
+        raise DisagreementError(" ".join([comm.explain(differences), *_causes(workers, differences)]))
+    if settings.num_new:
+        new = [*settings.lrs[known:], *settings.momenta[known:]]
+        added = _decode(comm.agree(device, {}, [*map(to_integer, new)]))
+        maxima = [*maxima[:known], *added[: len(new) // 2], *maxima[known:], *added[len(new) // 2 :]]
+    received_settings = LocalSettings(maxima[: len(settings.lrs)], maxima[len(settings.lrs) :])
+    return GroupStatus(workers=workers, changed=by_someone, settings=received_settings)
 
 
 def to_integer(number: float) -> int:
@@ -248,17 +302,83 @@ def _momentum(value: Any) -> float:
     return min(max(number, 0.0), 1.0) if math.isfinite(number) else 0.0
 
 
-def _check_points(workers: Sequence[WorkerStatus]) -> None:
-    """Refuse workers that wait at different points, or at one that does not answer the syncs of others."""
-    waiting = {worker.point: k for k, worker in enumerate(workers) if not worker.point.needs_sync}
-    syncing = {worker.point: k for k, worker in enumerate(workers) if worker.point.needs_sync}
-    if not waiting or (len(waiting) == 1 and (not syncing or all(point.answers_syncs for point in waiting))):
+def _decode(integers: Iterable[int]) -> list[float]:
+    """Invert `to_integer`, of which NaN comes out as infinity."""
+    values = [from_integer(integer) for integer in integers]
+    return [math.nan if math.isinf(value) else value for value in values]
+
+
+def _apart(workers: Sequence[WorkerStatus]) -> bool:
+    """Whether workers wait at different points, or without answering the syncs of others."""
+    waiting = [worker for worker in workers if not worker.point.needs_sync]
+    answered = all(worker.uneven and worker.point.answers_syncs for worker in waiting)
+    return len({worker.point for worker in waiting}) > 1 or (len(waiting) < len(workers) and not answered)
+
+
+def _places(workers: Sequence[WorkerStatus]) -> str:
+    """Say where the workers are: of those at one place, the first."""
+    first: dict[SyncPoint, int] = {}
+    for k, worker in enumerate(workers):
+        first.setdefault(worker.point, k)
+    places = [f"worker {k} at the {point.value}" for point, k in first.items()]
+    return f"The workers wait for one another at different places: {', '.join(places)}."
+
+
+def _causes(workers: Sequence[WorkerStatus], differences: Sequence[Difference] = ()) -> Iterator[str]:
+    """Yield the likely causes of workers that wait for one another in vain."""
+    stopped = [k for k, worker in enumerate(workers) if worker.stops]
+    if 0 < len(stopped) < len(workers):
+        yield (
+            f"trainer.should_stop was set on {_names(stopped)} alone: set it on all workers in the same batch, for "
+            "example to trainer.strategy.reduce_boolean_decision(stop, all=False)."
+        )
         return
-    places = [f"worker {k} at the {point.value}" for point, k in {**waiting, **syncing}.items()]
-    raise DisagreementError(
-        f"The workers wait for one another at different places: {', '.join(places)}. With unequal data or speeds they "
-        "meet at the ends of their epochs and the validation there, and each must have a batch in every epoch. "
-        "Validate, save and reduce only there, not after a number of steps (max_steps, an int val_check_interval, "
-        "every_n_train_steps) nor in every batch (sync_dist=True without on_step=False, max_time); or give all workers "
-        "as many batches: limit_train_batches."
-    )
+    known = [(worker.lr, k) for k, worker in enumerate(workers) if worker.lr]
+    if known and (least := min(known)) < (most := max(known)) and least[0] != most[0]:
+        yield (
+            f"The learning rate is {least[0]:g} on worker {least[1]} and {most[0]:g} on worker {most[1]}, and a "
+            "schedule of H may follow it. If it follows a metric (ReduceLROnPlateau), log that with sync_dist=True."
+        )
+    points = {worker.point for worker in workers}
+    if len(points) > 1 or differences:
+        for causing, advice in _ADVICE:
+            if points & causing:
+                yield advice
+        if any(worker.uneven for worker in workers):
+            yield _UNEVEN
+
+
+def _names(workers: Sequence[int]) -> str:
+    return f"worker{'s' * (len(workers) > 1)} {', '.join(map(str, workers))}"
+
+
+_COLLECTIVES = {SyncPoint.COLLECTIVE, SyncPoint.COLLECTIVE_WITHIN_BATCH, SyncPoint.COLLECTIVE_IN_VALIDATION}
+_ADVICE = (
+    (
+        {SyncPoint.CHECKPOINT},
+        "All workers must write a checkpoint together: call trainer.save_checkpoint on each, after the same batch, not "
+        "only where trainer.is_global_zero. Rank 0 alone writes the common file.",
+    ),
+    ({SyncPoint.ADOPTION}, NEW_WEIGHTS.advice),
+    (
+        {SyncPoint.EVALUATION},
+        "All workers must ask for their mean together: validation, strategy.global_weights() and "
+        "Rounds.swap_in('mean') are for each of them, after the same step.",
+    ),
+    (
+        {SyncPoint.VALIDATION, SyncPoint.VALIDATION_WITHIN_EPOCH, SyncPoint.COLLECTIVE_IN_VALIDATION},
+        "All workers must validate together: give them the same validation data hooks, limit_val_batches and "
+        "val_check_interval.",
+    ),
+    (
+        _COLLECTIVES,
+        "A metric that is reduced must be logged on all workers, as many times on each: self.log(..., sync_dist=True). "
+        "So must be whatever else talks to the other workers: self.all_gather, trainer.strategy.broadcast, barrier.",
+    ),
+)
+_UNEVEN = (
+    "With unequal data or speeds the workers meet at the ends of their epochs and the validation there, and each must "
+    "have a batch in every epoch. Validate, save and reduce only there, not after a number of steps (max_steps, an int "
+    "val_check_interval, every_n_train_steps) nor in every batch (sync_dist=True without on_step=False, max_time); or "
+    "give all workers as many batches: limit_train_batches."
+)

@@ -13,24 +13,26 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_lopt.comm import CommonInteger, Communicator, digest
-from lightning_lopt.compression import Codec
+from lightning_lopt.comm import MODEL, CommonInteger, Communicator, digest
+from lightning_lopt.compression import Codec, LinearCodec
 from lightning_lopt.functional.merge import MergeRule, merge
 from lightning_lopt.functional.outliers import Norms, OutlierFilter
-from lightning_lopt.optim.outer import OuterFactory
+from lightning_lopt.islands import hold, is_sharded
+from lightning_lopt.optim.outer import OuterFactory, check_coordinatewise
 from lightning_lopt.selection import Everything, drawn_ahead
 from lightning_lopt.sync.anchors import AnchoredParameter, training_checksum
 from lightning_lopt.sync.exchange import Exchange, Transport
 from lightning_lopt.sync.flat import ParameterSlice, choose
 from lightning_lopt.sync.options import SyncOptions
-from lightning_lopt.sync.outer_step import OuterStep, StepResult, average
-from lightning_lopt.sync.replica import NamedTensors, OptimizerLike, Replica
+from lightning_lopt.sync.outer_step import OuterStep, StepResult, Total, average
+from lightning_lopt.sync.replica import OptimizerLike, Replica
 from lightning_lopt.sync.report import RoundReport, explain_outliers
 from lightning_lopt.sync.sharding import Shards
 from lightning_lopt.sync.status import (
@@ -40,13 +42,16 @@ from lightning_lopt.sync.status import (
     IN_TRAINING,
     LOCAL_STATE,
     LOCAL_STEPS,
+    NEW_WEIGHTS,
     ROUND,
+    UNSTEPPED,
     LocalSettings,
     SyncPoint,
     WorkerStatus,
     gather_status,
 )
 from lightning_lopt.sync.swap import Swap
+from lightning_lopt.sync.unstepped import NamedTensors
 
 EvalWeights = Literal["anchor", "mean"]
 OUTER_OPTIMIZER = CommonInteger("the outer optimizer", "Give all workers the same outer optimizer and network.")
@@ -59,15 +64,14 @@ class Sync:
     Creating one checks that all workers have the same model, and gives them the parameters and buffers of rank 0.
 
     Args:
-        model: Model whose buffers are synchronised: of floating-point buffers that some worker changed the mean, of
-            integers the maximum.
+        model: Model whose tensors are synchronised, those that no optimizer steps by the rules of `sync/rules.py`.
         optimizer: Local optimizer, whose parameters are synchronised.
         outer_optimizer: Function that makes a `torch.optim.Optimizer` from parameter groups of anchors; None averages.
         comm: Collectives among the workers.
         options: Parts that are sent, time in flight, and merge rule.
 
     Attributes:
-        replica: This worker's parameters with their anchors, buffers and local optimizer states.
+        replica: This worker's parameters with their anchors, other tensors and local optimizer states.
         worker_statuses: Status of every worker at the last sync, or when all waited at the same point.
         common: Whether all workers held the same weights after the last sync.
 
@@ -86,22 +90,30 @@ class Sync:
         options: SyncOptions,
     ) -> None:
         self._comm, self._options, self._codec = comm, options, options.codec
-        self.replica = Replica(model, optimizer)
+        if is_sharded(model):
+            whole = options.sends_means_alone or _needs_whole_tensors(outer_optimizer)
+            model = optimizer = hold(model, optimizer, comm, whole=whole)
+        self.replica = Replica(model, optimizer, options.sync_rules)
         self.worker_statuses: list[WorkerStatus] = []
         self.common = True
         self._exchange: Exchange | None = None  # launched and not finished
         self._abandoned: Exchange | None = None  # launched, never to be finished, and perhaps not yet over
         self._outlier_filter = OutlierFilter()
-        self._warns = comm.rank == 0  # once, of the first workers that are left out
-        named = self.replica.named_tensors()
-        comm.check_same_shapes(named, self.device)
+        self._num_groups = len(self.replica.groups)  # whose settings are in every message
+        self._warns = comm.is_first  # once, of the first workers that are left out
+        named = self.replica.common_tensors()
+        comm.agree(self.device, {MODEL: [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in named]})
         comm.broadcast_([tensor for _, tensor in named])
+        self.replica.push()
         self.replica.adopt()
+        self.replica.unstepped.adopt()
+        if comm.is_first and (unused := self.replica.unused_rules()):
+            warnings.warn(f"sync_rules {unused} fit no parameter or buffer that there is now.", stacklevel=2)
         self._selection = drawn_ahead(options.effective_selection)
         self._shards = Shards(comm) if options.sharded else None
-        self._outer_step = None
+        self._outer_step, self._total = None, Total(comm, self._shards)
         if outer_optimizer is not None:
-            self._outer_step = OuterStep(outer_optimizer, self.replica.groups, comm, self._shards)
+            self._outer_step = OuterStep(outer_optimizer, self.replica.groups, comm, self._shards, self._total)
         outer = None if self._outer_step is None else self._outer_step.contract.fingerprint
         comm.agree(
             self.device,
@@ -154,6 +166,7 @@ class Sync:
         """
         start = time.perf_counter()
         self.wait()
+        self.replica.pull()
         in_flight = status.point is SyncPoint.LAUNCH
         parameters = self._parameters_in_training()
         slices = self._slices(parameters, round_idx, everything=everything)
@@ -165,7 +178,7 @@ class Sync:
             comm=self._comm,
             device=self.device,
             slices=slices,
-            buffers=self.replica.buffers.snapshot(),
+            unstepped=self.replica.unstepped.snapshot(),
             optimizer_states=states,
             status=status,
             equal={
@@ -177,7 +190,7 @@ class Sync:
                 LOCAL_STATE: sum(state.numel() for state in states),
                 GLOBAL_WEIGHTS: self.replica.checksum(),
             },
-            settings=self._settings(),
+            settings=self._settings(launching=True),
             round_idx=round_idx,
             everything=everything,
             differences=self._outer_step is not None or self._codec is not None,
@@ -214,12 +227,15 @@ class Sync:
         exchange, self._exchange = self._exchange, None
         assert exchange is not None
         self.worker_statuses = exchange.status.workers
+        if exchange.launched is not None:
+            self.replica.pull()  # steps were taken since the launch
         squared_drift, result = 0.0, StepResult(0.0)
         if not exchange.skipped:
             result = self._step_anchors(exchange)
             squared_drift = exchange.squared_drift(result.squared_norm)
             self._merge(exchange)
-            self._apply_states_and_buffers(exchange)
+            self._apply_states_and_unstepped(exchange)
+            self.replica.push()
         self._outlier_filter.update(exchange.status.norms, exchange.left_out)
         if exchange.left_out and self._warns:
             self._warns = False
@@ -229,6 +245,7 @@ class Sync:
         drifts = any(worker.point is SyncPoint.LAUNCH for worker in exchange.status.workers)
         leaves_common = self._options.leaves_common_weights and not drifts
         self.common = exchange.everything or exchange.skipped or leaves_common
+        self.replica.note_versions()
         done = time.perf_counter()
         return RoundReport(
             round_idx=exchange.round_idx,
@@ -244,15 +261,67 @@ class Sync:
             fell_back=result.fell_back,
         )
 
-    def check(self, point: SyncPoint) -> None:
+    def check(self, status: WorkerStatus, equal: Mapping[CommonInteger, int | None] | None = None) -> None:
         """Make sure that all workers are at the same point; a sync in flight is left alone.
 
+        Args:
+            status: Status of this worker.
+            equal: Values of some of the `COMMON` integers of `sync/status.py`.
+
         Raises:
-            DisagreementError: They are not.
+            DisagreementError: They are not, or an integer differs.
         """
         self.wait()
-        unchanged = [False] * len(self.replica.buffers)
-        gather_status(self._comm, self.device, {}, WorkerStatus(0, point), unchanged, self._settings())
+        self._meet(status, equal)
+
+    def _meet(self, own: WorkerStatus, equal: Mapping[CommonInteger, int | Sequence[str] | None] | None = None) -> None:
+        unchanged = self.replica.unstepped.unchanged
+        gather_status(self._comm, self.device, equal or {}, own, unchanged, self._settings())
+
+    # -- weights from outside -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def adopt(self, *, keep_near: bool = False) -> None:
+        """Take the present weights, which must be the same on all workers, as the global ones.
+
+        Local progress since the last sync is in them, or is lost; a sync in flight is given up. The outer optimizer
+        starts afresh for the parameters that differ from their anchors, and nothing is owed to them by compression.
+        Tensors that no optimizer steps may differ between the workers: those that do are combined by the next sync.
+
+        Args:
+            keep_near: Whether the outer state of a parameter stays that moved by at most half of its norm, as clipping,
+                a projection or pruning moves it.
+
+        Raises:
+            DisagreementError: The workers' weights differ, or some worker is not here.
+        """
+        self._abandon()
+        self.wait()
+        self.replica.pull()
+        self._meet(WorkerStatus(0, SyncPoint.ADOPTION), {NEW_WEIGHTS: self.replica.value_checksum()})
+        replaced = self.replica.replaced(thorough=True)
+        if keep_near:
+            replaced = [p for p in replaced if p.moved(0.5)]
+        if self._outer_step is not None:
+            self._outer_step.forget(replaced)
+        for p in replaced:
+            if p.residual is not None:
+                p.residual.zero_()
+        self.replica.adopt()
+        self.adopt_unstepped()
+        self.common = True
+
+    def adopt_unstepped(self) -> None:
+        """Take the present values of what no optimizer steps as those of the last sync, where they are the same on all.
+
+        Raises:
+            DisagreementError: The workers have other buffers, or shapes of these.
+        """
+        unstepped = self.replica.unstepped
+        self._comm.agree(self.device, {UNSTEPPED: unstepped.described()})
+        own = unstepped.checksums()
+        largest = self._comm.agree(self.device, {}, [*own, *(-c for c in own)])
+        unstepped.adopt([a == -b for a, b in zip(largest[: len(own)], largest[len(own) :], strict=True)])
 
     # -- parts of a sync ------------------------------------------------------------------------------------------
 
@@ -274,17 +343,28 @@ class Sync:
     ) -> list[ParameterSlice]:
         """The slices of the parameters that the sync of a round sends."""
         selection = Everything() if everything else self._selection
-        slices = choose(parameters, selection.pick([p.param.numel() for p in parameters], round_idx))
+        whole = selection.whole_tensors
+        sizes = [self.replica.full_numel(p) if whole else p.param.numel() for p in parameters]
+        slices = choose(parameters, selection.pick(sizes, round_idx))
         return slices if self._shards is None else self._shards.sort(slices)
 
-    def _settings(self) -> LocalSettings:
-        """Settings of the local optimizer for the outer one; none where there is no outer optimizer."""
+    def _settings(self, *, launching: bool = False) -> LocalSettings:
+        """Settings of the local optimizer for the outer one; none where there is no outer optimizer.
+
+        Args:
+            launching: Whether to include groups that no message has had yet.
+        """
         if self._outer_step is None:
             return LocalSettings()
         turns = self._options.effective_selection.num_turns
-        return self.replica.local_settings(math.inf if self._options.local_state == "reset" else turns)
+        settings = self.replica.local_settings(math.inf if self._options.local_state == "reset" else turns)
+        known = self._num_groups
+        if not launching:
+            return LocalSettings(settings.lrs[:known], settings.momenta[:known])
+        self._num_groups = len(settings.lrs)
+        return replace(settings, num_new=len(settings.lrs) - known)
 
-    def _transport(self, codec: Codec | None = None) -> Transport:
+    def _transport(self, codec: Codec | LinearCodec | None = None) -> Transport:
         gather = self._outer_step is not None and self._outer_step.contract.needs_worker_grads
         return Transport(codec, self._shards, gather)
 
@@ -292,7 +372,7 @@ class Sync:
         """Step the anchors, and send them to the workers that do not own them."""
         flat_buffers = exchange.flat_buffers.values()
         if self._outer_step is None:
-            result = average(flat_buffers, self._shards)
+            result = average(flat_buffers, self._total)
         else:
             status = exchange.status
             keys = {"round_idx": exchange.round_idx, "local_steps": max(w.local_steps for w in status.workers)}
@@ -314,15 +394,18 @@ class Sync:
             s.write(p.param, merge(s.read(p.anchor), y, s.read(p.param), self._merge_rule(exchange)))
             p.has_anchor = True
 
-    def _apply_states_and_buffers(self, exchange: Exchange) -> None:
-        """Take up the residuals of compression, the local optimizer's states, and the buffers."""
+    def _apply_states_and_unstepped(self, exchange: Exchange) -> None:
+        """Take up the residuals of compression, the local optimizer's states, and the unstepped tensors."""
         if self._codec is not None:
-            exchange.keep_residuals()
+            exchange.keep_compression_state()
         for state, mean in zip(exchange.optimizer_states, exchange.mean_states, strict=True):
             state.copy_(mean)
         if self._options.local_state == "reset":
             self.replica.reset_local_states(s.parameter for s in exchange.slices)
-        self.replica.buffers.merge(exchange.buffers, exchange.arrived_buffers)
+        if self._comm.is_first:
+            self.replica.unstepped.warn_of_spoiled(exchange.unstepped, exchange.arrived)
+        anchors = {p: p.anchor for p in self.replica.parameters() if p.has_anchor}
+        self.replica.unstepped.merge(exchange.unstepped, self.replica.renewed(exchange.arrived, anchors))
 
     def _reset_diverged_worker(self, exchange: Exchange) -> None:
         """Forget everything that made this worker diverge, but optimizer states that are now the others' mean."""
@@ -343,24 +426,39 @@ class Sync:
         """
         if self.swap.active:
             return
+        self.replica.pull()
         exchange = self._exchange_weights() if weights == "mean" else None
         if exchange is None or exchange.skipped:
             self.swap.put(self.replica.anchor_pairs())
         else:
-            pairs: list[tuple[Tensor, Tensor]] = [(s.parameter.param, mean) for s, mean in exchange.means()]
-            self.swap.put(pairs + self.replica.buffers.select(exchange.arrived_buffers))
+            means = {s.parameter: mean for s, mean in exchange.means()}
+            pairs: list[tuple[Tensor, Tensor]] = [(p.param, mean) for p, mean in means.items()]
+            self.swap.put(pairs + self.replica.unstepped.pairs(self.replica.renewed(exchange.arrived, means)))
 
-    def _exchange_weights(self) -> Exchange:
-        """Average the workers' present weights and buffers, and change nothing."""
+    @torch.no_grad()
+    def average_workers(self) -> None:
+        """Give every worker the mean of their weights and optimizer states; anchors stay as they are."""
+        parameters = [p for p in self.replica.parameters() if p.has_anchor]
+        exchange = self._exchange_weights(self.replica.local_states(parameters))
+        if exchange.skipped:
+            return
+        for state, mean in zip(exchange.optimizer_states, exchange.mean_states, strict=True):
+            state.copy_(mean)
+        for s, mean in exchange.means():
+            s.write(s.parameter.param, mean)
+
+    def _exchange_weights(self, states: Sequence[Tensor] = ()) -> Exchange:
+        """Average the workers' present weights, buffers and states of local optimizers, and change nothing."""
         self.wait()
         parameters = [p for p in self.replica.parameters() if p.has_anchor]
         exchange = Exchange(
             comm=self._comm,
             device=self.device,
             slices=[ParameterSlice(p) for p in parameters],
-            buffers=self.replica.buffers.snapshot(),
+            unstepped=self.replica.unstepped.snapshot(),
+            optimizer_states=states,
             status=WorkerStatus(0, SyncPoint.EVALUATION),
-            equal={IN_TRAINING: training_checksum(parameters)},
+            equal={IN_TRAINING: training_checksum(parameters), LOCAL_STATE: sum(state.numel() for state in states)},
             settings=self._settings(),
             outlier_filter=self._outlier_filter,
         )
@@ -380,6 +478,8 @@ class Sync:
         """
         self._abandon()
         self.replica.restore()
+        self.replica.push()
+        self.replica.note_versions()
         self.common = True
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
@@ -393,9 +493,10 @@ class Sync:
         """
         if not alone:
             self.wait()
+        divided = self._comm.inside_size > 1  # each rank has its own
         return {
             **self.replica.state_dict(),
-            "outer": None if self._outer_step is None else self._outer_step.state_dict(alone=alone),
+            "outer": None if self._outer_step is None else self._outer_step.state_dict(alone=alone or divided),
             "outer_kind": type(self.outer).__name__,
             "norms": self._outlier_filter.norms._asdict(),
             "common": self.common,
@@ -404,6 +505,8 @@ class Sync:
 
     def local_state(self) -> dict[str, Any]:
         """Everything that differs between the workers: parameters, buffers, residuals, and y of a sync in flight."""
+        if not self.swap.active:
+            self.replica.pull()
         return {
             **self.replica.local_state(),
             "exchange": None if self._exchange is None else self._exchange.local_state(),
@@ -438,7 +541,7 @@ class Sync:
             comm=self._comm,
             device=self.device,
             slices=self._slices(parameters, state["round_idx"], everything=False),
-            buffers=self.replica.buffers.snapshot(),
+            unstepped=self.replica.unstepped.snapshot(),
             status=WorkerStatus(state["local_steps"], SyncPoint.LAUNCH),
             equal={},
             round_idx=state["round_idx"],
@@ -451,5 +554,21 @@ class Sync:
     def load_local_state(self, state: Mapping[str, Any]) -> None:
         """Restore the result of `local_state`, after `load_state_dict`."""
         self.replica.load_local_state(state)
+        if self._codec is None:  # the state may be of a run with compression
+            for p in self.replica.parameters():
+                p.residual = None
+        self.replica.push()
+        self.replica.note_versions()
         if self._exchange is not None:
             self._exchange.load_local_state(state["exchange"])
+
+
+def _needs_whole_tensors(factory: OuterFactory | None) -> bool:
+    """Whether the steps of an outer optimizer depend on more than single coordinates."""
+    if factory is None:
+        return False
+    try:
+        check_coordinatewise(factory)
+    except ValueError:
+        return True
+    return False

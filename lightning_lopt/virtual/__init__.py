@@ -14,7 +14,9 @@ are dropped.
 **Differences from processes.** Random numbers come from one stream (dropout, augmentation), `trainer.world_size` is 1,
 and the means of `self.log` are over all workers. `rounds/bytes_sent` lacks the 80 bytes by which processes compare
 their numbers of batches. Tensors in plain attributes of the module, neither parameters nor buffers, are shared; so are
-hooks that run outside of a batch, which see the first worker.
+hooks that run outside of a batch, which see the first worker. `eval()` and `train()` of an optimizer (schedule-free)
+move the weights of all workers there, too. Buffers that such hooks register after the start of the training are the
+first worker's alone.
 
 **Refused**: `accumulate_grad_batches` (not with manual optimization), `SyncBatchNorm`, `dataloader_iter`, several
 devices, `ranks_per_worker`, `worker_speeds`, checkpoints of workers that took unequal steps, callbacks that average

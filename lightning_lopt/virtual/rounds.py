@@ -12,6 +12,7 @@ from lightning_lopt.comm import Communicator
 from lightning_lopt.rounds import Rounds
 from lightning_lopt.sync.replica import OptimizerLike
 from lightning_lopt.sync.report import RoundReport
+from lightning_lopt.sync.rules import Rule
 from lightning_lopt.sync.status import SyncPoint
 from lightning_lopt.sync.sync import EvalWeights, Sync
 from lightning_lopt.virtual.shared_module import SharedModule
@@ -42,6 +43,7 @@ class VirtualRounds:
         timeout: timedelta | None = None,
     ) -> None:
         self._shared_module, self._optimizer = shared_module, optimizer
+        self._versions = shared_module.versions()  # when the workers last met
         size = shared_module.num_workers
         self._group = ThreadGroup(size, timeout)
 
@@ -123,6 +125,10 @@ class VirtualRounds:
         for rounds in self.workers:
             rounds.equal_steps = value
 
+    def rules(self) -> dict[str, Rule]:
+        """See `Rounds.rules`."""
+        return self.workers[0].rules()
+
     # -- all workers together -------------------------------------------------------------------------------------
 
     def _together(self, work: Callable[[Rounds], Any]) -> list[Any]:
@@ -132,26 +138,72 @@ class VirtualRounds:
             return self._group.run([partial(work, rounds) for rounds in self.workers])
         finally:
             self._shared_module.show()
+            self._versions = self._shared_module.versions()
 
     def step(self) -> bool:
         """Count a local step that all workers have taken, and sync if it is time. See `Rounds.step`."""
         return self._together(Rounds.step)[0]
 
-    def join(self, point: SyncPoint = SyncPoint.EPOCH_END, *, last: bool = False) -> None:
+    def join(self, point: SyncPoint = SyncPoint.EPOCH_END, *, last: bool = False, stops: bool = False) -> None:
         """See `Rounds.join`."""
-        self._together(lambda rounds: rounds.join(point, last=last))
+        self._together(lambda rounds: rounds.join(point, last=last, stops=stops))
+
+    def check(
+        self,
+        point: SyncPoint,
+        *,
+        batches: int | None = None,
+        call: int | None = None,
+        stops: bool = False,
+        uneven: bool = False,
+    ) -> None:
+        """See `Rounds.check`; workers that take turns cannot part."""
 
     def finish_round(self) -> None:
         """See `Rounds.finish_round`."""
         self._together(Rounds.finish_round)
 
-    def swap_in(self, weights: EvalWeights) -> None:
+    def swap_in(self, weights: EvalWeights, *, moved: bool = False) -> None:
         """See `Rounds.swap_in`."""
-        self._together(lambda rounds: rounds.swap_in(weights))
+        self._together(lambda rounds: rounds.swap_in(weights, moved=moved))
 
     def swap_out(self) -> None:
         """See `Rounds.swap_out`."""
         self._together(Rounds.swap_out)
+
+    def undo_rounding(self) -> None:
+        """See `Rounds.undo_rounding`."""
+        self._together(Rounds.undo_rounding)
+
+    def average_workers(self) -> None:
+        """See `Rounds.average_workers`."""
+        self._together(Rounds.average_workers)
+
+    def adopt(self) -> None:
+        """Take the weights in the module as those of all workers. See `Rounds.adopt`."""
+        self._shared_module.collect()
+        self._spread(everything=False)
+        self._together(Rounds.adopt)
+
+    def adopt_replaced(self, *, at_start: bool = False) -> bool:
+        """See `Rounds.adopt_replaced`; what was written to the module is for all workers."""
+        versions, self._versions = self._versions, self._shared_module.versions()
+        if self.local_step or not self.sync.common or (versions == self._versions and not at_start):
+            return False
+        self._shared_module.collect()
+        fresh = at_start and not self.workers[0].resumed
+        if not fresh and not self.sync.replica.replaced(thorough=True):
+            return False
+        self._spread(everything=fresh)
+        if fresh:
+            return self._together(lambda rounds: rounds.adopt_replaced(at_start=True))[0]
+        self._together(lambda rounds: rounds.adopt_present(keep_near=not at_start))
+        return True
+
+    def _spread(self, *, everything: bool) -> None:
+        """Give all workers the first one's tensors, but those with the rule `local` unless everything is meant."""
+        kept = [] if everything else [name for name, rule in self.rules().items() if rule == "local"]
+        self._shared_module.spread(kept)
 
     def abandon_round(self) -> None:
         """See `Rounds.abandon_round`."""
@@ -169,8 +221,11 @@ class VirtualRounds:
 
     def local_state(self) -> dict[str, Any]:
         """Return the first worker's own state; those of the others are in `workers`. See `Rounds.local_state`."""
+        self._shared_module.collect()
         return self.workers[0].local_state()
 
     def load_local_state(self, state: dict[str, Any]) -> None:
         """Restore the first worker's own state."""
+        self._shared_module.collect()
         self.workers[0].load_local_state(state)
+        self._shared_module.show()

@@ -11,7 +11,23 @@ from typing import Any
 from torch.utils.data import DataLoader, DistributedSampler
 
 
-class Interleaved:
+class Wrapper:
+    """Base of objects that stand for another one, whose attributes they show besides their own.
+
+    Args:
+        wrapped: The other object.
+    """
+
+    def __init__(self, wrapped: Any) -> None:
+        self.wrapped = wrapped
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "wrapped":  # copying and pickling ask before it is there
+            raise AttributeError(name)
+        return getattr(self.wrapped, name)
+
+
+class Interleaved(Wrapper):
     """The batches of K workers in turn, each from a `DistributedSampler` of its own rank.
 
     Args:
@@ -20,22 +36,18 @@ class Interleaved:
     """
 
     def __init__(self, sampler: Any, num_workers: int) -> None:
-        self._sampler, self._num_workers = sampler, num_workers
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_sampler":  # copying and pickling ask before there is a sampler
-            raise AttributeError(name)
-        return getattr(self._sampler, name)
+        super().__init__(sampler)
+        self._num_workers = num_workers
 
     def __len__(self) -> int:
-        return len(self._sampler) * self._num_workers
+        return len(self.wrapped) * self._num_workers
 
     def __iter__(self) -> Iterator[Any]:
         for turn in zip(*[iter(self._of(rank)) for rank in range(self._num_workers)], strict=True):
             yield from turn
 
     def _of(self, rank: int) -> Any:
-        own = copy.copy(self._sampler)
+        own = copy.copy(self.wrapped)
         if isinstance(own, DistributedSampler):
             own.rank = rank
         else:
@@ -91,7 +103,7 @@ def _index_sampler_name(loader: DataLoader) -> str:
     return "sampler" if loader.batch_sampler is None else "batch_sampler"
 
 
-class FirstWorkerLoader:
+class FirstWorkerLoader(Wrapper):
     """A loader as worker 0 sees it: every K-th batch of the loader; those in between are kept for the other workers.
 
     Fewer than K last batches are dropped.
@@ -110,20 +122,16 @@ class FirstWorkerLoader:
     """
 
     def __init__(self, loader: Any, num_workers: int) -> None:
-        self.loader, self._num_workers = loader, num_workers
+        super().__init__(loader)
+        self._num_workers = num_workers
         self.others: deque[list[Any]] = deque()
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "loader":
-            raise AttributeError(name)
-        return getattr(self.loader, name)
-
     def __len__(self) -> int:
-        return len(self.loader) // self._num_workers
+        return len(self.wrapped) // self._num_workers
 
     def __iter__(self) -> Iterator[Any]:
         self.others.clear()
-        return self._every_kth(iter(self.loader))  # made here, as it may draw a seed
+        return self._every_kth(iter(self.wrapped))  # made here, as it may draw a seed
 
     def _every_kth(self, batches: Iterator[Any]) -> Iterator[Any]:
         for first in batches:

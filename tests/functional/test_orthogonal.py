@@ -66,5 +66,5 @@ def test_the_direction_is_that_of_muon(shape):
 
 @pytest.mark.parametrize("scale", [0.0, 1e-25, 1e15, 1e30])
 def test_any_scale(scale):
-    step = torch.randn(1, 4, 5)
+    step = torch.randn(1, 4, 5, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(orthogonalise(scale * step), scale * orthogonalise(step), rtol=1e-4, atol=0)

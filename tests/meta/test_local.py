@@ -16,16 +16,41 @@ def make(dtype=torch.float64) -> ImageMLP:
     return ImageMLP(images, torch.arange(40) % 4, hidden=(7,), batch_size=8)
 
 
-def torch_optimizer(optimizer: LocalOptimizer, params, lr: float) -> torch.optim.Optimizer:
+class MuonAndAdamW:
+    """torch's Muon for matrices and AdamW for vectors, at one learning rate."""
+
+    def __init__(self, params, lr: float, weight_decay: float) -> None:
+        muon, adamw = ([p for p in params if (p.dim() > 1) == matrix] for matrix in (True, False))
+        options = {"momentum": 0.95, "adjust_lr_fn": "match_rms_adamw", "weight_decay": weight_decay}
+        self.optimizers = (
+            torch.optim.Muon(muon, lr, **options),
+            torch.optim.AdamW(adamw, lr, weight_decay=weight_decay),
+        )
+        self.param_groups = [{"lr": lr}]
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+
+def torch_optimizer(optimizer: LocalOptimizer, params, lr: float) -> torch.optim.Optimizer | MuonAndAdamW:
     if optimizer.kind == "adamw":
         return torch.optim.AdamW(params, lr, weight_decay=optimizer.weight_decay)
+    if optimizer.kind == "muon":
+        return MuonAndAdamW(params, lr, optimizer.weight_decay)
     momentum = 0.9 if optimizer.kind == "momentum" else 0.0
     return torch.optim.SGD(params, lr, momentum=momentum, weight_decay=optimizer.weight_decay)
 
 
-@pytest.mark.parametrize("kind", ["sgd", "momentum", "adamw"])
+@pytest.mark.parametrize("kind", ["sgd", "momentum", "adamw", "muon"])
 @pytest.mark.parametrize(("weight_decay", "max_grad_norm"), [(0.0, None), (0.1, None), (0.1, 0.05)])
-def test_equals_torch_with_a_rate_per_replica_that_changes(kind, weight_decay, max_grad_norm):
+def test_equals_torch_with_a_rate_per_replica_that_changes(kind, weight_decay, max_grad_norm, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # so that torch's Muon is as exact as ours
     task, generator = make(), torch.Generator().manual_seed(0)
     optimizer = LocalOptimizer(kind, weight_decay, max_grad_norm)
     params = task.init(2, generator)

@@ -72,6 +72,37 @@ def test_a_state_with_the_names_of_version_0_1_goes_on():
     assert all(torch.equal(a, b) for a, b in zip(whole, params, strict=True))
 
 
+def _partly_unused(outer, num_steps):
+    """Steps on gradients whose first column is 0; the parameter then."""
+    p = outer.param_groups[0]["params"][0]
+    for t in range(num_steps):
+        p.grad = torch.randn(4, 3, generator=torch.Generator().manual_seed(t))
+        p.grad[:, 0] = 0
+        outer.step()
+    return p.detach().clone()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_state_goes_on_with_the_update_that_it_was_saved_with(named):
+    """Weights of 0.1 move what is unused, and so do the states of then, which do not name their update."""
+    own, former = AdaMLP.bundled(), AdaMLP.bundled()
+    former.update = "blended_nesterov"
+    outer = LearnedOptimizer([torch.nn.Parameter(torch.ones(4, 3))], former)
+    before, state = _partly_unused(outer, 3), copy.deepcopy(outer.state_dict())
+    wanted = _partly_unused(outer, 2)
+    if not named:
+        del state["param_groups"][0]["update"]
+    for _ in range(2):
+        resumed = LearnedOptimizer([torch.nn.Parameter(before.clone())], own)
+        resumed.load_state_dict(state)
+        state = copy.deepcopy(resumed.state_dict())
+        assert torch.equal(_partly_unused(resumed, 2), wanted)
+        assert not torch.equal(wanted[:, 0], before[:, 0])
+    fresh = LearnedOptimizer([torch.nn.Parameter(before.clone())], own)
+    resumed.load_state_dict(fresh.state_dict())
+    assert torch.equal(_partly_unused(resumed, 2)[:, 0], wanted[:, 0])
+
+
 @pytest.mark.parametrize("old", [AdaMLP(seed=0), AdaMLP.base_step(seed=0)], ids=["published", "blended"])
 def test_a_state_of_another_kind_of_network_is_refused(old):
     new = AdaMLP.base_step(seed=0) if old.update == "published" else AdaMLP(seed=0)

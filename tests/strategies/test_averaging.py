@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelPruning, StochasticWeightAveraging
 from torch import nn
 
 from lightning_lopt import LocalSGD, SlowMo
@@ -101,3 +101,8 @@ def test_swa_with_batchnorm_is_refused():
 def test_averages_of_virtual_workers_are_refused(make):
     with pytest.raises(MisconfigurationException, match="first of the virtual_workers"):
         trainer(LocalSGD(4, virtual_workers=2), 1, max_epochs=2, callbacks=[make()]).fit(Plain(), loader())
+
+
+def test_pruning_is_refused():
+    with pytest.raises(MisconfigurationException, match="the masks would differ"):
+        trainer(LocalSGD(4, virtual_workers=2), 1, callbacks=[ModelPruning("l1_unstructured")]).fit(Plain(), loader())

@@ -99,10 +99,10 @@ def test_an_exception_in_flight(tmp_path):
 
 
 def test_default_evaluation_weights():
-    assert LOSCAR()._eval_weights == "mean"
-    assert DiLoCo(selection=Fragments(2))._eval_weights == "mean"
-    assert DiLoCo()._eval_weights == "anchor"
-    assert LOSCAR(eval_weights="anchor")._eval_weights == "anchor"
+    assert LOSCAR()._global_weights.weights == "mean"
+    assert DiLoCo(selection=Fragments(2))._global_weights.weights == "mean"
+    assert DiLoCo()._global_weights.weights == "anchor"
+    assert LOSCAR(eval_weights="anchor")._global_weights.weights == "anchor"
 
 
 @pytest.mark.parametrize(

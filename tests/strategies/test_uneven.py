@@ -12,16 +12,16 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_lopt.strategies.checkpoint.writing as checkpoint_module
 import lightning_lopt.strategies.uneven as uneven_module
-from lightning_lopt import LOSCAR, DiLoCo, LocalSGD, RoundMonitor, SlowMo, TopK
+from lightning_lopt import LOSCAR, QSR, DiLoCo, LocalSGD, RoundMonitor, SlowMo, TopK
 from lightning_lopt.comm import DisagreementError
-from tests.processes import run_workers
+from tests.processes import run_cases, run_workers
 from tests.strategies.support import Classifier, cli_trainer, flat, loader, trainer
 
 BATCHES = [3, 14, 6, 9]
@@ -82,8 +82,7 @@ def _fit(
         callbacks=callbacks,
         enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         use_distributed_sampler=False,
-        num_sanity_val_steps=1,
-        **options,
+        **{"num_sanity_val_steps": 1, **options},
     )
     module = module(len(batches))
     validation = DataLoader(list(Stream(0, 1, len(batches))), batch_size=None)
@@ -354,6 +353,162 @@ def _signalled(rank, speeds, batches):
 def test_a_signal_stops_all_after_the_same_round(speeds, batches):
     (rounds, *_), (others, *_) = run_workers(_signalled, 2, speeds, batches, connect=False)
     assert rounds == others
+
+
+class _Act(pl.Callback):
+    """Do something on each worker after a step of its own, in a fit of equal workers."""
+
+    def __init__(self, steps, action) -> None:
+        self.steps, self.action = steps, action
+
+    def on_train_batch_end(self, trainer, *_):
+        if self.steps.get(trainer.global_rank) == trainer.global_step:
+            self.action(trainer)
+
+
+class _SkipsOnOne(Summing):
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if self.global_rank == 1 and batch_idx == 2 else None
+
+
+class _LogsOnOne(Summing):
+    def training_step(self, batch, batch_idx):
+        if self.global_rank == 0 and batch_idx == 5:
+            self.log("mine", 1.0, sync_dist=True)
+        return super().training_step(batch, batch_idx)
+
+
+class _ValidationLogsOnOne(Summing):
+    def validation_step(self, batch, batch_idx):
+        if self.global_rank == 0 and not self.trainer.sanity_checking:
+            self.log("mine", 1.0, sync_dist=True)
+        return super().validation_step(batch, batch_idx)
+
+
+class _GathersUnequal(Summing):
+    def training_step(self, batch, batch_idx):
+        self.all_gather(torch.ones(1 + self.global_rank))
+        return super().training_step(batch, batch_idx)
+
+
+class _Plateau(Summing):
+    """Each worker's rate follows a loss of its own, and H the rate."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("own", float(self.current_epoch * (1 - 2 * self.global_rank)), batch_size=1)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "own"}}
+
+
+def _save(trainer):
+    trainer.save_checkpoint("mine.ckpt")
+
+
+def _stop(trainer):
+    trainer.should_stop = True
+
+
+AT = "worker {} at the {}".format
+PARTED = {  # keyword arguments of the fit on each worker, and what the error says
+    "a checkpoint": (
+        {"callbacks": [_Act({0: 3}, _save)]},
+        [AT(0, "checkpoint"), AT(1, "sync"), "call trainer.save_checkpoint on each"],
+    ),
+    "a checkpoint without a mean": (
+        {"strategy": "diloco", "callbacks": [_Act({0: 3}, _save)]},
+        [AT(0, "checkpoint"), AT(1, "sync"), "call trainer.save_checkpoint on each"],
+    ),
+    "checkpoints after other steps": (
+        {"callbacks": [_Act({0: 2, 1: 3}, _save)]},
+        ["the number of batches so far (between 2 and 3", "call trainer.save_checkpoint on each"],
+    ),
+    "a stop": (
+        {"callbacks": [_Act({1: 2}, _stop)], "limit_val_batches": 0},
+        [AT(0, "sync"), AT(1, "epoch end"), "trainer.should_stop was set on worker 1 alone"],
+    ),
+    "a stop in flight": (
+        {"strategy": "in flight", "callbacks": [_Act({1: 3}, _stop)]},
+        [AT(0, "launch"), AT(1, "validation"), "trainer.should_stop was set on worker 1 alone"],
+    ),
+    "a stop after an epoch": (
+        {"callbacks": [_Act({0: 8}, _stop)]},
+        [AT(0, "training end"), AT(1, "sync"), "trainer.should_stop was set on worker 0 alone"],
+    ),
+    "the rest of an epoch": (
+        {"module": _SkipsOnOne, "limit_val_batches": 0},
+        [AT(0, "sync"), AT(1, "epoch end")],
+    ),
+    "a validation": (
+        {"by_rank": [{}, {"check_val_every_n_epoch": 2}]},
+        [AT(0, "validation"), AT(1, "epoch end"), "must validate together"],
+    ),
+    "the first validation": (
+        {"by_rank": [{}, {"limit_val_batches": 0}]},
+        [AT(0, "collective in a validation"), AT(1, "collective between batches"), "must validate together"],
+    ),
+    "a callback": (
+        {"by_rank": [{"callbacks": [ModelCheckpoint(".")]}, {}]},
+        ["disagree on the collective and its tensors"],
+    ),
+    "an average of weights": (
+        {"by_rank": [{"callbacks": [EMAWeightAveraging()]}, {}]},
+        ["disagree on the collective and its tensors", "must be logged on all workers"],
+    ),
+    "a metric": (
+        {"module": _LogsOnOne},
+        [AT(0, "collective within a batch"), AT(1, "sync"), "must be logged on all workers"],
+    ),
+    "a metric of a validation": (
+        {"module": _ValidationLogsOnOne},
+        ["must be logged on all workers"],
+    ),
+    "shapes of tensors": (
+        {"module": _GathersUnequal},
+        ["disagree on the collective and its tensors", "tensors of one shape"],
+    ),
+    "the rate that H follows": (
+        {"module": _Plateau, "strategy": "qsr", "epochs": 9},
+        ["The learning rate is 0.1 on worker 0 and 1 on worker 1", "ReduceLROnPlateau"],
+    ),
+}
+
+
+def _part(rank, folder, arguments):
+    options = {**arguments, **arguments.get("by_rank", [{}, {}])[rank]}
+    name, _ = options.pop("strategy", "local sgd"), options.pop("by_rank", None)
+    make = partial(LocalSGD, QSR(0.5, 4)) if name == "qsr" else STRATEGIES[name]
+    os.chdir(folder)
+    with pytest.raises(DisagreementError) as error:
+        _fit(rank, make(timeout=timedelta(seconds=30)), [8, 8], stream=False, **options)
+    return str(error.value)
+
+
+@pytest.fixture(scope="module")
+def parted(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("parted"))
+    cases = {name: (folder, arguments) for name, (arguments, _) in PARTED.items()}
+    return run_cases(_part, 2, cases, connect=False)
+
+
+@pytest.mark.parametrize("name", PARTED)
+def test_what_only_one_worker_does_is_an_error_that_names_it(name, parted):
+    for said in parted[name]:
+        assert all(text in said for text in PARTED[name][1]), said
+
+
+def _one_stops(rank):
+    """The second is told so in its second epoch; validation loaders are asked for when one is out of data."""
+    strategy, stop = LocalSGD(local_steps=4, worker_speeds=[1, 2]), _Act({1: 11}, _stop)
+    options = {"num_sanity_val_steps": 0, "reload_dataloaders_every_n_epochs": 1}
+    module, run, _ = _fit(rank, strategy, [3, 8], epochs=9, callbacks=[stop], **options)
+    return module.weight.tolist(), run.current_epoch
+
+
+def test_unequal_workers_stop_together_where_one_is_told_to():
+    assert run_workers(_one_stops, 2, connect=False) == [([-3.0, -5.5], 2)] * 2
 
 
 def test_lightning_cli(tmp_path):

@@ -80,14 +80,22 @@ METHODS = {
 }
 
 
+class _Bytes(pl.Callback):
+    """Bytes of each sync, without those by which processes agree on what comes next."""
+
+    def on_train_start(self, trainer, module):
+        self.sent = []
+        trainer.strategy.rounds.listeners.append(lambda report: self.sent.append(report.bytes_sent))
+
+
 def _fit(rank, make, make_module, devices, rows):
     pl.seed_everything(3, verbose=False)
-    monitor = RoundMonitor()
+    monitor, count = RoundMonitor(), _Bytes()
     module = make_module(seed=0)
-    run = trainer(make(), devices, max_epochs=3, callbacks=[monitor])
+    run = trainer(make(), devices, max_epochs=3, callbacks=[monitor, count])
     run.fit(module, loader(rows), loader(24, shuffle=False))
-    before = monitor.history[0]["rounds/bytes_sent"]  # processes have also compared their numbers of batches
-    steps = [(row["step"], row["rounds/bytes_sent"] - before, row["rounds/drift"]) for row in monitor.history]
+    drifts = [(row["step"], row["rounds/drift"]) for row in monitor.history]
+    steps = [(*row, sent) for row, sent in zip(drifts, count.sent, strict=True)]
     return flat(module), run.global_step, steps, run.optimizers[0].param_groups[0]["lr"]
 
 

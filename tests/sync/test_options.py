@@ -16,6 +16,7 @@ from lightning_lopt import (
     AdaMLP,
     Fragments,
     LearnedOptimizer,
+    PowerSGD,
     RandomCoordinates,
     Rounds,
     SlowMomentum,
@@ -46,6 +47,8 @@ from tests.processes import run_workers
         ({"local_state": "reset", "density": 0.5}, "needs whole tensors"),
         ({"local_state": "average", "overlap_steps": 1}, "excludes overlap_steps"),
         ({"sharded": True, "compression": "int8"}, "excludes compression"),
+        ({"sharded": True, "compression": PowerSGD()}, "excludes compression"),
+        ({"density": 0.5, "compression": PowerSGD(2)}, r"PowerSGD\(rank=2\) needs whole tensors"),
     ],
 )
 def test_wrong_arguments(options, match):
@@ -91,6 +94,7 @@ CASES: list[tuple[str, SyncOptions, float, float, float]] = [  # sent in a sync,
     ("averaging", SyncOptions(compression="bf16"), RING / 2, 4 + 4, 0),
     ("SlowMo", SyncOptions(compression="int8"), RING / 4, 8 + 4, 0),
     ("averaging", SyncOptions(compression=TopK(0.02)), (K - 1) * 0.02 * 6, 4 + 4, 0),
+    ("averaging", SyncOptions(compression=PowerSGD(4)), RING * 4 * (100 + 100) / 100**2, 4 + 4 + 16 / 100, 0),
     ("averaging", SyncOptions(overlap_steps=1), RING, 4, 4 + 8),
     ("averaging", SyncOptions(overlap_steps=1, compression="int8"), RING / 4, 4 + 4, 4 + 4 + 12),
     ("averaging", SyncOptions(local_state="average"), RING + 2 * RING, 4, 0),  # Adam's two momenta

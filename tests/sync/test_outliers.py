@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lopt import AdaMLP, Fragments, LearnedOptimizer, Rounds, SlowMomentum, SyncOptions, TopK
+from lightning_lopt import AdaMLP, Fragments, LearnedOptimizer, PowerSGD, Rounds, SlowMomentum, SyncOptions, TopK
 from lightning_lopt.comm import DisagreementError
 from lightning_lopt.sync.replica import CHECK_EVERY
 from tests.processes import run_cases, run_workers
@@ -24,6 +24,7 @@ WORKERS = {
     "in flight": (SyncOptions(overlap_steps=1), partial(SlowMomentum, momentum=0.5)),
     "int8": (SyncOptions(compression="int8"), None),
     "top-k": (SyncOptions(compression=TopK(0.5)), None),
+    "factors": (SyncOptions(compression=PowerSGD(2)), None),
     "average of states": (SyncOptions(local_state="average"), None),
 }
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lopt import DisagreementError, Rounds, SlowMomentum
+from lightning_lopt import DisagreementError, Rounds, SlowMomentum, SyncOptions
 from tests.threads import run_threads
 
 
@@ -18,7 +18,7 @@ def _different_models(rank, make_comm):
 
 
 def test_different_models_are_an_error():
-    with pytest.raises(DisagreementError, match=r"'weight \(1, 3\) torch.float32' against 'weight \(2, 3\)"):
+    with pytest.raises(DisagreementError, match=r"has 'weight \(1, 3\) torch.float32', rank 1 has 'weight \(2, 3\)"):
         run_threads(_different_models, 2)
 
 
@@ -53,7 +53,7 @@ def test_parameters_that_only_the_optimizer_holds_start_from_rank_0():
 
 
 def test_parameters_that_only_the_optimizer_holds_have_one_shape():
-    with pytest.raises(DisagreementError, match=r"'parameter 1 of the optimizer \(2,\) .* against .* \(3,\)"):
+    with pytest.raises(DisagreementError, match=r"'parameter 1 of the optimizer \(2,\) .* has .* \(3,\)"):
         run_threads(_outside, 2, [2, 3])
 
 
@@ -86,6 +86,62 @@ def _unfreeze(rank, make_comm):
 def test_unfrozen_and_added_parameters():
     expected = [[-0.5, 0, 0], [-1, -0.5, 0], [-1.5, -1, -0.5], [-2, -1.5, -1]]
     assert run_threads(_unfreeze, 2) == [expected, expected]
+
+
+class _Odd(nn.Module):
+    def __init__(self, parameter):
+        super().__init__()
+        self.x, self.odd = nn.Parameter(torch.zeros(1)), nn.Parameter(parameter)
+
+
+@pytest.mark.parametrize(
+    "parameter", [torch.ones(2, dtype=torch.cfloat), torch.eye(2).to_sparse()], ids=["complex", "sparse"]
+)
+def test_parameters_in_training_that_are_not_dense_and_real(parameter):
+    model = _Odd(parameter)
+    with pytest.raises(ValueError, match=r"odd is torch.*sync_rules={'odd': 'local'}"):
+        Rounds(model, torch.optim.SGD(model.parameters(), lr=1.0), 1)
+    options = SyncOptions(sync_rules={"odd": "local"})
+    Rounds(model, torch.optim.SGD(model.parameters(), lr=1.0), 1, options=options).step()
+
+
+def test_a_parameter_in_training_has_no_other_rule():
+    model = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=r"weight is a parameter in training, whose rule can be 'mean' .* not 'max'"):
+        Rounds(model, torch.optim.SGD(model.parameters(), lr=1.0), 1, options=SyncOptions(sync_rules={"w*": "max"}))
+
+
+def _own(rank, make_comm, listed, sizes, state=None):
+    """A parameter that stays each worker's own: from the start, over syncs, and in its local state."""
+    model = _Odd(torch.full((sizes[rank],), float(rank)))
+    if listed:
+        model._ddp_params_and_buffers_to_ignore = ["odd"]
+    options = SyncOptions(sync_rules={} if listed else {"od*": "local"})
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    rounds = Rounds(model, optimizer, 1, partial(SlowMomentum, momentum=0.5), comm=make_comm(), options=options)
+    if state is not None:
+        rounds.load_state_dict(state[0][0])
+        rounds.load_local_state(state[rank][1])
+    with torch.no_grad():
+        model.x -= rank
+        model.odd -= 1
+    rounds.step()
+    with torch.no_grad():
+        model.odd -= 1
+    rounds.swap_in("mean")
+    evaluated = model.odd.tolist()
+    rounds.swap_out()
+    assert rounds.rules() == {"x": "mean", "odd": "local"}
+    return rounds.state_dict(), rounds.local_state(), model.x.item(), evaluated
+
+
+@pytest.mark.parametrize("sizes", [[1, 1], [1, 2]], ids=["one shape", "other shapes"])
+@pytest.mark.parametrize("listed", [False, True], ids=["rule", "list of DDP"])
+def test_what_stays_each_workers_own(listed, sizes):
+    first = run_threads(_own, 2, listed, sizes)
+    assert [r[2:] for r in first] == [(-0.5, [-2.0] * sizes[0]), (-0.5, [-1.0] * sizes[1])]
+    again = run_threads(_own, 2, listed, sizes, first)
+    assert [r[3] for r in again] == [[-4.0] * sizes[0], [-3.0] * sizes[1]]
 
 
 def test_nothing_to_train():

@@ -14,10 +14,10 @@ from tests.sync_support import Point, flat
 from tests.threads import run_threads
 
 
-def _new(make_comm=None, options=None):
+def _new(make_comm=None, options=None, outer=None):
     model = Point(torch.zeros(4, dtype=torch.float64))
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    return model, optimizer, Rounds(model, optimizer, 4, comm=make_comm and make_comm(), options=options)
+    return model, optimizer, Rounds(model, optimizer, 4, outer, comm=make_comm and make_comm(), options=options)
 
 
 def _train(model, optimizer, rounds, gradient, num_steps):
@@ -74,7 +74,7 @@ def _bytes_of_status(rank, make_comm):
     rounds = Rounds(model, optimizer, 1, SlowMomentum, comm=make_comm())
     sent = [rounds.comm.bytes_sent]
     payload = 4 * (4 + 1)  # with the squared norm
-    rounds.sync.check(SyncPoint.CHECKPOINT)
+    rounds.check(SyncPoint.CHECKPOINT)
     sent.append(rounds.comm.bytes_sent)
     rounds.local_step = 1  # or all have the global weights
     rounds.swap_in("mean")
@@ -98,7 +98,7 @@ def _apart(rank, places):
     _, _, rounds = parts = _new()
     _train(*parts, 1.0, 3)
     point = SyncPoint(places[rank])
-    come = rounds.sync.check if point is SyncPoint.CHECKPOINT else rounds.join
+    come = rounds.check if point is SyncPoint.CHECKPOINT else rounds.join
     with pytest.raises(DisagreementError) as error:
         rounds.step() if point is SyncPoint.SYNC else come(point)
     return str(error.value)
@@ -113,11 +113,22 @@ def _together(rank, options):
     for num in (2, 1, 7):
         _train(model, optimizer, rounds, 1.0 + rank, num)
         before = rounds.comm.num_collectives
-        rounds.sync.check(SyncPoint.CHECKPOINT)
+        rounds.check(SyncPoint.CHECKPOINT)
         if not options.overlap_steps:
             rounds.join(SyncPoint.VALIDATION)
         seen.append(rounds.comm.num_collectives - before)
     return seen, torch.equal(flat(model), flat(other)), rounds.round_idx, rounds.equal_steps
+
+
+def _new_group(rank, _):
+    """One worker gives its optimizer another group, whose settings would make its message longer."""
+    model, optimizer, rounds = _new(outer=SlowMomentum)
+    _train(model, optimizer, rounds, 1.0, 3)
+    if rank == 1:
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))]})
+    with pytest.raises(DisagreementError) as error:
+        rounds.step()
+    return str(error.value)
 
 
 def _case(rank, function, *args):
@@ -128,7 +139,29 @@ def _case(rank, function, *args):
 def results():
     apart = {str(places): (_apart, places) for places in PLACES}
     together = {str(overlap): (_together, SyncOptions(overlap_steps=overlap)) for overlap in (0, 2)}
-    return run_cases(_case, 2, apart | together)
+    return run_cases(_case, 2, apart | together | {"group": (_new_group, None)})
+
+
+def test_a_group_that_only_one_worker_has_is_an_error(results):
+    for said in results["group"]:
+        assert "the number of the local optimizer's parameter groups (between 1 and 2" in said
+
+
+def _new_groups(rank, make_comm):
+    model, optimizer, rounds = _new(make_comm, outer=SlowMomentum)
+    sent = []
+    for i in range(3):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))], "lr": 2.0 + i + rank})
+        _train(model, optimizer, rounds, 1.0, 4)
+        before = rounds.comm.num_collectives
+        rounds.check(SyncPoint.CHECKPOINT)
+        sent.append(rounds.comm.num_collectives - before)
+        assert rounds.sync.outer is not None
+    return [group["local_lr"] for group in rounds.sync.outer.param_groups], sent
+
+
+def test_the_outer_optimizer_sees_the_settings_of_new_groups():
+    assert run_threads(_new_groups, 2) == [([1.0, 3.0, 4.0, 5.0], [1, 1, 1])] * 2
 
 
 @pytest.mark.parametrize("places", PLACES)

@@ -15,6 +15,7 @@ from lightning_lopt import (
     AdaMLP,
     Fragments,
     LearnedOptimizer,
+    PowerSGD,
     RandomCoordinates,
     Rounds,
     SlowMomentum,
@@ -233,6 +234,10 @@ OPTIONS = {
     ),
     "lagg": (SyncOptions(overlap_steps=2, compression="bf16"), partial(LearnedOptimizer, network=AdaMLP(2, seed=1))),
     "topk": (SyncOptions(compression=TopK(0.2), merge=0.5, overlap_steps=3), partial(torch.optim.Adam, lr=0.1)),
+    "factors": (
+        SyncOptions(compression=PowerSGD(1), overlap_steps=1, selection=Fragments(2)),
+        partial(SlowMomentum, momentum=0.5),
+    ),
     "average": (SyncOptions(local_state="average"), None),
 }
 

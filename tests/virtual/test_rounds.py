@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lopt import Fragments, LearnedOptimizer, Rounds, SyncOptions
+from lightning_lopt import Fragments, LearnedOptimizer, PowerSGD, Rounds, SyncOptions
 from lightning_lopt.virtual import SharedModule, VirtualRounds
 from tests.processes import run_cases
+from tests.threads import run_threads
 
 OPTIONS = {
     "average": (None, SyncOptions()),
     "learned, in flight": (LearnedOptimizer, SyncOptions(overlap_steps=1, compression="int8")),
+    "factors, in flight": (None, SyncOptions(overlap_steps=1, compression=PowerSGD(1))),
     "fragments, sharded": (partial(torch.optim.Adam, lr=0.1), SyncOptions(selection=Fragments(2), sharded=True)),
 }
 NUM_STEPS = 11
@@ -98,3 +100,88 @@ def test_finishing_and_abandoning_are_for_all_workers():
     rounds.abandon_round()
     assert [worker.step_idx for worker in rounds.workers] == [2, 2]
     assert torch.equal(model[0].weight, synced[0])
+
+
+class _Living(nn.Module):
+    """A centre that is reassigned, a cache that is filled late, an EMA teacher, and a queue of the worker's own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.teacher = nn.Linear(5, 2), nn.Linear(5, 2).requires_grad_(False)
+        self.register_buffer("center", torch.zeros(2))
+        self.register_buffer("cache", None)
+        self.register_buffer("queue", torch.zeros(3))
+
+    def forward(self, x):
+        out = self.net(x)
+        if self.cache is None:
+            self.cache = torch.zeros(2)
+        if not hasattr(self, "late"):
+            self.register_buffer("late", torch.zeros(2))
+        self.late = self.late + out.detach().amax(0)
+        self.cache = self.cache + out.detach()[0]
+        self.center = 0.9 * self.center + 0.1 * out.detach().mean(0)
+        self.queue = torch.cat([self.queue[1:], out.detach()[:1, 0]])
+        return out - self.teacher(x) - self.center - 0.1 * self.cache
+
+
+def _live(make, optimizer, module, steps, turns, step_rounds):
+    for step in range(steps):
+        for rank in turns():
+            _step(module, optimizer, rank, step)
+            with torch.no_grad():
+                for t, s in zip(module.teacher.parameters(), module.net.parameters(), strict=True):
+                    t.lerp_(s, 0.1)
+        step_rounds()
+        if step == 1:
+            make().swap_in("mean")
+            make().swap_out()
+
+
+def _living_options(overlap):
+    options = SyncOptions(overlap_steps=overlap, sync_rules={"queue": "local"})
+    return {"local_steps": 4, "outer_optimizer": partial(torch.optim.SGD, lr=0.7, momentum=0.5), "options": options}
+
+
+def _thread(rank, make_comm, overlap):
+    module = _Living()
+    optimizer = torch.optim.SGD(module.net.parameters(), lr=0.1, momentum=0.9)
+    rounds = Rounds(module, optimizer, comm=make_comm(), **_living_options(overlap))
+    _live(lambda: rounds, optimizer, module, NUM_STEPS, lambda: [rank], rounds.step)
+    return {name: t.clone() for name, t in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("overlap", [0, 2])
+def test_living_tensors_of_virtual_workers_are_those_of_two_models(overlap):
+    module = _Living()
+    optimizer = torch.optim.SGD(module.net.parameters(), lr=0.1, momentum=0.9)
+    shared_module = SharedModule(module, [optimizer], 2)
+    rounds = VirtualRounds(partial(Rounds, **_living_options(overlap)), shared_module, optimizer)
+    _live(lambda: rounds, optimizer, module, NUM_STEPS, shared_module.turns, rounds.step)
+    for rank, expected in enumerate(run_threads(_thread, 2, overlap)):
+        shared_module.activate(rank)
+        found = module.state_dict()
+        assert found.keys() == expected.keys()
+        assert [name for name, t in found.items() if not torch.equal(t, expected[name])] == []
+
+
+def test_weights_from_outside_are_for_all_virtual_workers():
+    module = _Living()
+    optimizer = torch.optim.SGD(module.net.parameters(), lr=0.0)
+    shared_module = SharedModule(module, [optimizer], 2)
+    rounds = VirtualRounds(partial(Rounds, **_living_options(0)), shared_module, optimizer)
+    nn.init.constant_(module.teacher.weight, 3.0)  # no parameter in training
+    module.queue.fill_(4.0)
+    assert not rounds.adopt_replaced(at_start=True)
+    assert [shared_module.parameters(k)["teacher.weight"].mean().item() for k in range(2)] == [3.0, 3.0]
+    assert [shared_module.buffers(k)["queue"].mean().item() for k in range(2)] == [4.0, 4.0]
+    nn.init.constant_(module.net.weight, 5.0)
+    assert rounds.adopt_replaced()
+    nn.init.constant_(module.net.bias, 6.0)
+    rounds.adopt()
+    assert rounds.synced
+    rounds.abandon_round()
+    for k in range(2):
+        assert shared_module.parameters(k)["net.weight"].mean().item() == 5.0
+        assert shared_module.parameters(k)["net.bias"].mean().item() == 6.0

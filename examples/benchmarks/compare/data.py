@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_lopt.meta import DataTask, ImageMLP, image_conv, image_vit, language_model
+from lightning_lopt.meta import DataTask, ImageMLP, ModuleTask, image_conv, image_vit, language_model
 
 TASKS = (
     "digits",
@@ -29,6 +30,16 @@ TASKS = (
     "help_lm",
     "novels_lm",
     "lm1b",
+    "fashion_mnist_conv",
+    "fashion_mnist_vit",
+    "fashion_mnist_autoencoder",
+    "cifar10_narrow",
+    "shakespeare",
+    "shakespeare_lm",
+    "novels",
+    "photograph",
+    "breast_cancer",
+    "friedman",
 )
 ALPHABET = "abcdefghijklmnopqrstuvwxyz .,'\n"  # all other characters are one more
 FASHION_MNIST: dict[str, tuple[int | None, tuple[int, ...], int]] = {  # size in pixels, hidden widths, batch
@@ -61,12 +72,29 @@ def load_task(name: str, data: Path | None = None, split: Literal["train", "test
                                    2 blocks on 32 characters
     ``novels_lm``                  text of a train.txt; the same transformer                        16
     ``lm1b``                       50,000 sentences of LM1B; the same transformer                   16
+    ``fashion_mnist_conv``         Fashion-MNIST resized to 14×14; 3×3 convolutions 8-16-16         16
+    ``fashion_mnist_vit``          Fashion-MNIST resized to 16×16; transformer of width 24 with     16
+                                   2 blocks on patches of 4
+    ``fashion_mnist_autoencoder``  Fashion-MNIST, 28×28; MLP 784-64-784, squared error              16
+    ``cifar10_narrow``             CIFAR-10 resized to 16×16; MLP 768-128-64-10                     32
+    ``shakespeare``                next character from the eight before it, in a                    32
+                                   tinyshakespeare.txt; MLP 256-48-48-32
+    ``shakespeare_lm``             the same text; transformer of width 24 with 2 blocks on          8
+                                   24 characters
+    ``novels``                     next character from the eight before it, in a train.txt;         32
+                                   MLP 256-64-32
+    ``photograph``                 colours of scikit-learn's china.jpg by position, as 32 waves;    64
+                                   MLP 32-64-64-3, squared error
+    ``breast_cancer``              scikit-learn's table of 569 tumours; MLP 30-16-2                 16
+    ``friedman``                   scikit-learn's regression Friedman #1 with noise 1;              16
+                                   MLP 10-32-32-1, squared error
     ============================== ================================================================ =====
 
     Args:
         name: Name of the task.
-        data: Folder that holds, at any depth, Fashion-MNIST's idx.gz files, train.txt, or the train*.parquet of
-            CIFAR-10 (columns img and label), ImageNet (image and label) or LM1B (text), as on the Hugging Face hub.
+        data: Folder that holds, at any depth, Fashion-MNIST's idx.gz files, train.txt, tinyshakespeare.txt, or the
+            train*.parquet of CIFAR-10 (columns img and label), ImageNet (image and label) or LM1B (text), as on the
+            Hugging Face hub.
         split: Part of the data: the examples to train on or, of Fashion-MNIST only, to test with.
 
     Raises:
@@ -92,7 +120,7 @@ def load_task(name: str, data: Path | None = None, split: Literal["train", "test
     if name == "cifar10":
         return ImageMLP(*_images(_rows(data), "img"), hidden=(128, 128), batch_size=128, size=16)
     if name == "characters":
-        return ImageMLP(*_characters(), hidden=(64,), batch_size=32)
+        return ImageMLP(*_characters(_help()), hidden=(64,), batch_size=32)
     if name == "cifar10_conv":
         return image_conv(*_images(_rows(data), "img"), channels=(16, 32, 32), batch_size=32, size=16)
     if name == "cifar10_vit":
@@ -102,6 +130,33 @@ def load_task(name: str, data: Path | None = None, split: Literal["train", "test
         return ImageMLP(images, labels, hidden=(128, 128), batch_size=128)
     if name in ("help_lm", "novels_lm", "lm1b"):
         return language_model(_codes(_text(name, data)), len(ALPHABET) + 1, context=32, width=32)
+    if name == "fashion_mnist_conv":
+        return image_conv(*fashion_mnist("train", data), channels=(8, 16, 16), batch_size=16, size=14)
+    if name == "fashion_mnist_vit":
+        return image_vit(*fashion_mnist("train", data), width=24, batch_size=16, size=16)
+    if name == "fashion_mnist_autoencoder":
+        pixels = fashion_mnist("train", data)[0].flatten(1)
+        return _regression((784, 64, 784), pixels, pixels.float() / 255, batch_size=16, name=name)
+    if name == "cifar10_narrow":
+        return ImageMLP(*_images(_rows(data), "img"), hidden=(128, 64), batch_size=32, size=16)
+    if name == "shakespeare":
+        return ImageMLP(*_characters(_text(name, data)), hidden=(48, 48), batch_size=32)
+    if name == "shakespeare_lm":
+        return language_model(_codes(_text(name, data)), len(ALPHABET) + 1, context=24, width=24, batch_size=8)
+    if name == "novels":
+        return ImageMLP(*_characters(_text(name, data)), hidden=(64,), batch_size=32)
+    if name == "photograph":
+        return _regression((32, 64, 64, 3), *_photograph(), batch_size=64, name=name)
+    if name == "breast_cancer":
+        from sklearn.datasets import load_breast_cancer  # an extra
+
+        table, classes = map(torch.as_tensor, load_breast_cancer(return_X_y=True))
+        return ImageMLP(_standardised(table), classes, hidden=(16,), batch_size=16)
+    if name == "friedman":
+        from sklearn.datasets import make_friedman1  # an extra
+
+        inputs, targets = map(torch.as_tensor, make_friedman1(2000, noise=1.0, random_state=0))
+        return _regression((10, 32, 32, 1), _standardised(inputs), _standardised(targets[:, None]), 16, name)
     raise ValueError(f"The task must be one of {TASKS}, not {name!r}.")
 
 
@@ -155,7 +210,8 @@ def _images(rows: Iterable[dict[str, Any]], column: str, side: int | None = None
 def _text(name: str, data: Path | None) -> str:
     if name == "lm1b":
         return "\n".join(row["text"] for row in _rows(data, SUBSET)).lower()
-    return _help() if name == "help_lm" else _find(data, "train.txt")[0].read_text().lower()
+    file = "tinyshakespeare.txt" if name.startswith("shakespeare") else "train.txt"
+    return _help() if name == "help_lm" else _find(data, file)[0].read_text().lower()
 
 
 def _help() -> str:
@@ -167,9 +223,35 @@ def _codes(text: str) -> Tensor:
     return torch.tensor([table.get(ord(character), len(ALPHABET)) for character in text])
 
 
-def _characters() -> tuple[Tensor, Tensor]:
+def _characters(text: str) -> tuple[Tensor, Tensor]:
     """One-hot contexts [N, CONTEXT, 32] and next characters [N], from evenly spaced positions."""
-    codes = _codes(_help())
+    codes = _codes(text)
     places = torch.linspace(0, len(codes) - CONTEXT - 1, EXAMPLES).long()
     contexts = codes[places[:, None] + torch.arange(CONTEXT)]
     return F.one_hot(contexts, len(ALPHABET) + 1).float(), codes[places + CONTEXT]
+
+
+def _standardised(table: Tensor) -> Tensor:
+    """Columns of mean 0 and standard deviation 1, float32."""
+    return ((table - table.mean(0)) / table.std(0)).float()
+
+
+def _photograph() -> tuple[Tensor, Tensor]:
+    """Sines and cosines of 16 random waves at every pixel, [N, 32], and its standardised colours [N, 3]."""
+    from sklearn.datasets import load_sample_image  # an extra
+
+    picture = torch.tensor(load_sample_image("china.jpg"))
+    rows, columns = torch.meshgrid(*(torch.arange(n) / 640 for n in picture.shape[:2]), indexing="ij")
+    waves = 2 * torch.pi * 3 * torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    phases = torch.stack([rows, columns], -1).flatten(0, 1) @ waves
+    return torch.cat([phases.sin(), phases.cos()], 1), _standardised(picture.flatten(0, 1).double())
+
+
+def _regression(sizes: Sequence[int], inputs: Tensor, targets: Tensor, batch_size: int, name: str) -> ModuleTask:
+    """A ReLU MLP fits targets [N, n] by mean squared error."""
+
+    def make() -> nn.Module:
+        layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
+        return nn.Sequential(*layers[:-1])
+
+    return ModuleTask(make, (inputs, targets), F.mse_loss, batch_size, name=name)

@@ -5,17 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
+from lightning_lopt.functional.blended import BlendedSettings
 from lightning_lopt.meta.base import AbstractTask, Batch, Tensors
 from lightning_lopt.meta.local import LocalOptimizer
-from lightning_lopt.meta.outer import SimulatedOuterStep, average_anchors, learned_step, optimizer_step, views
+from lightning_lopt.meta.outer import (
+    BlendedStep,
+    SimulatedOuterStep,
+    average_anchors,
+    learned_step,
+    optimizer_step,
+    views,
+)
 from lightning_lopt.network import AdaMLP
-from lightning_lopt.optim import SlowMomentum
+from lightning_lopt.optim import BlendedNesterov, SlowMomentum
 
 RATES = (1, 0.5, 0.1, 0.05, 0.01, 0.005, 0.001, 5e-4, 1e-4, 5e-5, 1e-5)
 
@@ -125,8 +133,11 @@ def outer(particles: Sequence[Setting], anchor: Tensors, network: AdaMLP) -> Sim
     if method == "learned":
         return learned_step(anchor, [network])
     if method == "base_step":
-        options = [setting.options for setting in particles]
-        return learned_step(anchor, [AdaMLP.base_step(each["lr"], each["momentum"]) for each in options])
+        like = next(iter(anchor.values()))
+        options: list[dict[str, Any]] = [dict(setting.options) for setting in particles]
+        own = [BlendedNesterov([torch.empty(0)], **each).param_groups[0] for each in options]
+        chosen = BlendedSettings(*(like.new_tensor([each[name] for each in own]) for name in BlendedSettings._fields))
+        return BlendedStep(anchor, chosen, [each["phase"] for each in own])
     groups = [
         {"params": params, "local_lr": setting.local_lr, **setting.options}
         for params, setting in zip(views(anchor), particles, strict=True)

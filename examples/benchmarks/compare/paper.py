@@ -19,7 +19,8 @@ from examples.benchmarks.compare.data import load_task
 from examples.benchmarks.compare.methods import GRIDS, Setting, settings
 from examples.benchmarks.compare.plot import smooth
 from examples.benchmarks.compare.run import Runner, add_experiment
-from examples.benchmarks.report import machine, read_rows, table
+from examples.benchmarks.report import machine, read_rows
+from lightning_lopt.costs import table
 from lightning_lopt.meta.base import DataTask
 
 BASELINES = ("local_sgd", "slowmo", "parallel_adam", "parallel_sgd", "diloco")

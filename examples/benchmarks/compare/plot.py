@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from examples.benchmarks.report import read_rows, table, write_json
-from examples.benchmarks.wire.link import all_reduce
+from examples.benchmarks.report import read_rows, write_json
+from lightning_lopt.costs import all_reduce, table
 from lightning_lopt.meta.evaluation import FINAL_ROUNDS
 
 

@@ -25,9 +25,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from examples.benchmarks.compare.data import fashion_mnist
-from examples.benchmarks.report import append_rows, machine, read_rows, table
+from examples.benchmarks.report import append_rows, machine, read_rows
 from examples.benchmarks.wire.namespaces import run_local
 from lightning_lopt.callbacks import BatchNormReestimation
+from lightning_lopt.costs import table
 from lightning_lopt.schedules import QSR, Constant, RoundInfo
 from lightning_lopt.strategies import LocalSGD
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +12,7 @@ from torch import Tensor
 from examples.benchmarks.compare.clients import Shared
 from examples.benchmarks.compare.methods import PARALLEL, Method, Parallel, Setting, outer
 from lightning_lopt.meta.base import Batch, DataTask, Tensors
-from lightning_lopt.meta.local import LocalOptimizer
+from lightning_lopt.meta.local import LocalOptimizer, half_cosine
 from lightning_lopt.meta.simulation import Simulation
 from lightning_lopt.meta.unroll import SGD
 from lightning_lopt.network import AdaMLP
@@ -51,7 +50,7 @@ class Experiment:
 
     def factor(self, round_idx: int) -> float:
         """Factor of γ in a round."""
-        return 0.5 * (1 + math.cos(math.pi * round_idx / self.num_rounds)) if self.decay else 1.0
+        return half_cosine(round_idx, self.num_rounds) if self.decay else 1.0
 
 
 class Runs(NamedTuple):

@@ -16,7 +16,8 @@ from typing import Any
 from examples.benchmarks.compare import plot
 from examples.benchmarks.compare.methods import GRIDS, Setting, settings
 from examples.benchmarks.compare.run import Runner, add_experiment
-from examples.benchmarks.report import machine, table
+from examples.benchmarks.report import machine
+from lightning_lopt.costs import table
 
 BASELINES = [method for method in GRIDS if method != "learned"]
 

@@ -22,8 +22,9 @@ from typing import Any, get_args
 
 import torch
 
-from examples.benchmarks.report import machine, table, write_json
+from examples.benchmarks.report import machine, write_json
 from examples.benchmarks.speed.outer_step import FLOP_PER_PARAMETER, sgemm_flops
+from lightning_lopt.costs import table
 from lightning_lopt.functional import learned
 from lightning_lopt.meta import ImageMLP, LocalOptimizer, LocalTraining, LogUniform, outer, simulation
 from lightning_lopt.meta.estimator import Estimator
@@ -146,7 +147,8 @@ def measure(work: Work, kind: OptimizerKind, update: str, repeats: int, device: 
         repeats: Number of timed meta-iterations, >= 1.
         device: Device of the tasks and the network.
     """
-    network = AdaMLP.base_step(seed=0) if update == "blended_nesterov" else AdaMLP(seed=0, update=update)
+    network = AdaMLP.base_step(seed=0) if update.endswith("blended_nesterov") else AdaMLP(seed=0, update=update)
+    network.update = update
     network, own = network.to(device), estimator(work, kind, update, device)
     clocks, peak = [], 0.0
     for repeat in range(repeats + 1):

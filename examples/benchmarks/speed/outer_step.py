@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, AdamW, Optimizer
 
-from examples.benchmarks.report import machine, table, write_json
+from examples.benchmarks.report import machine, write_json
 from examples.benchmarks.speed.memory import extra_bytes
+from lightning_lopt.costs import table
 from lightning_lopt.functional import plain
 from lightning_lopt.functional.ada import AdaState
 from lightning_lopt.network import AdaMLP

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from examples.benchmarks.report import machine, table, write_json
+from examples.benchmarks.report import machine, write_json
 from lightning_lopt.callbacks import RoundMonitor
+from lightning_lopt.costs import table
 from lightning_lopt.rounds import Rounds
 from lightning_lopt.strategies import LearnedLocalSGD, LocalSGD
 

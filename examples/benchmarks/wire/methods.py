@@ -2,62 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from examples.benchmarks.wire.link import Round, all_gather, all_reduce, all_to_all, data_parallel
+from lightning_lopt import costs
+from lightning_lopt.costs import DDP, Round, data_parallel
 from lightning_lopt.network import AdaMLP
 from lightning_lopt.optim import LearnedOptimizer
-from lightning_lopt.sync.options import SyncOptions
 from lightning_lopt.worker_speeds import Speeds, WorkerSpeeds
-
-DDP = "DDP"
 
 
 @dataclass(frozen=True)
-class Method:
-    """Options of a method of synchronisation.
+class Method(costs.Method):
+    """A method with its outer optimizer, for workers of unequal speeds, too.
 
     Attributes:
-        options: Arguments of `SyncOptions`, except for the overlap.
-        overlap: Fraction of the H local steps that run during the transfer, in [0, 1).
         outer: Function that makes the outer optimizer for K workers; None averages.
         pace: Source of the workers' speeds, `"given"` or `"measured"`, to which their numbers of steps are
             proportional; None gives H steps to all.
     """
 
-    options: Mapping[str, Any] = field(default_factory=dict)
-    overlap: float = 0.0
     outer: Callable[[int], Any] | None = None
     pace: Literal["given", "measured"] | None = None
-
-    def sync_options(self, local_steps: int) -> SyncOptions:
-        """Options of the syncs of rounds with H steps."""
-        return SyncOptions(overlap_steps=int(self.overlap * local_steps), **self.options)
 
     def speeds(self, step_seconds: Sequence[float]) -> Speeds:
         """Argument `worker_speeds` of `Rounds`, for workers with these times per local step."""
         return [1 / seconds for seconds in step_seconds] if self.pace == "given" else self.pace
 
-    def round(self, local_steps: int, parameters: int, step_seconds: Sequence[float], rank: int) -> Round:
+    def round_of_worker(self, local_steps: int, parameters: int, step_seconds: Sequence[float], rank: int) -> Round:
         """Model of a round of one worker, given the times of a local step on all workers."""
-        sync_options, num_workers = self.sync_options(local_steps), len(step_seconds)
+        num_workers = len(step_seconds)
         pace = WorkerSpeeds(
             self.pace and [1 / seconds for seconds in step_seconds], num_workers, rank, torch.device("cpu")
         )
         own_steps = pace.steps(local_steps)
-        a_round = partial(Round, own_steps, pace.overlap(sync_options.overlap_steps, own_steps))
-        if sync_options.sharded:
-            half = all_to_all(4 * parameters, num_workers)
-            return a_round(half, exposed=half)
-        if sync_options.compression == "int8":
-            return a_round(all_to_all(parameters, num_workers) + all_gather(parameters / num_workers, num_workers))
-        return a_round(all_reduce(4 * sync_options.density * parameters, num_workers))
+        a_round = self.round(local_steps, parameters, num_workers)
+        return replace(
+            a_round, local_steps=own_steps, overlap_steps=pace.overlap(int(a_round.overlap_steps), own_steps)
+        )
 
 
 def _lopt(num_workers: int) -> Any:
@@ -66,7 +53,7 @@ def _lopt(num_workers: int) -> Any:
 
 def _lagg(num_workers: int) -> Any:
     """A network of K inputs with a last layer of zeros, as before meta-training: a Nesterov step at LAgg-A's cost."""
-    network = AdaMLP(num_workers, hidden=(8, 8), update="blended_nesterov", step_mult=1.0, exp_mult=1.0, seed=0)
+    network = AdaMLP(num_workers, hidden=(8, 8), update="masked_blended_nesterov", step_mult=1.0, exp_mult=1.0, seed=0)
     nn.init.zeros_(network.get_parameter("layers.2.weight"))
     return partial(LearnedOptimizer, network=network)
 
@@ -78,7 +65,7 @@ METHODS = {
     "overlap": Method(overlap=5 / 8),
     "LOSCAR": Method(_SPARSE, overlap=1 / 4),
     "LOpt-A": Method(outer=_lopt),
-    "LAgg-A, sharded": Method({"sharded": True}, outer=_lagg),
+    "LAgg-A, sharded": Method({"sharded": True}, worker_grads=True, outer=_lagg),
 }
 FOR_UNEQUAL_SPEEDS = {
     "Local SGD, paced": Method(pace="given"),
@@ -105,11 +92,11 @@ def round_of(name: str, local_steps: int, parameters: int, step_seconds: Sequenc
 
     Example:
         >>> times = [0.1, 0.3]
-        >>> [round_of(name, 16, 1000, times).transfer.bytes_sent for name in ("DDP", "int8", "LOSCAR")]
-        [4000.0, 1000.0, 1000.0]
+        >>> [round(round_of(name, 16, 10**6, times).bytes_sent / 1e6, 2) for name in ("DDP", "int8", "LOSCAR")]
+        [4.0, 1.0, 1.0]
         >>> [round_of("LOSCAR, paced", 12, 1000, times, rank).local_steps for rank in range(2)]
         [12, 4]
     """
     if name == DDP:
         return data_parallel(4 * parameters, len(step_seconds))
-    return METHODS[name].round(local_steps, parameters, step_seconds, rank)
+    return METHODS[name].round_of_worker(local_steps, parameters, step_seconds, rank)

@@ -19,11 +19,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from examples.benchmarks.report import machine, read_rows, table
-from examples.benchmarks.wire.link import Round, hidden_share, local_steps_that_pay, rate_where_equal, round_seconds
+from examples.benchmarks.report import machine, read_rows
 from examples.benchmarks.wire.methods import DDP, FOR_UNEQUAL_SPEEDS, NAMES, USUAL, round_of
 from examples.benchmarks.wire.namespaces import run_linked, run_local, why_not
 from examples.benchmarks.wire.worker import Setup, ViT, load
+from lightning_lopt.costs import Round, hidden_share, local_steps_that_pay, rate_where_equal, round_seconds, table
 
 RATES = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)
 Rows = Sequence[Mapping[str, Any]]
@@ -90,7 +90,7 @@ class Measured:
             "method": self.name,
             "H": " ".join(map(str, dict.fromkeys(self.local_steps))),
             "Q": round(self.round.overlap_steps, 2),
-            "MB per round": (self.round.transfer + self.round.exposed).bytes_sent / 1e6,
+            "MB per round": self.round.bytes_sent / 1e6,
             "s per round": self.seconds,
             "bound": self.bound,
             "share of bound": self.bound / self.seconds,
@@ -119,7 +119,10 @@ class Measured:
             gains["equal at"] = rate_where_equal(
                 self.with_work, ddp.round, self.step_seconds, progress, self.link.latency
             )
-        pays = local_steps_that_pay(self.with_work, self.step_seconds, self.link)
+        enough = int(self.round.overlap_steps) + 1
+        pays = local_steps_that_pay(
+            lambda h: replace(self.with_work, local_steps=max(h, enough)), self.step_seconds, self.link
+        )
         return {"method": self.name, **gains, "H for 10 %": pays}
 
 

@@ -19,9 +19,9 @@ from torch.optim import AdamW, Optimizer
 
 from examples.benchmarks.compare.data import fashion_mnist
 from examples.benchmarks.report import append_rows
-from examples.benchmarks.wire.link import Link, Traffic, data_parallel
 from examples.benchmarks.wire.methods import DDP, METHODS
 from lightning_lopt.comm import Communicator
+from lightning_lopt.costs import Collective, Link, data_parallel
 from lightning_lopt.rounds import Rounds
 
 EVAL_IMAGES = 1024
@@ -138,7 +138,7 @@ class DelayedCommunicator(Communicator):
     def _count(self, tensor: Tensor, factor: float) -> None:
         before = self.bytes_sent
         super()._count(tensor, factor)
-        time.sleep(self._link.seconds(Traffic(self.bytes_sent - before)))
+        time.sleep(self._link.seconds([Collective(self.bytes_sent - before)]))
 
 
 class Training:
@@ -164,9 +164,9 @@ class Training:
             self._forward: nn.Module = fabric.setup_module(self.model)
             self._optimizer: Optimizer = AdamW(self._forward.parameters(), setup.local_lr)
             parameters = sum(p.numel() for p in self.model.parameters())
-            transfer = data_parallel(4 * parameters, setup.num_workers).transfer
-            self._sent = transfer.bytes_sent
-            self._delay = setup.link.seconds(transfer) if setup.delayed else 0.0
+            step = data_parallel(4 * parameters, setup.num_workers)
+            self._sent = step.bytes_sent
+            self._delay = setup.link.seconds([*step.transfer, *step.exposed]) if setup.delayed else 0.0
         else:
             self._forward = self.model
             self._optimizer = AdamW(self.model.parameters(), setup.local_lr)

@@ -7,5 +7,6 @@ A checkpoint is Lightning's own, with the global weights as `state_dict`, and on
 * `worker_files`: names of these files; reading and deleting them.
 * `atomic`: the default `CheckpointIO`, which writes a file as a whole or not at all.
 * `resume`: going on from a checkpoint.
+* `pieces`: parts of ranks that share a model, for a run that goes on with other ranks.
 * `mean`: the mean of all parts, for a run that goes on with another number of workers.
 """

@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_lopt.strategies import host
 from lightning_lopt.strategies.errors import CheckpointError
 
-END_BYTES = 22  # size of a zip file's last record
+FOLDER = 0x10  # attribute of an entry of a zip file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -72,18 +72,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def _check(file: Path) -> None:
     try:
-        with zipfile.ZipFile(file) as archive, file.open("rb") as opened:
-            entry = archive.testzip()
-            infos = archive.infolist()
-            opened.seek(-END_BYTES, os.SEEK_END)
-            plain = min(i.header_offset for i in infos) == 0 and opened.read(4) == b"PK\5\6"
-            plain = plain and not any(i.external_attr & 0x10 for i in infos)  # a folder: torch would not read its bytes
+        with zipfile.ZipFile(file) as archive:
+            folders = (info.filename for info in archive.infolist() if info.external_attr & FOLDER)
+            wrong = archive.testzip() or next(folders, None)  # torch does not read the bytes of a folder
     except Exception as error:  # zipfile has many kinds for a file that is no zip file any more
         raise _damaged(file, f"{type(error).__name__}: {error}") from error
-    if entry is not None:
-        raise _damaged(file, f"the checksum of {entry} is wrong")
-    if not plain:  # this reader and torch's would not find the same
-        raise _damaged(file, "its table of contents is not as torch writes it")
+    if wrong is not None:
+        raise _damaged(file, f"{wrong} is not as it was written")
 
 
 def _damaged(file: Path, reason: str) -> CheckpointError:

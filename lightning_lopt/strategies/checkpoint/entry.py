@@ -5,42 +5,75 @@
 | `version` | version of this layout |
 | `num_workers` | K |
 | `num_parts` | number of parts: one per process or virtual worker, so several per worker with `ranks_per_worker` |
-| `rounds` | state that all workers share: counters, anchors, the outer optimizer's state (`Rounds.state_dict`) |
+| `given` | settings of local optimizers and learning rate schedules as the script gave them, as texts |
+| `sharded` | whether the ranks of a worker share a model |
+| `rounds` | state that all workers share: counters, anchors, the outer state (`Rounds.state_dict`); empty if sharded |
 | `parts` | list of the states that single processes or virtual workers have for themselves, while they are small |
 | `files` | `{"token": ...}` where each part lies in a file of its own beside the checkpoint |
 
 After an exception there are neither parts nor files. A part has the entries `checkpoint` (those of Lightning's entries
-that differ between workers), `local` (`Rounds.local_state`), `random`, `gradients` and `loaders`.
+that differ between workers), `local` (`Rounds.local_state`), `random`, `gradients` and `loaders`. That of a rank that
+shares a model also has `rounds`, of what the rank holds, and its `layout`; states of optimizers are then local shards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch.optim import Optimizer
+
 from lightning_lopt.strategies.errors import CheckpointError
+from lightning_lopt.sync.settings import describe
 
 CHECKPOINT_KEY = "lightning_lopt"
 CHECKPOINT_VERSION = 9
+DERIVED = ("params", "param_names", "initial_lr", "base_lrs", "last_epoch")  # no settings, or those of others
 READ_BY = {8: "0.1"}  # releases that resume from the layouts before
 
 
-def new_entry(num_workers: int, num_parts: int, rounds: dict[str, Any]) -> dict[str, Any]:
+def new_entry(
+    num_workers: int, num_parts: int, given: dict[str, str], rounds: dict[str, Any], *, sharded: bool
+) -> dict[str, Any]:
     """Return an entry to which parts or files are yet to be added.
 
     Args:
         num_workers: K.
         num_parts: Number of parts, of all processes together.
+        given: Result of `given_settings`.
         rounds: State that all workers share.
+        sharded: Whether the ranks of a worker share a model.
     """
     return {
         "version": CHECKPOINT_VERSION,
         "num_workers": num_workers,
         "num_parts": num_parts,
+        "given": given,
+        "sharded": sharded,
         "rounds": rounds,
         "parts": None,
         "files": None,
     }
+
+
+def given_settings(optimizers: Sequence[Optimizer], schedulers: Sequence[Any]) -> dict[str, str]:
+    """Return the settings of new local optimizers and learning rate schedules, by names for a message.
+
+    Args:
+        optimizers: Local optimizers, as the script made them.
+        schedulers: Their learning rate schedules, likewise.
+    """
+    given = {}
+    for i, optimizer in enumerate(optimizers):
+        for j, group in enumerate(optimizer.param_groups):
+            place = f" of group {j}" * (len(optimizer.param_groups) > 1) + f" of optimizer {i}" * (len(optimizers) > 1)
+            settings = {name: value for name, value in group.items() if name not in DERIVED}
+            given |= {f"{type(optimizer).__name__} {k}{place}": v for k, v in describe(settings).items()}
+    for i, scheduler in enumerate(schedulers):
+        place = f" of schedule {i}" * (len(schedulers) > 1)
+        state = {k: v for k, v in scheduler.state_dict().items() if k not in DERIVED and not k.startswith("_")}
+        given |= {f"{type(scheduler).__name__} {k}{place}": v for k, v in describe(state).items()}
+    return given
 
 
 def check_version(entry: Mapping[str, Any]) -> None:

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import copy
+import operator
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import Optimizer
 
+from lightning_lopt.islands import Layout, to_distributed
 from lightning_lopt.strategies import host
 from lightning_lopt.strategies.checkpoint.entry import CHECKPOINT_KEY, check_version, required
 from lightning_lopt.strategies.checkpoint.mean import mean_part
+from lightning_lopt.strategies.checkpoint.pieces import cut_part, whole_part
 from lightning_lopt.strategies.checkpoint.worker_files import load_part
 from lightning_lopt.strategies.errors import CheckpointError, run_on_all
 from lightning_lopt.strategies.loaders import ResumableLoaders
 from lightning_lopt.strategies.virtual import ProcessRounds, ProcessWorkers
+from lightning_lopt.sync.settings import changes
 
 if TYPE_CHECKING:
     from lightning_lopt.strategies.local_sgd import LocalSGD
@@ -81,25 +88,97 @@ class Resume:
         strategy, own = self._strategy, self._strategy.own_parts
         saved = required(entry, "num_parts"), required(entry, "num_workers")
         present = strategy.num_parts, strategy.num_workers
-        numbers = own if saved == present else range(saved[0])
+        sharded, shards = entry.get("sharded", False), strategy.is_sharded
+        same = saved == present and sharded == shards
         if parts is not None:
-            wanted = (parts[number] for number in numbers)
+            load = partial(operator.getitem, parts)
         else:
             real = os.path.realpath(path) if host.is_local_path(path) else path  # "last" may be a link
-            io, token = strategy.part_io, files["token"]
-            wanted = (load_part(io, real, token, number, weights_only) for number in numbers)
+            load = partial(_load_part, strategy.part_io, real, files["token"], weights_only)
         elsewhere = CheckpointError(f"Another worker could not read its file beside {path}: see its error.")
-        if saved == present:
-            return run_on_all(strategy, partial(list, wanted), elsewhere)
+        if same:
+            return run_on_all(strategy, lambda: [load(number) for number in own], elsewhere)
+        if sharded or shards:
+            rank_zero_warn(
+                f"The checkpoint holds {_count(*saved)}, there are {_count(*present)} now, and a model that is shared "
+                "by the ranks of a worker: random states, gradients that were accumulating, a sync in flight and the "
+                "states of loaders that have their own are dropped"
+                + ("." if saved[1] == present[1] else "; all continue from the mean of the workers.")
+            )
+            return run_on_all(strategy, partial(self._put_together, entry, load, saved, present), elsewhere)
         rank_zero_warn(
             f"The checkpoint holds {_count(*saved)}, there are {_count(*present)} now: all continue from the mean of "
             "their weights, optimizer states and error feedback. Their random states, gradients that were accumulating "
             "and the states of loaders that have their own are dropped."
         )
         required(entry, "rounds")["sync"]["exchange"] = None
+        wanted = (load(number) for number in range(saved[0]))
         part = run_on_all(strategy, partial(mean_part, wanted, strategy.num_parts), elsewhere)
         part["checkpoint"]["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
         return [part, *(copy.deepcopy(part) for _ in own[1:])]
+
+    def _put_together(
+        self,
+        entry: Mapping[str, Any],
+        load: Callable[[int], dict[str, Any]],
+        saved: tuple[int, int],
+        present: tuple[int, int],
+    ) -> list[dict[str, Any]]:
+        """Return parts of whole tensors for the workers of this process.
+
+        A worker's batch is taken to be as large as before, whatever its number of ranks.
+
+        Args:
+            entry: Entry of the checkpoint.
+            load: Function that reads the part of this number.
+            saved: Numbers of parts and of workers in the checkpoint.
+            present: Numbers of parts and of workers now.
+        """
+        size = saved[0] // saved[1]
+
+        def whole(worker: int) -> dict[str, Any]:
+            numbers = range(worker * size, (worker + 1) * size if entry.get("sharded") else worker * size + 1)
+            part = whole_part([load(number) for number in numbers])
+            rounds = part.get("rounds") or copy.deepcopy(required(entry, "rounds"))
+            rounds["sync"]["exchange"] = None
+            return {**part, "rounds": rounds}
+
+        def of(workers: Sequence[int], among: int) -> dict[str, Any]:
+            first = whole(workers[0])
+            part = mean_part(chain([first], (whole(worker) for worker in workers[1:])), among)
+            part["checkpoint"]["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
+            return {**part, "rounds": first["rounds"]}
+
+        own = [number * present[1] // present[0] for number in self._strategy.own_parts]
+        if saved[1] == present[1]:
+            return [of([worker], 1) for worker in own]
+        part = of(range(saved[1]), present[1])
+        return [part, *(copy.deepcopy(part) for _ in own[1:])]
+
+    def prepare(self, trainer: pl.Trainer, rounds: ProcessRounds, checkpoint: dict[str, Any]) -> None:
+        """Give optimizer states the layout of a sharded model, before Lightning loads them.
+
+        Args:
+            trainer: Trainer in a fit.
+            rounds: Rounds of the fit.
+            checkpoint: Checkpoint that was read.
+        """
+        layout = rounds.sync.replica.layout()
+        if layout is None or not self._parts:
+            return
+        (part,) = self._parts
+        if part.get("layout") is None:
+            part = cut_part(part, layout)
+        elif Layout.from_state(part["layout"]) != layout:
+            raise CheckpointError(
+                "The ranks of this checkpoint's workers held other parts of the model: shard it as when it was saved, "
+                "with the same outer optimizer, or begin anew from its weights: load_from_checkpoint."
+            )
+        self._parts = [part]
+        checkpoint["optimizer_states"] = [
+            _distributed(state, optimizer)
+            for state, optimizer in zip(part["checkpoint"]["optimizer_states"], trainer.optimizers, strict=True)
+        ]
 
     def restore(self, trainer: pl.Trainer, rounds: ProcessRounds, checkpoint: Mapping[str, Any]) -> None:
         """Restore rounds, loaders, and all workers of this process, after Lightning has restored the first one.
@@ -113,7 +192,9 @@ class Resume:
         if entry is None:
             rank_zero_warn("This checkpoint was not written by a lightning_lopt strategy: a fresh round begins.")
         else:
-            rounds.load_state_dict(required(entry, "rounds"))
+            _warn_of_settings(changes(entry.get("given", {}), self._strategy.given))
+            own = self._parts[0].get("rounds") if self._parts else None
+            rounds.load_state_dict(own or required(entry, "rounds"))
             if self._parts:
                 self.goes_on = True
                 rounds.load_local_state(required(self._parts[0], "local"))
@@ -141,7 +222,7 @@ class Resume:
         gradients = first.get("gradients", {})
         for name, p in trainer.lightning_module.named_parameters():
             if name in gradients:
-                p.grad = gradients[name].to(p.device)
+                p.grad = to_distributed(gradients[name].to(p.device), like=p)
         random = first.get("random")
         if random is None:  # there were other workers
             _share_out_epoch(trainer, first.get("batch_ratio", Fraction(1)))
@@ -189,6 +270,28 @@ def _ignore_warning(message: str) -> Iterator[None]:
         filters: Any = warnings.filters
         if own not in before and own in filters:
             filters.remove(own)
+
+
+def _warn_of_settings(phrases: list[str]) -> None:
+    if phrases:
+        rank_zero_warn(
+            f"Changed in the script since the checkpoint was written: {', '.join(phrases)}. The checkpoint's values "
+            "hold, as always in Lightning: set others in on_train_start, or begin anew from the weights."
+        )
+
+
+def _load_part(io: CheckpointIO, path: Any, token: str, weights_only: bool | None, number: int) -> dict[str, Any]:
+    return load_part(io, path, token, number, weights_only)
+
+
+def _distributed(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """A state dict of local shards as one of DTensors, where the optimizer's parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    states = {
+        i: {key: to_distributed(value, like=parameters[i]) for key, value in values.items()}
+        for i, values in state["state"].items()
+    }
+    return {**state, "state": states}
 
 
 def _share_out_epoch(trainer: pl.Trainer, batch_ratio: Fraction) -> None:

@@ -1,6 +1,6 @@
-"""Files beside a checkpoint, one for the part of each process: their names, reading and deleting them.
+"""Files beside a checkpoint, one for the part of each process: their names, and how they are read and deleted.
 
-They are written in `writing`.
+`writing.CheckpointWriter.write` writes them.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ Sizes, in numbers per parameter of the model:
 | state of the outer optimizer | checkpoint | 0 for averaging, 1 with momentum, 2 with Adam, 4 to 8 if it is learned |
 | weights and state of the local optimizer | each part | 1 with SGD, 2 with momentum, 3 with Adam |
 | residuals of compression | each part | 1 |
+| states of a `LinearCodec` | checkpoint | rank / n per matrix of n rows with `PowerSGD(rank)` |
 | values of a sync in flight, mean and own | checkpoint and each part | 1 and 1, or the share that is sent |
 | gradients that are accumulating | each part | 1 |
 """
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 
 from lightning_lopt.comm import Communicator
+from lightning_lopt.islands import to_local
 from lightning_lopt.strategies import host
 from lightning_lopt.strategies.checkpoint.entry import CHECKPOINT_KEY, new_entry
 from lightning_lopt.strategies.checkpoint.worker_files import part_file, remove_parts
@@ -78,8 +80,13 @@ class CheckpointWriter:
             WorkerLostError: Another process did not come.
         """
         strategy, alone = self._strategy, trainer.interrupted
-        entry = new_entry(strategy.num_workers, strategy.num_parts, rounds.state_dict(alone=alone))
+        layout = rounds.sync.replica.layout()
+        entry = new_entry(strategy.num_workers, strategy.num_parts, strategy.given, {}, sharded=layout is not None)
         checkpoint[CHECKPOINT_KEY] = entry
+        if layout is None:
+            entry["rounds"] = rounds.state_dict(alone=alone)
+        else:  # every rank has its own
+            checkpoint["optimizer_states"] = to_local(checkpoint["optimizer_states"])
         if alone:  # the other workers may be gone: nothing of theirs can be saved
             write()
             return
@@ -116,11 +123,14 @@ class CheckpointWriter:
         own = ["optimizer_states", "lr_schedulers", "loops", "callbacks", type(trainer.precision_plugin).__qualname__]
         batches = host.batches_done(trainer)
         named = trainer.lightning_module.named_parameters()
+        layout = rounds.sync.replica.layout()
+        shared = {} if layout is None else {"layout": layout.state_dict(), "rounds": rounds.state_dict()}
         return {
             "checkpoint": {name: checkpoint[name] for name in own if name in checkpoint},
+            **shared,
             "local": rounds.local_state(),
             "random": host.random_state(),
-            "gradients": {name: p.grad.clone() for name, p in named if accumulating and p.grad is not None},
+            "gradients": {name: to_local(p.grad).clone() for name, p in named if accumulating and p.grad is not None},
             "loaders": self._loaders.state_dicts(
                 batches if batches < trainer.num_training_batches else 0, cycle=host.restarts_short_loaders(trainer)
             ),

@@ -46,6 +46,18 @@ def test_no_damaged_checkpoint_is_ever_loaded(saved, tmp_path):
     assert refused > 200
 
 
+def test_a_tensor_that_became_a_folder_is_refused(tmp_path):
+    """One bit of the table of contents, which no checksum covers; torch would read nothing in the tensor's place."""
+    io, path = AtomicCheckpointIO(), tmp_path / "damaged.ckpt"
+    io.save_checkpoint({"a": torch.arange(4)}, path)
+    data = bytearray(path.read_bytes())
+    entry = data.rindex(b"PK\1\2", 0, data.rindex(b"/data/0"))
+    data[entry + 38] ^= 0x10
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="data/0 is not as it was written"):
+        io.load_checkpoint(path)
+
+
 @pytest.mark.parametrize("data", [b"", b"PK", b"no checkpoint at all"])
 def test_other_files_are_refused(data, tmp_path):
     (tmp_path / "other.ckpt").write_bytes(data)

@@ -19,7 +19,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
 import lightning_lopt.strategies.checkpoint.writing as checkpoint_module
-from lightning_lopt import LOSCAR, QSR, AdaMLP, DiLoCo, Fragments, LearnedLocalSGD, LocalSGD, SlowMo, TopK
+from lightning_lopt import LOSCAR, QSR, AdaMLP, DiLoCo, Fragments, LearnedLocalSGD, LocalSGD, PowerSGD, SlowMo, TopK
 from lightning_lopt.strategies.checkpoint.atomic import AtomicCheckpointIO
 from tests.processes import run_workers
 from tests.strategies.support import Classifier, flat, loader, trainer
@@ -391,6 +391,25 @@ def test_a_resume_leaves_the_filters_of_warnings(tmp_path):
     assert not [w for w in caught if "resuming from a checkpoint" in str(w.message)]
 
 
+def test_changed_settings_of_the_local_optimizer_are_said(tmp_path):
+    """The local optimizer's rate is the checkpoint's, with a warning; the outer one's is the script's, with another."""
+    said = []
+    for i, (lr, strategy) in enumerate([(0.1, SlowMo(4)), (0.1, SlowMo(4)), (0.05, SlowMo(4, outer_lr=0.5))]):
+        saving = ModelCheckpoint(tmp_path / str(i), "a", every_n_train_steps=3, save_top_k=-1)
+        run = trainer(strategy, 1, max_epochs=1, enable_checkpointing=True, callbacks=[saving])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run.fit(Classifier(lr=lr, seed=0), loader(24), ckpt_path=tmp_path / "0" / "a.ckpt" if i else None)
+        said.append([str(w.message) for w in caught if "the checkpoint was written: " in str(w.message)])
+        said[-1] += [str(w.message) for w in caught if "as in the script" in str(w.message)]
+    assert said[:2] == [[], []]
+    local, outer = said[2]
+    assert "Adam lr of group 0 0.1 -> 0.05, Adam lr of group 1 0.05 -> 0.025. The checkpoint's values hold" in local
+    assert "as in the script: outer lr 1.0 -> 0.5." in outer
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.5)  # halved by its schedule
+    assert [group["lr"] for group in run.strategy.rounds.sync.outer.param_groups] == [0.5, 0.5]
+
+
 def _continued(rank, folder):
     """One epoch, saved after its final sync, and a second from there; again with two epochs at once."""
 
@@ -456,7 +475,7 @@ OTHER_NUMBER = {
     "8": (8, partial(SlowMo, 4), 2**27),
     "2, in files": (2, partial(SlowMo, 4), 0),
     "2 virtual": (2, partial(SlowMo, 4, virtual_workers=2), 2**27),
-    "2, residuals": (2, partial(SlowMo, 4, compression="int8"), 2**27),
+    "2, residuals": (2, partial(SlowMo, 4, compression=PowerSGD(1)), 2**27),
     "2, sharded": (2, partial(LearnedLocalSGD, 4, network=AdaMLP(seed=0), sharded=True), 2**27),
     "8, in flight": (8, partial(LOSCAR, 4, overlap_steps=3, density=0.5), 2**27),
 }

@@ -12,7 +12,7 @@ from lightning_lopt.functional import learned
 from lightning_lopt.meta import outer, simulation
 
 
-@pytest.mark.parametrize(("work", "update"), [("8x8", "published"), ("small", "blended_nesterov")])
+@pytest.mark.parametrize(("work", "update"), [("8x8", "published"), ("small", "masked_blended_nesterov")])
 def test_parts_add_up(tmp_path, capsys, work, update):
     before = simulation.local_round, outer.outer_step, learned.apply
     path = tmp_path / "speed.json"

@@ -1,0 +1,319 @@
+"""Workers whose ranks share one model (FSDP2, tensor parallel): the plain tensors that each rank holds for a sync.
+
+Such a worker is an island of ranks on a fast link. In a sync each rank exchanges its plain tensors with the same rank
+of the other workers:
+
+* `LocalShards`: the rank's own shards, without a copy, for outer steps that treat each coordinate by itself;
+* `WholeTensors`: some tensors of the model, whole, for outer steps with statistics of rows, columns or matrices, and
+  for codecs of matrices. The worker's ranks gather them before a sync, and scatter them after it.
+
+Norms, totals and checksums are summed over the ranks of the worker, by `Communicator.inside_total_`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from lightning_lopt.comm import Communicator
+from lightning_lopt.functional.balance import least_loaded
+
+
+class Box(NamedTuple):
+    """A rank's piece of a tensor.
+
+    Attributes:
+        shape: Shape of the piece.
+        offset: Its first index in the whole tensor, in each dimension.
+    """
+
+    shape: torch.Size
+    offset: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Box:
+        """The piece that this rank has of a tensor: all of it where it is not distributed."""
+        if not isinstance(tensor, DTensor):
+            return cls.whole(tensor)
+        shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        assert tuple(shape) == tuple(tensor.to_local().shape)
+        return cls(torch.Size(shape), tuple(offset))
+
+    @classmethod
+    def whole(cls, tensor: Tensor) -> Box:
+        """All of a tensor."""
+        return cls(tensor.shape, (0,) * tensor.ndim)
+
+    def of_whole(self, whole: Tensor) -> Tensor:
+        """This part of a whole tensor, as a view."""
+        return whole[tuple(slice(o, o + n) for o, n in zip(self.offset, self.shape, strict=True))]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Pieces of a worker's model on one of its ranks.
+
+    Attributes:
+        groups: Names of the parameters of each group of the optimizer.
+        sizes: Shape of each whole tensor, by name.
+        boxes: Piece of each tensor that the rank holds for a sync, by name.
+        shards: Piece of each tensor that the module itself has on the rank, by name.
+    """
+
+    groups: list[list[str]]
+    sizes: dict[str, torch.Size]
+    boxes: dict[str, Box]
+    shards: dict[str, Box]
+
+    @property
+    def order(self) -> list[str]:
+        """Names of all parameters of the optimizer."""
+        return [name for group in self.groups for name in group]
+
+    @property
+    def held(self) -> list[str]:
+        """Names of the parameters of which the rank holds a piece for a sync."""
+        return [name for name in self.order if name in self.boxes]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The layout as types that `torch.load(weights_only=True)` accepts."""
+        boxes = {k: {n: [list(b.shape), list(b.offset)] for n, b in v.items()} for k, v in self._boxes().items()}
+        return {"groups": self.groups, "sizes": {n: list(size) for n, size in self.sizes.items()}, **boxes}
+
+    def _boxes(self) -> dict[str, dict[str, Box]]:
+        return {"boxes": self.boxes, "shards": self.shards}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Layout:
+        """Restore the result of `state_dict`."""
+        boxes, shards = (
+            {name: Box(torch.Size(shape), tuple(offset)) for name, (shape, offset) in state[key].items()}
+            for key in ("boxes", "shards")
+        )
+        return cls(state["groups"], {n: torch.Size(size) for n, size in state["sizes"].items()}, boxes, shards)
+
+
+class Held:
+    """Tensors of a worker's model that one rank holds, under the names of a module and in the groups of an optimizer.
+
+    Args:
+        module: Module whose parameters may be DTensors over the ranks of the worker.
+        optimizer: Local optimizer of these parameters.
+        comm: Collectives among the workers, by column.
+
+    Attributes:
+        device: Device of the parameters.
+        held: Plain tensor that stands for each parameter, of those that this rank holds.
+    """
+
+    shares_memory = False
+
+    def __init__(self, module: nn.Module, optimizer: Any, comm: Communicator) -> None:
+        self._module, self._optimizer, self._comm = module, optimizer, comm
+        self.reshard()
+        self._names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
+        self.device = next(iter(self._names)).device
+        self.held: dict[Tensor, nn.Parameter] = {}
+
+    def reshard(self) -> None:
+        """Let the module free its gathered parameters.
+
+        FSDP keeps some of them after a forward pass without a backward pass. They would be out of date once the shards
+        are written, and they hide the DTensors from `named_parameters`.
+        """
+        for module in self._module.modules():
+            reshard = getattr(module, "reshard", None)
+            if callable(reshard):
+                reshard()
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        for parameter, held in self.held.items():
+            held.requires_grad_(parameter.requires_grad)
+            yield self._names[parameter], held
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self._module.named_buffers()
+
+    def get_submodule(self, target: str) -> nn.Module:
+        return self._module.get_submodule(target)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        groups = self._optimizer.param_groups
+        return [{**g, "params": [self.held[p] for p in g["params"] if p in self.held]} for g in groups]
+
+    @property
+    def state(self) -> dict[Tensor, dict[str, Any]]:
+        return {self.held[p]: state for p, state in self._optimizer.state.items() if p in self.held}
+
+    def layout(self) -> Layout:
+        """Pieces of the model on this rank."""
+        shards = {name: Box.of(p) for p, name in self._names.items()}
+        return Layout(
+            [[self._names[p] for p in group["params"]] for group in self._optimizer.param_groups],
+            {name: p.shape for p, name in self._names.items()},
+            {self._names[p]: shards[self._names[p]] if self.shares_memory else Box.whole(p) for p in self.held},
+            shards,
+        )
+
+    def full_numel(self, held: Tensor) -> int:
+        """Number of elements of the whole tensor to which a held tensor belongs."""
+        return next((p.numel() for p, own in self.held.items() if own is held), held.numel())
+
+    def pull(self) -> None:
+        """Bring what is held up to date with the module."""
+        raise NotImplementedError
+
+    def push(self) -> None:
+        """Write what is held into the module."""
+        raise NotImplementedError
+
+
+class LocalShards(Held):
+    """This rank's shards, which share the memory of the DTensors."""
+
+    shares_memory = True
+
+    def __init__(self, module: nn.Module, optimizer: Any, comm: Communicator) -> None:
+        super().__init__(module, optimizer, comm)
+        self.held = {p: nn.Parameter(_local(p), p.requires_grad) for p in self._names}
+
+    def pull(self) -> None:
+        for parameter, held in self.held.items():
+            local = _local(parameter)
+            if held.data_ptr() != local.data_ptr():  # FSDP or a load put another tensor in its place
+                held.data = local
+
+    def push(self) -> None:
+        self.reshard()
+
+
+class WholeTensors(Held):
+    """Some of the worker's tensors, whole; its other ranks hold the others.
+
+    An all-to-all inside the worker gathers the pieces of a tensor on the rank that holds it, another one scatters them.
+    Tensors are assigned in the order of their size, largest first, each to the rank that has the least so far. With R
+    ranks, one that is larger than 1/R of the model makes them uneven.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: Any, comm: Communicator) -> None:
+        super().__init__(module, optimizer, comm)
+        self._boxes = comm.gather_inside({name: Box.of(p) for p, name in self._names.items()})
+        parameters = list(self._names)
+        owners = least_loaded([p.numel() for p in parameters], [0] * comm.inside_size)
+        self._owned = [[p for p, o in zip(parameters, owners, strict=True) if o == k] for k in range(comm.inside_size)]
+        self.held = {
+            p: nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=p.device), p.requires_grad)
+            for p in self._owned[comm.inside_rank]
+        }
+        self.pull()
+
+    @torch.no_grad()
+    def pull(self) -> None:
+        outgoing = [[_local(p) for p in owned] for owned in self._owned]
+        incoming = [[(p, self._box(rank, p).shape) for p in self.held] for rank in range(len(self._owned))]
+        for rank, pieces in enumerate(self._exchange(outgoing, incoming)):
+            for (parameter, held), piece in zip(self.held.items(), pieces, strict=True):
+                self._box(rank, parameter).of_whole(held.data).copy_(piece)
+
+    @torch.no_grad()
+    def push(self) -> None:
+        self.reshard()
+        ranks = range(len(self._owned))
+        outgoing = [[self._box(rank, p).of_whole(held.data) for p, held in self.held.items()] for rank in ranks]
+        incoming = [[(p, _local(p).shape) for p in owned] for owned in self._owned]
+        for owned, pieces in zip(self._owned, self._exchange(outgoing, incoming), strict=True):
+            for parameter, piece in zip(owned, pieces, strict=True):
+                _local(parameter).copy_(piece)
+
+    def _box(self, rank: int, parameter: Tensor) -> Box:
+        return self._boxes[rank][self._names[parameter]]
+
+    def _exchange(
+        self, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[tuple[Tensor, torch.Size]]]
+    ) -> list[list[Tensor]]:
+        """Send pieces to each rank of the worker, and return those that it sends here.
+
+        Args:
+            outgoing: Pieces for each rank.
+            incoming: Parameter and shape of each piece that comes, by the rank that sends it.
+        """
+        sent = [_bytes(pieces, self.device) for pieces in outgoing]
+        sizes = [[shape.numel() * p.element_size() for p, shape in pieces] for pieces in incoming]
+        arrived = self._comm.all_to_all_inside(torch.cat(sent), [len(b) for b in sent], [sum(s) for s in sizes])
+        parts = arrived.split([sum(s) for s in sizes])
+        return [
+            [b.clone().view(p.dtype).view(shape) for b, (p, shape) in zip(part.split(s), pieces, strict=True)]
+            for part, s, pieces in zip(parts, sizes, incoming, strict=True)
+        ]
+
+
+def to_local(tree: Any) -> Any:
+    """Nested dictionaries and lists in which DTensors are replaced by copies of their local shards."""
+    if isinstance(tree, DTensor):
+        return _local(tree).clone()
+    if isinstance(tree, Mapping):
+        return {key: to_local(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [to_local(value) for value in tree]
+    return tree
+
+
+def to_distributed(local: Any, like: Tensor) -> Any:
+    """Turn a local shard into a DTensor with the mesh and placements of another, and return all else unchanged."""
+    if not (isinstance(like, DTensor) and isinstance(local, Tensor)) or local.shape != like.to_local().shape:
+        return local
+    mesh, placements, local = like.device_mesh, like.placements, local.to(like.device)
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def is_sharded(module: Any) -> bool:
+    """Whether a model has DTensors among its parameters."""
+    return any(isinstance(p, DTensor) for _, p in module.named_parameters())
+
+
+def hold(module: Any, optimizer: Any, comm: Communicator, *, whole: bool) -> Held:
+    """Return the tensors of a sharded model that this rank holds.
+
+    Args:
+        module: Module with DTensors.
+        optimizer: Local optimizer of its parameters.
+        comm: Collectives among the workers.
+        whole: Whether the outer step or the compression needs whole tensors.
+
+    Raises:
+        ValueError: Each rank is a worker, or a parameter lies on ranks of several workers.
+    """
+    ranks = comm.ranks_inside
+    for name, parameter in module.named_parameters():
+        if not isinstance(parameter, DTensor):
+            continue
+        mesh = sorted(parameter.device_mesh.mesh.flatten().tolist())
+        if len(ranks) == 1 and len(mesh) > 1:
+            raise ValueError(
+                f"{name} is sharded over {len(mesh)} ranks (DTensor), but each process is a worker here. Give the "
+                f"ranks that share a model as ranks_per_worker={len(mesh)}, and shard over self.device_mesh in "
+                "configure_model."
+            )
+        if not set(mesh) <= set(ranks):
+            raise ValueError(
+                f"{name} is sharded over the ranks {mesh}, and this worker has the ranks {ranks}: the mesh of a "
+                "DTensor must lie within one worker. Shard over self.device_mesh in configure_model."
+            )
+    return (WholeTensors if whole else LocalShards)(module, optimizer, comm)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return local.detach()
+
+
+def _bytes(pieces: Sequence[Tensor], device: torch.device) -> Tensor:
+    flat = [piece.contiguous().flatten().view(torch.uint8) for piece in pieces]
+    return torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8, device=device)

@@ -1,0 +1,52 @@
+"""The list of held-out tasks is that of the protocol; runs are paired by seed, and not repeated."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from examples.benchmarks import __main__ as bench
+from examples.benchmarks.compare import heldout
+
+
+def test_the_list_covers_what_users_differ_in():
+    tasks = heldout.HELD_OUT
+    assert len({each.task for each in tasks}) == len(tasks) == 10
+    kinds = Counter(each.optimizer for each in tasks)
+    assert kinds.keys() == {"sgd", "momentum", "adamw", "muon"}
+    assert min(kinds.values()) >= 2
+    assert {min(each.local_steps for each in tasks), max(each.local_steps for each in tasks)} == {4, 64}
+    assert {min(each.num_workers for each in tasks), max(each.num_workers for each in tasks)} == {2, 16}
+
+
+def test_ratios_are_paired_by_seed():
+    common = {"task": "friedman", "schedule": "decaying", "max_loss": 3.0}
+    finals = {"base_step": {0: 1.0, 1: 2.0, 2: 9.0, 3: 1.0}, "learned": {0: math.e, 1: 2.0, 2: math.nan}}
+    rows = [
+        {**common, "name": name, "seed": seed, "losses": [loss] * 6}
+        for name, own in finals.items()
+        for seed, loss in own.items()
+    ]
+    of_task, of_all = heldout.summary(rows, "base_step")
+    assert of_task["decaying"] == "+0.333 ± 1.434"  # 1, 0 and, both at the loss of a diverged run, 0
+    assert (of_task["decaying, seeds"], of_task["constant"]) == (3, None)
+    assert of_all["task"] == "mean of 1 tasks"
+    with pytest.raises(ValueError, match="no run of diloco"):
+        heldout.summary(rows, "diloco")
+
+
+def test_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
+    tasks = [replace(each, num_rounds=2, local_steps=2) for each in heldout.HELD_OUT if each.task == "breast_cancer"]
+    monkeypatch.setattr(heldout, "HELD_OUT", tasks)
+    out = tmp_path / "rows.jsonl"
+    for seeds in (["0"], ["0", "1"]):
+        bench.main(
+            ["heldout", str(out), "--data", str(tmp_path), "--methods", "base_step", "local_sgd", "--seeds", *seeds]
+        )
+    assert len(out.read_text().splitlines()) == 2 * 2 * 2
+    printed = capsys.readouterr().out
+    assert "breast_cancer, decaying: local_sgd, 1 seeds" in printed
+    assert "mean of 1 tasks" in printed
