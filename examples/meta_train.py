@@ -5,8 +5,8 @@ python examples/meta_train.py --recipe default --data fashion cifar10      the b
 python examples/meta_train.py --recipe paper --data fashion                LOpt-A as published, for a GPU
 python examples/meta_train.py --recipe lopt_a_short --data fashion         a sixteenth of its work, 500 steps
 python examples/meta_train.py --recipe lopt_a_8x8 --data fashion           LOpt-A by a curriculum, first stage; then
-    --recipe lopt_a_14x14, lopt_a_28x28 and lopt_a, each with --init OUT/export.safetensors of the stage before,
-    and with --init-scale 0.2 for the step to 28x28
+    --recipe lopt_a_14x14, lopt_a_28x28, lopt_a_28x28_late and lopt_a, each with --init OUT/export.safetensors of the
+    stage before, with --init-scale 0.2 for the step to 28x28 and 0.5 for the late rounds
 
 Kill it whenever you like; --resume goes on with the same numbers. Where no checkpoint is left, --init goes on from
 OUT/export.safetensors, which is small, with fresh unrolls.

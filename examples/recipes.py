@@ -243,6 +243,7 @@ PAPER: dict[str, Any] = {"estimator": "published_pes"}
 SHORT: dict[str, Any] = {**PAPER, "batch_size": 64, "num_particles": 2, "truncation": 25}  # a sixteenth of the work
 # A curriculum: each stage starts from the export of the one before (--init), with a schedule of its own. The steps are
 # absolute, so those of a stage of few pixels are too large for one of many: there --init-scale helps.
+# The mean loss over an unroll rests on its first rounds: lopt_a_28x28_late takes longer unrolls, and log(loss + 0.1).
 STAGE: dict[str, Any] = {"last_scale": 0.1, "warmup_steps": 20, "restart_schedule": True}
 RECIPES: dict[str, Maker] = {
     "quick": quick,
@@ -255,6 +256,17 @@ RECIPES: dict[str, Maker] = {
     ),
     "lopt_a_14x14": published("mean", 1_500, 32, size=14, num_particles=4, lr=3e-3, **STAGE),
     "lopt_a_28x28": published("mean", 220, 64, num_particles=4, lr=1.5e-3, final_lr=3e-4, **STAGE),
+    "lopt_a_28x28_late": published(
+        "mean",
+        400,
+        64,
+        num_particles=4,
+        log_floor=0.1,
+        unroll_length=LogUniform(500, 1500),
+        lr=1e-3,
+        final_lr=1e-4,
+        **STAGE,
+    ),
     "lopt_a": published("mean", 300, lr=1e-3, final_lr=1e-4, **STAGE),
     "lopt_a_short": published("mean", 500, **SHORT),
     "lagg_a_short": published(8, 500, **SHORT),

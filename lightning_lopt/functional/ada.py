@@ -25,6 +25,7 @@ TIME_SCALES = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
 
 SQUARE_EPS = 1e-30
 MIN_SCALE = 1e-20
+RMS_EPS = 1e-5  # of the normalisation of published features by their mean square
 
 
 class Epsilons(NamedTuple):
@@ -368,7 +369,7 @@ def epsilons(state: AdaState, *, relative: bool) -> Epsilons:
         scale = torch.ones_like(state.row[:, -1:, :1, :1])
     else:
         scale = row_means(state)[:, -1:, None, None].clamp_(min=MIN_SCALE)
-    return Epsilons(1e-9 * scale, 1e-6 * scale, 1e-8 * scale, torch.finfo(scale.dtype).tiny if relative else 1e-5)
+    return Epsilons(1e-9 * scale, 1e-6 * scale, 1e-8 * scale, torch.finfo(scale.dtype).tiny if relative else RMS_EPS)
 
 
 def gradient_scales(state: AdaState, eps: Epsilons, factors: Factoring) -> tuple[Tensor, Tensor, Tensor]:

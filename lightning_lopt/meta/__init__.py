@@ -11,6 +11,7 @@ from lightning_lopt.meta.module_task import ModuleTask
 from lightning_lopt.meta.simulation import Simulation
 from lightning_lopt.meta.tasks import ImageMLP
 from lightning_lopt.meta.truncation import LogUniform
+from lightning_lopt.meta.worker_inputs import with_worker_inputs
 
 __all__ = [
     "AbstractTask",
@@ -28,4 +29,5 @@ __all__ = [
     "image_conv",
     "image_vit",
     "language_model",
+    "with_worker_inputs",
 ]

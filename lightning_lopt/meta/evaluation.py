@@ -69,7 +69,7 @@ class Evaluation:
         Returns:
             Losses, [rounds + 1, N].
         """
-        return self._losses(lambda anchor: learned_step(anchor, [network]))
+        return self.losses_with(lambda anchor: learned_step(anchor, [network]))
 
     @cached_property
     def baselines(self) -> dict[str, Tensor]:
@@ -79,7 +79,7 @@ class Evaluation:
             groups = [{"params": params} for params in views(anchor)]
             return optimizer_step(torch.optim.SGD(groups, lr=0.7, momentum=0.9, nesterov=True))
 
-        return {"averaging": self._losses(lambda anchor: average_anchors), "diloco": self._losses(diloco)}
+        return {"averaging": self.losses_with(lambda anchor: average_anchors), "diloco": self.losses_with(diloco)}
 
     def final(self, losses: Tensor) -> float:
         """Average over the last 5 rounds and the runs; a diverged one counts as the task's `max_loss`."""
@@ -87,7 +87,12 @@ class Evaluation:
         return losses[-FINAL_ROUNDS:].nan_to_num(nan=limit).clamp(max=limit).mean().item()
 
     @torch.no_grad()
-    def _losses(self, outer: Callable[[Tensors], SimulatedOuterStep]) -> Tensor:
+    def losses_with(self, outer: Callable[[Tensors], SimulatedOuterStep]) -> Tensor:
+        """Compute the same losses with any outer step.
+
+        Args:
+            outer: Function that makes the step for the anchors {[N, *S]} of the runs.
+        """
         task, training = self.task, self.training
         generators = [seeded(self.seed, "evaluation", index) for index in range(self.num_runs)]
         starts = [training.init(task, generator) for generator in generators]
