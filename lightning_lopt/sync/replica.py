@@ -263,7 +263,9 @@ class Replica:
             held = self._held.get(id(named[name])) if name in named else None
             return None if held is None else weights.get(held)
 
-        named = dict(self._model.named_parameters()) if arrived else {}
+        if not any(self._rules.stated(name) == "unit_mean" for name in arrived):
+            return dict(arrived)
+        named = dict(self._model.named_parameters())
         return spectral_norm.renewed(arrived, self._rules.module_of, get_weight)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------

@@ -64,6 +64,7 @@ class Rules:
         self._model, self._patterns = model, patterns
         ignored = getattr(model.get_submodule(""), "_ddp_params_and_buffers_to_ignore", ())  # the name is DDP's
         self._ignored = frozenset(ignored)
+        self._stated: dict[str, Rule | None] = {}
 
     def of(self, name: str, tensor: Tensor) -> Rule:
         """The rule of a tensor.
@@ -80,7 +81,9 @@ class Rules:
 
     def stated(self, name: str) -> Rule | None:
         """The rule that the user or the class of the tensor's module gives; None if the tensor's type decides."""
-        return self._by_user(name) or self._by_class(name)
+        if name not in self._stated:  # asked for each tensor in each sync
+            self._stated[name] = self._by_user(name) or self._by_class(name)
+        return self._stated[name]
 
     def is_local(self, name: str) -> bool:
         """Whether a tensor stays a worker's own."""
