@@ -145,6 +145,11 @@ class Communicator:
         """Whether this is the first rank of the first worker."""
         return self._world is None or self._dist.get_rank(self._world) == 0
 
+    @property
+    def _equals(self) -> dist.ProcessGroup | None:
+        """All ranks that hold the same: those of this column, or every rank."""
+        return self._world if self._island is None else self._group
+
     # -- inside a worker whose ranks hold different parts ----------------------------------------------------------
 
     @property
@@ -300,7 +305,7 @@ class Communicator:
         """Overwrite the tensors with those of rank 0, on all processes; with those of worker 0 where it has parts."""
         if self._world is None:
             return
-        group = self._world if self._island is None else self._group
+        group = self._equals
         for tensor in tensors:
             self._count(tensor, 1 if self._dist.get_rank(group) == 0 else 0)
             values = tensor.detach().contiguous()
@@ -350,7 +355,7 @@ class Communicator:
         low = [_ANY if v is None else -v for v in own]
         vector = torch.tensor([*high, *low, *largest], dtype=torch.int64, device=device)
         self._count(vector, 2)
-        self._dist.all_reduce(vector, op=dist.ReduceOp.MAX, group=self._world if self._island is None else self._group)
+        self._dist.all_reduce(vector, op=dist.ReduceOp.MAX, group=self._equals)
         values = vector.tolist()
         high, low = values[: len(own)], values[len(own) : 2 * len(own)]
         differ = [a not in (_ANY, -b) for a, b in zip(high, low, strict=True)]
@@ -378,7 +383,7 @@ class Communicator:
             return f" (between {difference.least} and {difference.most}, here {own})"
         if not integer.listed:
             return ""
-        group = self._world if self._island is None else self._group
+        group = self._equals
         all_lines: list[list[str] | None] = [None] * self._dist.get_world_size(group)
         self._dist.all_gather_object(all_lines, None if isinstance(value, int | None) else [*value], group=group)
         given = [(rank, lines) for rank, lines in enumerate(all_lines) if lines is not None]

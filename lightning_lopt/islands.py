@@ -7,7 +7,7 @@ of the other workers:
 * `WholeTensors`: some tensors of the model, whole, for outer steps with statistics of rows, columns or matrices, and
   for codecs of matrices. The worker's ranks gather them before a sync, and scatter them after it.
 
-Norms, totals and checksums are summed over the ranks of the worker, by `Communicator.inside_total_`.
+Norms, totals and checksums are summed over the ranks of the worker, by `Communicator.inside_total`.
 """
 
 from __future__ import annotations
@@ -83,11 +83,12 @@ class Layout:
 
     def state_dict(self) -> dict[str, Any]:
         """The layout as types that `torch.load(weights_only=True)` accepts."""
-        boxes = {k: {n: [list(b.shape), list(b.offset)] for n, b in v.items()} for k, v in self._boxes().items()}
-        return {"groups": self.groups, "sizes": {n: list(size) for n, size in self.sizes.items()}, **boxes}
-
-    def _boxes(self) -> dict[str, dict[str, Box]]:
-        return {"boxes": self.boxes, "shards": self.shards}
+        boxes, shards = (
+            {name: [list(box.shape), list(box.offset)] for name, box in boxes.items()}
+            for boxes in (self.boxes, self.shards)
+        )
+        sizes = {name: list(size) for name, size in self.sizes.items()}
+        return {"groups": self.groups, "sizes": sizes, "boxes": boxes, "shards": shards}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Layout:

@@ -407,7 +407,7 @@ class Rounds:
         form, than the script wants now; its round ends with a sync of its own.
         """
         given = state.get("given", {})
-        if self.comm.rank == 0:
+        if self.comm.is_first:
             warn_of_changes(changes(given, self._given))
         if {"density", "selection", "compression", "sharded", "sync_rules"} & {*changed(given, self._given)}:
             state = {**state, "sync": {**state["sync"], "exchange": None}}
