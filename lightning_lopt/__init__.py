@@ -3,6 +3,7 @@
 from lightning_lopt.callbacks import BatchNormReestimation, RoundMonitor
 from lightning_lopt.comm import DisagreementError
 from lightning_lopt.compression import BF16, Codec, Int8, LinearCodec, PowerSGD, Reduction, TopK
+from lightning_lopt.elastic import Elastic
 from lightning_lopt.network import AdaMLP
 from lightning_lopt.optim import BlendedNesterov, LearnedOptimizer, SlowMomentum
 from lightning_lopt.rounds import Rounds
@@ -27,6 +28,7 @@ __all__ = [
     "Constant",
     "DiLoCo",
     "DisagreementError",
+    "Elastic",
     "Fragments",
     "Int8",
     "LearnedLocalSGD",

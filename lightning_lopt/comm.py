@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,40 @@ _ANY = -(2**62)  # below every integer that workers compare
 
 class DisagreementError(RuntimeError):
     """The workers differ in what must be the same: model, options, round, steps, weights, or the point of waiting."""
+
+
+class GroupBrokenError(RuntimeError):
+    """A collective failed since a worker of the group is gone; those who are left may meet and repeat it."""
+
+
+class Members(NamedTuple):
+    """Workers that take part from here on.
+
+    Attributes:
+        workers: Identifiers of the workers, in the order of their ranks; empty for a worker that has left.
+        rounds: Finished rounds of each, as it said when they met.
+        backend: Object with the collectives of `torch.distributed` among them by their names, which raise a
+            `GroupBrokenError` when a worker is gone.
+    """
+
+    workers: Sequence[int]
+    rounds: Sequence[int]
+    backend: Any
+
+
+class Membership(Protocol):
+    """Workers that come and go between rounds."""
+
+    def meet(self, round_idx: int, *, fingerprint: int, repeats: bool, leaves: bool) -> Members:
+        """Wait for all workers that are there, and return those that take part from here on.
+
+        Args:
+            round_idx: Number of finished rounds of this worker; -1 for one that has just begun.
+            fingerprint: Integer that is the same on all workers of a run.
+            repeats: Whether a sync broke and is to be repeated, so that nobody may join.
+            leaves: Whether this worker leaves.
+        """
+        ...
 
 
 class CommonInteger(NamedTuple):
@@ -68,11 +102,13 @@ class Communicator:
         by_column: Whether the ranks of a worker hold different parts of one model instead, so that each talks to the
             same rank of the other workers, and they add up inside what belongs to the whole.
         backend: Object with the collectives of `torch.distributed` by their names; a `VirtualGroup` for workers in
-            one process.
+            one process. None for a worker that is alone until `regroup`.
 
     Attributes:
-        num_workers: K.
-        rank: Rank of this worker among the workers.
+        num_workers: K, which `regroup` changes: ask for it in each round.
+        rank: Rank of this worker among the workers, which changes likewise.
+        fixed: Whether K never changes.
+        workers: Identifiers of the workers, in the order of their ranks.
         bytes_sent: Bytes that this worker has sent, by the ring algorithms' count: 2(K-1)/K of the payload for an
             all-reduce, (K-1)/K for an all-to-all, K-1 payloads for an all-gather, one payload on rank 0 for a
             broadcast.
@@ -98,8 +134,9 @@ class Communicator:
         by_column: bool = False,
     ) -> None:
         self._dist = backend
-        connected = dist.is_available() and backend.is_initialized()
-        world, rank = (backend.get_world_size(), backend.get_rank()) if connected else (1, 0)
+        world, rank = 1, 0
+        if backend is not None and dist.is_available() and backend.is_initialized():
+            world, rank = backend.get_world_size(), backend.get_rank()
         if ranks_per_worker < 1 or world % ranks_per_worker:
             raise ValueError(
                 f"{world} processes cannot be workers of {ranks_per_worker} ranks each: ranks_per_worker must divide "
@@ -107,6 +144,8 @@ class Communicator:
             )
         self.num_workers = world // ranks_per_worker
         self.rank = rank // ranks_per_worker
+        self.workers = tuple(range(self.num_workers))
+        self.fixed = backend is not None
         self._timeout, self._ranks_per_worker = timeout, ranks_per_worker
         self._world: dist.ProcessGroup | None = None
         if world > 1:
@@ -135,6 +174,14 @@ class Communicator:
         """Make a process group of the ranks of this worker; all ranks must call it."""
         size = self._ranks_per_worker
         return self._new_group([list(range(i * size, (i + 1) * size)) for i in range(self.num_workers)])
+
+    def regroup(self, members: Members) -> None:
+        """Go on with other workers, each of one rank, when no collective is under way."""
+        self._dist, self.workers = members.backend, tuple(members.workers)
+        self.num_workers = max(1, len(self.workers))
+        several = self.num_workers > 1
+        self.rank = self._dist.get_rank() if several else 0
+        self._world = self._group = self._new_group([list(range(self.num_workers))]) if several else None
 
     @property
     def _connected(self) -> bool:
@@ -284,6 +331,29 @@ class Communicator:
             assert arrival is not None  # this worker is in the group
             dist.send(outgoing[to], group=self._group, group_dst=to)
             arrival.wait()
+
+    def send(self, flat: Tensor, to: int) -> None:
+        """Send a contiguous tensor of bytes, [n], to a worker that calls `receive`.
+
+        Args:
+            flat: Tensor of the type uint8 on the CPU.
+            to: Rank of the worker.
+        """
+        self._count(flat, 1)
+        self._dist.send(torch.tensor([len(flat)]), group=self._group, group_dst=to)
+        self._dist.send(flat, group=self._group, group_dst=to)
+
+    def receive(self, source: int) -> Tensor:
+        """Return the bytes that a worker sends here.
+
+        Args:
+            source: Rank of the worker.
+        """
+        length = torch.zeros(1, dtype=torch.int64)
+        self._dist.recv(length, group=self._group, group_src=source)
+        flat = torch.empty(int(length), dtype=torch.uint8)
+        self._dist.recv(flat, group=self._group, group_src=source)
+        return flat
 
     def total(self, values: Sequence[float], device: torch.device) -> list[float]:
         """Sum each number over the workers."""

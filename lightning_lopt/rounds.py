@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_lopt.comm import Communicator
+from lightning_lopt.comm import Communicator, GroupBrokenError, Membership, digest
 from lightning_lopt.functional.balance import even_bounds
 from lightning_lopt.functional.integers import as_integer
 from lightning_lopt.optim.outer import OuterFactory, check_coordinatewise, check_needs_mean_alone
@@ -50,6 +54,8 @@ class Rounds:
         options: Parts that a sync sends, time in flight and merge rule; by default everything, at once.
         worker_speeds: Speeds v, one number per worker, or `"measured"`: worker i takes H v_i / max v steps in a round
             (see `WorkerSpeeds`), so that nobody waits and numbers of steps differ. None is H for all.
+        elastic: Workers that come and go between rounds, in place of `comm`: see `Elastic`. Creating a `Rounds` is then
+            not collective, and `meet` must be called before the first local step.
 
     Attributes:
         round_idx: Number of finished rounds.
@@ -65,9 +71,11 @@ class Rounds:
         last_report: The `RoundReport` of the last sync.
         resumed: Whether a state was loaded.
         listeners: Functions that are called with each `RoundReport`, at once.
+        left: Whether this worker has left the others.
 
     Raises:
-        ValueError: `local_steps` < 1, nothing to train, or a network or speeds for another number of workers.
+        ValueError: `local_steps` < 1, nothing to train, a network or speeds for another number of workers, or an
+            option that workers who come and go exclude.
         DisagreementError: The workers' models, rounds or steps differ.
 
     Source: arXiv 2312.02204 (learned), 1910.00643 (SlowMo), 2311.08105 (DiLoCo), 2310.14423 (QSR).
@@ -100,6 +108,7 @@ class Rounds:
         comm: Communicator | None = None,
         options: SyncOptions | None = None,
         worker_speeds: Speeds = None,
+        elastic: Membership | None = None,
     ) -> None:
         self._schedule = as_schedule(local_steps)
         self._options = options or SyncOptions()
@@ -114,6 +123,10 @@ class Rounds:
         )
         self._optimizer = optimizer
         self.total_steps = total_steps
+        self._membership = elastic
+        if elastic is not None:
+            check_elastic(optimizer, comm, self._options, worker_speeds)
+            comm = Communicator(backend=None)
         self.comm = comm or Communicator()
         check_speeds(worker_speeds, self.comm.num_workers)
         self.sync = Sync(model, optimizer, outer_optimizer, self.comm, self._options)
@@ -128,6 +141,7 @@ class Rounds:
         self.listeners: list[Callable[[RoundReport], object]] = []
         self.resumed = False
         self._looked_in = -1  # round in which `adopt_replaced` was last called
+        self._has_met, self._leaves, self.left = elastic is None, False, False
         if isinstance(optimizer, Optimizer):
             this = weakref.ref(self)
             optimizer.register_step_pre_hook(lambda *_: _adopt_replaced(this()))
@@ -144,9 +158,14 @@ class Rounds:
         self.local_step += 1
         if self.local_step < self.due:
             return False
-        return self._launch_or_end()
+        return self._launch_or_end() if self._membership is None else self._end_among_those_left()
 
     def _begin_round(self) -> None:
+        if not self._has_met or self.left:
+            raise RuntimeError(
+                "This worker is not among the others: call rounds.meet() before the first local step, and take none "
+                "after rounds.left."
+            )
         self.local_steps = self.speeds.steps(self._choose_local_steps())
         ends_run = self.step_idx + self.local_steps == self.total_steps
         overlap = 0 if ends_run else self.speeds.overlap(self._options.overlap_steps, self.local_steps)
@@ -163,6 +182,17 @@ class Rounds:
             self._launch(everything=self.step_idx == self.total_steps)
         self._end_round()
         return True
+
+    def sync_again(self) -> bool:
+        """Give up a sync that failed on all workers, and launch it again with all local steps so far.
+
+        Nothing has changed before everything has arrived, so that the result is that of a sync that did not fail.
+
+        Returns:
+            Whether this ended a round, as `step` does.
+        """
+        self.sync.give_up()
+        return self._launch_or_end()
 
     def _launch(self, point: SyncPoint = SyncPoint.SYNC, *, everything: bool = False, stops: bool = False) -> None:
         steps = self.local_step if point is not SyncPoint.LAUNCH or self.local_steps is None else self.local_steps
@@ -373,6 +403,98 @@ class Rounds:
             self.sync.adopt_unstepped()
         return written
 
+    # -- workers that come and go ---------------------------------------------------------------------------------
+
+    def meet(self) -> None:
+        """Agree with the other workers on those who take part from here on; the end of each round does so by itself.
+
+        A worker that is behind the others takes over what the first of those who are furthest has: anchors, outer
+        state, counters, and the state of the local optimizer. At the very beginning all take over the first one's.
+
+        Raises:
+            DisagreementError: The others have another model, other settings, or a worker of this identifier.
+        """
+        self._meet(repeats=False)
+
+    def leave(self) -> None:
+        """Take part in the present round, and in none after it; a signal handler may call it.
+
+        At the end of the round `left` is set.
+        """
+        self._leaves = True
+
+    def _meet(self, *, repeats: bool) -> bool:
+        """Meet the other workers.
+
+        Args:
+            repeats: Whether a sync broke and is to be repeated.
+
+        Returns:
+            Whether this worker has taken over the state of another.
+        """
+        assert self._membership is not None
+        before = self.round_idx
+        while True:
+            repeats = repeats and self.round_idx == before
+            members = self._membership.meet(
+                self.round_idx if self._has_met or self.resumed else -1,
+                fingerprint=digest(f"{self.sync.fingerprint} {self._given}"),
+                repeats=repeats,
+                leaves=self._leaves and not repeats,
+            )
+            self.comm.regroup(members)
+            self.left = not members.workers
+            if self.left or not _breaks(partial(self._heal, members.rounds, repeats=repeats)):
+                self._has_met = True
+                return self.round_idx != before
+
+    def _heal(self, rounds: Sequence[int], *, repeats: bool) -> None:
+        """Bring those who are behind up to the others."""
+        furthest = max(rounds)
+        donor = rounds.index(furthest)
+        behind = [k for k, r in enumerate(rounds) if r < furthest or (furthest < 0 and k != donor)]
+        rank = self.comm.rank
+        if not behind:
+            return
+        if rank == donor:
+            own = {
+                "rounds": self.state_dict(alone=True),
+                "untouched": self.sync.replica.untouched(),
+                "local": self._local_optimizer.state_dict(),
+            }
+            state = _to_bytes(own)
+            for k in behind:
+                self.comm.send(state, k)
+        elif rank in behind:
+            state = _from_bytes(self.comm.receive(donor))
+            # A worker whose sync broke just before its end has had all steps of that round.
+            self._take_over(state, keeps_local=repeats and rounds[rank] == furthest - 1)
+        self.comm.max_(torch.zeros(1, device=self.sync.device))  # all or none
+        self.sync.replica.compare_next()
+
+    def _take_over(self, state: dict[str, Any], *, keeps_local: bool) -> None:
+        """Begin the round that another worker's state belongs to."""
+        self.load_state_dict(state["rounds"])
+        self.abandon_round()
+        self.sync.replica.restore_with(state["untouched"])
+        if not keeps_local:
+            self._local_optimizer.load_state_dict(state["local"])
+
+    def _end_among_those_left(self) -> bool:
+        """End the round; when a worker is lost meanwhile, the others repeat its sync with what they still have."""
+        end = self._launch_or_end
+        while _breaks(end):
+            if self._meet(repeats=True):  # somebody had the whole mean, and now this worker has it, too
+                return True
+            end = self.sync_again
+        self._meet(repeats=False)
+        return True
+
+    @property
+    def _local_optimizer(self) -> Optimizer:
+        assert isinstance(self._optimizer, Optimizer)  # `check_elastic`
+        return self._optimizer
+
     def abandon_round(self) -> None:
         """Go back to the anchor, without communication: the local steps since the last sync are lost."""
         self.sync.swap.undo()
@@ -445,6 +567,50 @@ class Rounds:
 def _adopt_replaced(rounds: Rounds | None) -> None:
     if rounds is not None:
         rounds.adopt_replaced()
+
+
+def _breaks(function: Callable[[], object]) -> bool:
+    """Call a function, and return whether a worker was lost meanwhile."""
+    try:
+        function()
+    except GroupBrokenError:
+        return True
+    return False
+
+
+def _to_bytes(state: dict[str, Any]) -> Tensor:
+    file = io.BytesIO()
+    torch.save(state, file)
+    return torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
+
+
+def _from_bytes(flat: Tensor) -> dict[str, Any]:
+    """Invert `_to_bytes`; nothing but tensors and plain values is accepted, since another machine made them."""
+    return torch.load(io.BytesIO(flat.numpy().data), map_location="cpu", weights_only=True)
+
+
+def check_elastic(
+    optimizer: OptimizerLike, comm: Communicator | None, options: SyncOptions, worker_speeds: Speeds
+) -> None:
+    """Refuse what cannot work with workers that come and go.
+
+    Raises:
+        ValueError: One of the arguments excludes them; it says why.
+    """
+    reasons = {
+        "comm, which is a fixed group of workers": comm is not None,
+        "a local optimizer that is not a torch.optim.Optimizer, whose state a new worker takes over": (
+            not isinstance(optimizer, Optimizer)
+        ),
+        "overlap_steps: a sync in flight cannot be repeated when a worker is lost": options.overlap_steps > 0,
+        "sharded=True: the outer state of a lost worker's tensors would be lost": options.sharded,
+        "density, a selection, or a number as merge: a new worker begins from common weights, which they never leave": (
+            not options.leaves_common_weights
+        ),
+        "worker_speeds, which are one number for each of a fixed number of workers": worker_speeds is not None,
+    }
+    if found := [reason for reason, holds in reasons.items() if holds]:
+        raise ValueError(f"Workers that come and go exclude {'; and '.join(found)}.")
 
 
 def check_combination(schedule: Schedule, outer_optimizer: OuterFactory | None, options: SyncOptions) -> None:

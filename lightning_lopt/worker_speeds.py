@@ -105,6 +105,8 @@ class WorkerSpeeds:
     def measure(self, local_step: int) -> float:
         """End the measurement, and return this worker's seconds per local step, averaged with those known before."""
         begun, self._start = self._start, None
+        if not self._measures:
+            return 0.0  # unknown
         known = self.seconds[self._rank]
         if begun is None or begun[1] >= local_step:
             return known

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "optim": {"functional", "network"},
     "schedules": {"functional"},
     "comm": set(),
+    "elastic": {"comm"},
     "islands": {"comm", "functional"},
     "selection": {"functional"},
     "compression": {"functional"},
@@ -98,7 +99,7 @@ OF_THE_WHOLE = {
 }
 LIGHTNING = {"strategies", "callbacks"}
 LIGHTNING_OF_META = {"meta/module.py", "meta/callbacks.py"}
-DISTRIBUTED = {"comm", "islands", "strategies", "virtual"}
+DISTRIBUTED = {"comm", "elastic", "islands", "strategies", "virtual"}
 
 
 def _imports(path: Path) -> set[str]:

@@ -17,7 +17,7 @@ import torch
 
 from lightning_lopt import AdaMLP, WeightsError
 from lightning_lopt.meta import Evaluation
-from tests.processes import run_command, run_workers
+from tests.processes import free_port, run_command, run_workers
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 METHODS = ["LocalSGD", "SlowMo", "DiLoCo", "LearnedLocalSGD"]
@@ -86,6 +86,17 @@ def test_plain_loop_of_two_workers(tmp_path: Path):
 def test_plain_loop_of_one_worker(tmp_path: Path):
     (output,) = run_workers(_printed_alone, 1, "plain_loop.py", *TINY, "--out", tmp_path, connect=False)
     check_report(output, ["average", "slow momentum", "learned"], rounds=2, plot=tmp_path / "plain_loop.png")
+
+
+@pytest.mark.long
+def test_loop_of_workers_that_come_and_go():
+    pytest.importorskip("torchft")
+    address = f"127.0.0.1:{free_port()}"
+    output = run([str(EXAMPLES / "elastic_loop.py"), "--rounds", "4", "--pause", "0", "--lighthouse", address])
+    assert "round 3 of workers (0, 1, 2): train loss" in output
+    for worker in range(3):
+        assert re.search(rf"worker {worker}: process \d+ is in from round 0 on", output)
+        assert f"worker {worker}: has trained for 4 rounds" in output
 
 
 @pytest.mark.processes  # it asks git for the commit

@@ -48,6 +48,11 @@ class Background:
         except BaseException as error:
             self._error = error
 
+    @property
+    def running(self) -> bool:
+        """Whether it is not done yet."""
+        return self._thread.is_alive()
+
     def wait(self) -> None:
         """Return when it is done, or raise the error that it raised."""
         self._thread.join()

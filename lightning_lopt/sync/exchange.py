@@ -179,6 +179,11 @@ class Exchange:
         else:
             self._run()
 
+    @property
+    def running(self) -> bool:
+        """Whether it goes on in the background."""
+        return self._background is not None and self._background.running
+
     def wait(self) -> None:
         """Return when the results are here.
 

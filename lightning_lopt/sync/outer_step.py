@@ -113,10 +113,11 @@ class OuterStep:
         self._given = [_settings(group) for group in self.optimizer.param_groups]  # by the script
         if total.divided and isinstance(self.optimizer, HasTotal):
             self.optimizer.total = total
-        if self.contract.num_workers not in (None, comm.num_workers):
+        present = comm.num_workers if comm.fixed else "as many as come"
+        if self.contract.num_workers not in (None, present):
             raise ValueError(
                 f"This outer optimizer's network belongs to {self.contract.num_workers} workers, but there are "
-                f"{comm.num_workers}. Use as many workers, weights meta-trained for this number, or weights with "
+                f"{present}. Use as many workers, weights meta-trained for this number, or weights with "
                 "inputs='mean', which take any number."
             )
 

@@ -81,7 +81,7 @@ class Replica:
         copying = self._held_copy is not None and self._held_copy.shares_memory
         self.swap = Swap(copying=copying, after=self.push)
         self.device = self._held_copy.device if self._held_copy else next(p.param.device for p in self.parameters())
-        self._num_checksums = 0
+        self._compared_from: int | None = None  # the first round whose anchors are compared
         self._versions: list[tuple[int, int]] = []
         self.note_versions()
 
@@ -241,15 +241,23 @@ class Replica:
         """A checksum of the present values of the parameters in training."""
         return _checksum(p.param for p in self.trained())
 
-    def checksum(self) -> int:
-        """A checksum of the anchors in the first two calls and two of each `CHECK_EVERY`, else 0.
+    def checksum(self, round_idx: int) -> int | None:
+        """A checksum of the anchors in the first two rounds and two of each `CHECK_EVERY`, else None.
 
-        Workers whose anchors differ in any bit have, almost surely, other checksums. Two calls in a row: one sees the
+        Workers whose anchors differ in any bit have, almost surely, other checksums. Two rounds in a row: one sees the
         anchors that were there, the next the result of an outer step on them.
+
+        Args:
+            round_idx: Index of the round that ends, the same on all workers.
         """
-        due = self._num_checksums % CHECK_EVERY < 2
-        self._num_checksums += 1
-        return _checksum(p.anchor for p in self.parameters()) if due else 0
+        if self._compared_from is None:
+            self._compared_from = round_idx
+        due = round_idx % CHECK_EVERY < 2 or round_idx < self._compared_from + 2
+        return _checksum(p.anchor for p in self.parameters()) if due else None
+
+    def compare_next(self) -> None:
+        """Let the next round count as the first one for `checksum`; on all workers."""
+        self._compared_from = None
 
     def renewed(self, arrived: Mapping[str, Tensor], weights: Mapping[AnchoredParameter, Tensor]) -> dict[str, Tensor]:
         """Global values of unstepped tensors of which some depend on the weights: see `spectral_norm`.
@@ -295,6 +303,28 @@ class Replica:
         for p, codec_state in zip(self.parameters(), state.get("codec_states", ()), strict=False):
             p.codec_state = None if codec_state is None else codec_state.to(p.param.device)
         self.unstepped.load_synced_state(state["unstepped"])
+
+    def untouched(self) -> dict[str, Tensor]:
+        """Common tensors of which `state_dict` holds nothing, since they were neither trained nor changed."""
+        followed = self.unstepped.followed()
+        anchored = {id(p.param) for p in self.parameters() if p.has_anchor}
+        return {n: t.detach() for n, t in self.common_tensors() if n not in followed and id(t) not in anchored}
+
+    @torch.no_grad()
+    def restore_with(self, untouched: Mapping[str, Tensor]) -> None:
+        """Go to the values of the last sync, and to those of another worker that its `untouched` returned.
+
+        Args:
+            untouched: Tensors by name, of the worker whose `state_dict` was loaded.
+        """
+        present = dict(self.common_tensors())
+        for name, value in untouched.items():
+            present[name].copy_(value)
+        self.restore()
+        self.unstepped.adopt()
+        self.note_versions()
+        for p in self.parameters():
+            p.residual = None
 
     def local_state(self) -> dict[str, Any]:
         """Copies of this worker's own values and residuals."""

@@ -74,6 +74,7 @@ class Sync:
         replica: This worker's parameters with their anchors, other tensors and local optimizer states.
         worker_statuses: Status of every worker at the last sync, or when all waited at the same point.
         common: Whether all workers held the same weights after the last sync.
+        fingerprint: Integer that differs for other models, options and outer optimizers.
 
     Raises:
         ValueError: There is nothing to train, parameters are not dense and real, or the outer optimizer belongs to
@@ -91,6 +92,8 @@ class Sync:
     ) -> None:
         self._comm, self._options, self._codec = comm, options, options.codec
         if is_sharded(model):
+            if not comm.fixed:
+                raise ValueError("Workers that come and go must be of one rank each, with a model that is not sharded.")
             whole = options.sends_means_alone or _needs_whole_tensors(outer_optimizer)
             model = optimizer = hold(model, optimizer, comm, whole=whole)
         self.replica = Replica(model, optimizer, options.sync_rules)
@@ -100,9 +103,10 @@ class Sync:
         self._abandoned: Exchange | None = None  # launched, never to be finished, and perhaps not yet over
         self._outlier_filter = OutlierFilter()
         self._num_groups = len(self.replica.groups)  # whose settings are in every message
-        self._warns = comm.is_first  # once, of the first workers that are left out
+        self._warned = False  # of the first workers that were left out
         named = self.replica.common_tensors()
-        comm.agree(self.device, {MODEL: [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in named]})
+        model_lines = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in named]
+        comm.agree(self.device, {MODEL: model_lines})
         comm.broadcast_([tensor for _, tensor in named])
         self.replica.push()
         self.replica.adopt()
@@ -115,13 +119,9 @@ class Sync:
         if outer_optimizer is not None:
             self._outer_step = OuterStep(outer_optimizer, self.replica.groups, comm, self._shards, self._total)
         outer = None if self._outer_step is None else self._outer_step.contract.fingerprint
-        comm.agree(
-            self.device,
-            {
-                OUTER_OPTIMIZER: digest(repr(outer)),
-                OPTIONS: options.fingerprint,
-            },
-        )
+        equal = {OUTER_OPTIMIZER: digest(repr(outer)), OPTIONS: options.fingerprint}
+        comm.agree(self.device, equal)
+        self.fingerprint = digest("\n".join([*model_lines, *map(str, equal.values())]))
 
     @property
     def device(self) -> torch.device:
@@ -188,7 +188,7 @@ class Sync:
                 IN_TRAINING: training_checksum(parameters),
                 COORDINATES: sum(s.checksum for s in slices),
                 LOCAL_STATE: sum(state.numel() for state in states),
-                GLOBAL_WEIGHTS: self.replica.checksum(),
+                GLOBAL_WEIGHTS: self.replica.checksum(round_idx),
             },
             settings=self._settings(launching=True),
             round_idx=round_idx,
@@ -209,8 +209,8 @@ class Sync:
             DisagreementError: The workers do not agree on the round, its steps, or the parameters in training.
         """
         if self._abandoned is not None:  # or collectives to come would meet its own
-            self._abandoned.wait()
-            self._abandoned = None
+            abandoned, self._abandoned = self._abandoned, None
+            abandoned.wait()
         if self._exchange is not None:
             self._exchange.wait()
 
@@ -237,8 +237,8 @@ class Sync:
             self._apply_states_and_unstepped(exchange)
             self.replica.push()
         self._outlier_filter.update(exchange.status.norms, exchange.left_out)
-        if exchange.left_out and self._warns:
-            self._warns = False
+        if exchange.left_out and self._comm.is_first and not self._warned:
+            self._warned = True
             warnings.warn(explain_outliers(exchange), stacklevel=2)
         if self._comm.rank in exchange.left_out:
             self._reset_diverged_worker(exchange)
@@ -259,6 +259,7 @@ class Sync:
             sync_seconds=exchange.launch_seconds + done - start,
             left_out=len(exchange.left_out),
             fell_back=result.fell_back,
+            workers=tuple(w for k, w in enumerate(self._comm.workers) if k not in exchange.left_out),
         )
 
     def check(self, status: WorkerStatus, equal: Mapping[CommonInteger, int | None] | None = None) -> None:
@@ -295,7 +296,7 @@ class Sync:
         Raises:
             DisagreementError: The workers' weights differ, or some worker is not here.
         """
-        self._abandon()
+        self.give_up()
         self.wait()
         self.replica.pull()
         self._meet(WorkerStatus(0, SyncPoint.ADOPTION), {NEW_WEIGHTS: self.replica.value_checksum()})
@@ -465,18 +466,20 @@ class Sync:
         exchange.launch(background=False)
         return exchange
 
-    def _abandon(self) -> None:
-        """Use nothing of a sync in flight, which goes on in the background."""
-        if self._exchange is not None:
-            self._abandoned, self._exchange = self._exchange, None
+    def give_up(self) -> None:
+        """Use nothing of a sync in flight, which goes on in the background; it may be launched again.
+
+        Parameters, anchors and outer state are as they were: a sync that fails changes none of them before everything
+        has arrived. The call does not wait, since a worker may be lost; whatever communicates next does.
+        """
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None and exchange.running:
+            self._abandoned = exchange
 
     @torch.no_grad()
     def restore_anchor(self) -> None:
-        """Go back to the last synced weights and buffers, without communication; abandon a sync in flight.
-
-        The call does not wait for it, since a worker may be lost; whatever communicates next does.
-        """
-        self._abandon()
+        """Go back to the last synced weights and buffers, without communication; give up a sync in flight."""
+        self.give_up()
         self.replica.restore()
         self.replica.push()
         self.replica.note_versions()
@@ -531,7 +534,7 @@ class Sync:
         if self._outer_step is not None:
             self._outer_step.load_state_dict(state["outer"])
         self._outlier_filter.norms, self.common = Norms(**state.get("norms", {})), state.get("common", True)
-        self._abandon()
+        self.give_up()
         exchange = state.get("exchange")
         self._exchange = None if exchange is None else self._exchange_of(parameters, exchange)
 

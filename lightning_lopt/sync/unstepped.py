@@ -92,6 +92,10 @@ class UnsteppedTensors:
             if not self._is_stepped(parameter):
                 yield name, parameter
 
+    def followed(self) -> set[str]:
+        """Names of those whose value at the last sync is known."""
+        return {*self._synced}
+
     def described(self) -> list[str]:
         """Name, shape and type of each."""
         return _described(self.present())

@@ -232,3 +232,56 @@ def test_what_a_round_with_a_worker_left_out_lost_comes_in_the_next():
         assert first > 1e-3
         assert second < 1e-5
         assert left_out == 0
+
+
+class _FailsOnce(VirtualGroup):
+    """Of the means one fails, on all workers."""
+
+    num_means = 0
+
+    def all_reduce(self, tensor, op=dist.ReduceOp.SUM, group=None):
+        super().all_reduce(tensor, op)
+        if op == dist.ReduceOp.SUM:
+            self.num_means += 1
+            if self.num_means == self.failing:
+                raise ConnectionError
+
+
+def _again(rank, group, failing, overlap_steps):
+    backend = _FailsOnce(rank, 2, group)
+    backend.failing = failing
+    model = nn.BatchNorm1d(3).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = SyncOptions(overlap_steps=overlap_steps, compression="bf16")
+    rounds = Rounds(model, optimizer, 2, SlowMomentum, comm=Communicator(backend=backend), options=options)
+    ended = []
+    for step in range(8):
+        optimizer.zero_grad()
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(10 * step + rank), dtype=torch.float64)
+        (model(x) - x.roll(1, 1)).square().mean().backward()
+        optimizer.step()
+        try:
+            ended.append(rounds.step())
+        except ConnectionError:
+            assert rounds.sync.in_flight
+            ended.append(rounds.sync_again())
+    return ended, [*(p.anchor for p in rounds.sync.replica.parameters()), *model.buffers()]
+
+
+def test_a_sync_that_failed_can_be_launched_again():
+    """Anchors, momentum, buffers and residuals are those of a run without a failure."""
+    runs = []
+    for failing in (0, 3):
+        group = ThreadGroup(2, timedelta(seconds=20))
+        runs.append(group.run([partial(_again, rank, group, failing, 0) for rank in range(2)]))
+    for (ended, state), (as_if, expected) in zip(*runs, strict=True):
+        assert ended == as_if == [False, True] * 4
+        assert all(torch.equal(a, b) for a, b in zip(state, expected, strict=True))
+
+
+def test_a_sync_that_failed_in_the_background_is_made_good_at_the_end_of_its_round():
+    group = ThreadGroup(2, timedelta(seconds=20))
+    (ended, state), (_, other) = group.run([partial(_again, rank, group, 3, 1) for rank in range(2)])
+    assert ended == [False, True] * 4
+    assert state[-1] == 8  # batches
+    assert all(torch.equal(a, b) for a, b in zip(state[:2], other[:2], strict=True))

@@ -1,0 +1,466 @@
+"""Workers that come and go: the rounds on a fake engine in one process, and kills of real workers on torchft's."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lopt import (
+    AdaMLP,
+    Fragments,
+    LearnedOptimizer,
+    Rounds,
+    SlowMomentum,
+    SyncOptions,
+)
+from lightning_lopt.comm import Communicator
+from lightning_lopt.elastic import Elastic, GlooCollectives
+from tests.elastic_support import OUTER, H, Trial, die, local_step, lose, make, parts_of, replay
+from tests.processes import free_port
+from tests.sync_support import flat
+from tests.threads import run_threads
+
+ALL, SOME = (0, 1, 2), (0, 1)
+
+
+def _restart(trial):
+    trial.let_in(2)
+
+
+def _leave(trial):
+    trial.rounds[2].leave()
+
+
+# The plan, and the workers of each round.
+PLANS = {
+    "nobody": ({}, [ALL] * 6),
+    "killed between two steps": ({(2, 2, 1): die}, [ALL, ALL, *[SOME] * 4]),
+    "killed before the status": ({(2, 2, "status"): die}, [ALL, ALL, *[SOME] * 4]),
+    "killed between status and mean": ({(2, 2, "mean"): die}, [ALL, ALL, *[SOME] * 4]),
+    "killed after the mean": ({(2, 2, "after the mean"): die}, [ALL, ALL, ALL, *[SOME] * 3]),
+    "two are killed": ({(2, 2, 1): die, (1, 2, "mean"): die}, [ALL, ALL, *[(0,)] * 4]),
+    "two are killed, one of them in the repetition": (
+        {(2, 2, "mean"): die, (1, 2, "status"): lambda trial: trial.plan.update({(1, 2, "status"): die})},
+        [ALL, ALL, *[(0,)] * 4],
+    ),
+    "killed and restarted": ({(2, 1, "mean"): die, (0, 3, 1): _restart}, [ALL, *[SOME] * 3, ALL, ALL]),
+    "the first one is killed and restarted": (
+        {(0, 1, "mean"): die, (1, 3, 1): lambda trial: trial.let_in(0)},
+        [ALL, *[(1, 2)] * 3, ALL, ALL],
+    ),
+    "the joiner is killed while it heals": (
+        {(2, 1, 1): die, (0, 2, 1): _restart, (2, 3, "receive"): die},
+        [ALL, *[SOME] * 5],
+    ),
+    "the joiner is killed before all know that it has healed": (
+        {(2, 1, 1): die, (0, 2, 1): _restart, (2, 3, "barrier"): die},
+        [ALL, *[SOME] * 5],
+    ),
+    "its donor is killed while it heals": (
+        {(2, 1, 1): die, (0, 2, 1): _restart, (0, 3, "send"): die},
+        [ALL, SOME, SOME, *[(1, 2)] * 3],
+    ),
+    "one leaves": ({(2, 2, 1): _leave}, [*[ALL] * 3, *[SOME] * 3]),
+    "one leaves and comes back": (
+        {(2, 1, 1): _leave, (0, 3, 1): _restart},
+        [ALL, ALL, SOME, SOME, ALL, ALL],
+    ),
+    "a mean arrives at one alone": ({(1, 2, "after the mean"): lose}, [ALL] * 6),
+    "a mean arrives at one alone, and that one is killed": (
+        {(1, 2, "after the mean"): lose, (0, 2, "after the mean"): lose, (2, 2, "after the mean"): die},
+        [ALL, ALL, *[SOME] * 4],
+    ),
+    "one that was brought up to the others loses one of them at once": (
+        {(1, 2, "after the mean"): lose, (2, 3, "barrier"): die},
+        [*[ALL] * 3, *[SOME] * 3],
+    ),
+    "one that leaves repeats first": ({(2, 2, 1): _leave, (1, 2, "mean"): die}, [ALL, ALL, (0, 2), *[(0,)] * 3]),
+    "one joins while others repeat": (
+        {(2, 1, 1): die, (0, 3, 1): _restart, (1, 3, "after the mean"): lose, (0, 3, "after the mean"): lose},
+        [ALL, SOME, SOME, SOME, ALL, ALL],
+    ),
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_all_are_bitwise_equal_and_the_replay_proves_it(plan):
+    events, expected = PLANS[plan]
+    trial = Trial(6, ALL, events)
+    logs = trial.run()
+    assert not trial.plan  # everything happened
+    assert parts_of(logs) == expected
+    start = next(log.start for log in logs.values() if log.begins == [0])
+    repeated = replay(start, expected)
+    for log in logs.values():
+        for index, anchors in log.anchors.items():
+            assert all(torch.equal(a, b) for a, b in zip(anchors, repeated[index], strict=True)), index
+
+
+class _Net(nn.Module):
+    """A net with buffers, frozen tensors, and a teacher that follows it without an optimizer."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 4))
+        self.teacher = nn.Linear(4, 4)
+        self.teacher.requires_grad_(False)
+        self.net[0].bias.requires_grad_(False)
+
+    def forward(self, x):
+        self.teacher.weight.lerp_(self.net[2].weight[:, :4].detach(), 0.1)
+        return self.net(x)
+
+
+def _make_net(seed):
+    torch.manual_seed(seed)
+    model = _Net().double()
+    return model, torch.optim.AdamW(model.net.parameters(), lr=0.01)
+
+
+def _tensors(state):
+    """All tensors in nested dicts."""
+    for value in state.values():
+        if isinstance(value, dict):
+            yield from _tensors(value)
+        elif isinstance(value, torch.Tensor):
+            yield value
+
+
+@pytest.mark.parametrize(
+    ("options", "outer"),
+    [
+        ({}, None),
+        ({"compression": "int8"}, SlowMomentum),
+        ({"local_state": "average"}, partial(SlowMomentum, momentum=0.5)),
+        ({"local_state": "reset"}, OUTER),
+        ({}, partial(LearnedOptimizer, network=AdaMLP.bundled())),
+    ],
+    ids=["average", "int8", "averaged states", "reset states", "learned"],
+)
+def test_all_state_is_bitwise_equal_with_any_option(options, outer):
+    """Parameters, buffers, a teacher; a death in the mean, and one who joins."""
+    make_rounds = partial(Rounds, local_steps=H, outer_optimizer=outer, options=SyncOptions(**options))
+    trial = Trial(6, ALL, {(2, 2, "status"): die, (0, 3, 1): _restart}, make_rounds, _make_net)
+    assert parts_of(trial.run()) == [ALL, ALL, SOME, SOME, ALL, ALL]
+    states = [trial.models[w].state_dict() for w in ALL]
+    for name, value in states[0].items():
+        assert all(torch.equal(value, state[name]) for state in states), name
+    outers = [[*_tensors(trial.rounds[w].sync.state_dict(alone=True)["outer"])] for w in ALL]
+    for first, *others in zip(*outers, strict=True):
+        assert all(torch.equal(first, other) for other in others)
+
+
+def _fixed(rank, make_comm):
+    model, optimizer = make(rank + 1)
+    rounds = Rounds(model, optimizer, H, OUTER, comm=make_comm())
+    start = flat(model)
+    for index in range(4):
+        for step in range(H):
+            local_step(model, optimizer, rank, index, step)
+            rounds.step()
+    return start, flat(model), rounds.last_report.workers
+
+
+def test_without_any_change_it_is_the_run_of_a_fixed_group():
+    trial = Trial(4, ALL, {}, make_model=lambda seed: make(seed % 100 + 1))
+    trial.run()
+    for rank, (start, end, workers) in enumerate(run_threads(_fixed, 3)):
+        assert torch.equal(start, torch.cat([p.flatten() for p in trial.logs[rank].start]))
+        assert torch.equal(end, flat(trial.models[rank]))
+        assert workers == trial.rounds[rank].last_report.workers == ALL
+
+
+def test_the_first_step_needs_a_meeting():
+    model, optimizer = make(0)
+    rounds = Rounds(model, optimizer, 1, elastic=Trial(0, (), {}))
+    with pytest.raises(RuntimeError, match=r"call rounds\.meet\(\)"):
+        rounds.step()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"options": SyncOptions(sharded=True)}, "outer state of a lost worker"),
+        ({"options": SyncOptions(overlap_steps=1)}, "cannot be repeated"),
+        ({"options": SyncOptions(density=0.5)}, "common weights"),
+        ({"options": SyncOptions(selection=Fragments(2))}, "common weights"),
+        ({"options": SyncOptions(merge=0.5)}, "common weights"),
+        ({"worker_speeds": "measured"}, "a fixed number"),
+        ({"comm": Communicator()}, "a fixed group"),
+        (
+            {"outer_optimizer": partial(LearnedOptimizer, network=AdaMLP(inputs=3))},
+            "belongs to 3 workers, but there are as many as come",
+        ),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_refused_with_the_reason(arguments, reason):
+    model, optimizer = make(0)
+    with pytest.raises(ValueError, match=reason):
+        Rounds(model, optimizer, 4, elastic=Trial(0, (), {}), **arguments)
+
+
+# -- real processes on torchft's lighthouse ---------------------------------------------------------------------------
+
+HEARTBEAT, STEP_SECONDS, ROUNDS = 1.0, 0.03, 14
+
+
+def _lighthouse(port):
+    from torchft.coordination import LighthouseServer
+
+    milliseconds = int(1000 * HEARTBEAT)
+    server = LighthouseServer(
+        bind=f"127.0.0.1:{port}", min_replicas=1, join_timeout_ms=20_000, heartbeat_timeout_ms=milliseconds
+    )
+    time.sleep(120)
+    server.shutdown()
+
+
+def _elastic(worker, port, start_seconds=30):
+    limit = timedelta(seconds=20)
+    return Elastic(f"http://127.0.0.1:{port}", worker, 3, start_seconds=start_seconds, timeout=limit)
+
+
+def _die_at(place, rounds, index):
+    """Let the process kill itself as it comes to a collective, in a round or after it."""
+    names = {"status": "all_reduce", "mean": "all_reduce", "send": "send", "receive": "recv"}
+    if place not in names:
+        return
+    method = getattr(GlooCollectives, names[place])
+
+    def replaced(self, tensor, *args, **options):
+        summed = tensor.is_floating_point()
+        if rounds.round_idx >= index and (names[place] != "all_reduce" or summed == (place == "mean")):
+            os.kill(os.getpid(), signal.SIGKILL)
+        method(self, tensor, *args, **options)
+
+    setattr(GlooCollectives, names[place], replaced)
+
+
+def _work(worker, life, port, folder, place, index):
+    torch.set_num_threads(1)
+    log = (folder / f"{worker}.jsonl").open("a", buffering=1)
+
+    def note(event, **values):
+        print(json.dumps({"event": event, "life": life, "time": time.time(), **values}), file=log)
+
+    model, optimizer = make(100 * life + worker)
+    rounds = Rounds(model, optimizer, H, OUTER, elastic=_elastic(worker, port))
+    signal.signal(signal.SIGTERM, lambda *_: rounds.leave())
+    _die_at(place, rounds, index)
+    note("up")
+    rounds.meet()
+    note("begins", round=rounds.round_idx)
+    if rounds.round_idx == 0:
+        torch.save([p.detach() for p in model.parameters()], folder / "start.pt")
+    while rounds.round_idx < ROUNDS and not rounds.left:
+        present = rounds.round_idx
+        for step in range(H):
+            if place == "step" and (present, step) == (index, 1):
+                os.kill(os.getpid(), signal.SIGKILL)
+            local_step(model, optimizer, worker, present, step)
+            time.sleep(STEP_SECONDS)
+            start = time.time()
+            rounds.step()
+        torch.save([p.detach() for p in model.parameters()], folder / f"{worker}.{present}.pt")
+        workers = rounds.last_report.workers
+        note("round", round=present, workers=workers, seconds=time.time() - start, here=rounds.comm.workers)
+    note("ends", left=rounds.left)
+
+
+class _Run:
+    """Processes of a run, and what they wrote."""
+
+    def __init__(self, folder, context):
+        self.folder, self.port, self.context = folder, free_port(), context
+        self._processes = []
+        self.lighthouse = self._start(_lighthouse, self.port)
+
+    def _start(self, function, *args):
+        process = self.context.Process(target=function, args=args, daemon=True)
+        self._processes.append(process)
+        process.start()
+        return process
+
+    def start(self, worker, life=0, place="", index=-1):
+        return self._start(_work, worker, life, self.port, self.folder, place, index)
+
+    def restart_lighthouse(self):
+        self.lighthouse = self._start(_lighthouse, self.port)
+
+    def events(self, worker, name):
+        path = self.folder / f"{worker}.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [event for event in map(json.loads, lines) if event["event"] == name]
+
+    def wait_for(self, worker, index):
+        """Return when a worker has ended a round."""
+        self._wait(lambda: any(event["round"] == index for event in self.events(worker, "round")))
+
+    def _wait(self, there):
+        end = time.monotonic() + 40
+        while not there():
+            assert time.monotonic() < end, {w: self.events(w, "round")[-1:] for w in ALL}
+            time.sleep(0.01)
+
+    def end(self):
+        """Wait until all workers that live have ended."""
+        for process in self._processes[1:]:
+            if process is not self.lighthouse:
+                process.join(60)
+                assert process.exitcode in (0, -signal.SIGKILL)
+
+    def kill(self):
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+    def parts(self):
+        """The workers of each round, whose anchors are bitwise the same on all and equal the replay's."""
+        rounds = {w: {event["round"]: event["workers"] for event in self.events(w, "round")} for w in ALL}
+        parts = []
+        for index in range(ROUNDS):
+            (workers,) = {tuple(r[index]) for r in rounds.values() if index in r}
+            parts.append(workers)
+        for index, expected in enumerate(replay(torch.load(self.folder / "start.pt"), parts)):
+            found = [torch.load(self.folder / f"{w}.{index}.pt") for w in ALL if index in rounds[w]]
+            for anchors in found:
+                assert all(torch.equal(a, b) for a, b in zip(anchors, found[0], strict=True)), index
+                for a, b in zip(anchors, expected, strict=True):
+                    torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+        return parts
+
+
+@pytest.fixture
+def run(tmp_path):
+    pytest.importorskip("torchft")
+    run = _Run(tmp_path, multiprocessing.get_context("fork"))
+    yield run
+    run.kill()
+
+
+def _seconds_to_go_on(run, killed, index, workers=SOME):
+    """Seconds from a death until the first end of a round after it, of the slowest of the others."""
+    return max(min(e["time"] for e in run.events(w, "round") if e["round"] >= index) for w in workers) - killed
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("place", ["step", "status", "mean"])
+def test_one_is_killed_and_joins_again(run, place):
+    workers = [run.start(w, place=place if w == 2 else "", index=3) for w in ALL]
+    workers[2].join(40)
+    killed = time.time()
+    run.wait_for(0, 4)
+    restarted = time.time()
+    run.start(2, life=1)
+    run.end()
+    (joined,) = {event["round"] for event in run.events(2, "begins") if event["life"] == 1}
+    assert run.parts() == [ALL] * 3 + [SOME] * (joined - 3) + [ALL] * (ROUNDS - joined)
+    (up,), (begins,) = ([e["time"] for e in run.events(2, name) if e["life"] == 1] for name in ("up", "begins"))
+    went_on = _seconds_to_go_on(run, killed, 3)
+    print(
+        f"{place}: went on after {went_on:.2f} s; joined after {begins - restarted:.2f} s, {begins - up:.2f} s after up"
+    )
+    assert went_on < HEARTBEAT + 1 + H * STEP_SECONDS
+    assert begins - up < H * STEP_SECONDS + 1
+
+
+@pytest.mark.long
+def test_two_of_three_are_killed(run):
+    workers = [run.start(w, place=["", "step", "mean"][w], index=3) for w in ALL]
+    workers[2].join(40)
+    workers[1].join(40)
+    killed = time.time()
+    run.end()
+    assert run.parts() == [ALL] * 3 + [(0,)] * (ROUNDS - 3)
+    assert _seconds_to_go_on(run, killed, 3, (0,)) < HEARTBEAT + 1 + H * STEP_SECONDS
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dies", ["the joiner", "its donor"])
+def test_one_is_killed_while_a_worker_heals(run, dies):
+    """The second life of worker 2 takes over the state of worker 0."""
+    donor_dies = dies == "its donor"
+    first = run.start(0, place="send" if donor_dies else "", index=1)
+    run.start(1)
+    run.start(2, place="step", index=2).join(40)
+    run.wait_for(1, 3)
+    again = run.start(2, life=1, place="" if donor_dies else "receive", index=0)
+    (first if donor_dies else again).join(40)
+    run.end()
+    parts = run.parts()
+    assert parts[:4] == [ALL, ALL, SOME, SOME]
+    assert parts[-1] == ((1, 2) if donor_dies else SOME)
+
+
+@pytest.mark.long
+def test_the_lighthouse_is_killed_and_comes_back(run):
+    for worker in ALL:
+        run.start(worker)
+    run.wait_for(0, 2)
+    run.lighthouse.kill()
+    time.sleep(1.5)
+    assert len({len(run.events(w, "round")) for w in ALL}) == 1  # all wait
+    run.restart_lighthouse()
+    run.end()
+    assert run.parts() == [ALL] * ROUNDS
+
+
+@pytest.mark.long
+def test_a_signal_is_a_leave(run):
+    workers = [run.start(w) for w in ALL]
+    run.wait_for(2, 2)
+    workers[2].terminate()
+    run.end()
+    (last,) = [event["round"] for event in run.events(2, "round")][-1:]
+    assert run.parts() == [ALL] * (last + 1) + [SOME] * (ROUNDS - last - 1)
+    assert run.events(2, "ends")[0]["left"]
+
+
+def _listening():
+    """Addresses at which this process listens, as the kernel writes them."""
+    inodes = {os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
+    found = set()
+    for name in ("tcp", "tcp6"):
+        rows = [line.split() for line in Path(f"/proc/self/net/{name}").read_text().splitlines()[1:]]
+        found |= {row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in inodes}
+    return found
+
+
+def _meet_once(connection, worker, port, seed, local_steps):
+    model, optimizer = make(seed)
+    rounds = Rounds(model, optimizer, local_steps, OUTER, elastic=_elastic(worker, port, start_seconds=5))
+    try:
+        rounds.meet()
+        for step in range(3 * H):
+            local_step(model, optimizer, worker, 0, step)
+            rounds.step()
+        connection.send((None, _listening()))
+    except Exception as error:
+        connection.send((repr(error), set()))
+
+
+@pytest.mark.long
+def test_it_listens_at_one_interface_and_strangers_are_turned_away(run):
+    """A twin, and a worker with other settings, get errors; the others go on."""
+    found = []
+    for worker, local_steps in ((0, H), (1, H), (1, H), (2, H + 1)):
+        receive, send = run.context.Pipe(duplex=False)
+        run._start(_meet_once, send, worker, run.port, worker, local_steps)
+        found.append(receive)
+    results = [receive.recv() for receive in found]
+    errors = [error for error, _ in results if error is not None]
+    assert sorted("already" in error for error in errors) == [False, True]
+    assert any("with other settings" in error for error in errors)
+    addresses = [listening for error, listening in results if error is None]
+    assert addresses == [{"0100007F"}] * 2
