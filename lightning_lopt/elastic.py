@@ -21,7 +21,7 @@ from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPri
 
 from lightning_lopt.comm import DisagreementError, GroupBrokenError, Members
 
-CONNECT_SECONDS = 30.0  # for a new group, of which a worker may die meanwhile
+CONNECT_SECONDS = 10.0  # for a new group, of which a worker may die meanwhile
 HEARTBEAT_SECONDS = 0.1  # between two signs of life, as torchft's own
 PAUSE_SECONDS = 0.25  # before the lighthouse is asked again
 
@@ -54,8 +54,10 @@ class Elastic:
 
     A worker that joins takes over from the first of those who are furthest: global weights and buffers, outer state,
     counters, and the state of the local optimizer, its learning rates included. Buffers with the rule `"local"` and
-    random states are its own. Shard the data by `worker_id`, not by rank: the shard of a lost worker rests until it is
-    back.
+    random states are its own. Let a learning rate schedule follow `Rounds.step_idx`. Shard the data by `worker_id`, not
+    by rank: the shard of a lost worker rests until it is back. To go on after all have died, load a checkpoint of any
+    worker (`Rounds.state_dict(alone=True)`, `Rounds.local_state()`, the local optimizer's) before `Rounds.meet`: those
+    who have an older one, or none, take over from the furthest.
 
     **Network.** A worker listens at `host` alone, with gloo and a `torch.distributed.TCPStore`; the lighthouse where
     its `--bind` says. Nothing is encrypted and nobody is asked for a password: whoever reaches these ports can join,
@@ -121,6 +123,8 @@ class Elastic:
             DisagreementError: The others train another model or have other settings, or one has this `worker_id`.
             TimeoutError: There are too few workers, or no lighthouse, for as long as `timeout`.
         """
+        if self._ended.is_set():
+            raise RuntimeError("This worker has left. To come back, make a new Elastic and new Rounds.")
         store = self._store = self._store or self._open()
         start, again = time.monotonic(), False
         while True:

@@ -155,7 +155,7 @@ def test_all_state_is_bitwise_equal_with_any_option(options, outer):
     states = [trial.models[w].state_dict() for w in ALL]
     for name, value in states[0].items():
         assert all(torch.equal(value, state[name]) for state in states), name
-    outers = [[*_tensors(trial.rounds[w].sync.state_dict(alone=True)["outer"])] for w in ALL]
+    outers = [[*_tensors(trial.rounds[w].sync.state_dict(alone=True)["outer"] or {})] for w in ALL]
     for first, *others in zip(*outers, strict=True):
         assert all(torch.equal(first, other) for other in others)
 
@@ -178,6 +178,27 @@ def test_without_any_change_it_is_the_run_of_a_fixed_group():
         assert torch.equal(start, torch.cat([p.flatten() for p in trial.logs[rank].start]))
         assert torch.equal(end, flat(trial.models[rank]))
         assert workers == trial.rounds[rank].last_report.workers == ALL
+
+
+def test_a_checkpoint_of_one_worker_is_enough():
+    first = Trial(3, ALL, {})
+    logs = first.run()
+    saved = first.rounds[1]
+    states = saved.state_dict(alone=True), saved.local_state(), saved._local_optimizer.state_dict()
+
+    def make_rounds(model, optimizer, elastic):
+        rounds = Rounds(model, optimizer, H, OUTER, elastic=elastic)
+        if elastic.worker == 1:
+            rounds.load_state_dict(states[0])
+            rounds.load_local_state(states[1])
+            optimizer.load_state_dict(states[2])
+        return rounds
+
+    again = Trial(5, ALL, {}, make_rounds).run()
+    for log in again.values():
+        assert log.begins == [3]
+        assert all(torch.equal(a, b) for a, b in zip(log.start, logs[0].anchors[2], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(log.anchors[4], again[0].anchors[4], strict=True))
 
 
 def test_the_first_step_needs_a_meeting():

@@ -218,10 +218,12 @@ def _left_out(rank, make_comm):
     values = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0078125, 2.015625, 3.015625]), torch.full((3,), math.nan)]
     expected = (values[0] + values[1]) / 2
     model.x.data += values[rank]
-    errors = []
+    errors, workers = [], []
     for _ in range(2):
         rounds.step()
         errors.append((model.x - expected).abs().max().item())
+        workers.append(rounds.last_report.workers)
+    assert workers == [(0, 1), (0, 1, 2)]
     return errors, rounds.last_report.left_out
 
 

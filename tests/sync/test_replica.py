@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lopt import DisagreementError, Rounds, SlowMomentum, SyncOptions
+from lightning_lopt.sync.replica import Replica
 from tests.threads import run_threads
 
 
@@ -156,3 +157,17 @@ def test_a_state_of_parameters_of_another_shape():
     rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=1.0), 1)
     with pytest.raises(ValueError, match=r"parameter 0 has the shape \(1, 2\), here it is \(1, 3\)"):
         rounds.load_state_dict(state)
+
+
+def test_anchors_are_compared_in_rounds_that_all_workers_know():
+    """Those who have counted other syncs, since they joined later, must compare in the same ones."""
+    model = nn.Linear(2, 1)
+    replica = Replica(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    replica.adopt()
+
+    def compared(rounds):
+        return [i for i in rounds if replica.checksum(i) is not None]
+
+    assert compared(range(3, 203)) == [3, 4, 100, 101, 200, 201]
+    replica.compare_next()
+    assert compared(range(203, 302)) == [203, 204, 300, 301]
