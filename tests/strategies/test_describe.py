@@ -15,7 +15,8 @@ from tests.strategies.support import trainer
         (LocalSGD(4), "LocalSGD(K=1, H=4, sends 0 B/param/round)"),
         (
             SlowMo(QSR(0.5, 2), virtual_workers=4),
-            "SlowMo(K=4, H=QSR(alpha=0.5, base_steps=2, power=2.0, warmup_steps=0), outer_optimizer=SlowMomentum(lr=1.0, momentum=0.5), sends 6 B/param/round)",
+            "SlowMo(K=4, H=QSR(alpha=0.5, base_steps=2, power=2.0, warmup_steps=0), "
+            "outer_optimizer=SlowMomentum(lr=1.0, momentum=0.5), sends 6 B/param/round)",
         ),
         (
             LearnedLocalSGD(8, network="lagg_a_short", virtual_workers=8, sharded=True),
