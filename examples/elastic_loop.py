@@ -71,7 +71,7 @@ def say(worker: int, text: str) -> None:
 
 def start_all(args: argparse.Namespace) -> None:
     """Run the lighthouse here, and each worker in a process of its own, until all of them have ended."""
-    from torchft.coordination import LighthouseServer
+    from torchft.coordination import LighthouseServer  # pyright: ignore[reportMissingImports]
 
     lighthouse = LighthouseServer(
         bind=args.lighthouse,

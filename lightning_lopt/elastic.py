@@ -420,7 +420,7 @@ def _interruptible(function: Callable[[], Any]) -> Any:
 
 def _client_class() -> Any:
     try:
-        from torchft.coordination import LighthouseClient
+        from torchft.coordination import LighthouseClient  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "Workers that come and go need torchft, which exists for Linux on x86_64 and Python up to 3.13: "
