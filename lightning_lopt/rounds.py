@@ -409,11 +409,14 @@ class Rounds:
         """Agree with the other workers on those who take part from here on; the end of each round does so by itself.
 
         A worker that is behind the others takes over what the first of those who are furthest has: anchors, outer
-        state, counters, and the state of the local optimizer. At the very beginning all take over the first one's.
+        state, counters, and the state of the local optimizer. At the very beginning all take over what the first one
+        has, weights included that were loaded after this `Rounds` was made.
 
         Raises:
             DisagreementError: The others have another model, other settings, or a worker of this identifier.
         """
+        if not (self._has_met or self.resumed):
+            self.adopt_replaced(at_start=True)  # without communication: this worker is alone yet
         self._meet(repeats=False)
 
     def leave(self) -> None:

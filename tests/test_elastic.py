@@ -180,6 +180,19 @@ def test_without_any_change_it_is_the_run_of_a_fixed_group():
         assert workers == trial.rounds[rank].last_report.workers == ALL
 
 
+def test_weights_that_are_loaded_before_the_first_meeting_are_where_all_begin():
+    def make_rounds(model, optimizer, elastic):
+        rounds = Rounds(model, optimizer, H, OUTER, elastic=elastic)
+        for tensor in model.state_dict().values():
+            tensor.fill_(elastic.worker + 1)
+        return rounds
+
+    trial = Trial(2, ALL, {}, make_rounds)
+    logs = trial.run()
+    assert parts_of(logs) == [ALL, ALL]
+    assert all((tensor == 1).all() for log in logs.values() for tensor in log.start)
+
+
 def test_a_checkpoint_of_one_worker_is_enough():
     first = Trial(3, ALL, {})
     logs = first.run()

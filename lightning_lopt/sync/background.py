@@ -49,9 +49,9 @@ class Background:
             self._error = error
 
     @property
-    def running(self) -> bool:
-        """Whether it is not done yet."""
-        return self._thread.is_alive()
+    def failed(self) -> bool:
+        """Whether it has ended with an error."""
+        return not self._thread.is_alive() and self._error is not None
 
     def wait(self) -> None:
         """Return when it is done, or raise the error that it raised."""

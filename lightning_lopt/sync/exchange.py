@@ -180,9 +180,9 @@ class Exchange:
             self._run()
 
     @property
-    def running(self) -> bool:
-        """Whether it goes on in the background."""
-        return self._background is not None and self._background.running
+    def failed(self) -> bool:
+        """Whether it has ended with an error, in the background."""
+        return self._background is not None and self._background.failed
 
     def wait(self) -> None:
         """Return when the results are here.

@@ -473,7 +473,7 @@ class Sync:
         has arrived. The call does not wait, since a worker may be lost; whatever communicates next does.
         """
         exchange, self._exchange = self._exchange, None
-        if exchange is not None and exchange.running:
+        if exchange is not None and not exchange.failed:
             self._abandoned = exchange
 
     @torch.no_grad()
