@@ -52,6 +52,8 @@ class VirtualRounds:
             return make(shared_module.model(rank), shared_module.optimizer(rank, optimizer), comm=comm)
 
         self.workers: list[Rounds] = self._group.run([partial(make_one, rank) for rank in range(size)])
+        for rounds in self.workers[1:]:
+            rounds.schedule = copy.deepcopy(rounds.schedule)  # which may remember something
 
     # -- attributes -----------------------------------------------------------------------------------------------
 
