@@ -33,7 +33,7 @@ _COUNTERS = (
     "local_steps",
     "due",
 )  # all but the first may differ between workers
-_NO_FIGURES = {"drift": None, "pseudo_grad_norm": None, "seconds": None}
+_NO_FIGURES: dict[str, float | None] = {"drift": None, "pseudo_grad_norm": None, "seconds": None}
 
 
 class Rounds:
@@ -64,6 +64,7 @@ class Rounds:
         equal_steps: Whether all workers had taken the same number of steps at the last status exchange.
         total_steps: Local steps of the whole run, None if unknown; may be set before the last round begins.
         schedule: Schedule of H.
+        ask_schedule: Function through which the schedule is called; workers of one process call it once for all.
         comm: Collectives among the workers.
         sync: Anchors, outer optimizer and exchanges with the other workers.
         speeds: Speeds of the workers.
@@ -106,7 +107,7 @@ class Rounds:
         options: SyncOptions | None = None,
         worker_speeds: Speeds = None,
     ) -> None:
-        self.schedule = as_schedule(local_steps)
+        self.schedule = self.ask_schedule = as_schedule(local_steps)
         self._options = options or SyncOptions()
         check_combination(self.schedule, outer_optimizer, self._options)
         check_speeds(worker_speeds)
@@ -251,7 +252,7 @@ class Rounds:
 
     def _end_round(self) -> None:
         if self._chosen is None and isinstance(self.schedule, StatefulSchedule):
-            self.schedule(self._info())  # a worker that only answered the others' sync, for the same state as theirs
+            self.ask_schedule(self._info())  # this worker only answered others, and must remember as they do
         self.last_report = self.sync.finish()
         self._update_speeds()
         self._update_figures(self.last_report)
@@ -284,9 +285,9 @@ class Rounds:
     def _info(self) -> RoundInfo:
         return RoundInfo(self.round_idx, self.step_idx, self.total_steps, self._local_lr(), **self._figures)
 
-    def _ask_schedule(self) -> int:
+    def _new_local_steps(self) -> int:
         info = self._info()
-        returned = self.schedule(info)
+        returned = self.ask_schedule(info)
         local_steps = as_integer(returned, least=1)
         if local_steps is None:
             raise ValueError(
@@ -297,7 +298,7 @@ class Rounds:
 
     def _choose_local_steps(self) -> int:
         if self._chosen is None:  # else the round begins anew
-            self._chosen = self._ask_schedule()
+            self._chosen = self._new_local_steps()
         local_steps = self._chosen
         turns = self._options.effective_selection.num_turns
         turn, bounds = self.round_idx % turns, even_bounds(local_steps, turns)

@@ -43,16 +43,14 @@ class RoundInfo:
 Schedule = Callable[[RoundInfo], int]
 """Function from the state of a run to the local steps H of the round that begins.
 
-It is called once in each round, on every worker, and must return the same H on all. Where H leaves no room for
-`overlap_steps`, the last H - 1 steps overlap; a constant H that small is refused.
+It is called once in each round, on every worker (for virtual workers, once for all), and must return the same H on all.
+Where H leaves no room for `overlap_steps`, the last H - 1 steps overlap; a constant H that small is refused.
 """
 
 
 @runtime_checkable
 class StatefulSchedule(Protocol):
-    """Schedule that remembers something from round to round: checkpoints hold it, as they hold that of an optimizer.
-
-    Each virtual worker has a copy of its own.
+    """Schedule that remembers something from round to round, which checkpoints hold.
 
     Example:
         >>> class WhileDriftIsSmall:
