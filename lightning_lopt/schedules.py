@@ -27,8 +27,8 @@ class RoundInfo:
         seconds: Seconds from sync to sync of the round before the last, the most of all workers: each sync sends those
             of the round before it. None until that is known, from the fourth round on.
 
-    `drift`, `pseudo_grad_norm` and `seconds` are the same on all workers, and after a resume; where the workers' machines
-    round differently, with `sharded=True` alone. `step` and `lr` are this worker's own.
+    `drift`, `pseudo_grad_norm` and `seconds` are the same on all workers, and after a resume; where machines round
+    differently, with `sharded=True` alone. `step` and `lr` are this worker's own.
     """
 
     round_idx: int
