@@ -102,8 +102,8 @@ class Reduction(NamedTuple):
 class LinearCodec(Protocol):
     """A lossy mean of tensors over the workers, by all-reduces of numbers that are linear in the tensors.
 
-    All workers make the same calls. Like a `Codec` it must not change, and has a `repr` with its settings. What it
-    learns is in the states, one tensor or None for each tensor of the model, which are saved in checkpoints. They must
+    All workers make the same calls. Like a `Codec` it must not change, and has a `repr` with its settings. Its
+    memory is the states, one tensor or None for each tensor of the model, which are saved in checkpoints. They must
     be computed from means and constants alone, so that they are the same on all workers, and not in place. A state of
     another shape than expected may come from a checkpoint of a codec with other settings.
 
