@@ -157,22 +157,23 @@ def test_a_linear_codec_needs_shapes():
 
 WIRE, LATENCY = RECORDS / "2026-11-21_wire", RECORDS / "2026-11-30_costs"
 RUNS = [WIRE / f"{name}.jsonl" for name in ("mbit100", "mbit1000", "k4_learned", "latency", "lagg2", "lopt_blended")]
+RUNS += [LATENCY / f"{name}.jsonl" for name in ("latency_k2", "latency_k4_compressed")]
 
 
 def _measured(path):
-    """Setup of a run of the benchmark `wire`, its number of parameters, and its rows by method."""
+    """Setup of a run of the benchmark `wire`, its parameters, and its rows by method."""
     header, *rows = map(json.loads, path.read_text().splitlines())
     by_method = defaultdict(list)
     for row in rows:
         by_method[row["method"]].append({"rounds": row["steps"] if row["method"] == DDP else 1, **row})
-    return header["setup"], header["parameters"], by_method
+    return header["setup"], header.get("shapes", header["parameters"]), by_method
 
 
 def _median(rows, key):
     return statistics.median(row.get(key, 0.0) / row["rounds"] for row in rows)
 
 
-@pytest.mark.parametrize("path", [*RUNS, LATENCY / "latency_k2.jsonl"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_measured_rounds_are_within_a_tenth(path):
     """All methods at 100 and 1000 Mbit/s, of four workers, with 20 ms; the time of the outer step is as measured."""
     setup, parameters, by_method = _measured(path)
