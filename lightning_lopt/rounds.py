@@ -421,7 +421,7 @@ class Rounds:
         self.local_steps = None
 
     def state_dict(self, *, alone: bool = False) -> dict[str, Any]:
-        """Counters, anchors and outer state, the same on all workers; local weights and states are left out.
+        """Counters, anchors, states of the outer optimizer and the schedule, the same on all workers; nothing local.
 
         Args:
             alone: Whether not to talk to the other workers: see `Sync.state_dict`. Otherwise with `sharded=True` all
