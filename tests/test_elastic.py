@@ -160,6 +160,31 @@ def test_all_state_is_bitwise_equal_with_any_option(options, outer):
         assert all(torch.equal(first, other) for other in others)
 
 
+class _Remembering:
+    """H local steps, as long as it has been asked in every round."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def __call__(self, info):
+        self.asked += 1
+        return H if self.asked == info.round_idx + 1 else 1
+
+    def state_dict(self):
+        return {"asked": self.asked}
+
+    def load_state_dict(self, state):
+        self.asked = state["asked"]
+
+
+def test_one_that_joins_takes_over_what_a_schedule_remembers():
+    def make_rounds(model, optimizer, elastic):
+        return Rounds(model, optimizer, _Remembering(), OUTER, elastic=elastic)
+
+    plan = {(2, 1, "mean"): die, (0, 2, 1): _restart, (1, 4, "after the mean"): lose}
+    assert parts_of(Trial(6, ALL, plan, make_rounds).run()) == [ALL, SOME, SOME, ALL, ALL, ALL]
+
+
 def _fixed(rank, make_comm):
     model, optimizer = make(rank + 1)
     rounds = Rounds(model, optimizer, H, OUTER, comm=make_comm())

@@ -259,6 +259,7 @@ class Sync:
             sync_seconds=exchange.launch_seconds + done - start,
             left_out=len(exchange.left_out),
             fell_back=result.fell_back,
+            partial=self._options.effective_selection.partial and not exchange.everything,
             workers=tuple(w for k, w in enumerate(self._comm.workers) if k not in exchange.left_out),
         )
 

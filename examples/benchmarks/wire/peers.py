@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from examples.benchmarks.report import append_rows, machine, read_rows
 from examples.benchmarks.wire.namespaces import run_linked, run_local, why_not
@@ -111,7 +112,7 @@ def _use_torchft(training: Training, setup: Setup) -> None:
 
     server = _lighthouse(training.rank, LIGHTHOUSE_PORT)
     address = _address(training.rank)
-    store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+    store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
     manager = Manager(
         pg=ProcessGroupGloo(timeout=timedelta(seconds=60)),
         load_state_dict=None,
