@@ -10,10 +10,9 @@ away. Everything listens at 127.0.0.1.
 """
 
 import argparse
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 
@@ -73,17 +72,20 @@ def start_all(args: argparse.Namespace) -> None:
     """Run the lighthouse here, and each worker in a process of its own, until all of them have ended."""
     from torchft.coordination import LighthouseServer  # pyright: ignore[reportMissingImports]
 
+    context = multiprocessing.get_context("fork")  # of a process that has imported everything
+    given = [argparse.Namespace(**{**vars(args), "worker": worker}) for worker in range(args.workers)]
+    workers = [context.Process(target=train, args=(own,)) for own in given]
+    for worker in workers:
+        worker.start()
     lighthouse = LighthouseServer(
         bind=args.lighthouse,
         min_replicas=1,
         join_timeout_ms=60_000,  # longer than a round
         heartbeat_timeout_ms=round(1000 * HEARTBEAT_SECONDS),
     )
-    command = [sys.executable, *sys.argv, "--worker"]
-    workers = [subprocess.Popen([*command, str(worker)]) for worker in range(args.workers)]
     try:
         for worker in workers:
-            worker.wait()
+            worker.join()
     finally:
         for worker in workers:
             worker.kill()
