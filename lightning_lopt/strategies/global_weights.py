@@ -70,7 +70,7 @@ class GlobalWeights:
     def shown(self) -> Iterator[None]:
         """Show the global weights for a while; all workers must enter this."""
         rounds = self._strategy.rounds
-        if rounds is None or rounds.sync.swap.active:
+        if rounds is None or rounds.sync.swap.active or self._wanted:
             yield
             return
         before, self._wanted = self._wanted, True

@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_lopt.comm import Communicator, DisagreementError, digest
@@ -277,6 +279,7 @@ class LocalSGD(DDPStrategy):
         self._is_set_up = False
         self._uneven: UnevenInputs | None = None
         self._stepped = False  # an optimizer did, in this batch
+        self._step_hook: RemovableHandle | None = None
         self._loaders = ResumableLoaders()
         self._writer = CheckpointWriter(self, self._workers, self._loaders)
         self._resume = Resume(self, self._workers, self._loaders)
@@ -399,12 +402,12 @@ class LocalSGD(DDPStrategy):
         schedules = [config.scheduler for config in self.lr_scheduler_configs]
         self.given = given_settings(self.optimizers, schedules)
         self.rounds = self._make_rounds(trainer)
-        if not trainer.lightning_module.automatic_optimization:
-            for optimizer in self.optimizers:  # sees those who step torch's own optimizer, too
-                optimizer.register_step_post_hook(self._note_step)
+        if not trainer.lightning_module.automatic_optimization:  # torch's own and wrapped optimizers step, too
+            self._step_hook = register_optimizer_step_post_hook(self._note_step_of)
         wrappers = trainer.lightning_module.optimizers()
         wrappers = wrappers if isinstance(wrappers, list) else [wrappers]
         self._modes.attach(self.optimizers, wrappers, self._global_weights.moving)
+        host.validate_without_inference_mode(trainer)
         host.surround_validation(trainer, self._begin_validation, self._global_weights.end_validation)
         host.enter_while_checkpointing(trainer, self._checkpointing)  # hooks `on_save_checkpoint` see them, too
         place_callbacks(self, host.callbacks_of(trainer))
@@ -446,6 +449,13 @@ class LocalSGD(DDPStrategy):
             )
 
     @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if self.num_workers > 1 and not self._trainer.interrupted:  # after the hooks of all callbacks and the module
+            with explain_lost_worker(self.timeout):
+                self._present_rounds.sync_unstepped()
+
+    @override
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
         if self.rounds is not None:
@@ -455,11 +465,28 @@ class LocalSGD(DDPStrategy):
     def teardown(self) -> None:
         self._resume.clear()
         self._modes.detach()
+        if self._step_hook is not None:
+            self._step_hook.remove()
         self._loaders.unwrap()
         self._loaders.forget()
         trainer = host.trainer_of(self.lightning_module)
         host.destroy_process_group_at_exit(trainer is not None and not trainer.interrupted)
         super().teardown()
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """Optimizers of the fit; they can be given groups, and not be replaced."""
+        return self._optimizers
+
+    @optimizers.setter
+    @override
+    def optimizers(self, optimizers: list[Optimizer]) -> None:
+        if self._is_set_up and self._is_training and [*map(id, optimizers)] != [*map(id, self._optimizers)]:
+            raise MisconfigurationException(
+                "The optimizers of a fit cannot be replaced: rounds, and the outer steps, are those of the present ones. "
+                "Change their groups (lr, optimizer.add_param_group, optimizer.state.clear()), or fit again with others."
+            )
+        DDPStrategy.optimizers.fset(self, optimizers)  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def _trainer(self) -> pl.Trainer:
@@ -529,8 +556,13 @@ class LocalSGD(DDPStrategy):
             self._end_step()
         return output
 
-    def _note_step(self, *_: Any) -> None:
+    def _note_step(self) -> None:
         self._stepped = True
+
+    def _note_step_of(self, optimizer: Optimizer, *_: Any) -> None:
+        """Note the step of an optimizer of this fit, or of one inside of it, which some call themselves (SAM)."""
+        if optimizer in self.optimizers or _parameters(optimizer) & set().union(*map(_parameters, self.optimizers)):
+            self._note_step()
 
     def _end_step(self) -> None:
         with explain_lost_worker(self.timeout):
@@ -714,6 +746,10 @@ class LocalSGD(DDPStrategy):
                 description=f"{cls.__name__} with `start_method` '{start_method}'",
                 start_method=start_method,
             )
+
+
+def _parameters(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def _steps_so_far(trainer: pl.Trainer) -> int:

@@ -114,6 +114,10 @@ class Replica:
         """Parameters that are or were trained, but those that stay a worker's own."""
         return [p for p in self.parameters() if p.trained and not p.local]
 
+    def anchored(self) -> list[AnchoredParameter]:
+        """Parameters that have an anchor."""
+        return [p for p in self.parameters() if p.has_anchor]
+
     def _is_stepped(self, parameter: Tensor) -> bool:
         held = self._held.get(id(parameter))
         return held is not None and held.trained
@@ -142,8 +146,21 @@ class Replica:
         self.note_versions()
 
     def add_new_groups(self) -> list[list[AnchoredParameter]]:
-        """Take up the groups that the optimizer was given since the last call, and return them."""
-        groups = self._optimizer.param_groups[len(self.groups) :]
+        """Take up the groups that the optimizer was given since the last call, and return them.
+
+        Raises:
+            ValueError: An earlier group has other parameters than before.
+        """
+        all_groups = self._optimizer.param_groups
+        for held, group in zip(self.groups, all_groups, strict=False):
+            if len(held) != len(group["params"]) or any(
+                p.param is not q for p, q in zip(held, group["params"], strict=True)
+            ):
+                raise ValueError(
+                    "The parameters of a group of the local optimizer were replaced, so that new ones would have no outer "
+                    "step. Add them by optimizer.add_param_group."
+                )
+        groups = all_groups[len(self.groups) :]
         names = {id(p): name for name, p in self._model.named_parameters()} if groups else {}
         new = [[self._hold(p, names.get(id(p))) for p in group["params"]] for group in groups]
         self.groups += new
@@ -192,11 +209,6 @@ class Replica:
             self._optimizer.state.get(p.param, {}).clear()
 
     # -- global values --------------------------------------------------------------------------------------------
-
-    def anchor_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Each parameter and buffer with a copy of its value at the last sync."""
-        pairs = [(p.param, p.anchor.clone()) for p in self.parameters() if p.has_anchor]
-        return pairs + self.unstepped.pairs()
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -58,7 +58,8 @@ UNSTEPPED = CommonInteger(
 NEW_WEIGHTS = CommonInteger(
     "the weights that were put in place of the global ones",
     "Whoever replaces weights must give all workers the same: load the same file on each, and draw new values from the "
-    "same seed.",
+    "same seed. What each worker shall write for itself, as noise, counts as its progress after the first step of a "
+    "round; steps count that an optimizer of configure_optimizers takes, through self.optimizers().",
 )
 COMMON = (
     ROUND,
