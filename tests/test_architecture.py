@@ -81,6 +81,7 @@ OF_THE_WHOLE = {
     "meta/test_reality.py": "simulated rounds equal real ones",
     "strategies/test_models.py": "odd models, loops and launchers",
     "strategies/test_ranks.py": "workers of several ranks",
+    "strategies/test_situations.py": "situations of practice",
     "strategies/test_state.py": "state that no optimizer steps, under a Trainer",
     "strategies/test_travel.py": "options of a sync under a Trainer",
     "sync/test_outliers.py": "workers that diverge",

@@ -162,7 +162,7 @@ class LocalSGD(DDPStrategy):
 
     | tensor                                                        | rule                                             |
     |---------------------------------------------------------------|--------------------------------------------------|
-    | parameter in training                                         | outer step on the workers' mean; or `"local"`    |
+    | parameter in training: held by an optimizer, `requires_grad`  | outer step on the workers' mean; or `"local"`    |
     | parameter that was trained and is frozen                      | `"mean"`, without an outer step                  |
     | parameter of an EMA teacher                                   | `"mean"`, from its first change on               |
     | parameter that never changes                                  | not sent, no memory                              |
@@ -173,15 +173,19 @@ class LocalSGD(DDPStrategy):
     | histograms, scales and zero points of `torch.ao`              | `"first"`                                        |
     | names in `_ddp_params_and_buffers_to_ignore`                  | `"local"`                                        |
 
-    Counts need `"sum_of_changes"`, queues of unit vectors `"local"` or `"first"`; where values look like these and have
-    no rule of their own, a warning says so once. Buffers and teachers may be reassigned, resized and registered late,
-    on all workers in the same round. In the round in which a teacher first changes, its last synced values are not
-    known: evaluation of the anchor and a resume with another number of workers see a worker's own. Checkpoints hold
-    `"local"` tensors of every worker; their `state_dict` has rank 0's.
+    Counts need `"sum_of_changes"`, masks `"min"` or `"max"`, queues and memories of samples `"local"` or `"first"`;
+    where values look like these and have no rule of their own, a warning says so once. Buffers and teachers may be
+    reassigned, resized and registered late, on all workers in the same round. What hooks change in them after a sync is
+    combined where somebody looks, and at the end of the fit; what they write into buffers during a validation stays. In
+    the round in which a teacher first changes, its last synced values are not known: evaluation of the anchor and a
+    resume with another number of workers see a worker's own. Checkpoints hold `"local"` tensors of every worker; their
+    `state_dict` has rank 0's.
 
     Weights that are loaded, re-initialised or pruned before the fit's first step (`on_fit_start`) or before the first
     step after a sync become the global ones; all workers must write the same. Within a round, and where a sync sends
-    only a part or overlaps, call `adopt_weights()`: otherwise the change counts as progress of the local steps.
+    only a part or overlaps, call `adopt_weights()`: otherwise the change counts as progress of the local steps. Where
+    weights are clipped to a box, an outer step may leave it: clip in `on_train_batch_end`. Optimizers can be given
+    groups, and not be replaced, within a fit.
 
     Source: McMahan et al. 1602.05629; Stich 1805.09767.
 
@@ -483,10 +487,10 @@ class LocalSGD(DDPStrategy):
     def optimizers(self, optimizers: list[Optimizer]) -> None:
         if self._is_set_up and self._is_training and [*map(id, optimizers)] != [*map(id, self._optimizers)]:
             raise MisconfigurationException(
-                "The optimizers of a fit cannot be replaced: rounds, and the outer steps, are those of the present ones. "
-                "Change their groups (lr, optimizer.add_param_group, optimizer.state.clear()), or fit again with others."
+                "The optimizers of a fit cannot be replaced, as rounds and outer steps follow the present ones. Change "
+                "their groups (lr, optimizer.add_param_group) and states, or fit again with others."
             )
-        DDPStrategy.optimizers.fset(self, optimizers)  # pyright: ignore[reportAttributeAccessIssue]
+        DDPStrategy.optimizers.fset(self, optimizers)  # pyright: ignore[reportOptionalCall]
 
     @property
     def _trainer(self) -> pl.Trainer:
@@ -620,6 +624,22 @@ class LocalSGD(DDPStrategy):
     def abandon_validation(self) -> None:
         """Give the module this worker's own weights back after an exception."""
         self._global_weights.abandon()
+
+    def check_steps(self) -> None:
+        """Say that nothing was synced in a fit.
+
+        Raises:
+            MisconfigurationException: Although weights have changed.
+        """
+        if self._present_rounds.last_report is not None:
+            return
+        replica = self._present_rounds.sync.replica
+        if self.num_workers > 1 and not self._modes.exist and replica.replaced(thorough=True):
+            raise MisconfigurationException(
+                "Weights changed in this fit, but no optimizer of configure_optimizers took a step: nothing was "
+                "synced, and each worker has its own. Step them by self.optimizers()."
+            )
+        rank_zero_info("Nothing was synced in this fit: no optimizer took a step.")
 
     def average_modes(self) -> None:
         """Let all workers end with the same weights in both modes of an optimizer that has modes."""

@@ -127,8 +127,8 @@ class Replica:
         named = [*self._model.named_parameters(), *self._model.named_buffers()]
         return {name: self._rules.of(name, tensor) for name, tensor in named}
 
-    def unused_rules(self) -> list[str]:
-        """The user's patterns that fit no name."""
+    def unused_rules(self) -> dict[str, str | None]:
+        """The user's patterns that fit no name, each with a name that is near, if there is one."""
         return self._rules.unused(list(self.rules()))
 
     def common_tensors(self) -> list[tuple[str, Tensor]]:
@@ -151,16 +151,13 @@ class Replica:
         Raises:
             ValueError: An earlier group has other parameters than before.
         """
-        all_groups = self._optimizer.param_groups
-        for held, group in zip(self.groups, all_groups, strict=False):
-            if len(held) != len(group["params"]) or any(
-                p.param is not q for p, q in zip(held, group["params"], strict=True)
-            ):
-                raise ValueError(
-                    "The parameters of a group of the local optimizer were replaced, so that new ones would have no outer "
-                    "step. Add them by optimizer.add_param_group."
-                )
-        groups = all_groups[len(self.groups) :]
+        groups = self._optimizer.param_groups
+        if any([id(p.param) for p in a] != [*map(id, b["params"])] for a, b in zip(self.groups, groups, strict=False)):
+            raise ValueError(
+                "A group of the local optimizer has other parameters than before, which would have no outer step: give "
+                "it new ones by optimizer.add_param_group."
+            )
+        groups = groups[len(self.groups) :]
         names = {id(p): name for name, p in self._model.named_parameters()} if groups else {}
         new = [[self._hold(p, names.get(id(p))) for p in group["params"]] for group in groups]
         self.groups += new

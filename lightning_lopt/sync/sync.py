@@ -108,7 +108,12 @@ class Sync:
         self.replica.adopt()
         self.replica.unstepped.adopt()
         if comm.is_first and (unused := self.replica.unused_rules()):
-            warnings.warn(f"sync_rules {unused} fit no parameter or buffer that there is now.", stacklevel=2)
+            near = ", ".join(repr(name) for name in unused.values() if name)
+            warnings.warn(
+                f"sync_rules {[*unused]} fit no parameter or buffer that there is now. Patterns match full names"
+                + (f", such as {near}." if near else "."),
+                stacklevel=2,
+            )
         self._selection = drawn_ahead(options.effective_selection)
         self._shards = Shards(comm) if options.sharded else None
         self._outer_step, self._total = None, Total(comm, self._shards)

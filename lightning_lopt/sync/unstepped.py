@@ -168,8 +168,7 @@ class UnsteppedTensors:
         for name in arrived.keys() - self._judged:
             self._judged.add(name)
             if self._rules.stated(name) is None:
-                own = launched.items[name].value
-                warn_if_spoiled(name, own, arrived[name], self._rules.of(name, own))
+                warn_if_spoiled(name, launched.items[name], arrived[name])
 
     # -- global values --------------------------------------------------------------------------------------------
 
@@ -248,7 +247,9 @@ def with_own_memory(name: str, tensor: Tensor) -> Tensor:
             f"{name} is {tensor.dtype} with the layout {tensor.layout}; workers can exchange dense tensors only. "
             f"sync_rules={{{name!r}: 'local'}} keeps it each worker's own."
         )
-    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+    if not tensor.is_contiguous() and any(
+        size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ):
         tensor.data = tensor.data.contiguous()
     return tensor
 

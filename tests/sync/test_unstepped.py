@@ -351,5 +351,6 @@ def test_a_queue_of_unit_vectors_is_warned_of_once():
 
 
 def test_a_pattern_that_fits_nothing_is_warned_of():
-    with pytest.warns(UserWarning, match=r"sync_rules \['quene'\] fit no parameter or buffer"):
+    match = r"sync_rules \['quene'\] fit no parameter or buffer .* full names, such as 'queue'\."
+    with pytest.warns(UserWarning, match=match):
         run_threads(_spoil, 2, {"quene": "local", "queue": "local"})
