@@ -243,11 +243,16 @@ def _webdataset(folder):
     return DataLoader(data.decode().map(lambda sample: torch.tensor(sample["x.cls"])), batch_size=2)
 
 
-def test_webdataset_resumes_with_the_rest_of_the_epoch(tmp_path):
+def test_webdataset_with_unequal_shards_is_read_once(tmp_path):
+    """An `IterableDataset` without a state: a resume would begin the epoch again, as everywhere in Lightning."""
     webdataset = pytest.importorskip("webdataset")
-    for shard in range(2):
+    for shard, numbers in enumerate((range(12), range(12, 32))):
         with webdataset.TarWriter(str(tmp_path / f"{shard}.tar")) as writer:
-            for i in range(12):
-                number = 12 * shard + i
-                writer.write({"__key__": f"{number:04}", "x.cls": number})
-    _check_reading(_webdataset, str(tmp_path), str(tmp_path / "state.ckpt"), 24, 3)
+            for i in numbers:
+                writer.write({"__key__": f"{i:04}", "x.cls": i})
+    path = str(tmp_path / "state.ckpt")
+    (read, weights), (others, same) = run_workers(
+        _read, 2, _webdataset, str(tmp_path), path, False, None, connect=False
+    )
+    assert (read, others) == ([*range(12)], [*range(12, 32)])
+    assert (weights == same).all()
