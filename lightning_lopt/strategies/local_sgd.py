@@ -69,10 +69,11 @@ class LocalSGD(DDPStrategy):
 
     .. math:: a \leftarrow \mathrm{Outer}\big(a,\; a - \tfrac1K \sum_i y_i\big), \qquad y_i \leftarrow a
 
-    a is the anchor (the global parameters), y_i worker i's parameters; without an outer optimizer a becomes the
-    mean itself. The mean of K equal values is the value up to rounding: what no worker moves may change by K units in
-    its last place, once, and not in every round. In the steps between syncs nothing at all is communicated. With manual optimization a local step is a
-    batch in which any optimizer stepped, so that a GAN's two optimizers share their rounds.
+    a is the anchor (the global parameters), y_i worker i's parameters; without an outer optimizer a becomes the mean
+    itself. The mean of K equal values is the value up to rounding: what no worker moves may change by K units in its
+    last place, once, and not in every round. In the steps between syncs nothing at all is communicated. With manual
+    optimization a local step is a batch in which any optimizer stepped, so that a GAN's two optimizers share their
+    rounds.
 
     A worker that does what the others do not (saves, validates, stops, logs a reduced metric) is a `DisagreementError`
     on all that says what it did: before whatever else is sent, a message of fixed length names it. After a resume,

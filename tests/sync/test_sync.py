@@ -29,6 +29,7 @@ from lightning_lopt.sync.status import SyncPoint, WorkerStatus
 from tests.conftest import VECTORS
 from tests.processes import run_cases, run_workers
 from tests.sync_support import Given, Point, flat, move
+from tests.threads import run_threads
 
 CASES = [f"density{density}_q{q}" for density in ("0.1", "0.5", "1.0") for q in ("0", "1", "3", "mix")]
 
