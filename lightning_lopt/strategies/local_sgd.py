@@ -488,12 +488,12 @@ class LocalSGD(DDPStrategy):
     @property
     def optimizers(self) -> list[Optimizer]:
         """Optimizers of the fit; they can be given groups, and not be replaced."""
-        return self._optimizers
+        return super().optimizers
 
     @optimizers.setter
     @override
     def optimizers(self, optimizers: list[Optimizer]) -> None:
-        if self._is_set_up and self._is_training and [*map(id, optimizers)] != [*map(id, self._optimizers)]:
+        if self._is_set_up and self._is_training and [*map(id, optimizers)] != [*map(id, self.optimizers)]:
             raise MisconfigurationException(
                 "The optimizers of a fit cannot be replaced, as rounds and outer steps follow the present ones. Change "
                 "their groups (lr, optimizer.add_param_group) and states, or fit again with others."

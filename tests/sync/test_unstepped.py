@@ -171,8 +171,10 @@ def test_sparse_buffers_are_refused_by_name():
 class _Teacher(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(0)  # of its own, as the workers are threads that run at once
         self.student = nn.Linear(3, 2)
+        for p in self.student.parameters():
+            p.data.copy_(torch.randn(p.shape, generator=generator))
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
 
 
