@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "worker_speeds": set(),
     "sync": {"comm", "compression", "functional", "islands", "optim", "selection"},
     "rounds": {"comm", "functional", "optim", "schedules", "sync", "worker_speeds"},
-    "virtual": {"comm", "rounds", "sync", "worker_speeds"},
+    "virtual": {"comm", "rounds", "schedules", "sync", "worker_speeds"},
     "strategies": {
         "comm",
         "compression",

@@ -78,13 +78,13 @@ class LocalSGD(DDPStrategy):
 
     A worker that does what the others do not (saves, validates, stops, logs a reduced metric) is a `DisagreementError`
     on all that says what it did: before whatever else is sent, a message of fixed length names it. After a resume,
-    settings of the strategy that the script has changed take effect; those of local optimizers and schedules are the
-    checkpoint's, as always in Lightning. A warning names each.
+    settings of the strategy that the script has changed take effect; those of local optimizers and their schedules are
+    the checkpoint's, as always in Lightning. A warning names each.
 
     Args:
-        local_steps: H >= 1 in optimizer steps, or a schedule (`QSR`, or a callable from `RoundInfo` to an integer);
-            begin with 16, or the least H with which a sync costs a tenth of the time, which
-            `python -m lightning_lopt.costs` prints.
+        local_steps: H >= 1 in optimizer steps, or a schedule (`QSR`, or a callable from `RoundInfo` to an integer; with
+            a memory, a `StatefulSchedule`); begin with 16, or the least H with which a sync costs a tenth of the time,
+            which `python -m lightning_lopt.costs` prints.
         outer_optimizer: Function that makes a torch optimizer from parameter groups, e.g.
             `partial(torch.optim.AdamW, lr=1e-3)`; the gradient of its parameters is the averaged pseudo-gradient. None
             averages.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lopt.comm import CommonInteger, Communicator
+from lightning_lopt.comm import CommonInteger, Communicator, jointly
 from lightning_lopt.compression import Codec, LinearCodec
 from lightning_lopt.functional.outliers import OutlierFilter
 from lightning_lopt.functional.precision import state_dtype
@@ -224,10 +224,9 @@ class Exchange:
     def _average_inside(self, means: Sequence[Tensor]) -> None:
         """Average over the ranks of this worker, which have each seen other data; nothing else keeps them equal."""
         if self._comm.inside_size > 1 and means:
-            flat = torch.cat([mean.flatten().double() for mean in means])
-            flat = self._comm.inside_total(flat) / self._comm.inside_size
-            for mean, value in zip(means, flat.split([m.numel() for m in means]), strict=True):
-                mean.copy_(value.view_as(mean))
+            totals = jointly([mean.double() for mean in means], lambda flat: flat.copy_(self._comm.inside_total(flat)))
+            for mean, total in zip(means, totals, strict=True):
+                mean.copy_(total / self._comm.inside_size)
 
     def _append(self, extras: Sequence[Tensor]) -> list[Tensor]:
         views: dict[int, Tensor] = {}

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 import torch
 from torch import Tensor
 
-from lightning_lopt.comm import Communicator
+from lightning_lopt.comm import Communicator, jointly
 from lightning_lopt.sync import spectral_norm
 
 Rule = Literal["mean", "unit_mean", "max", "min", "sum_of_changes", "first", "local"]
@@ -212,13 +212,9 @@ def combine(items: Sequence[Contribution], comm: Communicator, left_out: Sequenc
             chosen = [i for i, item in enumerate(items) if _way(item) == (largest, dtype)]
             if not chosen:
                 continue
-            sent = [_sent(items[i], comm, kept).flatten() for i in chosen]
-            flat = torch.cat(sent)
-            if largest:
-                comm.max_(flat)
-            else:
-                comm.sum_(flat)
-            for i, value in zip(chosen, flat.split([s.numel() for s in sent]), strict=True):
+            sent = [_sent(items[i], comm, kept) for i in chosen]
+            received = jointly(sent, comm.max_ if largest else comm.sum_)
+            for i, value in zip(chosen, received, strict=True):
                 results[i] = _received(items[i], value, len(kept) * comm.inside_size)
     return [results[i] for i in range(len(items))]
 
@@ -250,7 +246,7 @@ def _received(item: Contribution, value: Tensor, num_kept: int) -> Tensor:
     elif item.rule in ("mean", "unit_mean"):
         value = value.double() / num_kept
     elif item.rule == "sum_of_changes" and item.synced is not None:
-        value = value + as_real(item.synced).to(value.dtype).flatten()
+        value = value + as_real(item.synced).to(value.dtype)
     return item.settled(value)
 
 

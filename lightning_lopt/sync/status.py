@@ -13,7 +13,7 @@ import torch
 
 from lightning_lopt.comm import CommonInteger, Communicator, Difference, DisagreementError
 
-NUM_ROWS = 8  # integers per worker
+NUM_ROWS = 9  # integers per worker
 
 _SAME_STEPS = (
     "All workers must take the same number of steps in a round: check for unequal data per worker, a learning rate "
@@ -155,6 +155,7 @@ class WorkerStatus:
         step_seconds: Seconds per local step, 0 if unknown.
         norm: Norm of its pseudo-gradient.
         lr: Learning rate that schedules read, 0 if unknown.
+        round_seconds: Seconds of its last round, 0 if unknown.
         stops: Whether it was told to end its training, by `trainer.should_stop`.
         uneven: Whether the workers may be unequally far, so that it answers syncs where its point does.
     """
@@ -165,6 +166,7 @@ class WorkerStatus:
     step_seconds: float = 0.0
     norm: float = 0.0
     lr: float = 0.0
+    round_seconds: float = 0.0
     stops: bool = False
     uneven: bool = False
 
@@ -241,7 +243,7 @@ def gather_status(
     num_workers, points = comm.num_workers, list(SyncPoint)
     settings = settings or LocalSettings()
     rows = [0] * (NUM_ROWS * num_workers)
-    floats = [own.speed_share, own.step_seconds, own.norm, own.lr]
+    floats = [own.speed_share, own.step_seconds, own.norm, own.lr, own.round_seconds]
     flags = own.stops + 2 * own.uneven
     at = points.index(own.point)
     rows[comm.rank :: num_workers] = [own.local_steps, at, len(points) - at, flags, *map(to_integer, floats)]

@@ -264,6 +264,7 @@ class Sync:
             sync_seconds=exchange.launch_seconds + done - start,
             left_out=len(exchange.left_out),
             fell_back=result.fell_back,
+            partial=self._options.effective_selection.partial and not exchange.everything,
         )
 
     def check(self, status: WorkerStatus, equal: Mapping[CommonInteger, int | None] | None = None) -> None:
