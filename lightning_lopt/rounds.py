@@ -138,9 +138,10 @@ class Rounds:
         self._round_start: float | None = None  # time at which the present round began
         self._round_seconds = 0.0  # of the last round on this worker, 0 if unknown
         self._looked_in = -1  # round in which `adopt_replaced` was last called
-        if isinstance(optimizer, Optimizer):
+        stepping = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper is one without hooks
+        if isinstance(stepping, Optimizer):
             this = weakref.ref(self)
-            optimizer.register_step_pre_hook(lambda *_: _look_once(this()))
+            stepping.register_step_pre_hook(lambda *_: _look_once(this()))
 
     def step(self) -> bool:
         """Count a local step, right after `optimizer.step()`; launch a sync or end the round if it is time.
