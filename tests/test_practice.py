@@ -28,6 +28,9 @@ class _Stepped(Classifier):
 
 
 class _ScheduleFree(_Stepped):
+    def on_train_start(self):
+        self.optimizers().train()
+
     def on_validation_model_eval(self):
         super().on_validation_model_eval()
         self.optimizers().eval()
