@@ -53,11 +53,16 @@ class Elastic:
     `RoundReport.workers` has that of a run, round by round, and a replay in one process proves it.
 
     A worker that joins takes over from the first of those who are furthest: global weights and buffers, outer state,
-    counters, and the state of the local optimizer, its learning rates included. Buffers with the rule `"local"` and
-    random states are its own. Let a learning rate schedule follow `Rounds.step_idx`. Shard the data by `worker_id`, not
-    by rank: the shard of a lost worker rests until it is back. To go on after all have died, load a checkpoint of any
-    worker (`Rounds.state_dict(alone=True)`, `Rounds.local_state()`, the local optimizer's) before `Rounds.meet`: those
-    who have an older one, or none, take over from the furthest.
+    counters, what a schedule remembers, and the state of the local optimizer, its learning rates included. Buffers with
+    the rule `"local"` and random states are its own.
+
+    * Shard the data by `worker_id`, not by rank: the shard of a lost worker rests until it is back.
+    * Let a learning rate schedule follow `Rounds.step_idx`.
+    * Between syncs call nothing that all workers must call: evaluate the anchor (`Rounds.swap_in("anchor")`), and give
+      `total_steps` in place of `Rounds.finish_round`.
+    * To go on after all have died, load a checkpoint of any worker (`Rounds.state_dict(alone=True)`,
+      `Rounds.local_state()`, the local optimizer's) before `Rounds.meet`: those who have an older one, or none, take
+      over from the furthest.
 
     **Network.** A worker listens at `host` alone, with gloo and a `torch.distributed.TCPStore`; the lighthouse where
     its `--bind` says. Nothing is encrypted and nobody is asked for a password: whoever reaches these ports can join,

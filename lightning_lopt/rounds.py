@@ -152,9 +152,10 @@ class Rounds:
         self._round_seconds = 0.0  # of the last round on this worker, 0 if unknown
         self._looked_in = -1  # round in which `adopt_replaced` was last called
         self._has_met, self._leaves, self.left = elastic is None, False, False
-        if isinstance(optimizer, Optimizer):
+        stepping = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper is one without hooks
+        if isinstance(stepping, Optimizer):
             this = weakref.ref(self)
-            optimizer.register_step_pre_hook(lambda *_: _adopt_replaced(this()))
+            stepping.register_step_pre_hook(lambda *_: _look_once(this()))
 
     def step(self) -> bool:
         """Count a local step, right after `optimizer.step()`; launch a sync or end the round if it is time.
@@ -355,14 +356,13 @@ class Rounds:
     def swap_in(self, weights: EvalWeights, *, moved: bool = False) -> None:
         """Put the global weights into the model until `swap_out`: see `Sync.swap_in`.
 
-        Nothing happens where every worker has them already.
+        Right after a sync only what hooks have changed since then is put in: buffers, an EMA teacher.
 
         Args:
             weights: `"anchor"` or `"mean"`.
             moved: Whether weights were changed without a step, so that they differ right after a sync, too.
         """
-        if moved or not self.synced:
-            self.sync.swap_in(weights)
+        self.sync.swap_in(weights, unstepped_alone=self.synced and not moved)
 
     def swap_out(self) -> None:
         """Give the model this worker's own weights back."""
@@ -372,6 +372,10 @@ class Rounds:
         """Give the model the global weights again where a worker's own differ from them by rounding alone."""
         if self.synced:
             self.sync.replica.undo_rounding()
+
+    def sync_unstepped(self) -> None:
+        """Make what no optimizer steps the same on all workers, where hooks have changed it since the last sync."""
+        self.sync.sync_unstepped()
 
     def average_workers(self) -> None:
         """Give every worker the mean of their weights and optimizer states, outside of a sync."""
@@ -434,7 +438,7 @@ class Rounds:
             if within:
                 return False
         else:
-            written = between and self._looked_in != self.round_idx and bool(self.sync.replica.replaced())
+            written = between and bool(self.sync.replica.replaced())
             self._looked_in = self.round_idx
         if written:
             self.adopt_present(keep_near=not at_start)
@@ -621,8 +625,9 @@ class Rounds:
             setattr(self, name, state[name])
 
 
-def _adopt_replaced(rounds: Rounds | None) -> None:
-    if rounds is not None:
+def _look_once(rounds: Rounds | None) -> None:
+    """Look for replaced weights before the first step of a round; a second one may belong to the same local step."""
+    if rounds is not None and rounds._looked_in != rounds.round_idx:
         rounds.adopt_replaced()
 
 

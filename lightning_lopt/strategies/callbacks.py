@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, Checkpoint
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
@@ -54,8 +53,7 @@ class FirstCallback(StrategyCallback):
         self._strategy.join(SyncPoint.TRAINING_END)  # nobody may have foreseen it: early stopping, max_time
         self._strategy.average_modes()
         self._sync_weight_averages(trainer)
-        if self._strategy.rounds.last_report is None:
-            rank_zero_info("Nothing was synced in this fit: no optimizer took a step.")
+        self._strategy.check_steps()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

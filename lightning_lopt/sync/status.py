@@ -58,7 +58,8 @@ UNSTEPPED = CommonInteger(
 NEW_WEIGHTS = CommonInteger(
     "the weights that were put in place of the global ones",
     "Whoever replaces weights must give all workers the same: load the same file on each, and draw new values from the "
-    "same seed.",
+    "same seed. Noise of each worker's own may be added after the first step of a round. If nobody replaced weights, "
+    "an optimizer stepped that is not one of configure_optimizers, or not by self.optimizers().",
 )
 COMMON = (
     ROUND,
@@ -343,8 +344,9 @@ def _causes(workers: Sequence[WorkerStatus], differences: Sequence[Difference] =
         )
     points = {worker.point for worker in workers}
     if len(points) > 1 or differences:
+        said = {difference.integer.advice for difference in differences}
         for causing, advice in _ADVICE:
-            if points & causing:
+            if points & causing and advice not in said:
                 yield advice
         if any(worker.uneven for worker in workers):
             yield _UNEVEN

@@ -184,6 +184,10 @@ class VirtualRounds:
         """See `Rounds.undo_rounding`."""
         self._together(Rounds.undo_rounding)
 
+    def sync_unstepped(self) -> None:
+        """See `Rounds.sync_unstepped`."""
+        self._together(Rounds.sync_unstepped)
+
     def average_workers(self) -> None:
         """See `Rounds.average_workers`."""
         self._together(Rounds.average_workers)
