@@ -34,6 +34,9 @@ class Elastic:
 
     ``torchft_lighthouse --bind 10.0.0.1:29510 --min_replicas 1 --heartbeat_timeout_ms 5000 --join_timeout_ms 600000``
 
+    Its heartbeat timeout is the time after which a silent worker counts as dead; its join timeout, for which the others
+    wait for a living one that is late, must be longer than a round.
+
     | event                            | kept                                  | lost                             |
     |----------------------------------|---------------------------------------|----------------------------------|
     | a worker dies between two syncs  | the steps of all others in this round | its steps since the last sync ¹  |
@@ -62,7 +65,8 @@ class Elastic:
       `total_steps` in place of `Rounds.finish_round`.
     * To go on after all have died, load a checkpoint of any worker (`Rounds.state_dict(alone=True)`,
       `Rounds.local_state()`, the local optimizer's) before `Rounds.meet`: those who have an older one, or none, take
-      over from the furthest.
+      over from the furthest. A worker that comes before the others' last meeting ends with them; one that comes later,
+      without a checkpoint, begins a new run.
 
     **Network.** A worker listens at `host` alone, with gloo and a `torch.distributed.TCPStore`; the lighthouse where
     its `--bind` says. Nothing is encrypted and nobody is asked for a password: whoever reaches these ports can join,

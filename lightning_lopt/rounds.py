@@ -453,11 +453,13 @@ class Rounds:
 
         A worker that is behind the others takes over what the first of those who are furthest has: anchors, outer
         state, counters, and the state of the local optimizer. At the very beginning all take over what the first one
-        has, weights included that were loaded after this `Rounds` was made.
+        has, weights included that were loaded after this `Rounds` was made. In a fixed group nothing happens.
 
         Raises:
             DisagreementError: The others have another model, other settings, or a worker of this identifier.
         """
+        if self._membership is None:
+            return
         if not (self._has_met or self.resumed):
             self.adopt_replaced(at_start=True)  # without communication: this worker is alone yet
         self._meet(repeats=False)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
+import pickle
 import signal
+import sys
 import time
 from datetime import timedelta
 from functools import partial
@@ -24,7 +27,8 @@ from lightning_lopt import (
     SyncOptions,
 )
 from lightning_lopt.comm import Communicator
-from lightning_lopt.elastic import Elastic, GlooCollectives
+from lightning_lopt.elastic import Candidate, Elastic, GlooCollectives, admit, is_complete
+from lightning_lopt.rounds import _from_bytes
 from tests.elastic_support import OUTER, H, Trial, die, local_step, lose, make, parts_of, replay
 from tests.processes import free_port
 from tests.sync_support import flat
@@ -267,6 +271,50 @@ def test_what_cannot_work_is_refused_with_the_reason(arguments, reason):
     model, optimizer = make(0)
     with pytest.raises(ValueError, match=reason):
         Rounds(model, optimizer, 4, elastic=Trial(0, (), {}), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("there", "expected"),
+    [
+        ([Candidate("a", 0, 5), Candidate("b", 1, -1)], "ab"),
+        ([Candidate("a", 0, 5), Candidate("b", 1, 5, leaves=True)], "a"),
+        ([Candidate("a", 0, 5, leaves=True), Candidate("b", 1, -1)], "ab"),  # who else would have the weights?
+        ([Candidate("a", 0, 5, leaves=True), Candidate("b", 1, 5, leaves=True)], ""),
+        ([Candidate("a", 0, 5), Candidate("b", 0, -1)], "a"),  # twins
+        ([Candidate("a", 0, -1, "other"), Candidate("b", 1, 5)], "b"),
+    ],
+)
+def test_who_is_let_in(there, expected):
+    assert "".join(c.name for c in admit(there)) == expected
+
+
+def test_when_a_round_begins():
+    new = [Candidate("a", 0), Candidate("b", 1)]
+    assert not is_complete(new, new, 1, 3)  # the first round waits for the third
+    assert is_complete(new, [new[0]._replace(waited=True), new[1]], 1, 3)
+    there = [c._replace(round_idx=2) for c in new]
+    assert is_complete(there, there, 2, 3)
+    assert not is_complete(there, there, 3, 3)
+
+
+def test_states_of_others_are_not_unpickled():
+    file = io.BytesIO()
+    torch.save({"rounds": Path("a file")}, file)
+    with pytest.raises(pickle.UnpicklingError):
+        _from_bytes(torch.frombuffer(file.getbuffer(), dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(("worker", "most", "least"), [(3, 3, 1), (-1, 3, 1), (0, 3, 4), (0, 3, 0)])
+def test_wrong_numbers(worker, most, least):
+    with pytest.raises(ValueError, match="0 <= worker_id < max_workers"):
+        Elastic("http://127.0.0.1:1", worker, most, least)
+
+
+def test_without_torchft_the_error_says_where_it_exists(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchft", None)
+    monkeypatch.setitem(sys.modules, "torchft.coordination", None)
+    with pytest.raises(ModuleNotFoundError, match="Linux on x86_64"):
+        Elastic("http://127.0.0.1:1", 0, 3)
 
 
 # -- real processes on torchft's lighthouse ---------------------------------------------------------------------------
