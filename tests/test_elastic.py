@@ -20,6 +20,7 @@ from torch import nn
 
 from lightning_lopt import (
     AdaMLP,
+    DisagreementError,
     Fragments,
     LearnedOptimizer,
     Rounds,
@@ -162,6 +163,16 @@ def test_all_state_is_bitwise_equal_with_any_option(options, outer):
     outers = [[*_tensors(trial.rounds[w].sync.state_dict(alone=True)["outer"] or {})] for w in ALL]
     for first, *others in zip(*outers, strict=True):
         assert all(torch.equal(first, other) for other in others)
+
+
+def _spoil(trial):
+    trial.rounds[2].sync.outer.param_groups[0]["params"][0].view(-1)[:2] += torch.tensor([1e-3, -1e-3])
+
+
+def test_the_weights_of_all_are_compared_after_one_has_joined():
+    trial = Trial(9, ALL, {(2, 1, 1): die, (0, 4, 1): _restart, (2, 5, 1): _spoil})
+    with pytest.raises(DisagreementError, match="the global weights"):
+        trial.run()
 
 
 class _Remembering:
