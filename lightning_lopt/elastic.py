@@ -57,7 +57,8 @@ class Elastic:
 
     A worker that joins takes over from the first of those who are furthest: global weights and buffers, outer state,
     counters, what a schedule remembers, and the state of the local optimizer, its learning rates included. Buffers with
-    the rule `"local"` and random states are its own.
+    the rule `"local"` and random states are its own. Its first round takes its pseudo-gradient however large it is, if
+    it is finite: its data may be new to weights that have long fitted the others'.
 
     * Shard the data by `worker_id`, not by rank: the shard of a lost worker rests until it is back.
     * Let a learning rate schedule follow `Rounds.step_idx`.

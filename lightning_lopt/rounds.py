@@ -518,7 +518,7 @@ class Rounds:
             # A worker whose sync broke just before its end has had all steps of that round.
             self._take_over(state, keeps_local=repeats and rounds[rank] == furthest - 1)
         self.comm.max_(torch.zeros(1, device=self.sync.device))  # all or none
-        self.sync.replica.compare_next()
+        self.sync.note_newcomers()
 
     def _take_over(self, state: dict[str, Any], *, keeps_local: bool) -> None:
         """Begin the round that another worker's state belongs to."""

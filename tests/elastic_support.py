@@ -6,7 +6,8 @@ import copy
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -172,10 +173,21 @@ class FakeMembership:
             raise
 
 
+_generator_is_mine = threading.Lock()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the generator that all threads share, and keep it for a while."""
+    with _generator_is_mine:
+        torch.manual_seed(seed)
+        yield
+
+
 def make(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A model with weights of its own on each worker, until they have met."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+    with seeded(seed):
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)).double()
     return model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.8)
 
 

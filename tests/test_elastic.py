@@ -30,7 +30,7 @@ from lightning_lopt import (
 from lightning_lopt.comm import Communicator
 from lightning_lopt.elastic import Candidate, Elastic, GlooCollectives, admit, is_complete
 from lightning_lopt.rounds import _from_bytes
-from tests.elastic_support import OUTER, H, Trial, die, local_step, lose, make, parts_of, replay
+from tests.elastic_support import OUTER, H, Trial, die, local_step, lose, make, parts_of, replay, seeded
 from tests.processes import free_port
 from tests.sync_support import flat
 from tests.threads import run_threads
@@ -127,8 +127,8 @@ class _Net(nn.Module):
 
 
 def _make_net(seed):
-    torch.manual_seed(seed)
-    model = _Net().double()
+    with seeded(seed):
+        model = _Net().double()
     return model, torch.optim.AdamW(model.net.parameters(), lr=0.01)
 
 
@@ -173,6 +173,17 @@ def test_the_weights_of_all_are_compared_after_one_has_joined():
     trial = Trial(9, ALL, {(2, 1, 1): die, (0, 4, 1): _restart, (2, 5, 1): _spoil})
     with pytest.raises(DisagreementError, match="the global weights"):
         trial.run()
+
+
+def _jump(trial):
+    for p in trial.models[2].parameters():
+        p.data += 100
+
+
+def test_one_whose_data_are_new_to_the_others_weights_counts_in_its_first_round():
+    """Its pseudo-gradient is far over ten times theirs."""
+    trial = Trial(6, ALL, {(2, 1, 1): die, (0, 3, 1): _restart, (2, 4, 2): _jump})
+    assert parts_of(trial.run()) == [ALL, SOME, SOME, SOME, ALL, ALL]
 
 
 class _Remembering:

@@ -89,10 +89,21 @@ class OutlierFilter:
     def __init__(self, norms: Norms | None = None) -> None:
         self.norms = norms or Norms()
         self.num_left_out = 0
+        self._trusts = False
 
     def outliers(self, norms: Sequence[float]) -> list[int]:
         """Choose the workers that a round with these norms leaves out."""
+        if self._trusts:
+            return [k for k, norm in enumerate(norms) if not math.isfinite(norm)]
         return outliers(norms, self.norms)
+
+    def trust_next(self) -> None:
+        """Let the next round take every finite norm, after which rounds take as large ones again.
+
+        The data of a worker that joins may be new to weights that have long fitted all others', and its norm is then
+        many times theirs.
+        """
+        self._trusts = True
 
     def update(self, norms: Sequence[float], left_out: Sequence[int]) -> None:
         """Remember a round; one that left out all workers is forgotten.
@@ -102,5 +113,6 @@ class OutlierFilter:
             left_out: Workers that the round left out.
         """
         self.num_left_out += len(left_out)
+        self._trusts = False
         if len(left_out) < len(norms):
             self.norms = self.norms.then([0.0 if k in left_out else norm for k, norm in enumerate(norms)])

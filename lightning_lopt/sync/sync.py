@@ -496,6 +496,11 @@ class Sync:
         if exchange is not None and not exchange.failed:
             self._abandoned = exchange
 
+    def note_newcomers(self) -> None:
+        """Compare the global weights in the next round, and leave out no worker for its norm; on all workers."""
+        self.replica.compare_next()
+        self._outlier_filter.trust_next()
+
     @torch.no_grad()
     def restore_anchor(self) -> None:
         """Go back to the last synced weights and buffers, without communication; give up a sync in flight."""
