@@ -483,7 +483,6 @@ class Rounds:
         assert self._membership is not None
         before = self.round_idx
         while True:
-            repeats = repeats and self.round_idx == before
             members = self._membership.meet(
                 self.round_idx if self._has_met or self.resumed else -1,
                 fingerprint=digest(f"{self.sync.fingerprint} {self._given}"),
