@@ -18,6 +18,7 @@ PACKAGE = ROOT / "lightning_lopt"
 CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # the requirement that brings a package, where it has another name
 BROUGHT_BY = {"sklearn": "scikit-learn", "scipy": "scikit-learn", "PIL": "torchvision", "tqdm": "lightning"}
+TESTS = ("practice", "test")  # extras for tests alone
 BY_HAND = {"torchft"}  # the benchmark `peers` says how
 
 
@@ -63,6 +64,6 @@ def test_every_import_is_required(folder, extras):
     imported = {name for file in files for name in _imports(ast.parse(file.read_text()), deferred=extras)}
     imported -= own | BY_HAND | sys.stdlib_module_names
     optional = CONFIG["project"]["optional-dependencies"] if extras else {}
-    lines = [*CONFIG["project"]["dependencies"], *(x for name, xs in optional.items() if name != "test" for x in xs)]
+    lines = [*CONFIG["project"]["dependencies"], *(x for name, xs in optional.items() if name not in TESTS for x in xs)]
     assert "torch" in imported
     assert {BROUGHT_BY.get(name, name) for name in imported} <= {re.split(r"[^\w-]", line)[0] for line in lines}
