@@ -92,6 +92,7 @@ OF_THE_WHOLE = {
     "test_examples.py": "the examples run",
     "test_golden_rounds.py": "rounds of the authors' code",
     "test_gpu.py": "the same on GPUs",
+    "test_packaging.py": "files, version and requirements of what is installed",
     "test_practice.py": "packages that users train with",
     "test_processes.py": "the helpers of the tests",
     "test_quality.py": "lint, format and types",
