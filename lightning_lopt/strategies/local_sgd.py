@@ -178,11 +178,11 @@ class LocalSGD(DDPStrategy):
 
     Counts need `"sum_of_changes"`, masks `"min"` or `"max"`, queues and memories of samples `"local"` or `"first"`;
     where values look like these and have no rule of their own, a warning says so once. Buffers and teachers may be
-    reassigned, resized and registered late, on all workers in the same round. Changes that
-    hooks make after a sync are combined where somebody looks, and at the end of the fit; values that they write into
-    buffers during a validation stay. In the round in which a teacher first changes, its last synced values are not known: evaluation of the anchor and a
-    resume with another number of workers see a worker's own. Checkpoints hold `"local"` tensors of every worker; their
-    `state_dict` has rank 0's.
+    reassigned, resized and registered late, on all workers in the same round. Changes that hooks make after a sync are
+    combined where somebody looks, and at the end of the fit; values that they write into buffers during a validation
+    stay. In the round in which a teacher first changes, its last synced values are not known: evaluation of the anchor
+    and a resume with another number of workers see a worker's own. Checkpoints hold `"local"` tensors of every worker;
+    their `state_dict` has rank 0's.
 
     Weights that are loaded, re-initialised or pruned before the fit's first step (`on_fit_start`) or before the first
     step after a sync become the global ones; all workers must write the same. Within a round, and where a sync sends
