@@ -274,7 +274,7 @@ def to_distributed(local: Any, like: Tensor) -> Any:
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
-def is_sharded(module: Any) -> bool:
+def has_dtensors(module: Any) -> bool:
     """Whether a model has DTensors among its parameters."""
     return any(isinstance(p, DTensor) for _, p in module.named_parameters())
 

@@ -29,7 +29,7 @@ from typing_extensions import override
 from lightning_lopt.comm import Communicator, DisagreementError, digest
 from lightning_lopt.compression import Codec, LinearCodec
 from lightning_lopt.functional.merge import MergeRule
-from lightning_lopt.islands import is_sharded
+from lightning_lopt.islands import has_dtensors
 from lightning_lopt.rounds import Rounds, check_combination
 from lightning_lopt.schedules import RoundInfo, as_schedule
 from lightning_lopt.selection import Selection
@@ -42,16 +42,16 @@ from lightning_lopt.strategies.checkpoint.resume import Resume
 from lightning_lopt.strategies.checkpoint.writing import CheckpointWriter
 from lightning_lopt.strategies.errors import CheckpointError, explain_lost_worker
 from lightning_lopt.strategies.global_weights import GlobalWeights
-from lightning_lopt.strategies.joint import JointOptimizer
-from lightning_lopt.strategies.loaders import ResumableLoaders
-from lightning_lopt.strategies.modes import OptimizerModes
-from lightning_lopt.strategies.sharded import (
+from lightning_lopt.strategies.islands import (
     NOT_AFTER_EXCEPTION,
     WorkerMesh,
-    check_sharded,
+    check_islands,
     full_state_dict,
     load_full_state_dict,
 )
+from lightning_lopt.strategies.joint import JointOptimizer
+from lightning_lopt.strategies.loaders import ResumableLoaders
+from lightning_lopt.strategies.modes import OptimizerModes
 from lightning_lopt.strategies.signals import Signals
 from lightning_lopt.strategies.uneven import UnevenInputs
 from lightning_lopt.strategies.virtual import ProcessRounds, workers_of_process
@@ -333,7 +333,7 @@ class LocalSGD(DDPStrategy):
     @override
     def configure_ddp(self) -> None:
         """Workers of one rank need no wrapper, and no gradient all-reduce; `Rounds` gives all the weights of rank 0."""
-        if self.is_sharded:
+        if self.has_islands:
             self._comm = Communicator(self.timeout, self._ranks_of_worker, by_column=True)
         elif self._ranks_of_worker > 1:
             assert self._comm is not None
@@ -341,9 +341,9 @@ class LocalSGD(DDPStrategy):
             super().configure_ddp()
 
     @property
-    def is_sharded(self) -> bool:
+    def has_islands(self) -> bool:
         """Whether the ranks of a worker share one model, by DTensors."""
-        return self.lightning_module is not None and is_sharded(self.lightning_module)
+        return self.lightning_module is not None and has_dtensors(self.lightning_module)
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
@@ -391,7 +391,7 @@ class LocalSGD(DDPStrategy):
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         self._loaders.forget()
-        check_sharded(trainer, self._workers.number)
+        check_islands(trainer, self._workers.number)
         host.materialize(trainer.lightning_module, self.root_device)
         super().setup(trainer)  # configure_optimizers may set up the data
         if trainer.state.fn != TrainerFn.FITTING:
@@ -486,7 +486,7 @@ class LocalSGD(DDPStrategy):
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         own = super().distributed_sampler_kwargs
-        if self._mesh is not None and self.is_sharded:
+        if self._mesh is not None and self.has_islands:
             return self._mesh.sampler_kwargs()
         return self._workers.sampler_kwargs(own) if self._is_training else own
 
@@ -639,7 +639,7 @@ class LocalSGD(DDPStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         with self.global_weights():
-            if self.is_sharded:
+            if self.has_islands:
                 if self._trainer.interrupted:
                     raise CheckpointError(NOT_AFTER_EXCEPTION)
                 return full_state_dict(self._trainer.lightning_module)
@@ -647,7 +647,7 @@ class LocalSGD(DDPStrategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        if self.is_sharded:
+        if self.has_islands:
             host.materialize(self._trainer.lightning_module, self.root_device)
             load_full_state_dict(self._trainer.lightning_module, checkpoint["state_dict"], strict=strict)
         else:

@@ -24,7 +24,7 @@ from lightning_lopt.comm import MODEL, CommonInteger, Communicator, digest
 from lightning_lopt.compression import Codec, LinearCodec
 from lightning_lopt.functional.merge import MergeRule, merge
 from lightning_lopt.functional.outliers import Norms, OutlierFilter
-from lightning_lopt.islands import hold, is_sharded
+from lightning_lopt.islands import has_dtensors, hold
 from lightning_lopt.optim.outer import OuterFactory, check_coordinatewise
 from lightning_lopt.selection import Everything, drawn_ahead
 from lightning_lopt.sync.anchors import AnchoredParameter, training_checksum
@@ -90,7 +90,7 @@ class Sync:
         options: SyncOptions,
     ) -> None:
         self._comm, self._options, self._codec = comm, options, options.codec
-        if is_sharded(model):
+        if has_dtensors(model):
             whole = options.sends_means_alone or _needs_whole_tensors(outer_optimizer)
             model = optimizer = hold(model, optimizer, comm, whole=whole)
         self.replica = Replica(model, optimizer, options.sync_rules)

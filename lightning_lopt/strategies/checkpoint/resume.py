@@ -88,8 +88,8 @@ class Resume:
         strategy, own = self._strategy, self._strategy.own_parts
         saved = required(entry, "num_parts"), required(entry, "num_workers")
         present = strategy.num_parts, strategy.num_workers
-        sharded, shards = entry.get("sharded", False), strategy.is_sharded
-        same = saved == present and sharded == shards
+        saved_islands, islands = entry.get("islands", False), strategy.has_islands
+        same = saved == present and saved_islands == islands
         if parts is not None:
             load = partial(operator.getitem, parts)
         else:
@@ -98,7 +98,7 @@ class Resume:
         elsewhere = CheckpointError(f"Another worker could not read its file beside {path}: see its error.")
         if same:
             return run_on_all(strategy, lambda: [load(number) for number in own], elsewhere)
-        if sharded or shards:
+        if saved_islands or islands:
             rank_zero_warn(
                 f"The checkpoint holds {_count(*saved)}, there are {_count(*present)} now, and a model that is shared "
                 "by the ranks of a worker: random states, gradients that were accumulating, a sync in flight and the "
@@ -137,7 +137,7 @@ class Resume:
         size = saved[0] // saved[1]
 
         def whole(worker: int) -> dict[str, Any]:
-            numbers = range(worker * size, (worker + 1) * size if entry.get("sharded") else worker * size + 1)
+            numbers = range(worker * size, (worker + 1) * size if entry.get("islands") else worker * size + 1)
             part = whole_part([load(number) for number in numbers])
             rounds = part.get("rounds") or copy.deepcopy(required(entry, "rounds"))
             rounds["sync"]["exchange"] = None

@@ -107,7 +107,7 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("name", STRATEGIES)
 @pytest.mark.parametrize("way", ["islands", "islands again", "from plain", "to plain"])
-def test_sharded_workers_train_as_plain_ones_do(results, name, way):
+def test_islands_train_as_plain_workers_do_in_a_trainer(results, name, way):
     weights, val, steps = results[f"{name} {way}"]
     expected, expected_val, expected_steps = results[f"{name} plain"]
     exact = results[f"{name} islands"][0]
