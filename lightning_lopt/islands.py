@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lightning_lopt.comm import Communicator
 from lightning_lopt.functional.balance import least_loaded
@@ -41,9 +40,9 @@ class Box(NamedTuple):
         """The piece that this rank has of a tensor: all of it where it is not distributed."""
         if not isinstance(tensor, DTensor):
             return cls.whole(tensor)
-        shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        assert tuple(shape) == tuple(tensor.to_local().shape)
-        return cls(torch.Size(shape), tuple(offset))
+        (chunk,) = tensor.__create_chunk_list__()  # the documented protocol of distributed checkpoints
+        assert chunk.sizes == tensor.to_local().shape
+        return cls(chunk.sizes, tuple(chunk.offsets))
 
     @classmethod
     def whole(cls, tensor: Tensor) -> Box:
