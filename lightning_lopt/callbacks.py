@@ -32,7 +32,7 @@ class RoundMonitor(Callback):
 
     * ``rounds/round``: rounds finished, in the whole run.
     * ``rounds/local_steps``: local steps of this worker in the round.
-    * ``rounds/bytes_sent``: total of this worker, with the messages by which workers agree on what comes next; rank
+    * ``rounds/bytes_sent``: total of this rank, with the messages by which workers agree on what comes next; rank
       0's includes the broadcast of the first weights.
     * ``rounds/sync_seconds``, ``rounds/transfer_seconds``, ``rounds/outer_seconds``: of this round.
     * ``rounds/waited_seconds``: the part of the transfer beside which no local step ran.
