@@ -29,7 +29,7 @@ from typing_extensions import override
 from lightning_lopt.comm import Communicator, DisagreementError, digest
 from lightning_lopt.compression import Codec, LinearCodec
 from lightning_lopt.functional.merge import MergeRule
-from lightning_lopt.islands import has_dtensors
+from lightning_lopt.islands import has_dtensors, local_shard
 from lightning_lopt.rounds import Rounds, check_combination
 from lightning_lopt.schedules import RoundInfo, as_schedule
 from lightning_lopt.selection import Selection
@@ -311,8 +311,9 @@ class LocalSGD(DDPStrategy):
     def setup_environment(self) -> None:
         if isinstance(self.precision_plugin, FSDPPrecision | DeepSpeedPrecision):
             raise MisconfigurationException(
-                f"{type(self).__name__} keeps whole models on its workers and cannot use "
-                f"{type(self.precision_plugin).__name__}. Use Trainer(precision=...) instead of that plugin."
+                f"{type(self).__name__} cannot use {type(self.precision_plugin).__name__}: use Trainer(precision=...) "
+                "instead of that plugin. A model larger than a device is sharded by torch.distributed.fsdp.fully_shard "
+                "in configure_model; see ranks_per_worker."
             )
         self._is_set_up, self._uneven = False, None
         super().setup_environment()
@@ -393,6 +394,9 @@ class LocalSGD(DDPStrategy):
         self._loaders.forget()
         check_islands(trainer, self._workers.number)
         host.materialize(trainer.lightning_module, self.root_device)
+        if trainer.state.fn != TrainerFn.FITTING and self.has_islands:
+            self._set_up_evaluation(trainer)
+            return
         super().setup(trainer)  # configure_optimizers may set up the data
         if trainer.state.fn != TrainerFn.FITTING:
             return
@@ -409,6 +413,17 @@ class LocalSGD(DDPStrategy):
         host.enter_while_checkpointing(trainer, self._checkpointing)  # hooks `on_save_checkpoint` see them, too
         place_callbacks(self, host.callbacks_of(trainer))
         self._is_set_up = True
+
+    def _set_up_evaluation(self, trainer: pl.Trainer) -> None:
+        """Set up an evaluation without a fit as DDP does, which cannot send DTensors."""
+        assert self.accelerator is not None
+        assert self.model is not None
+        self.accelerator.setup(trainer)
+        self.precision_plugin.convert_module(self.model)
+        self.model_to_device()
+        comm = Communicator(self.timeout, self._ranks_of_worker, by_column=True)
+        comm.broadcast_([local_shard(t) for t in (*self.model.parameters(), *self.model.buffers())])
+        self.setup_precision_plugin()
 
     def _make_rounds(self, trainer: pl.Trainer) -> ProcessRounds:
         if lazy := [name for name, p in trainer.lightning_module.named_parameters() if is_lazy(p)]:
