@@ -168,6 +168,11 @@ class Communicator:
         return 1 if self._island is None else self._ranks_per_worker
 
     @property
+    def ranks_sharing(self) -> int:
+        """Number of ranks of a worker that hold the same values, of each mean of which they send a share."""
+        return 1 if self._inside is None else self._ranks_per_worker
+
+    @property
     def inside_rank(self) -> int:
         """Number of this rank among them."""
         return 0 if self._island is None else self._dist.get_rank(self._island)

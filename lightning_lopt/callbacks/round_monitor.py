@@ -93,7 +93,8 @@ class RoundMonitor(Callback):
         rounds, history = rounds_of(trainer, self), self.history[self._first :]
         if history and trainer.is_global_zero:
             replica = rounds.sync.replica
-            gradient_bytes = sum(replica.full_numel(p) * p.param.element_size() for p in replica.trained())
+            held = sum(p.param.numel() * p.param.element_size() for p in replica.trained())
+            gradient_bytes = held / rounds.comm.ranks_sharing
             rank_zero_info(summarize(history, gradient_bytes, rounds.comm.num_workers))
             if self._plot is not None:
                 draw(history, gradient_bytes, rounds.comm.num_workers, Path(self._plot))
