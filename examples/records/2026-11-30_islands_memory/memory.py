@@ -78,8 +78,8 @@ def held() -> int:
     """Bytes of all storages that Python can reach."""
     gc.collect()
     storages = {}
-    for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and type(thing).__name__ != "DTensor" and thing.device.type == "cpu":
+    for thing in gc.get_objects():  # but for those that `gc.freeze` has set aside
+        if issubclass(type(thing), torch.Tensor) and type(thing).__name__ != "DTensor" and thing.device.type == "cpu":
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
@@ -101,6 +101,7 @@ def watch(peak: list[int]) -> None:
 def measure(rank: int, ranks: int, width: int, depth: int, method: str, port: int, queue) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
+    gc.freeze()  # modules and all else that was there before
     dist.init_process_group("gloo", rank=rank, world_size=WORKERS * ranks)
     outer, options, _ = METHODS[method]
     model = GPT(width, depth)
