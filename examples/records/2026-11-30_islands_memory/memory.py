@@ -150,7 +150,7 @@ def main() -> None:
     sizes = [p.numel() for p in GPT(args.width, args.depth).parameters()]
     total = sum(sizes)
     print(f"{total} parameters, the largest tensor {max(sizes) / total:.3f} of them; {WORKERS} workers")
-    print("| outer step | R | model and AdamW | between syncs | bound | in a sync |\n|---|---|---|---|---|---|")
+    print("| outer step | R | model and AdamW | between syncs | expected | in a sync |\n|---|---|---|---|---|---|")
     context = mp.get_context("fork")
     learned = None
     for method, (_, options, state) in METHODS.items():
@@ -178,8 +178,8 @@ def main() -> None:
             else:
                 state_bytes, copy, share = state, 0, 1 / ranks
             workers = WORKERS if options.get("sharded") else 1
-            bound = share * (4 + copy + state_bytes / workers)
-            print(f"| {method} | {ranks} | {before:.2f} | {between:.2f} | {bound:.2f} | {peak:.2f} |", flush=True)
+            expected = share * (4 + copy + state_bytes / workers)
+            print(f"| {method} | {ranks} | {before:.2f} | {between:.2f} | {expected:.2f} | {peak:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
