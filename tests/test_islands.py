@@ -283,20 +283,21 @@ def _groups(rank):
 def _sums_silently(rank, forced):
     """Steps of SGD over a backend that sums where it is told to average; gradients in float64 are always summed."""
     torch.set_default_dtype(torch.float32)
-    reduce_scatter = dist.reduce_scatter_single
+    called = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+    reduce_scatter = getattr(dist, called)
 
     def sum_silently(output, input, op=dist.ReduceOp.SUM, **options):
         return reduce_scatter(output, input, op=dist.ReduceOp.SUM, **options)
 
     results = []
-    for broken in (False, True):
+    for broken in (False, True) if forced else (True,):
         with pytest.MonkeyPatch.context() as patch:
             if broken:
-                patch.setattr(dist, "reduce_scatter_single", sum_silently)
+                patch.setattr(dist, called, sum_silently)
             if not forced:
                 patch.delattr(FSDPModule, "set_force_sum_reduction_for_comms")
             model, mesh = _model_of()
-            if broken and not forced:
+            if not forced:
                 return _refused(lambda model=model: _rounds(model))
             rounds = _rounds(model)
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -415,20 +416,19 @@ def test_whole_tensors_are_gathered_and_scattered(set_up, kind):
         assert complete
 
 
-# -- one rank, in this process: a fast look at what happens to DTensors -----------------------------------------------
+# -- one rank: a fast look at what happens to DTensors ----------------------------------------------------------------
 
 
-def train_alone(device, name, sharded, seen=None):
-    """Weights of one worker of one rank, which is or is not sharded over a mesh of one device, in float64.
+def train_alone(device, name, sharded):
+    """Weights of one worker of one rank, and losses of its global weights in mid-round, in float64.
 
     Args:
         device: Type of the device.
         name: One of `CASES`.
-        sharded: Whether the model is sharded; there must be a process group.
-        seen: List for what the model computes with the global weights in mid-round.
+        sharded: Whether the model is sharded over a mesh of one device; there must be a process group.
     """
     outer, options = CASES[name]
-    model = _Model().to(device, torch.float64)
+    model, losses = _Model().to(device, torch.float64), []
     if sharded:
         _shard(model, init_device_mesh(device, (1,)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -440,27 +440,31 @@ def train_alone(device, name, sharded, seen=None):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         rounds.step()
-        if step % H == 1:  # in mid-round, before or within a flight
+        if step % H == 1:  # before or within a flight
             rounds.swap_in("anchor")
             with torch.no_grad():
-                loss = _loss(model.eval(), tokens)
+                losses.append(_loss(model.eval(), tokens).item())
             rounds.swap_out()
             model.train()
-            (seen if seen is not None else []).append(loss.item())
     if sharded:
         model.reshard()
-    return [(p.full_tensor() if sharded else p).detach().cpu() for p in model.parameters()]
+    return [(p.full_tensor() if sharded else p).detach().cpu() for p in model.parameters()], losses
 
 
 ALONE = ["mean", "diloco", "learned", "overlap", "learned, overlap"]
 
 
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def _alone(rank, name):
+    return train_alone("cpu", name, True), train_alone("cpu", name, False)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return run_cases(_alone, 1, {name: (name,) for name in ALONE})
+
+
 @pytest.mark.parametrize("name", ALONE)
-def test_a_worker_of_one_rank_may_be_sharded(name):
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    seen, expected_seen = [], []
-    weights = train_alone("cpu", name, True, seen)
-    for value, expected in zip(weights, train_alone("cpu", name, False, expected_seen), strict=True):
-        torch.testing.assert_close(value, expected, rtol=0, atol=1e-12)
-    assert seen == pytest.approx(expected_seen, abs=1e-12)
+def test_a_worker_of_one_rank_may_be_sharded(alone, name):
+    (((weights, losses), (expected, expected_losses)),) = alone[name]
+    torch.testing.assert_close(weights, expected, rtol=0, atol=1e-12)
+    assert losses == pytest.approx(expected_losses, abs=1e-12)
