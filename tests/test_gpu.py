@@ -76,7 +76,7 @@ def _memory_of_anchors():
 
 
 def _in_a_process(function, *arguments):
-    """The result of a function in a process that uses the GPU; one that has used it cannot be forked for other tests."""
+    """The result of a function in a new process: one that has used the GPU cannot be forked for other tests."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(function, *arguments).result(timeout=120)
 
