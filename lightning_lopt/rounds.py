@@ -404,12 +404,12 @@ class Rounds:
         """
         between = self.local_step == 0 and self.sync.common
         if at_start:
-            written = between and bool(self.sync.replica.replaced(thorough=True))
+            written = between and self.sync.replaced(thorough=True)
             within, written = map(bool, self.comm.agree(self.sync.device, {}, [not between, written]))
             if within:
                 return False
         else:
-            written = between and bool(self.sync.replica.replaced())
+            written = between and self.sync.replaced()
             self._looked_in = self.round_idx
         if written:
             self.adopt_present(keep_near=not at_start)

@@ -24,7 +24,7 @@ class RoundMonitor(Callback):
 
     * ``rounds/round``: rounds finished, in the whole run.
     * ``rounds/local_steps``: local steps of this worker in the round.
-    * ``rounds/bytes_sent``: total of this worker, with the messages by which workers agree on what comes next; rank
+    * ``rounds/bytes_sent``: total of this rank, with the messages by which workers agree on what comes next; rank
       0's includes the broadcast of the first weights.
     * ``rounds/seconds``: from the end of the round before, or the start of the fit, to the end of this one.
     * ``rounds/sync_seconds``, ``rounds/transfer_seconds``, ``rounds/outer_seconds``: of this round.
@@ -95,7 +95,8 @@ class RoundMonitor(Callback):
         rounds, history = rounds_of(trainer, self), self.history[self._first :]
         if history and trainer.is_global_zero:
             replica = rounds.sync.replica
-            gradient_bytes = sum(replica.full_numel(p) * p.param.element_size() for p in replica.trained())
+            held = sum(p.param.numel() * p.param.element_size() for p in replica.trained())
+            gradient_bytes = held / rounds.comm.ranks_sharing
             rank_zero_info(summarize(history, gradient_bytes, rounds.comm.num_workers))
             if self._plot is not None:
                 self._draw(self._plot, history, gradient_bytes, rounds.comm.num_workers)

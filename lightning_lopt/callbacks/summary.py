@@ -97,7 +97,7 @@ def summarize(history: History, gradient_bytes: float, num_workers: int) -> str:
         >>> row |= dict(fell_back=0, left_out=0)
         >>> print(summarize([{f"rounds/{name}": x for name, x in row.items()}], 4e6, num_workers=2))
         1 rounds of 16 local steps on each of 2 workers, in 2 s
-          sent     4 MB by each worker, 1/16 of what DDP sends in as many steps
+          sent     4 MB by each process, 1/16 of what DDP sends in as many steps
           seconds  0.106 per local step, 0.2 per outer step
           syncs    15 % of the time: waiting 5 %, outer steps 10 %
           drift    0.01
@@ -108,7 +108,7 @@ def summarize(history: History, gradient_bytes: float, num_workers: int) -> str:
     seconds, syncs, waited, outer = (sum(row[f"rounds/{name}"] for row in history) for name in names)
     sent = history[-1]["rounds/bytes_sent"]
     less = ddp_bytes(steps, gradient_bytes, num_workers) / sent if sent else 0.0
-    sending = f"{_number(sent / 1e6)} MB by each worker"
+    sending = f"{_number(sent / 1e6)} MB by each process"
     sending += f", 1/{_number(less)} of what DDP sends in as many steps" if less else ""
     step = (seconds - syncs) / max(steps, 1)
     lengths = sorted({int(row["rounds/local_steps"]) for row in history})
@@ -152,7 +152,7 @@ def draw(history: History, gradient_bytes: float, num_workers: int, path: Path) 
     norms.set(yscale="log")
     sent.plot(rounds, [x / 1e6 for x in column["rounds/bytes_sent"]], label="sent")
     sent.plot(rounds, [ddp_bytes(x, gradient_bytes, num_workers) / 1e6 for x in steps], "--", label="DDP")
-    sent.set(yscale="log", ylabel="MB by each worker")
+    sent.set(yscale="log", ylabel="MB by each process")
     syncs, waited, outer = (column[f"rounds/{name}_seconds"] for name in ("sync", "waited", "outer"))
     local = [whole - sync for whole, sync in zip(column["rounds/seconds"], syncs, strict=True)]
     rest = [max(0.0, sync - w - o) for sync, w, o in zip(syncs, waited, outer, strict=True)]
