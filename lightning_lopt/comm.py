@@ -184,7 +184,8 @@ class Communicator:
         self.num_workers = max(1, len(self.workers))
         several = self.num_workers > 1
         self.rank = self._dist.get_rank() if several else 0
-        self._world = self._group = self._new_group([list(range(self.num_workers))]) if several else None
+        self._world = self._new_group([list(range(self.num_workers))]) if several else None
+        self._group = self._column = self._world
 
     @property
     def _connected(self) -> bool:
