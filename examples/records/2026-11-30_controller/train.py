@@ -5,8 +5,8 @@ PYTHONPATH=.:examples python examples/records/2026-11-30_controller/train.py FAS
 A sweep takes 16 antithetic pairs of runs on each of 24 tasks. A pair shares its start, data, γ and schedule of γ, and one
 perturbation for its whole unroll; half of the pairs keep γ constant. The differences of the pairs, in units of their
 running root mean square on the task (at least 0.02) and clipped to ±2, are regressed on the perturbations of the sweep,
-and the slopes go into a step with momentum. Weights are of standardised inputs. OUT/state.pt holds all that is needed to
-go on after a kill: the same command does.
+and the slopes go into a step with momentum. Weights are of standardised inputs. OUT/state.safetensors holds all that is
+needed to go on after a kill: the same command does.
 """
 
 import argparse
@@ -18,6 +18,8 @@ from pathlib import Path
 import recipes
 import torch
 from meta_train import load_images
+
+from safetensors.torch import load_file, save_file
 
 from lightning_lopt import Controller
 from lightning_lopt.functional.blended import BlendedSettings
@@ -168,7 +170,7 @@ def validate(tasks, weight, mean, std, runs=4):
 
 def sweep(tasks, state, seed):
     """Slopes of the objective, [4, 18], and how much of its variance they explain."""
-    index, size = state["sweep"], state["weight"].shape
+    index, size = int(state["sweep"]), state["weight"].shape
     generator = torch.Generator().manual_seed(10_000 * (seed + 1) + index)
     noises, differences = [], []
     for i in torch.randperm(len(tasks), generator=generator).tolist():
@@ -197,40 +199,40 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs=2)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--start", type=Path, help="weights of standardised inputs, [4, 18], saved by torch.save")
+    parser.add_argument("--start", type=Path, help="state whose weights are the start")
     parser.add_argument("--sweeps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
-    tasks, file = mixture(args.data), args.out / "state.pt"
+    tasks, file = mixture(args.data), args.out / "state.safetensors"
     if file.exists():
-        state = torch.load(file)
+        state = load_file(file)
     else:
         mean, std = measure(tasks)
         zero = torch.zeros(len(OUTPUTS), len(INPUTS) + 1)
-        state = {"mean": mean, "std": std, "weight": torch.load(args.start) if args.start else zero.clone()}
-        state |= {"m": zero.clone(), "v": zero.clone(), "rms": torch.zeros(len(tasks)), "sweep": 0, "recent": []}
-    while state["sweep"] < args.sweeps:
+        state = {"mean": mean, "std": std, "weight": load_file(args.start)["weight"] if args.start else zero.clone()}
+        state |= {"m": zero.clone(), "v": zero.clone(), "rms": torch.zeros(len(tasks)), "recent": zero[None][:0]}
+        state["sweep"] = torch.tensor(0)
+    for index in range(int(state["sweep"]), args.sweeps):
         began = time.process_time()
         slopes, explained = sweep(tasks, state, args.seed)
-        index = state["sweep"]
         state["sweep"] += 1
         state["m"].lerp_(slopes, 1 - MOMENTUM)
         state["v"].lerp_(slopes.square(), 1 - DECAY)
         m, v = state["m"] / (1 - MOMENTUM ** (index + 1)), state["v"] / (1 - DECAY ** (index + 1))
         rate = LR * (0.1 + 0.9 * half_cosine(index, args.sweeps))
         state["weight"] -= rate * m / (v.mean(1, keepdim=True).sqrt() + 1e-8)  # one scale for each output
-        state["recent"] = [*state["recent"], state["weight"].clone()][-AVERAGED:]
-        torch.save(state, file)
+        state["recent"] = torch.cat([state["recent"], state["weight"][None]])[-AVERAGED:]
+        save_file({name: each.contiguous() for name, each in state.items()}, file)
         line = {"sweep": index, "explained": round(explained, 3), "cpu_s": round(time.process_time() - began, 1)}
-        if state["sweep"] % 10 == 0 or state["sweep"] == args.sweeps:
-            ratios = validate(tasks, torch.stack(state["recent"]).mean(0), state["mean"], state["std"])
+        if (index + 1) % 10 == 0 or index + 1 == args.sweeps:
+            ratios = validate(tasks, state["recent"].mean(0), state["mean"], state["std"])
             line["ratios"] = [[round(x, 3) for x in row] for row in ratios.tolist()]
         with open(args.out / "log.jsonl", "a") as log:
             log.write(json.dumps(line) + "\n")
-    controller, weight = Controller(), torch.stack(state["recent"]).mean(0)
-    weights = controller_weights(weight, state["mean"], state["std"])
+    controller = Controller()
+    weights = controller_weights(state["recent"].mean(0), state["mean"], state["std"])
     controller.load_state_dict({name: each.squeeze(0) for name, each in weights._asdict().items()})
     controller.save(args.out / "controller.safetensors", overwrite=True)
 
