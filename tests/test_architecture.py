@@ -33,10 +33,11 @@ MAY_IMPORT = {
     "worker_speeds": set(),
     "sync": {"comm", "compression", "functional", "islands", "optim", "selection"},
     "rounds": {"comm", "functional", "optim", "schedules", "sync", "worker_speeds"},
-    "virtual": {"comm", "rounds", "sync", "worker_speeds"},
+    "virtual": {"comm", "rounds", "schedules", "sync", "worker_speeds"},
     "strategies": {
         "comm",
         "compression",
+        "costs",
         "functional",
         "islands",
         "network",
@@ -49,13 +50,14 @@ MAY_IMPORT = {
         "worker_speeds",
     },
     "costs": {"compression", "sync"},
-    "callbacks": {"rounds", "strategies", "sync"},
+    "callbacks": {"costs", "rounds", "strategies", "sync"},
     "meta": {"comm", "functional", "network", "weights_file"},
 }
 TESTS = Path(__file__).parent
 # Modules whose tests are elsewhere, and where.
 TESTED_ELSEWHERE = {
     "controller.py": "optim/test_controlled_nesterov.py: its file",
+    "callbacks/access.py": "callbacks/test_batch_norm.py: without a strategy of this package",
     "functional/ada.py": "functional/test_learned.py and test_separable.py: accumulators and features",
     "functional/blended.py": "optim/test_blended_nesterov.py: the step by hand",
     "functional/blocks.py": "functional/test_separable.py: blocks of the separable form",
@@ -83,6 +85,7 @@ OF_THE_WHOLE = {
     "meta/test_reality.py": "simulated rounds equal real ones",
     "strategies/test_models.py": "odd models, loops and launchers",
     "strategies/test_ranks.py": "workers of several ranks",
+    "strategies/test_situations.py": "situations of practice",
     "strategies/test_state.py": "state that no optimizer steps, under a Trainer",
     "strategies/test_travel.py": "options of a sync under a Trainer",
     "sync/test_outliers.py": "workers that diverge",
@@ -91,6 +94,7 @@ OF_THE_WHOLE = {
     "test_examples.py": "the examples run",
     "test_golden_rounds.py": "rounds of the authors' code",
     "test_gpu.py": "the same on GPUs",
+    "test_practice.py": "packages that users train with",
     "test_processes.py": "the helpers of the tests",
     "test_quality.py": "lint, format and types",
     "test_readme.py": "the blocks of the README run",
@@ -186,7 +190,7 @@ def test_the_readme_names_tests_that_exist():
 
 PRIVATE = re.compile(r"_[a-zA-Z]\w*|fit_loop|epoch_loop|val_loop")  # Lightning does not document its loops
 CALLS = {"getattr", "hasattr", "setattr", "delattr"}
-HOSTED = [m for m in MODULES if m.startswith("strategies/") or m in ("callbacks.py", "virtual/worker_batches.py")]
+HOSTED = [m for m in MODULES if m.startswith(("strategies/", "callbacks/")) or m == "virtual/worker_batches.py"]
 
 
 def _private_uses(source: str) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from examples.benchmarks.compare import heldout, paper, plot, qsr, run, tune
 from examples.benchmarks.speed import meta_speed, outer_step, overhead
-from examples.benchmarks.wire import wire
+from examples.benchmarks.wire import peers, wire
 
 COMMANDS = {
     "paper": paper,
@@ -17,6 +17,7 @@ COMMANDS = {
     "qsr": qsr,
     "heldout": heldout,
     "wire": wire,
+    "peers": peers,
     "outer-step": outer_step,
     "meta-speed": meta_speed,
     "overhead": overhead,
