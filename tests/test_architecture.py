@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "strategies": {
         "comm",
         "compression",
+        "costs",
         "functional",
         "islands",
         "network",
@@ -48,12 +49,13 @@ MAY_IMPORT = {
         "worker_speeds",
     },
     "costs": {"compression", "sync"},
-    "callbacks": {"rounds", "strategies", "sync"},
+    "callbacks": {"costs", "rounds", "strategies", "sync"},
     "meta": {"comm", "functional", "network", "weights_file"},
 }
 TESTS = Path(__file__).parent
 # Modules whose tests are elsewhere, and where.
 TESTED_ELSEWHERE = {
+    "callbacks/access.py": "callbacks/test_batch_norm.py: without a strategy of this package",
     "functional/ada.py": "functional/test_learned.py and test_separable.py: accumulators and features",
     "functional/blended.py": "optim/test_blended_nesterov.py: the step by hand",
     "functional/blocks.py": "functional/test_separable.py: blocks of the separable form",
@@ -184,7 +186,7 @@ def test_the_readme_names_tests_that_exist():
 
 PRIVATE = re.compile(r"_[a-zA-Z]\w*|fit_loop|epoch_loop|val_loop")  # Lightning does not document its loops
 CALLS = {"getattr", "hasattr", "setattr", "delattr"}
-HOSTED = [m for m in MODULES if m.startswith("strategies/") or m in ("callbacks.py", "virtual/worker_batches.py")]
+HOSTED = [m for m in MODULES if m.startswith(("strategies/", "callbacks/")) or m == "virtual/worker_batches.py"]
 
 
 def _private_uses(source: str) -> list[str]:

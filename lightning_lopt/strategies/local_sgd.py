@@ -40,6 +40,7 @@ from lightning_lopt.strategies.checkpoint.atomic import AtomicCheckpointIO
 from lightning_lopt.strategies.checkpoint.entry import given_settings
 from lightning_lopt.strategies.checkpoint.resume import Resume
 from lightning_lopt.strategies.checkpoint.writing import CheckpointWriter
+from lightning_lopt.strategies.describe import describe
 from lightning_lopt.strategies.errors import CheckpointError, explain_lost_worker
 from lightning_lopt.strategies.global_weights import GlobalWeights
 from lightning_lopt.strategies.joint import JointOptimizer
@@ -280,6 +281,11 @@ class LocalSGD(DDPStrategy):
         self._loaders = ResumableLoaders()
         self._writer = CheckpointWriter(self, self._workers, self._loaders)
         self._resume = Resume(self, self._workers, self._loaders)
+
+    def __repr__(self) -> str:
+        known = self.parallel_devices is not None  # K is known as soon as the Trainer has chosen the devices
+        num_workers = self.num_workers if known and self.cluster_environment is not None else 0
+        return describe(type(self).__name__, num_workers, self._schedule, self._outer_optimizer, self._options)
 
     # -- processes and workers ------------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ from lightning_lopt.callbacks import RoundMonitor
 from lightning_lopt.costs import table
 from lightning_lopt.rounds import Rounds
 from lightning_lopt.strategies import LearnedLocalSGD, LocalSGD
+from lightning_lopt.sync import Sync
 
 WARM_UP_ROUNDS = 2
 OURS, HOST, SYNC = "strategy", "Lightning", "sync"
@@ -75,6 +76,9 @@ class Stopwatch:
 class _IdleStrategy(LocalSGD):
     """A strategy with the calls of `LocalSGD` in a step, which do nothing."""
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        DDPStrategy.on_train_batch_start(self, batch, batch_idx)
+
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         output = DDPStrategy.optimizer_step(self, optimizer, closure, model, **kwargs)
         self.count()
@@ -88,16 +92,21 @@ class _IdleMonitor(pl.Callback):
 
 
 TIMED = (
+    (LocalSGD, "on_train_batch_start", OURS),
     (LocalSGD, "optimizer_step", OURS),
     (Rounds, "step", OURS),
-    (Rounds, "finish_round", SYNC),
+    (Sync, "launch", SYNC),
+    (Sync, "finish", SYNC),
     (RoundMonitor, "on_train_batch_end", MONITOR),
+    (DDPStrategy, "on_train_batch_start", HOST),
     (DDPStrategy, "optimizer_step", HOST),
 )
 TIMED_IDLE = (
+    (_IdleStrategy, "on_train_batch_start", OURS),
     (_IdleStrategy, "optimizer_step", OURS),
     (_IdleStrategy, "count", OURS),
     (_IdleMonitor, "on_train_batch_end", MONITOR),
+    (DDPStrategy, "on_train_batch_start", HOST),
     (DDPStrategy, "optimizer_step", HOST),
 )
 

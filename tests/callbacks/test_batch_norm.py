@@ -1,4 +1,4 @@
-"""RoundMonitor's waiting. BatchNormReestimation: the statistics of the global weights, and nothing else changed."""
+"""The statistics of the global weights, and nothing else changed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_lopt import LOSCAR, BatchNormReestimation, LocalSGD, RoundMonitor, SlowMo
+from lightning_lopt import LOSCAR, BatchNormReestimation, LocalSGD, SlowMo
 from tests.processes import run_workers
 from tests.strategies.support import Classifier, flat, loader, trainer
 
@@ -111,15 +111,6 @@ def test_momenta_and_modes_are_those_before():
     assert module.training
 
 
-class _Refused(torch.optim.SGD):
-    """Outer optimizer whose steps are always too large."""
-
-    max_update_ratio = 1e-9
-
-    def __init__(self, params) -> None:
-        super().__init__(params, lr=1.0)
-
-
 class _Stream(IterableDataset):
     def __iter__(self):
         return iter(TensorDataset(*loader().dataset.tensors))
@@ -192,22 +183,3 @@ def test_a_model_without_batch_norm_is_left_alone_with_a_warning():
 def test_at_least_one_batch():
     with pytest.raises(ValueError, match="at least 1"):
         BatchNormReestimation(0)
-
-
-@pytest.mark.parametrize("overlap_steps", [0, 2])
-def test_the_monitor_tells_waiting_from_transfer(overlap_steps):
-    monitor = RoundMonitor()
-    run = trainer(LocalSGD(4, overlap_steps=overlap_steps), 1, max_steps=12, callbacks=[monitor])
-    run.fit(Classifier(seed=0), loader())
-    pairs = [(row["rounds/waited_seconds"], row["rounds/transfer_seconds"]) for row in monitor.history]
-    assert len(pairs) == 3
-    assert [waited == transfer for waited, transfer in pairs] == [overlap_steps == 0] * 2 + [True]
-
-
-def test_totals_of_the_monitor_begin_anew_with_each_fit():
-    monitor = RoundMonitor()
-    for _ in range(2):
-        refusing = LocalSGD(12, outer_optimizer=_Refused)
-        trainer(refusing, 1, max_epochs=1, callbacks=[monitor]).fit(Classifier(seed=0), loader())
-    assert [row["rounds/fell_back"] for row in monitor.history] == [1, 2, 1, 2]
-    assert [row["rounds/round"] for row in monitor.history] == [1, 2, 1, 2]

@@ -1,9 +1,8 @@
-"""Callbacks: a monitor of rounds, and the re-estimation of BatchNorm's statistics for the global weights."""
+"""Re-estimation of BatchNorm's running statistics for the global weights."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,110 +18,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from typing_extensions import override
 
+from lightning_lopt.callbacks.access import rounds_of
 from lightning_lopt.strategies import LocalSGD, host
-from lightning_lopt.strategies.virtual import ProcessRounds
-from lightning_lopt.sync.report import RoundReport
 from lightning_lopt.sync.status import SyncPoint
-
-
-class RoundMonitor(Callback):
-    """Log the effects and costs of each round to every logger, and two of them to the progress bar.
-
-    Metrics, once per round; totals are those since this fit began, also where it goes on from a checkpoint:
-
-    * ``rounds/round``: rounds finished, in the whole run.
-    * ``rounds/local_steps``: local steps of this worker in the round.
-    * ``rounds/bytes_sent``: total of this worker, with the messages by which workers agree on what comes next; rank
-      0's includes the broadcast of the first weights.
-    * ``rounds/sync_seconds``, ``rounds/transfer_seconds``, ``rounds/outer_seconds``: of this round.
-    * ``rounds/waited_seconds``: the part of the transfer beside which no local step ran.
-    * ``rounds/sync_share``: share of all syncs in the time since this fit began.
-    * ``rounds/pseudo_grad_norm``: norm of the averaged pseudo-gradient.
-    * ``rounds/drift``: root mean square distance of the workers from their mean, see `RoundReport`. It grows with H and
-      with the learning rate, and its square with the number of coordinates that a sync sends: compare rounds, or runs,
-      in which these are equal.
-    * ``rounds/fell_back``: total of refused outer steps.
-    * ``rounds/left_out``: total of workers that rounds left out.
-
-    The progress bar shows ``round`` and ``sent_MB`` (``rounds/bytes_sent`` in units of 10⁶ bytes).
-
-    Attributes:
-        history: One dictionary of these metrics per round, with ``step``, over all fits with this callback.
-
-    Raises:
-        MisconfigurationException: The Trainer's strategy is not one of this package.
-
-    Example:
-        >>> from lightning.pytorch import Trainer
-        >>> from lightning_lopt import LocalSGD, RoundMonitor
-        >>> trainer = Trainer(accelerator="cpu", strategy=LocalSGD(), callbacks=[RoundMonitor()], logger=False)
-    """
-
-    def __init__(self) -> None:
-        self.history: list[dict[str, float]] = []
-        self._new: list[tuple[RoundReport, int]] = []  # with the bytes sent by then
-        self._start = 0.0
-        self._sync_seconds = 0.0
-        self._fell_back = 0
-        self._left_out = 0
-
-    @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        rounds = _rounds(trainer, self)
-        rounds.listeners.append(lambda report: self._new.append((report, rounds.comm.bytes_sent)))
-        self._new = []
-        self._start = time.perf_counter()
-        self._sync_seconds = 0.0
-        self._fell_back = self._left_out = 0
-
-    @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self._log_new_rounds(trainer, pl_module)
-
-    @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._log_new_rounds(trainer, None)  # rounds of others, for whom this worker has waited
-
-    @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._log_new_rounds(trainer, None)
-
-    def _log_new_rounds(self, trainer: pl.Trainer, pl_module: pl.LightningModule | None) -> None:
-        new, self._new = self._new, []
-        for report, bytes_sent in new:
-            self._log(trainer, pl_module, report, bytes_sent)
-
-    def _log(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule | None, report: RoundReport, bytes_sent: int
-    ) -> None:
-        self._sync_seconds += report.sync_seconds
-        self._fell_back += report.fell_back
-        self._left_out += report.left_out
-        elapsed = time.perf_counter() - self._start
-        metrics = {
-            "rounds/round": float(report.round_idx + 1),
-            "rounds/local_steps": float(report.local_steps),
-            "rounds/bytes_sent": float(bytes_sent),
-            "rounds/sync_seconds": report.sync_seconds,
-            "rounds/transfer_seconds": report.transfer_seconds,
-            "rounds/waited_seconds": report.waited_seconds,
-            "rounds/outer_seconds": report.outer_seconds,
-            "rounds/sync_share": self._sync_seconds / elapsed,
-            "rounds/pseudo_grad_norm": report.pseudo_grad_norm,
-            "rounds/drift": report.drift,
-            "rounds/fell_back": float(self._fell_back),
-            "rounds/left_out": float(self._left_out),
-        }
-        self.history.append({"step": float(trainer.global_step), **metrics})
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
-        if pl_module is not None and trainer.progress_bar_callback is not None:
-            pl_module.log("round", metrics["rounds/round"], prog_bar=True, logger=False, rank_zero_only=True)
-            pl_module.log(
-                "sent_MB", metrics["rounds/bytes_sent"] / 1e6, prog_bar=True, logger=False, rank_zero_only=True
-            )
 
 
 class BatchNormReestimation(Callback):
@@ -187,7 +85,7 @@ class BatchNormReestimation(Callback):
             named = host.modes_before_validation(trainer)
             modes: dict[nn.Module, bool] = {m: named.get(name, m.training) for name, m in pl_module.named_modules()}
             buffers = (b for norm in _trained_norms(modes) for b in norm.buffers())
-            _rounds(trainer, self).sync.swap.put((b, b.clone()) for b in buffers)  # undone by the strategy
+            rounds_of(trainer, self).sync.swap.put((b, b.clone()) for b in buffers)  # undone by the strategy
             self._reestimate(trainer, pl_module, modes)
 
     @override
@@ -204,7 +102,7 @@ class BatchNormReestimation(Callback):
             module: Module with the layers.
             in_training: Whether each module is in training mode while it trains.
         """
-        comm, norms = _rounds(trainer, self).comm, _trained_norms(in_training)
+        comm, norms = rounds_of(trainer, self).comm, _trained_norms(in_training)
         if not norms:
             return
         assert isinstance(trainer.strategy, LocalSGD)
@@ -250,21 +148,3 @@ def _trained_norms(in_training: dict[nn.Module, bool]) -> list[host.Norm]:
 def _set_modes(modes: dict[nn.Module, bool]) -> None:
     for m, training in modes.items():
         m.training = training
-
-
-def _rounds(trainer: pl.Trainer, callback: Callback) -> ProcessRounds:
-    """Return the rounds of the Trainer's strategy.
-
-    Args:
-        trainer: Trainer in a fit.
-        callback: Callback that needs them.
-
-    Raises:
-        MisconfigurationException: It has none.
-    """
-    if not isinstance(trainer.strategy, LocalSGD) or trainer.strategy.rounds is None:
-        raise MisconfigurationException(
-            f"{type(callback).__name__} needs a strategy of lightning_lopt, not {type(trainer.strategy).__name__}: "
-            "pass Trainer(strategy=LearnedLocalSGD(...)), for example, or leave the callback out."
-        )
-    return trainer.strategy.rounds
