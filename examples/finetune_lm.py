@@ -3,7 +3,7 @@
     python examples/finetune_lm.py                    # a small GPT, from Python's source code to Python's manual
     python examples/finetune_lm.py --data TEXT        # to a text of yours: a file, or a data set of `datasets`
     python examples/finetune_lm.py --model gpt2       # any causal language model of `transformers`, or a folder of one
-    python examples/finetune_lm.py --model gpt2 --lora 8            # low-rank factors alone (`peft`)
+    python examples/finetune_lm.py --model gpt2 --lora 8 --lr 3e-4  # low-rank factors alone (`peft`)
     torchrun --nproc-per-node 4 examples/finetune_lm.py
 
 Without --model, phase 1 pre-trains a network of bytes on the source code of Python's standard library (or loads one:
@@ -119,7 +119,7 @@ class PretrainedLM(LanguageModel):
         super().__init__(lr)
         from transformers import AutoModelForCausalLM
 
-        self.network = AutoModelForCausalLM.from_pretrained(name).train()
+        self.network = AutoModelForCausalLM.from_pretrained(name).float().train()
         if lora is not None:
             from peft import LoraConfig, get_peft_model  # pyright: ignore[reportMissingImports]
 
@@ -170,6 +170,8 @@ def main() -> None:
     parser.add_argument("--init", type=Path, help="fine-tune the network in this file, which phase 1 has saved")
     parser.add_argument("--workers", type=int, default=NUM_WORKERS, help="worker processes (default: %(default)s)")
     args = set_up(parser, steps=192, lr=3e-3, pretrained_lr=5e-5)
+    if args.lora is not None and args.model is None:
+        parser.error("--lora needs --model.")
     if args.model is None:
         pretrained, tokenizer = pretrain(args), None
     else:

@@ -78,9 +78,10 @@ def build_backbone(model: str | None, image_size: int) -> tuple[nn.Module, int, 
     elif kind == "hf":
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-        network = AutoModelForImageClassification.from_pretrained(name)
+        network = AutoModelForImageClassification.from_pretrained(name).float()
         processor = AutoImageProcessor.from_pretrained(name)
-        image_size, mean, std = next(iter(processor.size.values())), processor.image_mean, processor.image_std
+        image_size = processor.size.get("height") or processor.size.get("shortest_edge")
+        mean, std = processor.image_mean, processor.image_std
     elif kind == "torchvision":
         weights = get_model_weights(name)["DEFAULT"]
         network, transforms = get_model(name, weights=weights), weights.transforms()

@@ -8,7 +8,6 @@ import os
 import re
 import runpy
 import sys
-from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -82,12 +81,6 @@ def test_fine_tuning_of_a_transformer_for_images(tmp_path: Path):
     check_fine_tuning(output, tmp_path, "finetune_vit", "vit_backbone.pt")
 
 
-def _printed_of(rank: int, save: Callable[[Path], tuple[str, Path]], folder: Path, script: str) -> str:
-    """The same with a pretrained model and data, which each worker saves for itself."""
-    model, data = save(folder / str(rank))
-    return _printed(rank, script, *TINY, "--model", model, "--data", data, "--out", folder)
-
-
 def _save_gpt2(folder: Path) -> tuple[str, Path]:
     text = "who wrote this text? " * 100
     vocabulary = Tokenizer(WordLevel({character: i for i, character in enumerate(sorted(set(text)))}))
@@ -123,19 +116,14 @@ def _save_vit(folder: Path) -> tuple[str, Path]:
 def fine_tuned(tmp_path_factory):
     """Output and folder of each run; in one launch."""
     folders = {name: tmp_path_factory.mktemp(name) for name in ("bytes", "gpt2", "vit")}
-    cases = {
-        "bytes": (_printed, "finetune_lm.py", *TINY, "--out", folders["bytes"]),
-        "gpt2": (_printed_of, _save_gpt2, folders["gpt2"], "finetune_lm.py"),
-        "vit": (_printed_of, _save_vit, folders["vit"], "finetune_vit.py"),
-    }
+    cases = {"bytes": ("finetune_lm.py", *TINY, "--out", folders["bytes"])}
+    for name, script, save in (("gpt2", "finetune_lm.py", _save_gpt2), ("vit", "finetune_vit.py", _save_vit)):
+        model, data = save(folders[name])
+        cases[name] = (script, *TINY, "--model", model, "--data", data, "--out", folders[name])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
-        outputs = run_cases(_call, 2, cases, connect=False, limit=280)
+        outputs = run_cases(_printed, 2, cases, connect=False, limit=280)
     return {name: (of_ranks[0], folders[name]) for name, of_ranks in outputs.items()}
-
-
-def _call(rank: int, function: Callable[..., str], *arguments: object) -> str:
-    return function(rank, *arguments)
 
 
 def test_fine_tuning_of_a_language_model(fine_tuned):

@@ -72,6 +72,7 @@ class AuthorClassifier(L.LightningModule):
         super().__init__()
         from transformers import AutoModelForSequenceClassification  # an extra
 
+        logging.getLogger("transformers").setLevel(logging.ERROR)  # the head is new, as it should be
         self.model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=len(CLASSES))
         self.lr, self.num_steps = lr, num_steps
 
@@ -191,6 +192,7 @@ class Run:
             strategy=strategy,
             precision="bf16-mixed",
             max_epochs=1,
+            use_distributed_sampler=False,  # which would shuffle; batches go to the workers in turn
             val_check_interval=self.steps if self.stage == "search" else max(self.local_steps, eval_steps),
             callbacks=[curve],
             **QUIET,
@@ -403,7 +405,6 @@ def main(args: argparse.Namespace) -> None:
             raise SystemExit("--model needs --data, the folder with the novels.")
         torch.set_num_threads(args.threads)
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-        logging.getLogger("transformers").setLevel(logging.ERROR)  # the head is new, as it should be
         warnings.filterwarnings("ignore", ".*(does not have many workers|in eval mode).*")
         args.out.parent.mkdir(parents=True, exist_ok=True)
         runner = Runner(args)
