@@ -44,10 +44,10 @@ BATCH_SIZE = 8  # per worker
 RATES = (5e-4, 2e-4, 1e-3)  # learning rates of the search
 OUTER: dict[str, tuple[Callable[..., Any] | None, list[dict[str, float]]]] = {  # with options, the usual ones first
     "Local SGD": (None, [{}]),
-    "SlowMo": (partial(SlowMomentum, lr=1.0), [{"momentum": momentum} for momentum in (0.5, 0.2, 0.7)]),
+    "SlowMo": (partial(SlowMomentum, lr=1.0), [{"momentum": momentum} for momentum in (0.5, 0.2)]),
     "DiLoCo": (
         partial(torch.optim.SGD, nesterov=True),
-        [{"lr": lr, "momentum": momentum} for lr, momentum in ((0.7, 0.9), (0.7, 0.5), (1.0, 0.5))],
+        [{"lr": lr, "momentum": momentum} for lr, momentum in ((0.7, 0.9), (0.7, 0.5))],
     ),
     "LearnedLocalSGD": (LearnedOptimizer, [{}]),
 }
@@ -389,7 +389,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", type=Path, help="folder with the novels: train.txt, valid.txt and test.txt, at any depth")
     add("--num-workers", nargs="+", type=int, default=[2], help="the search takes the first")
     add("--local-steps", nargs="+", type=int, default=[16], help="the search takes the first")
-    add("--passages", type=int, default=1536, help="passages of all workers together; half of them in the search")
+    add("--passages", type=int, default=1024, help="passages of all workers together; half of them in the search")
     add("--methods", nargs="+", choices=METHODS, default=METHODS)
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--eval-steps", type=int, default=32, help="local steps between evaluations, at least H")

@@ -85,7 +85,7 @@ def test_one_command_searches_compares_and_goes_on(folder, tmp_path, capsys):
     command += ["--eval-steps", 2, "--seeds", 0, "--png", png]
     main([*map(str, command)])
     rows = read_rows(out)
-    assert Counter(row["stage"] for row in rows) == {"times": 1, "search": 12, "final": len(METHODS)}
+    assert Counter(row["stage"] for row in rows) == {"times": 1, "search": 10, "final": len(METHODS)}
     learned, local = (
         next(row for row in rows[-5:] if row["method"] == name) for name in ("LearnedLocalSGD", "Local SGD")
     )
