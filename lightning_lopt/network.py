@@ -22,6 +22,7 @@ from lightning_lopt.weights_file import WeightsError, read_file, write_file
 
 FORMAT = "lightning_lopt.AdaMLP"
 DEFAULT_WEIGHTS = "default"
+HUB_FILE = "ada_mlp.safetensors"  # its name in a repository
 ABLATION_FEATURES = ("grads", "param", "time")
 
 
@@ -243,6 +244,34 @@ class AdaMLP(nn.Module):
         network, tensors = read_file(path, FORMAT, cls, parameter_shapes)
         network.load_state_dict(tensors, assign=True)
         return network
+
+    @classmethod
+    def from_pretrained(cls, repo_or_folder: str | Path, revision: str | None = None) -> AdaMLP:
+        """Load a network from a folder or from a repository of the Hugging Face Hub, in which it is `HUB_FILE`.
+
+        To share one, `save` it as ``ada_mlp.safetensors`` and upload it: ``hf upload NAME/REPO ada_mlp.safetensors``.
+
+        Args:
+            repo_or_folder: Folder, or else a repository, ``"name/repo"``. The latter needs `huggingface_hub`.
+            revision: Branch, tag or commit of the repository; None is the head of its main branch.
+
+        Raises:
+            FileNotFoundError: The folder has no such file.
+            WeightsError: The file cannot be used, see `load`.
+            ImportError: `huggingface_hub` is needed and not installed.
+
+        Example:
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     AdaMLP(hidden=(8, 8)).save(f"{folder}/ada_mlp.safetensors")
+            ...     AdaMLP.from_pretrained(folder).hidden
+            (8, 8)
+        """
+        if Path(repo_or_folder).is_dir():
+            return cls.load(Path(repo_or_folder) / HUB_FILE)
+        from huggingface_hub import hf_hub_download  # an extra
+
+        return cls.load(hf_hub_download(str(repo_or_folder), HUB_FILE, revision=revision))
 
     @classmethod
     def bundled(cls, name: str = DEFAULT_WEIGHTS) -> AdaMLP:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import ClassVar
+
 import pytest
 import torch
 
@@ -121,3 +125,54 @@ def test_bundled_weights_have_a_card_and_are_the_default():
     default = LearnedOptimizer([p]).network
     assert all(torch.equal(a, b) for a, b in zip(default.parameters(), AdaMLP.bundled().parameters(), strict=True))
     assert default.inputs == "mean"
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """A repository of the Hugging Face Hub with one file, as its client asks for it."""
+
+    content = b""
+    asked: ClassVar[list[str]] = []
+
+    def do_HEAD(self):
+        self._answer()
+
+    def do_GET(self):
+        self._answer()
+        self.wfile.write(self.content)
+
+    def _answer(self):
+        self.asked.append(self.path)
+        found = self.path == "/somebody/steps/resolve/v1/ada_mlp.safetensors"
+        self.send_response(200 if found else 404)
+        self.send_header("ETag", '"0123456789abcdef"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", str(len(self.content)))
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_weights_come_from_a_hub(tmp_path, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub").constants
+    network = AdaMLP(hidden=(4, 4), seed=3)
+    network.save(tmp_path / "mine.safetensors")
+    _Hub.content = (tmp_path / "mine.safetensors").read_bytes()
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        loaded = AdaMLP.from_pretrained("somebody/steps", revision="v1")
+        server.shutdown()
+    assert _Hub.asked
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), loaded.parameters(), strict=True))
+
+
+def test_a_folder_without_weights_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"ada_mlp\.safetensors"):
+        AdaMLP.from_pretrained(tmp_path)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from examples.benchmarks.compare import finetune, heldout, paper, plot, qsr, run, tune
 from examples.benchmarks.speed import meta_speed, outer_step, overhead
-from examples.benchmarks.wire import wire
+from examples.benchmarks.wire import peers, wire
 
 COMMANDS = {
     "paper": paper,
@@ -18,6 +18,7 @@ COMMANDS = {
     "heldout": heldout,
     "finetune": finetune,
     "wire": wire,
+    "peers": peers,
     "outer-step": outer_step,
     "meta-speed": meta_speed,
     "overhead": overhead,
