@@ -1,4 +1,4 @@
-"""Fine-tune a pre-trained text encoder with virtual workers: who of 15 authors wrote a passage of an unseen book.
+"""Fine-tune a pre-trained text encoder with virtual workers: who of four authors wrote a passage of an unseen book.
 
 All methods start from the same weights, and see the same passages in the same order: DDP as batches of all workers. Of
 each held-out book, settings are searched for on the first half, and compared on the second. Local SGD and DDP search
@@ -31,17 +31,17 @@ from examples.benchmarks.report import append_rows, machine, read_rows
 from lightning_lopt import LearnedOptimizer, LocalSGD, Rounds, SlowMomentum
 from lightning_lopt.costs import DDP, Link, Method, data_parallel, round_seconds, table
 
+CLASSES = ("Burnett", "Doyle", "Gissing", "Stevenson")  # whose books are in two of the files
 AUTHORS = {  # of the books in each file, in order
     "train": "Blackmore Burnett Burnett Brontë Chesterton Corelli Doyle Doyle Galsworthy Gaskell Gissing Hardy Kipling "
     "Meredith Stevenson Collins Woolf",
     "valid": "Burnett Gissing",
     "test": "Doyle Stevenson",
 }
-CLASSES = sorted(set(AUTHORS["train"].split()))
 TOKENS, CHARACTERS = 64, 450  # of a passage; so many characters are more tokens than that
 PASSAGES, HELD_OUT = 400, 48  # of each author to train on, and of each half of a held-out book
 BATCH_SIZE = 8  # per worker
-RATES = (5e-4, 2e-4, 1e-3)  # learning rates of the search
+RATES = (2e-4, 5e-4)  # learning rates of the search
 OUTER: dict[str, tuple[Callable[..., Any] | None, list[dict[str, float]]]] = {  # with options, the usual ones first
     "Local SGD": (None, [{}]),
     "SlowMo": (partial(SlowMomentum, lr=1.0), [{"momentum": momentum} for momentum in (0.5, 0.2)]),
@@ -109,6 +109,8 @@ def load_passages(model: str, folder: Path) -> dict[str, TensorDataset]:
     for file, names in AUTHORS.items():
         books = find(folder, f"{file}.txt")[0].read_text().strip().split("\n\n")
         for book, name in zip(books, names.split(), strict=True):
+            if name not in CLASSES:
+                continue
             label = CLASSES.index(name)
             begin = len(book) // 50  # past the title, the author and the contents
             if file == "train":

@@ -57,8 +57,7 @@ def test_no_split_has_passages_of_another(data):
         split: Counter(CLASSES[label] for label in dataset.tensors[2].tolist()) for split, dataset in data.items()
     }
     assert counts["train"] == dict.fromkeys(CLASSES, finetune.PASSAGES)
-    held_out = dict.fromkeys(["Burnett", "Doyle", "Gissing", "Stevenson"], finetune.HELD_OUT)
-    assert counts["valid"] == counts["test"] == held_out
+    assert counts["valid"] == counts["test"] == dict.fromkeys(CLASSES, finetune.HELD_OUT)
 
 
 def test_all_methods_see_the_same_passages(folder, data, monkeypatch):
@@ -85,7 +84,7 @@ def test_one_command_searches_compares_and_goes_on(folder, tmp_path, capsys):
     command += ["--eval-steps", 2, "--seeds", 0, "--png", png]
     main([*map(str, command)])
     rows = read_rows(out)
-    assert Counter(row["stage"] for row in rows) == {"times": 1, "search": 10, "final": len(METHODS)}
+    assert Counter(row["stage"] for row in rows) == {"times": 1, "search": 8, "final": len(METHODS)}
     learned, local = (
         next(row for row in rows[-5:] if row["method"] == name) for name in ("LearnedLocalSGD", "Local SGD")
     )
@@ -101,7 +100,7 @@ def test_one_command_searches_compares_and_goes_on(folder, tmp_path, capsys):
 
 
 def test_the_best_of_the_search_is_that_of_the_lowest_loss(folder, tmp_path, monkeypatch):
-    losses = {1e-3: 1.0, 5e-4: 2.0, 2e-4: 3.0, 0.5: 0.7, 0.2: 0.6, 0.7: 0.8}
+    losses = {5e-4: 1.0, 2e-4: 3.0, 0.5: 0.7, 0.2: 0.6, 0.7: 0.8}
 
     def train(run, model, data, eval_steps):
         key = run.options.get("momentum", run.local_lr)
@@ -115,7 +114,7 @@ def test_the_best_of_the_search_is_that_of_the_lowest_loss(folder, tmp_path, mon
     out = tmp_path / "runs.jsonl"
     main([*map(str, ["finetune", out, "--model", folder, "--data", folder, "--passages", 64])])
     final = {row["method"]: row for row in read_rows(out) if row["stage"] == "final"}
-    assert {row["local_lr"] for row in final.values()} == {1e-3}
+    assert {row["local_lr"] for row in final.values()} == {5e-4}
     assert final["SlowMo"]["options"] == {"momentum": 0.2}
     assert final["DiLoCo"]["options"]["momentum"] == 0.5
 
