@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -220,12 +220,7 @@ class Communicator:
 
     def means(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Average each of several tensors of one device over the workers, in one all-reduce of their common type."""
-        if not tensors:
-            return []
-        flat = torch.cat([t.flatten() for t in tensors])
-        self.mean_(flat)
-        parts = flat.split([t.numel() for t in tensors])
-        return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
+        return jointly(tensors, self.mean_) if tensors else []
 
     def sum_(self, values: Tensor) -> None:
         """Replace a contiguous tensor by its sum over the workers, and over the parts of each."""
@@ -397,6 +392,19 @@ class Communicator:
             who, more = (first, lines) if len(lines) > shorter else (other, others)
             return f" (rank {who} alone has {more[shorter]!r})"
         return f" (rank {first} has {lines[at]!r}, rank {other} has {others[at]!r})"
+
+
+def jointly(tensors: Sequence[Tensor], reduce: Callable[[Tensor], object]) -> list[Tensor]:
+    """Apply a collective that overwrites a flat tensor to several tensors of one device at once, in their common type.
+
+    Example:
+        >>> jointly([torch.ones(2), torch.ones(1, 1)], lambda flat: flat.mul_(3))
+        [tensor([3., 3.]), tensor([[3.]])]
+    """
+    flat = torch.cat([t.flatten() for t in tensors])
+    reduce(flat)
+    parts = flat.split([t.numel() for t in tensors])
+    return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
 
 
 def digest(text: str) -> int:

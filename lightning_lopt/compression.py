@@ -37,6 +37,9 @@ class Codec(Protocol):
     The pieces of a flat tensor are tensors of the model, or the parts of them that are left where the flat tensor was
     cut into one share per worker; some may have size 0. Values that are not finite must not become finite ones.
 
+    A codec is shared by virtual workers and must not change. Give it a `repr` with its settings, as a dataclass has:
+    workers compare it, and a resume says if it has changed.
+
     Attributes:
         sparse: Whether all codes are sent to all workers, for a mean of several decoded tensors is denser than each of
             them and does not fit the code. Otherwise each worker averages its share and codes the mean, as an
@@ -99,10 +102,10 @@ class Reduction(NamedTuple):
 class LinearCodec(Protocol):
     """A lossy mean of tensors over the workers, by all-reduces of numbers that are linear in the tensors.
 
-    All workers make the same calls. A codec is shared by virtual workers and must not change; what it learns is in the
-    states, one tensor or None for each tensor of the model, which are saved in checkpoints. They must be computed from
-    means and constants alone, so that they are the same on all workers, and not in place. A state of another shape than
-    expected may come from a checkpoint of a codec with other settings.
+    All workers make the same calls. Like a `Codec` it must not change, and has a `repr` with its settings. Its
+    memory is the states, one tensor or None for each tensor of the model, which are saved in checkpoints. They must
+    be computed from means and constants alone, so that they are the same on all workers, and not in place. A state of
+    another shape than expected may come from a checkpoint of a codec with other settings.
 
     Values that are not finite must not become finite ones. Values of 0 on some workers must make these workers count as
     0 in the means, with 0 in `sent`: that is how workers are left out.

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_lopt.compression import Codec, LinearCodec, TopK
 from lightning_lopt.sync.options import SyncOptions
@@ -56,6 +58,7 @@ class Collective:
 
 
 Transfer = Sequence[Collective]
+Parameters = float | Sequence[Sequence[int]]  # their number, or the shapes of the tensors
 
 
 def all_reduce(payload: float, num_workers: int) -> Collective:
@@ -169,7 +172,7 @@ def data_parallel(payload: float, num_workers: int) -> Round:
 def sync_round(
     options: SyncOptions,
     local_steps: int,
-    parameters: float,
+    parameters: Parameters,
     num_workers: int,
     *,
     worker_grads: bool = False,
@@ -180,25 +183,31 @@ def sync_round(
     Args:
         options: Options of the sync; where groups of tensors take turns, the round is that of one group.
         local_steps: Number of local steps, H >= 1.
-        parameters: Number of parameters in training.
+        parameters: Number of parameters in training, or the shapes of their tensors, which a `LinearCodec` needs.
         num_workers: Number of workers, K >= 1.
         worker_grads: Whether the outer optimizer needs every worker's pseudo-gradient, as LAgg-A does.
         work_seconds: Seconds of the outer step.
 
     Raises:
-        ValueError: The codec is linear, whose bytes depend on the shapes of the tensors.
+        ValueError: The codec is linear, and no shapes are given.
 
     Example:
         >>> [round(sync_round(o, 16, 1e6, 4).bytes_sent / 1e6, 1) for o in (SyncOptions(), SyncOptions(density=0.1))]
         [6.0, 0.6]
+        >>> from lightning_lopt import PowerSGD
+        >>> round(sync_round(SyncOptions(compression=PowerSGD(4)), 16, [(1000, 1000)], 4).bytes_sent / 1e6, 2)
+        0.05
     """
     selection = options.effective_selection
-    sent = parameters * getattr(selection, "density", 1.0) / selection.num_turns
+    sent = number_of(parameters) * getattr(selection, "density", 1.0) / selection.num_turns
     whole, extra = 4 * sent, 4  # the norm travels with the payload
     exposed: Transfer = ()
     if isinstance(options.codec, LinearCodec):
-        raise ValueError(f"The bytes of {options.codec!r} depend on the shapes of the tensors, not on their number.")
-    if options.codec is not None:
+        if not isinstance(parameters, Sequence):
+            raise ValueError(f"The bytes of {options.codec!r} depend on the shapes of the tensors: give these.")
+        numels = [numel / selection.num_turns for numel in _summed(options.codec, parameters)]
+        body = [all_reduce(4 * numel, num_workers) for numel in [*numels, 1]]
+    elif options.codec is not None:
         code = sent * _code_bytes(options.codec)
         if worker_grads or options.codec.sparse:
             body = [all_gather(code, num_workers)]
@@ -220,6 +229,23 @@ def _status(num_workers: int) -> Collective:
     """The small message before each sync."""
     size = 8 * (2 * len(COMMON) + NUM_ROWS * num_workers)
     return replace(all_reduce(size, num_workers), bytes_sent=2.0 * size if num_workers > 1 else 0.0)
+
+
+def number_of(parameters: Parameters) -> float:
+    """Number of parameters."""
+    return sum(map(math.prod, parameters)) if isinstance(parameters, Sequence) else parameters
+
+
+def _summed(codec: LinearCodec, shapes: Sequence[Sequence[int]]) -> list[int]:
+    """Number of elements of each all-reduce of a codec."""
+    numels: list[int] = []
+
+    def mean(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        numels.append(sum(t.numel() for t in tensors))
+        return tensors
+
+    codec.reduce([torch.zeros(*shape) for shape in shapes], [None] * len(shapes), mean)
+    return numels
 
 
 def _code_bytes(codec: Codec) -> float:
@@ -382,7 +408,7 @@ class Method:
         """Options of the syncs of rounds with H steps."""
         return SyncOptions(overlap_steps=int(self.overlap * local_steps), **self.options)
 
-    def round(self, local_steps: int, parameters: float, num_workers: int, work_seconds: float = 0.0) -> Round:
+    def round(self, local_steps: int, parameters: Parameters, num_workers: int, work_seconds: float = 0.0) -> Round:
         """Model of a round with H steps."""
         options = self.sync_options(local_steps)
         return sync_round(
@@ -500,6 +526,7 @@ Per worker and sync, of DDP per step. Every worker has a link of this rate of it
 4 workers, up to 20 ms. "H against DDP" is for equal progress per step; local methods often need more steps to the same
 loss: --progress. DDP's last bucket of gradients, of up to 25 MiB, is sent after the backward pass. Packing, coding and
 unequal workers are not modelled, nor are the buffers of the model; outer steps are what --outer-seconds says.
+PowerSGD, whose bytes depend on the shapes of the tensors, is not here: see `sync_round`.
 RoundMonitor measures all of it: rounds/transfer_seconds, rounds/outer_seconds, rounds/sync_share."""
 
 
@@ -551,4 +578,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as `head` expects
     main()

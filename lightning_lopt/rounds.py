@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import fields
@@ -13,7 +15,7 @@ from lightning_lopt.comm import Communicator
 from lightning_lopt.functional.balance import even_bounds
 from lightning_lopt.functional.integers import as_integer
 from lightning_lopt.optim.outer import OuterFactory, check_coordinatewise, check_needs_mean_alone
-from lightning_lopt.schedules import Constant, RoundInfo, Schedule, as_schedule
+from lightning_lopt.schedules import Constant, RoundInfo, Schedule, StatefulSchedule, as_schedule
 from lightning_lopt.sync.options import SyncOptions
 from lightning_lopt.sync.replica import OptimizerLike
 from lightning_lopt.sync.report import RoundReport
@@ -31,6 +33,7 @@ _COUNTERS = (
     "local_steps",
     "due",
 )  # all but the first may differ between workers
+_NO_FIGURES: dict[str, float | None] = {"drift": None, "pseudo_grad_norm": None, "seconds": None}
 
 
 class Rounds:
@@ -42,7 +45,8 @@ class Rounds:
     Args:
         model: Model whose tensors are synchronised.
         optimizer: Local optimizer, whose parameters are synchronised and whose `lr` schedules read.
-        local_steps: H >= 1, or a schedule (`QSR`, or any callable from `RoundInfo` to an integer >= 1).
+        local_steps: H >= 1, or a schedule (`QSR`, or any callable from `RoundInfo` to an integer >= 1; with a memory, a
+            `StatefulSchedule`).
         outer_optimizer: Function that makes a torch optimizer from parameter groups, for example
             `partial(LearnedOptimizer, network=...)`; None averages.
         total_steps: Local steps of the whole run, if known: the last round is cut so that the run ends synced.
@@ -59,6 +63,8 @@ class Rounds:
         due: Local step of the present round at which the next sync is launched or finished.
         equal_steps: Whether all workers had taken the same number of steps at the last status exchange.
         total_steps: Local steps of the whole run, None if unknown; may be set before the last round begins.
+        schedule: Schedule of H.
+        ask_schedule: Function through which the schedule is called; workers of one process call it once for all.
         comm: Collectives among the workers.
         sync: Anchors, outer optimizer and exchanges with the other workers.
         speeds: Speeds of the workers.
@@ -101,9 +107,9 @@ class Rounds:
         options: SyncOptions | None = None,
         worker_speeds: Speeds = None,
     ) -> None:
-        self._schedule = as_schedule(local_steps)
+        self.schedule = self.ask_schedule = as_schedule(local_steps)
         self._options = options or SyncOptions()
-        check_combination(self._schedule, outer_optimizer, self._options)
+        check_combination(self.schedule, outer_optimizer, self._options)
         check_speeds(worker_speeds)
         self._given = describe(
             {
@@ -127,10 +133,15 @@ class Rounds:
         self.last_report: RoundReport | None = None
         self.listeners: list[Callable[[RoundReport], object]] = []
         self.resumed = False
+        self._chosen: int | None = None  # H of the present round, as the schedule returned it
+        self._figures: dict[str, float | None] = _NO_FIGURES  # which schedules read
+        self._round_start: float | None = None  # time at which the present round began
+        self._round_seconds = 0.0  # of the last round on this worker, 0 if unknown
         self._looked_in = -1  # round in which `adopt_replaced` was last called
-        if isinstance(optimizer, Optimizer):
+        stepping = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper is one without hooks
+        if isinstance(stepping, Optimizer):
             this = weakref.ref(self)
-            optimizer.register_step_pre_hook(lambda *_: _adopt_replaced(this()))
+            stepping.register_step_pre_hook(lambda *_: _look_once(this()))
 
     def step(self) -> bool:
         """Count a local step, right after `optimizer.step()`; launch a sync or end the round if it is time.
@@ -168,7 +179,14 @@ class Rounds:
         steps = self.local_step if point is not SyncPoint.LAUNCH or self.local_steps is None else self.local_steps
         seconds = self.speeds.measure(self.local_step)
         status = WorkerStatus(
-            steps, point, self.speeds.share, seconds, lr=self._local_lr(), stops=stops, uneven=point.answers_syncs
+            steps,
+            point,
+            self.speeds.share,
+            seconds,
+            lr=self._local_lr(),
+            round_seconds=self._round_seconds,
+            stops=stops,
+            uneven=point.answers_syncs,
         )
         self.sync.launch(self.round_idx, status, everything=everything, same_steps=self.equal_steps)
 
@@ -234,12 +252,15 @@ class Rounds:
             self._end_round()
 
     def _end_round(self) -> None:
+        if self._chosen is None and isinstance(self.schedule, StatefulSchedule):
+            self.ask_schedule(self._info())  # this worker only answered others, and must remember as they do
         self.last_report = self.sync.finish()
         self._update_speeds()
+        self._update_figures(self.last_report)
         self.equal_steps = self.equal_steps and all(worker.point.needs_sync for worker in self.sync.worker_statuses)
         self.round_idx += 1
         self.local_step = 0
-        self.local_steps = None
+        self.local_steps = self._chosen = None
         self.speeds.start(0)
         for listener in self.listeners:
             listener(self.last_report)
@@ -247,26 +268,45 @@ class Rounds:
     def _update_speeds(self) -> None:
         self.speeds.update([worker.step_seconds for worker in self.sync.worker_statuses])
 
+    def _update_figures(self, report: RoundReport) -> None:
+        now, known = time.perf_counter(), not report.partial and report.left_out < self.comm.num_workers
+        self._figures = {
+            "drift": report.drift if known else None,
+            "pseudo_grad_norm": report.pseudo_grad_norm if known else None,
+            "seconds": max(worker.round_seconds for worker in self.sync.worker_statuses) or None,
+        }
+        self._round_seconds = 0.0 if self._round_start is None else now - self._round_start
+        self._round_start = now
+
     @property
     def synced(self) -> bool:
         """Whether all workers hold the same weights."""
         return self.local_step == 0 and self.sync.common
 
-    def _choose_local_steps(self) -> int:
-        info = RoundInfo(self.round_idx, self.step_idx, self.total_steps, self._local_lr())
-        returned = self._schedule(info)
+    def _info(self) -> RoundInfo:
+        return RoundInfo(self.round_idx, self.step_idx, self.total_steps, self._local_lr(), **self._figures)
+
+    def _new_local_steps(self) -> int:
+        info = self._info()
+        returned = self.ask_schedule(info)
         local_steps = as_integer(returned, least=1)
         if local_steps is None:
             raise ValueError(
-                f"The schedule {self._schedule!r} returned {returned!r} local steps for {info}; "
+                f"The schedule {self.schedule!r} returned {returned!r} local steps for {info}; "
                 "it must be an integer >= 1."
             )
+        return local_steps
+
+    def _choose_local_steps(self) -> int:
+        if self._chosen is None:  # else the round begins anew
+            self._chosen = self._new_local_steps()
+        local_steps = self._chosen
         turns = self._options.effective_selection.num_turns
         turn, bounds = self.round_idx % turns, even_bounds(local_steps, turns)
         local_steps = bounds[turn + 1] - bounds[turn]
         if local_steps < 1:
             raise ValueError(
-                f"{turns} fragments take turns within local_steps: these must be at least as many for {info}."
+                f"{turns} fragments take turns within local_steps: these must be at least as many for {self._info()}."
             )
         if self.total_steps is not None and self.step_idx < self.total_steps:
             local_steps = min(local_steps, self.total_steps - self.step_idx)
@@ -286,14 +326,13 @@ class Rounds:
     def swap_in(self, weights: EvalWeights, *, moved: bool = False) -> None:
         """Put the global weights into the model until `swap_out`: see `Sync.swap_in`.
 
-        Nothing happens where every worker has them already.
+        Right after a sync only what hooks have changed since then is put in: buffers, an EMA teacher.
 
         Args:
             weights: `"anchor"` or `"mean"`.
             moved: Whether weights were changed without a step, so that they differ right after a sync, too.
         """
-        if moved or not self.synced:
-            self.sync.swap_in(weights)
+        self.sync.swap_in(weights, unstepped_alone=self.synced and not moved)
 
     def swap_out(self) -> None:
         """Give the model this worker's own weights back."""
@@ -303,6 +342,10 @@ class Rounds:
         """Give the model the global weights again where a worker's own differ from them by rounding alone."""
         if self.synced:
             self.sync.replica.undo_rounding()
+
+    def sync_unstepped(self) -> None:
+        """Make what no optimizer steps the same on all workers, where hooks have changed it since the last sync."""
+        self.sync.sync_unstepped()
 
     def average_workers(self) -> None:
         """Give every worker the mean of their weights and optimizer states, outside of a sync."""
@@ -365,7 +408,7 @@ class Rounds:
             if within:
                 return False
         else:
-            written = between and self._looked_in != self.round_idx and bool(self.sync.replica.replaced())
+            written = between and bool(self.sync.replica.replaced())
             self._looked_in = self.round_idx
         if written:
             self.adopt_present(keep_near=not at_start)
@@ -382,7 +425,7 @@ class Rounds:
         self.local_steps = None
 
     def state_dict(self, *, alone: bool = False) -> dict[str, Any]:
-        """Counters, anchors and outer state, the same on all workers; local weights and states are left out.
+        """Counters, anchors, states of the outer optimizer and the schedule, the same on all workers; nothing local.
 
         Args:
             alone: Whether not to talk to the other workers: see `Sync.state_dict`. Otherwise with `sharded=True` all
@@ -395,6 +438,9 @@ class Rounds:
             **self._counters(),
             "equal_steps": self.equal_steps,
             "seconds": [*self.speeds.seconds],
+            "chosen": self._chosen,
+            "figures": self._figures,
+            "schedule": self._schedule_state(),
             "given": self._given,
             "sync": sync,
         }
@@ -414,6 +460,10 @@ class Rounds:
         self._load_counters(state)
         self.resumed = True
         self.equal_steps = self.equal_steps and state.get("equal_steps", True)
+        self._chosen, self._figures = state.get("chosen"), _NO_FIGURES | state.get("figures", {})
+        saved = state.get("schedule")
+        if isinstance(self.schedule, StatefulSchedule) and saved and saved["kind"] == type(self.schedule).__name__:
+            self.schedule.load_state_dict(saved["state"])
         seconds = state.get("seconds", [])
         if len(seconds) == self.comm.num_workers:
             self.speeds.update(seconds)
@@ -427,12 +477,20 @@ class Rounds:
         self.sync.swap.exchange()
         state = self.sync.local_state()
         self.sync.swap.exchange()
-        return {**self._counters(), "sync": state}
+        elapsed = None if self._round_start is None else time.perf_counter() - self._round_start
+        return {**self._counters(), "elapsed": elapsed, "round_seconds": self._round_seconds, "sync": state}
 
     def load_local_state(self, state: dict[str, Any]) -> None:
         """Restore the result of `local_state`, after `load_state_dict`."""
         self._load_counters(state)
+        elapsed, self._round_seconds = state.get("elapsed"), state.get("round_seconds", 0.0)
+        self._round_start = None if elapsed is None else time.perf_counter() - elapsed
         self.sync.load_local_state(state["sync"])
+
+    def _schedule_state(self) -> dict[str, Any] | None:
+        if not isinstance(self.schedule, StatefulSchedule):
+            return None
+        return {"kind": type(self.schedule).__name__, "state": copy.deepcopy(self.schedule.state_dict())}
 
     def _counters(self) -> dict[str, int | None]:
         return {name: getattr(self, name) for name in _COUNTERS}
@@ -442,8 +500,9 @@ class Rounds:
             setattr(self, name, state[name])
 
 
-def _adopt_replaced(rounds: Rounds | None) -> None:
-    if rounds is not None:
+def _look_once(rounds: Rounds | None) -> None:
+    """Look for replaced weights before the first step of a round; a second one may belong to the same local step."""
+    if rounds is not None and rounds._looked_in != rounds.round_idx:
         rounds.adopt_replaced()
 
 

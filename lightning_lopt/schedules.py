@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 from lightning_lopt.functional.integers import as_integer
 
@@ -19,19 +20,70 @@ class RoundInfo:
         step: Number of local steps that this worker has finished so far.
         total_steps: Local steps of the whole run, None if unknown.
         lr: Local learning rate of the round's first step, the largest of all parameter groups.
+        drift: Root mean square distance of the workers from their mean at the sync that ended the last round; see
+            `RoundReport`. None before the first sync, and after one that sent only a part of the model (`density`,
+            `Fragments`) or was skipped.
+        pseudo_grad_norm: Euclidean norm of the averaged pseudo-gradient of that sync, None where `drift` is.
+        seconds: Seconds from sync to sync of the round before the last, the most of all workers: each sync sends those
+            of the round before it. None until that is known, from the fourth round on.
+
+    `drift`, `pseudo_grad_norm` and `seconds` are the same on all workers, and after a resume; where machines round
+    differently, with `sharded=True` alone. `step` and `lr` are this worker's own.
     """
 
     round_idx: int
     step: int
     total_steps: int | None
     lr: float
+    drift: float | None = None
+    pseudo_grad_norm: float | None = None
+    seconds: float | None = None
 
 
 Schedule = Callable[[RoundInfo], int]
 """Function from the state of a run to the local steps H of the round that begins.
 
+It is called once in each round, on every worker (for virtual workers, once for all), and must return the same H on all.
 Where H leaves no room for `overlap_steps`, the last H - 1 steps overlap; a constant H that small is refused.
 """
+
+
+@runtime_checkable
+class StatefulSchedule(Protocol):
+    """Schedule that remembers something from round to round, which checkpoints hold.
+
+    Example:
+        >>> class WhileDriftIsSmall:
+        ...     "H doubles while the drift is at most `limit`, and halves above it."
+        ...
+        ...     def __init__(self, limit, local_steps):
+        ...         self.limit, self.local_steps = limit, local_steps
+        ...
+        ...     def __call__(self, info):
+        ...         if info.drift is not None:
+        ...             doubled, halved = 2 * self.local_steps, max(1, self.local_steps // 2)
+        ...             self.local_steps = doubled if info.drift <= self.limit else halved
+        ...         return self.local_steps
+        ...
+        ...     def state_dict(self):
+        ...         return {"local_steps": self.local_steps}
+        ...
+        ...     def load_state_dict(self, state):
+        ...         self.local_steps = state["local_steps"]
+        >>> schedule = WhileDriftIsSmall(limit=0.5, local_steps=8)  # for LocalSGD(local_steps=schedule)
+        >>> [schedule(RoundInfo(0, 0, None, 0.1, drift=drift)) for drift in (None, 0.2, 0.3, 0.7)]
+        [8, 16, 32, 16]
+    """
+
+    def __call__(self, info: RoundInfo, /) -> int: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that it remembers, of types that `torch.load(weights_only=True)` accepts."""
+        ...
+
+    def load_state_dict(self, state: Any, /) -> Any:
+        """Restore the result of `state_dict`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -121,6 +173,12 @@ def as_schedule(local_steps: int | Schedule) -> Schedule:
     """Turn an integer into a `Constant`, and return a callable as it is.
 
     Raises:
-        ValueError: The argument is neither an integer >= 1 nor a callable.
+        ValueError: The argument is neither an integer >= 1 nor a callable, or has one method of `StatefulSchedule`
+            without the other.
     """
-    return local_steps if callable(local_steps) else Constant(local_steps)
+    if not callable(local_steps):
+        return Constant(local_steps)
+    missing = [name for name in ("state_dict", "load_state_dict") if not hasattr(local_steps, name)]
+    if len(missing) == 1:
+        raise ValueError(f"The schedule {local_steps!r} has no {missing[0]}: a checkpoint needs both, or neither.")
+    return local_steps

@@ -19,10 +19,22 @@ from lightning_lopt.functional.subset import shared_indices
 class Selection(Protocol):
     """Rule for the coordinates that a sync sends, the same on all workers without communication.
 
+    A selection is shared by virtual workers and remembers nothing: the round alone decides. Give it a `repr` with its
+    settings, as a dataclass has: workers compare it, and a resume says if it has changed.
+
     Attributes:
         num_turns: Number of syncs that `local_steps` are divided into; more than one if parts take turns.
         whole_tensors: Whether a tensor is sent as a whole or not at all.
         partial: Whether a sync leaves anything out.
+
+    Example:
+        >>> class LargestRarely:  # SyncOptions(selection=LargestRarely())
+        ...     "The largest tensor, often an embedding, in every fourth round."
+        ...     num_turns, whole_tensors, partial = 1, True, True
+        ...     def pick(self, sizes, round_idx):
+        ...         return [size < max(sizes) or round_idx % 4 == 0 for size in sizes]
+        >>> [LargestRarely().pick([9, 2, 3], round_idx) for round_idx in (0, 1)]
+        [[True, True, True], [False, True, True]]
     """
 
     @property
@@ -36,11 +48,11 @@ class Selection(Protocol):
         """Choose the coordinates to send.
 
         Args:
-            sizes: Number of coordinates of each tensor.
+            sizes: Number of coordinates of each parameter in training, in the order of the local optimizer's groups.
             round_idx: Index of the round.
 
         Returns:
-            For each tensor whether it is sent, or the ascending flat indices of the coordinates that are.
+            For each tensor whether it is sent, or the ascending flat indices of the coordinates that are, int64 [n].
         """
         ...
 

@@ -1,4 +1,4 @@
-"""A model of one tensor, a selection that is given, and local steps, for the tests of a sync."""
+"""A model of one tensor, a selection that is given, a schedule that listens, and local steps, for tests of a sync."""
 
 from __future__ import annotations
 
@@ -27,6 +27,28 @@ class Given:
 
     def pick(self, sizes, round_idx):
         return [torch.tensor(self.masks[round_idx]).nonzero().squeeze(1)]
+
+
+class WhileDriftIsSmall:
+    """H doubles while the drift is at most `limit`, and halves above it; as a user would write it."""
+
+    def __init__(self, limit: float, local_steps: int) -> None:
+        self.limit, self.local_steps = limit, local_steps
+        self.seen: list = []  # which no checkpoint holds
+
+    def __call__(self, info):
+        self.seen.append(info)
+        if info.drift is not None and info.drift > self.limit:
+            self.local_steps = max(1, self.local_steps // 2)
+        elif info.drift is not None:
+            self.local_steps *= 2
+        return self.local_steps
+
+    def state_dict(self):
+        return {"local_steps": self.local_steps}
+
+    def load_state_dict(self, state):
+        self.local_steps = state["local_steps"]
 
 
 def flat(model: nn.Module) -> torch.Tensor:

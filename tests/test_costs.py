@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+import sys
 from collections import defaultdict
 from dataclasses import replace
 from functools import partial
@@ -15,13 +16,14 @@ import torch
 from torch import nn
 
 from examples.benchmarks.wire.methods import round_of
-from lightning_lopt import AdaMLP, LearnedOptimizer, Rounds, SlowMomentum, costs
+from lightning_lopt import AdaMLP, LearnedOptimizer, PowerSGD, Rounds, SlowMomentum, SyncOptions, costs
 from lightning_lopt.costs import (
     DDP,
     METHODS,
     PIECE,
     Collective,
     Link,
+    Method,
     Round,
     all_gather,
     all_reduce,
@@ -32,7 +34,9 @@ from lightning_lopt.costs import (
     local_steps_that_pay,
     rate_where_equal,
     round_seconds,
+    sync_round,
 )
+from tests.processes import run_command
 from tests.threads import run_threads
 
 SECOND = [Collective(1448 / 1514 * 1e6 / 8)]  # what a link of 1 Mbit/s carries in a second
@@ -116,11 +120,12 @@ def test_the_rate_at_which_two_methods_are_equal():
 
 
 K, WIDTH = 4, 128
+METHODS_OF_SHAPES = {**METHODS, "PowerSGD": Method({"compression": PowerSGD(4)})}
 
 
 def _one_sync(rank, make_comm, name):
     """Bytes and collectives of a round of four steps on equal tensors of 2^17 parameters in all."""
-    method = METHODS[name]
+    method = METHODS_OF_SHAPES[name]
     outer = SlowMomentum
     if method.worker_grads:
         outer = partial(LearnedOptimizer, network=AdaMLP(K, hidden=(4, 4), seed=0))
@@ -137,32 +142,38 @@ def _one_sync(rank, make_comm, name):
     return rounds.comm.bytes_sent - before[0], rounds.comm.num_collectives - before[1]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", METHODS_OF_SHAPES)
 def test_real_rounds_send_as_much(name):
-    a_round = METHODS[name].round(4, 8 * WIDTH**2, K)
+    a_round = METHODS_OF_SHAPES[name].round(4, [(WIDTH, WIDTH)] * 8, K)
     for bytes_sent, collectives in run_threads(_one_sync, K, name):
         assert bytes_sent == pytest.approx(a_round.bytes_sent, rel=2e-3)
         assert collectives == len([*a_round.transfer, *a_round.exposed])
 
 
+def test_a_linear_codec_needs_shapes():
+    with pytest.raises(ValueError, match="shapes of the tensors"):
+        sync_round(SyncOptions(compression=PowerSGD(4)), 16, 1e6, K)
+
+
 WIRE, LATENCY = RECORDS / "2026-11-21_wire", RECORDS / "2026-11-30_costs"
 RUNS = [WIRE / f"{name}.jsonl" for name in ("mbit100", "mbit1000", "k4_learned", "latency", "lagg2", "lopt_blended")]
+RUNS += [LATENCY / f"{name}.jsonl" for name in ("latency_k2", "latency_k4_compressed")]
 
 
 def _measured(path):
-    """Setup of a run of the benchmark `wire`, its number of parameters, and its rows by method."""
+    """Setup of a run of the benchmark `wire`, its parameters, and its rows by method."""
     header, *rows = map(json.loads, path.read_text().splitlines())
     by_method = defaultdict(list)
     for row in rows:
         by_method[row["method"]].append({"rounds": row["steps"] if row["method"] == DDP else 1, **row})
-    return header["setup"], header["parameters"], by_method
+    return header["setup"], header.get("shapes", header["parameters"]), by_method
 
 
 def _median(rows, key):
     return statistics.median(row.get(key, 0.0) / row["rounds"] for row in rows)
 
 
-@pytest.mark.parametrize("path", [*RUNS, LATENCY / "latency_k2.jsonl"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_measured_rounds_are_within_a_tenth(path):
     """All methods at 100 and 1000 Mbit/s, of four workers, with 20 ms; the time of the outer step is as measured."""
     setup, parameters, by_method = _measured(path)
@@ -195,3 +206,9 @@ def test_the_command_prints_every_method_and_draws_them(tmp_path, capsys):
         with pytest.raises(SystemExit):
             costs.main([*given, *wrong])
     assert "0 is not a positive number" in capsys.readouterr().err
+
+
+def test_a_reader_that_reads_no_more_ends_the_command_in_silence():
+    given = "--params 5e6 --mbit 100 --step-seconds 0.5 --workers 2"
+    command = f"{sys.executable} -u -m lightning_lopt.costs {given} | true"
+    assert run_command(["sh", "-c", command], 60) == ("", "")

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
-from lightning_lopt.costs import all_reduce
-
 TREND = 4  # least number of rounds in each of the halves that are compared
 GROWTH = 2.0  # factor that makes a trend; rounds differ by chance, mostly by less than a half
 SHARE = 0.1  # fraction of the time that syncs may take, as in `local_steps_that_pay` of `costs`
@@ -28,6 +26,8 @@ def ddp_bytes(local_steps: float, gradient_bytes: float, num_workers: int) -> fl
         >>> ddp_bytes(100, gradient_bytes=4e6, num_workers=4)
         600000000.0
     """
+    from lightning_lopt.costs import all_reduce  # a command, too, which the package must not have imported
+
     return local_steps * all_reduce(gradient_bytes, num_workers).bytes_sent
 
 

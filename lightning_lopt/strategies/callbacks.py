@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, Checkpoint
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
     from lightning_lopt.strategies.local_sgd import LocalSGD
 
 
-class FirstCallback(Callback):
-    """The first callback: workers come together before others look at their weights.
+class StrategyCallback(Callback):
+    """A strategy's own callback.
 
     Args:
         strategy: Strategy of the Trainer.
@@ -32,6 +31,10 @@ class FirstCallback(Callback):
 
     def __init__(self, strategy: LocalSGD) -> None:
         self._strategy = strategy
+
+
+class FirstCallback(StrategyCallback):
+    """The first callback: workers come together before others look at their weights."""
 
     @override
     def on_save_checkpoint(
@@ -50,8 +53,7 @@ class FirstCallback(Callback):
         self._strategy.join(SyncPoint.TRAINING_END)  # nobody may have foreseen it: early stopping, max_time
         self._strategy.average_modes()
         self._sync_weight_averages(trainer)
-        if self._strategy.rounds.last_report is None:
-            rank_zero_info("Nothing was synced in this fit: no optimizer took a step.")
+        self._strategy.check_steps()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -61,18 +63,12 @@ class FirstCallback(Callback):
         sync_weight_averages(trainer, self._strategy.rounds, self._strategy.timeout, self._strategy.join)
 
 
-class BeforeCheckpoints(Callback):
+class BeforeCheckpoints(StrategyCallback):
     """The callback before those that save checkpoints: what the module does at a batch's end is then in them.
 
     Lightning calls the module's hook after all callbacks. A checkpoint would lack what it does, the step of an EMA
     teacher for example, and a resumed run, in which it is not called again, would go on without.
-
-    Args:
-        strategy: Strategy of the Trainer.
     """
-
-    def __init__(self, strategy: LocalSGD) -> None:
-        self._strategy = strategy
 
     @override
     def on_train_batch_end(
@@ -83,15 +79,8 @@ class BeforeCheckpoints(Callback):
             host.call_module_hook_now(trainer, "on_train_batch_end", outputs, batch, batch_idx)
 
 
-class LastCallback(Callback):
-    """The last callback: a batch is over when everybody else's hooks have run.
-
-    Args:
-        strategy: Strategy of the Trainer.
-    """
-
-    def __init__(self, strategy: LocalSGD) -> None:
-        self._strategy = strategy
+class LastCallback(StrategyCallback):
+    """The last callback: a batch is over when everybody else's hooks have run."""
 
     @override
     def on_train_batch_end(
@@ -107,7 +96,7 @@ def place_callbacks(strategy: LocalSGD, callbacks: list[Callback]) -> None:
         strategy: Strategy of the Trainer.
         callbacks: The Trainer's callbacks, in which those that save checkpoints are the last.
     """
-    others = [c for c in callbacks if not isinstance(c, FirstCallback | BeforeCheckpoints | LastCallback)]
+    others = [c for c in callbacks if not isinstance(c, StrategyCallback)]
     saving = [c for c in others if isinstance(c, Checkpoint)]
     rest = [c for c in others if not isinstance(c, Checkpoint)]
     callbacks[:] = [FirstCallback(strategy), *rest, BeforeCheckpoints(strategy), *saving, LastCallback(strategy)]

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from lightning_lopt.costs import sync_round
 from lightning_lopt.optim.outer import OuterFactory, read_contract
 from lightning_lopt.schedules import Constant, Schedule
 from lightning_lopt.sync.options import SyncOptions
@@ -47,6 +46,8 @@ def describe(
 
 
 def _bytes(num_workers: int, outer_optimizer: OuterFactory | None, options: SyncOptions) -> str:
+    from lightning_lopt.costs import sync_round  # a command, too, which the package must not have imported
+
     if options.sends_means_alone:
         return ""  # they depend on the shapes
     contract = read_contract(outer_optimizer([{"params": [torch.zeros(2, 3)]}])) if outer_optimizer else None

@@ -70,7 +70,7 @@ class GlobalWeights:
     def shown(self) -> Iterator[None]:
         """Show the global weights for a while; all workers must enter this."""
         rounds = self._strategy.rounds
-        if rounds is None or rounds.sync.swap.active:
+        if rounds is None or rounds.sync.swap.active or self._wanted:
             yield
             return
         before, self._wanted = self._wanted, True
@@ -94,7 +94,7 @@ class GlobalWeights:
     def _show(self) -> None:
         strategy, rounds = self._strategy, self._strategy.rounds
         trainer = host.trainer_of(strategy.lightning_module)
-        if rounds is None or trainer is None or trainer.state.fn != TrainerFn.FITTING:
+        if rounds is None or trainer is None or trainer.state.fn != TrainerFn.FITTING or trainer.state.finished:
             return
         moved = self._modes.evaluating and not trainer.sanity_checking
         weights: EvalWeights = "mean" if moved else self.weights

@@ -154,6 +154,18 @@ def surround_validation(trainer: pl.Trainer, begin: Callable[[], None], end: Cal
     loop._on_evaluation_model_eval, loop._on_evaluation_model_train = begin_and_call_first, call_last_and_end
 
 
+def validate_without_inference_mode(trainer: pl.Trainer) -> None:
+    """Let validation within a fit run under `torch.no_grad`.
+
+    Args:
+        trainer: Trainer in a fit.
+
+    Reason: what is made in inference mode, a buffer that `validation_step` reassigns for example, cannot be written
+    by a sync. With gloo Lightning does without it, too.
+    """
+    trainer.fit_loop.epoch_loop.val_loop.inference_mode = False
+
+
 def destroy_process_group_at_exit(wanted: bool) -> None:
     """Destroy the process group when the process ends, or no longer do so.
 

@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_lopt.comm import Communicator, DisagreementError, digest
@@ -68,19 +70,21 @@ class LocalSGD(DDPStrategy):
 
     .. math:: a \leftarrow \mathrm{Outer}\big(a,\; a - \tfrac1K \sum_i y_i\big), \qquad y_i \leftarrow a
 
-    a is the anchor (the global parameters), y_i worker i's parameters; without an outer optimizer a becomes the
-    mean itself. In the steps between syncs nothing at all is communicated. With manual optimization a local step is a
-    batch in which any optimizer stepped, so that a GAN's two optimizers share their rounds.
+    a is the anchor (the global parameters), y_i worker i's parameters; without an outer optimizer a becomes the mean
+    itself. The mean of K equal values is the value up to rounding: what no worker moves may change by K units in its
+    last place, once, and not in every round. In the steps between syncs nothing at all is communicated. With manual
+    optimization a local step is a batch in which any optimizer stepped, so that a GAN's two optimizers share their
+    rounds.
 
     A worker that does what the others do not (saves, validates, stops, logs a reduced metric) is a `DisagreementError`
     on all that says what it did: before whatever else is sent, a message of fixed length names it. After a resume,
-    settings of the strategy that the script has changed take effect; those of local optimizers and schedules are the
-    checkpoint's, as always in Lightning. A warning names each.
+    settings of the strategy that the script has changed take effect; those of local optimizers and their schedules are
+    the checkpoint's, as always in Lightning. A warning names each.
 
     Args:
-        local_steps: H >= 1 in optimizer steps, or a schedule (`QSR`, or a callable from `RoundInfo` to an integer);
-            begin with 16, or the least H with which a sync costs a tenth of the time, which
-            `python -m lightning_lopt.costs` prints.
+        local_steps: H >= 1 in optimizer steps, or a schedule (`QSR`, or a callable from `RoundInfo` to an integer; with
+            a memory, a `StatefulSchedule`); begin with 16, or the least H with which a sync costs a tenth of the time,
+            which `python -m lightning_lopt.costs` prints.
         outer_optimizer: Function that makes a torch optimizer from parameter groups, e.g.
             `partial(torch.optim.AdamW, lr=1e-3)`; the gradient of its parameters is the averaged pseudo-gradient. None
             averages.
@@ -161,7 +165,7 @@ class LocalSGD(DDPStrategy):
 
     | tensor                                                        | rule                                             |
     |---------------------------------------------------------------|--------------------------------------------------|
-    | parameter in training                                         | outer step on the workers' mean; or `"local"`    |
+    | parameter in training: held by an optimizer, `requires_grad`  | outer step on the workers' mean; or `"local"`    |
     | parameter that was trained and is frozen                      | `"mean"`, without an outer step                  |
     | parameter of an EMA teacher                                   | `"mean"`, from its first change on               |
     | parameter that never changes                                  | not sent, no memory                              |
@@ -172,15 +176,19 @@ class LocalSGD(DDPStrategy):
     | histograms, scales and zero points of `torch.ao`              | `"first"`                                        |
     | names in `_ddp_params_and_buffers_to_ignore`                  | `"local"`                                        |
 
-    Counts need `"sum_of_changes"`, queues of unit vectors `"local"` or `"first"`; where values look like these and have
-    no rule of their own, a warning says so once. Buffers and teachers may be reassigned, resized and registered late,
-    on all workers in the same round. In the round in which a teacher first changes, its last synced values are not
-    known: evaluation of the anchor and a resume with another number of workers see a worker's own. Checkpoints hold
-    `"local"` tensors of every worker; their `state_dict` has rank 0's.
+    Counts need `"sum_of_changes"`, masks `"min"` or `"max"`, queues and memories of samples `"local"` or `"first"`;
+    where values look like these and have no rule of their own, a warning says so once. Buffers and teachers may be
+    reassigned, resized and registered late, on all workers in the same round. What hooks change in them after a sync is
+    combined where somebody looks, and at the end of the fit; what they write into buffers during a validation stays. In
+    the round in which a teacher first changes, its last synced values are not known: evaluation of the anchor and a
+    resume with another number of workers see a worker's own. Checkpoints hold `"local"` tensors of every worker; their
+    `state_dict` has rank 0's.
 
     Weights that are loaded, re-initialised or pruned before the fit's first step (`on_fit_start`) or before the first
     step after a sync become the global ones; all workers must write the same. Within a round, and where a sync sends
-    only a part or overlaps, call `adopt_weights()`: otherwise the change counts as progress of the local steps.
+    only a part or overlaps, call `adopt_weights()`: otherwise the change counts as progress of the local steps. Where
+    weights are clipped to a box, an outer step may leave it: clip in `on_train_batch_end`. Optimizers can be given
+    groups, and not be replaced, within a fit.
 
     Source: McMahan et al. 1602.05629; Stich 1805.09767.
 
@@ -278,6 +286,7 @@ class LocalSGD(DDPStrategy):
         self._is_set_up = False
         self._uneven: UnevenInputs | None = None
         self._stepped = False  # an optimizer did, in this batch
+        self._step_hook: RemovableHandle | None = None
         self._loaders = ResumableLoaders()
         self._writer = CheckpointWriter(self, self._workers, self._loaders)
         self._resume = Resume(self, self._workers, self._loaders)
@@ -405,12 +414,12 @@ class LocalSGD(DDPStrategy):
         schedules = [config.scheduler for config in self.lr_scheduler_configs]
         self.given = given_settings(self.optimizers, schedules)
         self.rounds = self._make_rounds(trainer)
-        if not trainer.lightning_module.automatic_optimization:
-            for optimizer in self.optimizers:  # sees those who step torch's own optimizer, too
-                optimizer.register_step_post_hook(self._note_step)
+        if not trainer.lightning_module.automatic_optimization:  # torch's own and wrapped optimizers step, too
+            self._step_hook = register_optimizer_step_post_hook(self._note_step_of)
         wrappers = trainer.lightning_module.optimizers()
         wrappers = wrappers if isinstance(wrappers, list) else [wrappers]
         self._modes.attach(self.optimizers, wrappers, self._global_weights.moving)
+        host.validate_without_inference_mode(trainer)
         host.surround_validation(trainer, self._begin_validation, self._global_weights.end_validation)
         host.enter_while_checkpointing(trainer, self._checkpointing)  # hooks `on_save_checkpoint` see them, too
         place_callbacks(self, host.callbacks_of(trainer))
@@ -452,6 +461,13 @@ class LocalSGD(DDPStrategy):
             )
 
     @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if self.num_workers > 1 and not self._trainer.interrupted:  # after the hooks of all callbacks and the module
+            with explain_lost_worker(self.timeout):
+                self._present_rounds.sync_unstepped()
+
+    @override
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
         if self.rounds is not None:
@@ -461,11 +477,28 @@ class LocalSGD(DDPStrategy):
     def teardown(self) -> None:
         self._resume.clear()
         self._modes.detach()
+        if self._step_hook is not None:
+            self._step_hook.remove()
         self._loaders.unwrap()
         self._loaders.forget()
         trainer = host.trainer_of(self.lightning_module)
         host.destroy_process_group_at_exit(trainer is not None and not trainer.interrupted)
         super().teardown()
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """Optimizers of the fit; they can be given groups, and not be replaced."""
+        return super().optimizers
+
+    @optimizers.setter
+    @override
+    def optimizers(self, optimizers: list[Optimizer]) -> None:
+        if self._is_set_up and self._is_training and [*map(id, optimizers)] != [*map(id, self.optimizers)]:
+            raise MisconfigurationException(
+                "The optimizers of a fit cannot be replaced, as rounds and outer steps follow the present ones. Change "
+                "their groups (lr, optimizer.add_param_group) and states, or fit again with others."
+            )
+        DDPStrategy.optimizers.fset(self, optimizers)  # pyright: ignore[reportOptionalCall]
 
     @property
     def _trainer(self) -> pl.Trainer:
@@ -535,8 +568,13 @@ class LocalSGD(DDPStrategy):
             self._end_step()
         return output
 
-    def _note_step(self, *_: Any) -> None:
+    def _note_step(self) -> None:
         self._stepped = True
+
+    def _note_step_of(self, optimizer: Optimizer, *_: Any) -> None:
+        """Note the step of an optimizer of this fit, or of one inside of it, which some call themselves (SAM)."""
+        if optimizer in self.optimizers or _parameters(optimizer) & set().union(*map(_parameters, self.optimizers)):
+            self._note_step()
 
     def _end_step(self) -> None:
         with explain_lost_worker(self.timeout):
@@ -594,6 +632,22 @@ class LocalSGD(DDPStrategy):
     def abandon_validation(self) -> None:
         """Give the module this worker's own weights back after an exception."""
         self._global_weights.abandon()
+
+    def check_steps(self) -> None:
+        """Say that nothing was synced in a fit.
+
+        Raises:
+            MisconfigurationException: Although weights have changed.
+        """
+        if self._present_rounds.last_report is not None:
+            return
+        replica = self._present_rounds.sync.replica
+        if self.num_workers > 1 and not self._modes.exist and replica.replaced(thorough=True):
+            raise MisconfigurationException(
+                "Weights changed in this fit, but no optimizer of configure_optimizers took a step: nothing was "
+                "synced, and each worker has its own. Step them by self.optimizers()."
+            )
+        rank_zero_info("Nothing was synced in this fit: no optimizer took a step.")
 
     def average_modes(self) -> None:
         """Let all workers end with the same weights in both modes of an optimizer that has modes."""
@@ -720,6 +774,10 @@ class LocalSGD(DDPStrategy):
                 description=f"{cls.__name__} with `start_method` '{start_method}'",
                 start_method=start_method,
             )
+
+
+def _parameters(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def _steps_so_far(trainer: pl.Trainer) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lopt.comm import CommonInteger, Communicator
+from lightning_lopt.comm import CommonInteger, Communicator, jointly
 from lightning_lopt.compression import Codec, LinearCodec
 from lightning_lopt.functional.outliers import OutlierFilter
 from lightning_lopt.functional.precision import state_dtype
@@ -205,8 +205,9 @@ class Exchange:
     def _send_all(self) -> None:
         """Replace the flat buffers and the states by their means over the workers; combine the unstepped tensors."""
         sent = self.unstepped.sent(self.status.changed)
-        averaged = {name: self._append(as_real(item.value)) for name, item in sent.items() if item.averaged}
-        self.mean_states = [self._append(state) for state in self.optimizer_states]
+        names = [name for name, item in sent.items() if item.averaged]
+        averaged = dict(zip(names, self._append([as_real(sent[name].value) for name in names]), strict=True))
+        self.mean_states = self._append(self.optimizer_states)
         for flat_buffer in self.flat_buffers.values():
             if len(flat_buffer.flat) > 1:
                 if self._comm.rank in self.left_out:
@@ -223,14 +224,16 @@ class Exchange:
     def _average_inside(self, means: Sequence[Tensor]) -> None:
         """Average over the ranks of this worker, which have each seen other data; nothing else keeps them equal."""
         if self._comm.inside_size > 1 and means:
-            flat = torch.cat([mean.flatten().double() for mean in means])
-            flat = self._comm.inside_total(flat) / self._comm.inside_size
-            for mean, value in zip(means, flat.split([m.numel() for m in means]), strict=True):
-                mean.copy_(value.view_as(mean))
+            totals = jointly([mean.double() for mean in means], lambda flat: flat.copy_(self._comm.inside_total(flat)))
+            for mean, total in zip(means, totals, strict=True):
+                mean.copy_(total / self._comm.inside_size)
 
-    def _append(self, extra: Tensor) -> Tensor:
-        (view,) = self.flat_buffers[state_dtype(extra)].append([extra])
-        return view
+    def _append(self, extras: Sequence[Tensor]) -> list[Tensor]:
+        views: dict[int, Tensor] = {}
+        for dtype, flat_buffer in self.flat_buffers.items():
+            of_type = [i for i, extra in enumerate(extras) if state_dtype(extra) == dtype]
+            views |= zip(of_type, flat_buffer.append([extras[i] for i in of_type]), strict=True)
+        return [views[i] for i in range(len(extras))]
 
     def _send(self, flat_buffer: FlatBuffer) -> None:
         """Replace a flat buffer by its mean over the workers."""

@@ -137,12 +137,11 @@ class FlatBuffer:
 
     def append(self, extras: Sequence[Tensor]) -> list[Tensor]:
         """Append tensors of any floating-point type, and return their views."""
-        views = []
-        for tensor in extras:
-            start = len(self.flat)
-            self.flat = self._storage[: start + tensor.numel()]
-            views.append(self.flat[start:].view(tensor.shape))
-            views[-1].copy_(tensor)
+        start, sizes = len(self.flat), [tensor.numel() for tensor in extras]
+        self.flat = self._storage[: start + sum(sizes)]
+        views = [part.view(t.shape) for part, t in zip(self.flat[start:].split(sizes), extras, strict=True)]
+        for view, tensor in zip(views, extras, strict=True):
+            view.copy_(tensor)
         return views
 
     def state_dict(self) -> dict[str, Any]:

@@ -99,8 +99,14 @@ class SyncOptions:
     sync_rules: Mapping[str, Rule] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if isinstance(self.selection, type) or not hasattr(self.effective_selection, "pick"):
-            raise ValueError(f"selection must be Fragments(...) or any Selection, not {self.selection!r}.")
+        names = ("pick", "num_turns", "whole_tensors", "partial")
+        missing = [name for name in names if not hasattr(self.effective_selection, name)]
+        if isinstance(self.selection, type) or missing:
+            lacks = f", which lacks {' and '.join(missing)}" if 0 < len(missing) < len(names) else ""
+            raise ValueError(
+                "selection must be Fragments(...), RandomCoordinates(...) or any Selection (an object with pick, "
+                f"num_turns, whole_tensors and partial), not {self.selection!r}{lacks}."
+            )
         if self.selection is not None and self.density != 1:
             raise ValueError("density is short for selection=RandomCoordinates(density): give one of the two.")
         overlap_steps = as_integer(self.overlap_steps, least=0)

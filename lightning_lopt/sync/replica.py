@@ -114,6 +114,10 @@ class Replica:
         """Parameters that are or were trained, but those that stay a worker's own."""
         return [p for p in self.parameters() if p.trained and not p.local]
 
+    def anchored(self) -> list[AnchoredParameter]:
+        """Parameters that have an anchor."""
+        return [p for p in self.parameters() if p.has_anchor]
+
     def _is_stepped(self, parameter: Tensor) -> bool:
         held = self._held.get(id(parameter))
         return held is not None and held.trained
@@ -123,8 +127,8 @@ class Replica:
         named = [*self._model.named_parameters(), *self._model.named_buffers()]
         return {name: self._rules.of(name, tensor) for name, tensor in named}
 
-    def unused_rules(self) -> list[str]:
-        """The user's patterns that fit no name."""
+    def unused_rules(self) -> dict[str, str | None]:
+        """The user's patterns that fit no name, each with a name that is near, if there is one."""
         return self._rules.unused(list(self.rules()))
 
     def common_tensors(self) -> list[tuple[str, Tensor]]:
@@ -142,8 +146,18 @@ class Replica:
         self.note_versions()
 
     def add_new_groups(self) -> list[list[AnchoredParameter]]:
-        """Take up the groups that the optimizer was given since the last call, and return them."""
-        groups = self._optimizer.param_groups[len(self.groups) :]
+        """Take up the groups that the optimizer was given since the last call, and return them.
+
+        Raises:
+            ValueError: An earlier group has other parameters than before.
+        """
+        groups = self._optimizer.param_groups
+        if any([id(p.param) for p in a] != [*map(id, b["params"])] for a, b in zip(self.groups, groups, strict=False)):
+            raise ValueError(
+                "A group of the local optimizer has other parameters than before, which would have no outer step: give "
+                "it new ones by optimizer.add_param_group."
+            )
+        groups = groups[len(self.groups) :]
         names = {id(p): name for name, p in self._model.named_parameters()} if groups else {}
         new = [[self._hold(p, names.get(id(p))) for p in group["params"]] for group in groups]
         self.groups += new
@@ -192,11 +206,6 @@ class Replica:
             self._optimizer.state.get(p.param, {}).clear()
 
     # -- global values --------------------------------------------------------------------------------------------
-
-    def anchor_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Each parameter and buffer with a copy of its value at the last sync."""
-        pairs = [(p.param, p.anchor.clone()) for p in self.parameters() if p.has_anchor]
-        return pairs + self.unstepped.pairs()
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -29,6 +29,7 @@ class RoundReport:
         left_out: Number of workers that were left out, since their pseudo-gradients were not finite or far larger than
             the others'; if all were, the round was skipped and the anchor kept.
         fell_back: Whether the outer step was refused and the workers were averaged instead.
+        partial: Whether only a part of the model was sent, of which drift and norm are.
     """
 
     round_idx: int
@@ -42,6 +43,7 @@ class RoundReport:
     sync_seconds: float
     left_out: int
     fell_back: bool
+    partial: bool
 
 
 def explain_outliers(exchange: Exchange) -> str:

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_lopt.comm import Communicator
+from lightning_lopt.comm import Communicator, jointly
 from lightning_lopt.sync import spectral_norm
 
 Rule = Literal["mean", "unit_mean", "max", "min", "sum_of_changes", "first", "local"]
@@ -89,9 +90,10 @@ class Rules:
         """Whether a tensor stays a worker's own."""
         return self._by_user(name) == "local"
 
-    def unused(self, names: Sequence[str]) -> list[str]:
-        """The user's patterns that match none of the names."""
-        return [pattern for pattern in self._patterns if not any(fnmatchcase(name, pattern) for name in names)]
+    def unused(self, names: Sequence[str]) -> dict[str, str | None]:
+        """The user's patterns that match none of the names, each with a name that is near, if there is one."""
+        unused = [pattern for pattern in self._patterns if not any(fnmatchcase(name, pattern) for name in names)]
+        return {pattern: _near(pattern, names) for pattern in unused}
 
     def _by_user(self, name: str) -> Rule | None:
         for pattern, rule in self._patterns.items():
@@ -114,6 +116,11 @@ class Rules:
             if rule := _RULES_BY_CLASS.get(cls, {}).get(own_name):
                 return rule
         return None
+
+
+def _near(pattern: str, names: Sequence[str]) -> str | None:
+    endings = [name for name in names if fnmatchcase(name, f"*{pattern}")]
+    return next(iter(endings or get_close_matches(pattern, names, 1)), None)
 
 
 def _has_fractions(tensor: Tensor) -> bool:
@@ -205,13 +212,9 @@ def combine(items: Sequence[Contribution], comm: Communicator, left_out: Sequenc
             chosen = [i for i, item in enumerate(items) if _way(item) == (largest, dtype)]
             if not chosen:
                 continue
-            sent = [_sent(items[i], comm, kept).flatten() for i in chosen]
-            flat = torch.cat(sent)
-            if largest:
-                comm.max_(flat)
-            else:
-                comm.sum_(flat)
-            for i, value in zip(chosen, flat.split([s.numel() for s in sent]), strict=True):
+            sent = [_sent(items[i], comm, kept) for i in chosen]
+            received = jointly(sent, comm.max_ if largest else comm.sum_)
+            for i, value in zip(chosen, received, strict=True):
                 results[i] = _received(items[i], value, len(kept) * comm.inside_size)
     return [results[i] for i in range(len(items))]
 
@@ -243,23 +246,22 @@ def _received(item: Contribution, value: Tensor, num_kept: int) -> Tensor:
     elif item.rule in ("mean", "unit_mean"):
         value = value.double() / num_kept
     elif item.rule == "sum_of_changes" and item.synced is not None:
-        value = value + as_real(item.synced).to(value.dtype).flatten()
+        value = value + as_real(item.synced).to(value.dtype)
     return item.settled(value)
 
 
-def warn_if_spoiled(name: str, own: Tensor, result: Tensor, rule: Rule) -> bool:
+def warn_if_spoiled(name: str, own: Contribution, result: Tensor) -> bool:
     """Warn of a tensor that a rule chosen by its type may have spoiled, and name the rules to set.
 
     Args:
         name: Name of the tensor.
-        own: This worker's values.
+        own: This worker's values, and the rule.
         result: Global values.
-        rule: The rule that made them.
 
     Returns:
         Whether there was something to warn of.
     """
-    reason = next(_reasons(own, result), None)
+    rule, reason = own.rule, next(_reasons(own.value, own.synced, result), None)
     if reason is None:
         return False
     what, advice = reason
@@ -272,7 +274,7 @@ def warn_if_spoiled(name: str, own: Tensor, result: Tensor, rule: Rule) -> bool:
     return True
 
 
-def _reasons(own: Tensor, result: Tensor) -> Iterator[tuple[str, str]]:
+def _reasons(own: Tensor, synced: Tensor | None, result: Tensor) -> Iterator[tuple[str, str]]:
     if own.shape != result.shape or own.numel() == 0 or own.is_complex() or own.dtype == torch.bool:
         return
     own, result = own.double(), result.double()
@@ -281,7 +283,11 @@ def _reasons(own: Tensor, result: Tensor) -> Iterator[tuple[str, str]]:
     if bool(own.isinf().any()):
         yield "holds infinities", "'max' or 'min'"
     if bool((own == own.round()).all()) and bool((own != 0).any()):
-        yield "holds whole numbers", "'sum_of_changes' for counts, or 'local'"
+        yield "holds whole numbers", "'sum_of_changes' for counts, 'max' or 'min' for masks, or 'local'"
+    if synced is not None and own.ndim > 1:
+        written = (own != synced.double()).flatten(1).any(1)
+        if bool(written.any()) and not bool(written.all()):
+            yield "holds rows of which only some were written, as those of a queue or memory", "'local' or 'first'"
     for dim in {0, own.ndim - 1} if own.ndim and own.numel() > 1 else ():
         filled = own.norm(dim=dim) > 0
         units = (own.norm(dim=dim)[filled] - 1).abs() < 1e-3

@@ -13,7 +13,7 @@ import torch
 
 from lightning_lopt.comm import CommonInteger, Communicator, Difference, DisagreementError
 
-NUM_ROWS = 8  # integers per worker
+NUM_ROWS = 9  # integers per worker
 
 _SAME_STEPS = (
     "All workers must take the same number of steps in a round: check for unequal data per worker, a learning rate "
@@ -58,7 +58,8 @@ UNSTEPPED = CommonInteger(
 NEW_WEIGHTS = CommonInteger(
     "the weights that were put in place of the global ones",
     "Whoever replaces weights must give all workers the same: load the same file on each, and draw new values from the "
-    "same seed.",
+    "same seed. Noise of each worker's own may be added after the first step of a round. If nobody replaced weights, "
+    "an optimizer stepped that is not one of configure_optimizers, or not by self.optimizers().",
 )
 COMMON = (
     ROUND,
@@ -154,6 +155,7 @@ class WorkerStatus:
         step_seconds: Seconds per local step, 0 if unknown.
         norm: Norm of its pseudo-gradient.
         lr: Learning rate that schedules read, 0 if unknown.
+        round_seconds: Seconds of its last round, 0 if unknown.
         stops: Whether it was told to end its training, by `trainer.should_stop`.
         uneven: Whether the workers may be unequally far, so that it answers syncs where its point does.
     """
@@ -164,6 +166,7 @@ class WorkerStatus:
     step_seconds: float = 0.0
     norm: float = 0.0
     lr: float = 0.0
+    round_seconds: float = 0.0
     stops: bool = False
     uneven: bool = False
 
@@ -240,7 +243,7 @@ def gather_status(
     num_workers, points = comm.num_workers, list(SyncPoint)
     settings = settings or LocalSettings()
     rows = [0] * (NUM_ROWS * num_workers)
-    floats = [own.speed_share, own.step_seconds, own.norm, own.lr]
+    floats = [own.speed_share, own.step_seconds, own.norm, own.lr, own.round_seconds]
     flags = own.stops + 2 * own.uneven
     at = points.index(own.point)
     rows[comm.rank :: num_workers] = [own.local_steps, at, len(points) - at, flags, *map(to_integer, floats)]
@@ -341,8 +344,9 @@ def _causes(workers: Sequence[WorkerStatus], differences: Sequence[Difference] =
         )
     points = {worker.point for worker in workers}
     if len(points) > 1 or differences:
+        said = {difference.integer.advice for difference in differences}
         for causing, advice in _ADVICE:
-            if points & causing:
+            if points & causing and advice not in said:
                 yield advice
         if any(worker.uneven for worker in workers):
             yield _UNEVEN

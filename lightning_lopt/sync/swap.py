@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Swap:
     """Tensors of a model that show other values for a while; their own values are set aside.
+
+    A buffer that is written meanwhile keeps what was written, as one does that the module reassigns.
 
     Args:
         copying: Whether to write into the memory of the tensors, which others may share, rather than to point them to
@@ -29,6 +31,7 @@ class Swap:
     def __init__(self, *, copying: bool = False, after: Callable[[], object] = lambda: None) -> None:
         self._copying, self._after = copying, after
         self._aside: list[tuple[Tensor, Tensor]] = []
+        self._versions: list[int] = []  # of the tensors as they show the other values; none while they show their own
 
     @property
     def active(self) -> bool:
@@ -45,6 +48,7 @@ class Swap:
             if id(target) not in shown:
                 self._aside.append((target, self._own(target)))
             self._show(target, value.to(target.dtype))
+        self._note_versions()
         self._after()
 
     def _own(self, target: Tensor) -> Tensor:
@@ -58,12 +62,21 @@ class Swap:
 
     def exchange(self) -> None:
         """Exchange the values that are shown and those that are set aside."""
+        showed, self._versions = self._versions, []
+        if showed and not self._copying:
+            pairs = zip(self._aside, showed, strict=True)
+            self._aside = [p for p, seen in pairs if isinstance(p[0], nn.Parameter) or p[0]._version == seen]
         for i, (target, aside) in enumerate(self._aside):
             self._aside[i] = target, self._own(target)
             self._show(target, aside)
+        if not showed:
+            self._note_versions()
         self._after()
+
+    def _note_versions(self) -> None:
+        self._versions = [target._version for target, _ in self._aside]
 
     def undo(self) -> None:
         """Give the tensors their own values back."""
         self.exchange()
-        self._aside.clear()
+        self._aside, self._versions = [], []

@@ -108,7 +108,12 @@ class Sync:
         self.replica.adopt()
         self.replica.unstepped.adopt()
         if comm.is_first and (unused := self.replica.unused_rules()):
-            warnings.warn(f"sync_rules {unused} fit no parameter or buffer that there is now.", stacklevel=2)
+            near = ", ".join(repr(name) for name in unused.values() if name)
+            warnings.warn(
+                f"sync_rules {[*unused]} fit no parameter or buffer that there is now. Patterns match full names"
+                + (f", such as {near}." if near else "."),
+                stacklevel=2,
+            )
         self._selection = drawn_ahead(options.effective_selection)
         self._shards = Shards(comm) if options.sharded else None
         self._outer_step, self._total = None, Total(comm, self._shards)
@@ -259,6 +264,7 @@ class Sync:
             sync_seconds=exchange.launch_seconds + done - start,
             left_out=len(exchange.left_out),
             fell_back=result.fell_back,
+            partial=self._options.effective_selection.partial and not exchange.everything,
         )
 
     def check(self, status: WorkerStatus, equal: Mapping[CommonInteger, int | None] | None = None) -> None:
@@ -402,9 +408,12 @@ class Sync:
             state.copy_(mean)
         if self._options.local_state == "reset":
             self.replica.reset_local_states(s.parameter for s in exchange.slices)
+        self._apply_unstepped(exchange)
+
+    def _apply_unstepped(self, exchange: Exchange) -> None:
         if self._comm.is_first:
             self.replica.unstepped.warn_of_spoiled(exchange.unstepped, exchange.arrived)
-        anchors = {p: p.anchor for p in self.replica.parameters() if p.has_anchor}
+        anchors = {p: p.anchor for p in self.replica.anchored()}
         self.replica.unstepped.merge(exchange.unstepped, self.replica.renewed(exchange.arrived, anchors))
 
     def _reset_diverged_worker(self, exchange: Exchange) -> None:
@@ -417,29 +426,41 @@ class Sync:
     # -- global weights -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def swap_in(self, weights: EvalWeights) -> None:
+    def swap_in(self, weights: EvalWeights, *, unstepped_alone: bool = False) -> None:
         """Put the global weights and their buffers into the model, until `swap.undo`.
 
         Args:
             weights: `"anchor"`, the last synced ones, needs no communication; `"mean"` averages the workers as they
                 are now, and all of them must call it.
+            unstepped_alone: Whether the parameters in training are the global ones as they are.
         """
         if self.swap.active:
             return
         self.replica.pull()
-        exchange = self._exchange_weights() if weights == "mean" else None
+        parameters = [] if unstepped_alone else self.replica.anchored()
+        exchange = self._exchange_weights(parameters) if weights == "mean" else None
         if exchange is None or exchange.skipped:
-            self.swap.put(self.replica.anchor_pairs())
+            pairs = [(p.param, p.anchor.clone()) for p in parameters]
+            self.swap.put(pairs + self.replica.unstepped.pairs())
         else:
             means = {s.parameter: mean for s, mean in exchange.means()}
-            pairs: list[tuple[Tensor, Tensor]] = [(p.param, mean) for p, mean in means.items()]
-            self.swap.put(pairs + self.replica.unstepped.pairs(self.replica.renewed(exchange.arrived, means)))
+            weights_of = {p: p.anchor for p in self.replica.anchored()} | means
+            pairs = [(p.param, mean) for p, mean in means.items()]
+            self.swap.put(pairs + self.replica.unstepped.pairs(self.replica.renewed(exchange.arrived, weights_of)))
+
+    @torch.no_grad()
+    def sync_unstepped(self) -> None:
+        """Sync what no optimizer steps, where hooks have changed it since the last sync; all workers must call it."""
+        self.replica.pull()
+        exchange = self._exchange_weights([])
+        self._apply_unstepped(exchange)
+        self.replica.push()
 
     @torch.no_grad()
     def average_workers(self) -> None:
         """Give every worker the mean of their weights and optimizer states; anchors stay as they are."""
-        parameters = [p for p in self.replica.parameters() if p.has_anchor]
-        exchange = self._exchange_weights(self.replica.local_states(parameters))
+        parameters = self.replica.anchored()
+        exchange = self._exchange_weights(parameters, self.replica.local_states(parameters))
         if exchange.skipped:
             return
         for state, mean in zip(exchange.optimizer_states, exchange.mean_states, strict=True):
@@ -447,10 +468,9 @@ class Sync:
         for s, mean in exchange.means():
             s.write(s.parameter.param, mean)
 
-    def _exchange_weights(self, states: Sequence[Tensor] = ()) -> Exchange:
-        """Average the workers' present weights, buffers and states of local optimizers, and change nothing."""
+    def _exchange_weights(self, parameters: Sequence[AnchoredParameter], states: Sequence[Tensor] = ()) -> Exchange:
+        """Average parameters, buffers and states of local optimizers as they are now, and change nothing."""
         self.wait()
-        parameters = [p for p in self.replica.parameters() if p.has_anchor]
         exchange = Exchange(
             comm=self._comm,
             device=self.device,

@@ -168,8 +168,7 @@ class UnsteppedTensors:
         for name in arrived.keys() - self._judged:
             self._judged.add(name)
             if self._rules.stated(name) is None:
-                own = launched.items[name].value
-                warn_if_spoiled(name, own, arrived[name], self._rules.of(name, own))
+                warn_if_spoiled(name, launched.items[name], arrived[name])
 
     # -- global values --------------------------------------------------------------------------------------------
 
@@ -177,11 +176,12 @@ class UnsteppedTensors:
         """Each present tensor with a value of its name.
 
         Args:
-            values: Values by name; by default copies of those at the last sync.
+            values: Values by name; by default copies of those at the last sync, as far as tensors have changed.
         """
         present = self.present()
         if values is None:
-            values = self.synced_state()
+            changed = [n for n, synced in self._synced.items() if n in present and not _same(present[n], synced)]
+            values = {name: self._synced[name].clone() for name in changed}
         return [(present[name], value) for name, value in values.items() if name in present]
 
     def restore(self) -> None:
@@ -235,14 +235,21 @@ def with_own_memory(name: str, tensor: Tensor) -> Tensor:
         tensor: A buffer or a parameter.
 
     Raises:
-        ValueError: The tensor is sparse or quantised.
+        ValueError: The tensor is sparse, quantised, or was made in inference mode.
     """
+    if tensor.is_inference():
+        raise ValueError(
+            f"{name} was made under torch.inference_mode, and nothing may be written into it: make it under "
+            "torch.no_grad."
+        )
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise ValueError(
             f"{name} is {tensor.dtype} with the layout {tensor.layout}; workers can exchange dense tensors only. "
             f"sync_rules={{{name!r}: 'local'}} keeps it each worker's own."
         )
-    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+    if not tensor.is_contiguous() and any(
+        size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ):
         tensor.data = tensor.data.contiguous()
     return tensor
 

@@ -6,10 +6,12 @@ import copy
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 from lightning_lopt.comm import Communicator
 from lightning_lopt.rounds import Rounds
+from lightning_lopt.schedules import RoundInfo
 from lightning_lopt.sync.replica import OptimizerLike
 from lightning_lopt.sync.report import RoundReport
 from lightning_lopt.sync.rules import Rule
@@ -52,6 +54,8 @@ class VirtualRounds:
             return make(shared_module.model(rank), shared_module.optimizer(rank, optimizer), comm=comm)
 
         self.workers: list[Rounds] = self._group.run([partial(make_one, rank) for rank in range(size)])
+        for rank, rounds in enumerate(self.workers):
+            rounds.ask_schedule = partial(self._ask_schedule, rank)
 
     # -- attributes -----------------------------------------------------------------------------------------------
 
@@ -129,6 +133,11 @@ class VirtualRounds:
         """See `Rounds.rules`."""
         return self.workers[0].rules()
 
+    def _ask_schedule(self, rank: int, info: RoundInfo) -> Any:
+        """Call the schedule, which may remember the call, once for all workers."""
+        answer = self.workers[0].schedule(info) if rank == 0 else None
+        return self._group.join(rank, answer, itemgetter(0))
+
     # -- all workers together -------------------------------------------------------------------------------------
 
     def _together(self, work: Callable[[Rounds], Any]) -> list[Any]:
@@ -174,6 +183,10 @@ class VirtualRounds:
     def undo_rounding(self) -> None:
         """See `Rounds.undo_rounding`."""
         self._together(Rounds.undo_rounding)
+
+    def sync_unstepped(self) -> None:
+        """See `Rounds.sync_unstepped`."""
+        self._together(Rounds.sync_unstepped)
 
     def average_workers(self) -> None:
         """See `Rounds.average_workers`."""

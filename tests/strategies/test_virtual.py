@@ -29,6 +29,7 @@ from tests.processes import run_workers
 from tests.strategies.checkpoint.test_resume import SaveEverywhere
 from tests.strategies.support import Classifier, flat, loader, trainer
 from tests.strategies.test_models import Gan
+from tests.sync_support import WhileDriftIsSmall
 
 
 class Double(Classifier):
@@ -144,6 +145,7 @@ RESUMED = {
     "in flight": (partial(LOSCAR, 4, overlap_steps=2, density=0.3), Classifier),
     "learned": (partial(LearnedLocalSGD, 3, network=AdaMLP(seed=0), compression=TopK(0.2)), Classifier),
     "sharded": (partial(LearnedLocalSGD, 3, network=AdaMLP(seed=0), sharded=True), Classifier),
+    "schedule that listens": (lambda **options: LocalSGD(WhileDriftIsSmall(0.6, 1), **options), Classifier),
 }
 
 

@@ -33,6 +33,7 @@ from tests.processes import run_workers
         ({"density": 0.5, "selection": Fragments(2)}, "one of the two"),
         ({"selection": 4}, "selection must be"),
         ({"selection": Fragments}, "selection must be"),
+        ({"selection": types.SimpleNamespace(pick=len, num_turns=1)}, "which lacks whole_tensors and partial"),
         ({"compression": "int4"}, "compression must be"),
         ({"compression": 8}, "compression must be"),
         ({"compression": TopK}, "compression must be"),

@@ -127,6 +127,12 @@ SPOILED = {
         "holds whole numbers.*their maximum.*'sum_of_changes'",
     ),
     "float counts": (torch.tensor([3.0, 4.0]), torch.tensor([4.0, 4.0]), "mean", "whole numbers.*their mean"),
+    "a memory": (
+        torch.tensor([[0.5, 0.7], [0.0, 0.0]]),
+        torch.tensor([[0.4, 0.3], [0.0, 0.0]]),
+        "mean",
+        "rows of which only some were written.*'local' or 'first'",
+    ),
     "extremes": (
         torch.tensor([0.5, -torch.inf]),
         torch.tensor([0.7, -torch.inf]),
@@ -139,7 +145,7 @@ SPOILED = {
 @pytest.mark.parametrize(("own", "result", "rule", "match"), SPOILED.values(), ids=SPOILED)
 def test_values_that_a_rule_by_type_spoils(own, result, rule, match):
     with pytest.warns(UserWarning, match=match):
-        assert warn_if_spoiled("queue", own, result, rule)
+        assert warn_if_spoiled("queue", Contribution(rule, own, torch.zeros_like(own)), result)
 
 
 @pytest.mark.parametrize(
@@ -156,4 +162,4 @@ def test_values_that_a_rule_by_type_spoils(own, result, rule, match):
 def test_usual_values_are_silent(own, result):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not warn_if_spoiled("running_mean", own, result, "mean")
+        assert not warn_if_spoiled("running_mean", Contribution("mean", own), result)

@@ -32,6 +32,20 @@ def test_the_first_own_value_comes_back():
     assert not swap.active
 
 
+def test_a_buffer_that_is_written_meanwhile_keeps_it():
+    """Also where it is written between two exchanges; a parameter does not."""
+    buffers, weight, swap = [torch.zeros(1) for _ in range(3)], nn.Parameter(torch.zeros(1)), Swap()
+    swap.put([(t, torch.ones(1)) for t in [*buffers, weight]])
+    buffers[0] += 1
+    swap.exchange()
+    assert [t.item() for t in buffers] == [2.0, 0.0, 0.0]
+    swap.exchange()
+    buffers[1] += 2
+    weight.data += 2
+    swap.undo()
+    assert [t.item() for t in [*buffers, weight]] == [2.0, 3.0, 0.0, 0.0]
+
+
 def _swap(rank, make_comm):
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
     nn.init.zeros_(model[0].weight)

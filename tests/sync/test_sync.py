@@ -29,6 +29,7 @@ from lightning_lopt.sync.status import SyncPoint, WorkerStatus
 from tests.conftest import VECTORS
 from tests.processes import run_cases, run_workers
 from tests.sync_support import Given, Point, flat, move
+from tests.threads import run_threads
 
 CASES = [f"density{density}_q{q}" for density in ("0.1", "0.5", "1.0") for q in ("0", "1", "3", "mix")]
 
@@ -284,3 +285,23 @@ def test_resumes_bitwise_from_every_step(resumed_runs, name):
     for resumed, whole in ends:
         assert torch.equal(resumed, whole)
     assert not torch.equal(ends[0][1], ends[1][1])  # in mid-round
+
+
+def _unmoved(rank, make_comm):
+    model = Point(torch.randn(2000, generator=torch.Generator().manual_seed(0)))
+    rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=0.0), 1, comm=make_comm())
+    seen = [model.x.detach().clone()]
+    for _ in range(30):
+        rounds.step()
+        seen.append(model.x.detach().clone())
+    return seen
+
+
+@pytest.mark.parametrize("num_workers", [2, 3, 5, 6, 7])
+def test_what_no_worker_moves_is_rounded_once(num_workers):
+    """A sum of K equal values, over K, is off by a few units in the last place, and a fixed point soon."""
+    seen = run_threads(_unmoved, num_workers)[0]
+    first, after_ten, last = seen[0], seen[10], seen[30]
+    assert torch.equal(after_ten, last)
+    assert ((last - first) / first).abs().max() <= num_workers * torch.finfo(last.dtype).eps
+    assert torch.equal(first, last) == (num_workers == 2)

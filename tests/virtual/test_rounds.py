@@ -59,11 +59,11 @@ def processes():
     return run_cases(_process, 2, {name: (name,) for name in OPTIONS})
 
 
-def _virtual(name):
+def _virtual(name, local_steps=4):
     outer, options = OPTIONS[name]
     model, optimizer = _model()
     shared_module = SharedModule(model, [optimizer], 2)
-    make = partial(Rounds, local_steps=4, outer_optimizer=outer, options=options)
+    make = partial(Rounds, local_steps=local_steps, outer_optimizer=outer, options=options)
     return model, optimizer, shared_module, VirtualRounds(make, shared_module, optimizer)
 
 
@@ -82,6 +82,19 @@ def test_two_virtual_workers_are_bitwise_two_processes(processes, name):
         shared_module.activate(rank)
         for ours, theirs in zip(model.state_dict().values(), expected, strict=True):
             assert torch.equal(ours, theirs)
+
+
+def test_a_schedule_is_asked_once_for_all_workers():
+    """So that one that remembers, in whatever way, returns the same to all."""
+    calls = []
+
+    def schedule(info):
+        calls.append(info.step)
+        return len(calls)
+
+    _train(*(virtual := _virtual("average", schedule)), range(7))
+    assert calls == [0, 1, 3, 6]
+    assert [worker.round_idx for worker in virtual[-1].workers] == [3, 3]
 
 
 def test_finishing_and_abandoning_are_for_all_workers():

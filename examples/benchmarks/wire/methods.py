@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from lightning_lopt import costs
-from lightning_lopt.costs import DDP, Round, data_parallel
+from lightning_lopt.compression import PowerSGD
+from lightning_lopt.costs import DDP, Parameters, Round, data_parallel, number_of
 from lightning_lopt.network import AdaMLP
 from lightning_lopt.optim import LearnedOptimizer
 from lightning_lopt.worker_speeds import Speeds, WorkerSpeeds
@@ -34,7 +35,9 @@ class Method(costs.Method):
         """Argument `worker_speeds` of `Rounds`, for workers with these times per local step."""
         return [1 / seconds for seconds in step_seconds] if self.pace == "given" else self.pace
 
-    def round_of_worker(self, local_steps: int, parameters: int, step_seconds: Sequence[float], rank: int) -> Round:
+    def round_of_worker(
+        self, local_steps: int, parameters: Parameters, step_seconds: Sequence[float], rank: int
+    ) -> Round:
         """Model of a round of one worker, given the times of a local step on all workers."""
         num_workers = len(step_seconds)
         pace = WorkerSpeeds(
@@ -62,6 +65,7 @@ _SPARSE = {"density": 0.25}
 METHODS = {
     "Local SGD": Method(),
     "int8": Method({"compression": "int8"}),
+    "PowerSGD": Method({"compression": PowerSGD(4)}),
     "overlap": Method(overlap=5 / 8),
     "LOSCAR": Method(_SPARSE, overlap=1 / 4),
     "LOpt-A": Method(outer=_lopt),
@@ -80,13 +84,15 @@ METHODS |= FOR_UNEQUAL_SPEEDS
 NAMES = [DDP, *METHODS]
 
 
-def round_of(name: str, local_steps: int, parameters: int, step_seconds: Sequence[float], rank: int = 0) -> Round:
+def round_of(
+    name: str, local_steps: int, parameters: Parameters, step_seconds: Sequence[float], rank: int = 0
+) -> Round:
     """Model of a round of a method; a round of DDP is one step.
 
     Args:
         name: Name of the method, one of `NAMES`.
         local_steps: Number of local steps of the fastest worker, H >= 1.
-        parameters: Number of parameters of the model.
+        parameters: Number of parameters of the model, or the shapes of their tensors, which PowerSGD needs.
         step_seconds: Seconds of a local step on each worker.
         rank: Rank of the worker.
 
@@ -98,5 +104,5 @@ def round_of(name: str, local_steps: int, parameters: int, step_seconds: Sequenc
         [12, 4]
     """
     if name == DDP:
-        return data_parallel(4 * parameters, len(step_seconds))
+        return data_parallel(4 * number_of(parameters), len(step_seconds))
     return METHODS[name].round_of_worker(local_steps, parameters, step_seconds, rank)

@@ -23,7 +23,16 @@ from examples.benchmarks.report import machine, read_rows
 from examples.benchmarks.wire.methods import DDP, FOR_UNEQUAL_SPEEDS, NAMES, USUAL, round_of
 from examples.benchmarks.wire.namespaces import run_linked, run_local, why_not
 from examples.benchmarks.wire.worker import Setup, ViT, load
-from lightning_lopt.costs import Round, hidden_share, local_steps_that_pay, rate_where_equal, round_seconds, table
+from lightning_lopt.costs import (
+    Parameters,
+    Round,
+    hidden_share,
+    local_steps_that_pay,
+    number_of,
+    rate_where_equal,
+    round_seconds,
+    table,
+)
 
 RATES = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)
 Rows = Sequence[Mapping[str, Any]]
@@ -36,10 +45,10 @@ class Measured:
         setup: Settings of the run.
         rows: Rows of this method, in order.
         step_seconds: Seconds of a local step without any sync, on each worker.
-        parameters: Number of parameters of the model.
+        parameters: Number of parameters of the model, or the shapes of their tensors.
     """
 
-    def __init__(self, setup: Setup, rows: Rows, step_seconds: Sequence[float], parameters: int) -> None:
+    def __init__(self, setup: Setup, rows: Rows, step_seconds: Sequence[float], parameters: Parameters) -> None:
         self.name, self.link, self._rows = rows[0]["method"], setup.link, rows
         rounds = [
             round_of(self.name, setup.local_steps, parameters, step_seconds, rank) for rank in range(len(step_seconds))
@@ -163,7 +172,8 @@ def read(path: Path) -> tuple[Setup, list[Measured]]:
     for row in rows:
         by_method[row["method"]].append(row)
     step_seconds = [statistics.median(times) for times in zip(*(row["step_seconds"] for row in rows), strict=True)]
-    return setup, [Measured(setup, rows, step_seconds, header["parameters"]) for rows in by_method.values()]
+    parameters = header.get("shapes", header["parameters"])
+    return setup, [Measured(setup, rows, step_seconds, parameters) for rows in by_method.values()]
 
 
 def report(path: Path, target: float | None, png: Path | None) -> None:
@@ -249,11 +259,12 @@ def main(args: argparse.Namespace) -> None:
         if not all(setup.stretched) and set(setup.methods) & {*FOR_UNEQUAL_SPEEDS}:
             raise SystemExit("Paced methods need a positive --step-seconds for every worker, which tells its speed.")
         model = ViT(load(setup.data)[0].shape[-1], setup.width, setup.depth)
-        parameters = sum(p.numel() for p in model.parameters())
+        shapes = [[*p.shape] for p in model.parameters()]
         args.out.parent.mkdir(parents=True, exist_ok=True)
         header = {
             "setup": asdict(replace(setup, out=args.out.name, data=setup.data and "fashion-mnist")),
-            "parameters": parameters,
+            "parameters": number_of(shapes),
+            "shapes": shapes,
             "machine": machine(),
         }
         args.out.write_text(json.dumps(header) + "\n")

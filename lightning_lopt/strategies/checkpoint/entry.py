@@ -7,7 +7,7 @@
 | `num_parts` | number of parts: one per process or virtual worker, so several per worker with `ranks_per_worker` |
 | `given` | settings of local optimizers and learning rate schedules as the script gave them, as texts |
 | `sharded` | whether the ranks of a worker share a model |
-| `rounds` | state that all workers share: counters, anchors, the outer state (`Rounds.state_dict`); empty if sharded |
+| `rounds` | state that all workers share (`Rounds.state_dict`): counters, anchors, the outer state; empty if sharded |
 | `parts` | list of the states that single processes or virtual workers have for themselves, while they are small |
 | `files` | `{"token": ...}` where each part lies in a file of its own beside the checkpoint |
 

@@ -24,6 +24,7 @@ from lightning_lopt.strategies.checkpoint.atomic import AtomicCheckpointIO
 from tests.processes import run_workers
 from tests.strategies.support import Classifier, flat, loader, trainer
 from tests.strategies.test_models import Accumulates, Gan
+from tests.sync_support import WhileDriftIsSmall
 
 
 class Trace(pl.Callback):
@@ -154,6 +155,10 @@ def _own_generator():
     return DataLoader(loader(48).dataset, 4, shuffle=True, generator=torch.Generator().manual_seed(5))
 
 
+def _listening(**options):
+    return LocalSGD(WhileDriftIsSmall(0.6, local_steps=1), **options)
+
+
 short = partial(loader, 48)  # 6 batches per epoch on 2 workers
 EVERY_STEP = {
     "average": (partial(LocalSGD, 4), {}, short),
@@ -161,6 +166,7 @@ EVERY_STEP = {
     "nesterov": (partial(DiLoCo, 4), {"max_steps": 11, "max_epochs": -1}, short),
     "learned": (partial(LearnedLocalSGD, 3, network=AdaMLP(seed=0)), {}, short),
     "schedule": (partial(LocalSGD, QSR(alpha=0.142, base_steps=1)), {}, short),
+    "schedule that listens": (_listening, {"everywhere": True}, short),
     "accumulate": (partial(SlowMo, 2), {"accumulate_grad_batches": 2, "max_epochs": 3}, partial(loader, 56)),
     "everywhere": (partial(SlowMo, 4), {"val_check_interval": 2, "everywhere": True, "max_epochs": 3}, short),
     "everywhere, by steps": (partial(SlowMo, 4), {"max_steps": 17, "max_epochs": -1, "everywhere": True}, short),
