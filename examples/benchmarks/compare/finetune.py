@@ -1,9 +1,11 @@
-"""Fine-tune a pre-trained text encoder with virtual workers: who of four authors wrote a passage of an unseen book.
+"""Fine-tune a pre-trained text encoder with virtual workers: who of four authors wrote a passage.
 
-All methods start from the same weights, and see the same passages in the same order: DDP as batches of all workers. Of
-each held-out book, settings are searched for on the first half, and compared on the second. Local SGD and DDP search
-for a learning rate, SlowMo and DiLoCo at Local SGD's for options; LearnedLocalSGD runs at Local SGD's as it is. The
-seconds are those of the network model (`lightning_lopt.costs`), from local and outer steps that are timed in turn.
+All methods start from the same weights, and see the same passages in the same order: DDP as batches of all workers.
+They are compared on other passages of the books that they train on (`loss`, `accuracy`) and on books of the same
+authors that they never see (`unseen loss`, `unseen accuracy`). Settings are searched for by the loss on further
+passages of the first kind: learning rates of Local SGD and DDP, and at Local SGD's the options of SlowMo and DiLoCo;
+LearnedLocalSGD runs at Local SGD's as it is. The seconds are those of the network model (`lightning_lopt.costs`), from
+local and outer steps that are timed in turn.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ AUTHORS = {  # of the books in each file, in order
     "test": "Doyle Stevenson",
 }
 TOKENS, CHARACTERS = 64, 450  # of a passage; so many characters are more tokens than that
-PASSAGES, HELD_OUT = 400, 48  # of each author to train on, and of each half of a held-out book
+PASSAGES, HELD_OUT = 400, 50  # of each author, to train on and to evaluate with
 BATCH_SIZE = 8  # per worker
 RATES = (2e-4, 5e-4)  # learning rates of the search
 OUTER: dict[str, tuple[Callable[..., Any] | None, list[dict[str, float]]]] = {  # with options, the usual ones first
@@ -52,6 +54,7 @@ OUTER: dict[str, tuple[Callable[..., Any] | None, list[dict[str, float]]]] = {  
     "LearnedLocalSGD": (LearnedOptimizer, [{}]),
 }
 METHODS = [DDP, *OUTER]
+METRICS = ("loss", "accuracy", "unseen loss", "unseen accuracy")
 TUNING_SEED = 1000
 QUIET = {
     "logger": False,
@@ -80,11 +83,12 @@ class AuthorClassifier(L.LightningModule):
         tokens, mask, labels = batch
         return self.model(input_ids=tokens, attention_mask=mask, labels=labels).loss
 
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: list[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         tokens, mask, labels = batch
         output = self.model(input_ids=tokens, attention_mask=mask, labels=labels)
         accuracy = (output.logits.argmax(-1) == labels).float().mean()
-        self.log_dict({"loss": output.loss, "accuracy": accuracy}, prog_bar=True)
+        books = ("", "unseen ")[dataloader_idx]
+        self.log_dict({f"{books}loss": output.loss, f"{books}accuracy": accuracy}, add_dataloader_idx=False)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), self.lr, weight_decay=0.01, fused=True)
@@ -96,43 +100,45 @@ class AuthorClassifier(L.LightningModule):
 
 
 def load_passages(model: str, folder: Path) -> dict[str, TensorDataset]:
-    """Tokens, mask and author of the passages to train on (`train`), of the search (`valid`), and of the comparison.
+    """Tokens, mask and author of passages: to train on, of the same books to search and compare, of unseen books.
 
     Args:
         model: Name or folder of the tokenizer.
         folder: Folder that holds the novels, train.txt, valid.txt and test.txt, at any depth.
+
+    Returns:
+        Passages of the splits `train`, `search`, `compare` and `unseen`.
     """
     from transformers import AutoTokenizer  # an extra
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    found: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    texts: dict[tuple[bool, str], str] = defaultdict(str)
     for file, names in AUTHORS.items():
         books = find(folder, f"{file}.txt")[0].read_text().strip().split("\n\n")
         for book, name in zip(books, names.split(), strict=True):
-            if name not in CLASSES:
-                continue
-            label = CLASSES.index(name)
-            begin = len(book) // 50  # past the title, the author and the contents
-            if file == "train":
-                count = PASSAGES // names.split().count(name)
-                found["train"] += [(text, label) for text in _passages(book[begin:], count)]
-            else:
-                middle = len(book) // 2
-                for split, half in (("valid", book[begin:middle]), ("test", book[middle:])):
-                    found[split] += [(text, label) for text in _passages(half, HELD_OUT)]
+            texts[file == "train", name] += book[len(book) // 50 :]  # past the title, the author and the contents
+    found: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    step = PASSAGES // HELD_OUT
+    for label, name in enumerate(CLASSES):
+        passages = _passages(texts[True, name], 2 * PASSAGES)
+        between = passages[1::2]
+        splits = {"train": passages[::2], "search": between[::step], "compare": between[step // 2 :: step]}
+        splits["unseen"] = _passages(texts[False, name], HELD_OUT)
+        for split, chosen in splits.items():
+            found[split] += [(passage, label) for passage in chosen]
     datasets = {}
     for split, pairs in found.items():
-        texts, labels = zip(*pairs, strict=True)
+        chosen, labels = zip(*pairs, strict=True)
         options = {"truncation": True, "max_length": TOKENS, "padding": "max_length", "return_tensors": "pt"}
-        encoded = tokenizer(list(texts), **options)
+        encoded = tokenizer(list(chosen), **options)
         datasets[split] = TensorDataset(encoded["input_ids"], encoded["attention_mask"], torch.tensor(labels))
     return datasets
 
 
-def _passages(text: str, count: int) -> Iterable[str]:
+def _passages(text: str, count: int) -> list[str]:
     """Evenly spaced passages, each from the beginning of a word."""
-    for start in torch.linspace(0, len(text) - 2 * CHARACTERS, count).long().tolist():
-        yield text[start : start + CHARACTERS].split(" ", 1)[1]
+    starts = torch.linspace(0, len(text) - 2 * CHARACTERS, count).long().tolist()
+    return [text[start : start + CHARACTERS].split(" ", 1)[1] for start in starts]
 
 
 def _outer(method: str, options: Mapping[str, float]) -> Callable[..., Any] | None:
@@ -147,7 +153,7 @@ class Curve(L.Callback):
         self.points: list[dict[str, float]] = []
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        metrics = {name: round(float(trainer.callback_metrics[name]), 5) for name in ("loss", "accuracy")}
+        metrics = {name: round(float(value), 5) for name, value in trainer.callback_metrics.items()}
         self.points.append({"steps": trainer.global_step, **metrics})
 
 
@@ -200,7 +206,8 @@ class Run:
             **QUIET,
         )
         start = time.perf_counter()
-        trainer.fit(module, train, DataLoader(data["valid" if self.stage == "search" else "test"], 64))
+        evaluate = ["search"] if self.stage == "search" else ["compare", "unseen"]
+        trainer.fit(module, train, [DataLoader(data[split], 64) for split in evaluate])
         seconds = round(time.perf_counter() - start, 1)
         return {
             "parameters": sum(p.numel() for p in module.parameters()),
@@ -262,7 +269,7 @@ class Runner:
         self._append({"stage": "times", "step_seconds": step_seconds, "outer_seconds": outer_seconds, **machine()})
 
     def search(self) -> dict[str, Run]:
-        """Best run of each method by its loss on the first halves of the held-out books."""
+        """Best run of each method by its loss on the passages for the search."""
         num_workers, local_steps = self._args.num_workers[0], self._args.local_steps[0]
         steps = self._args.passages // (2 * num_workers * BATCH_SIZE)
         first = Run("search", DDP, RATES[0], num_workers, 1, steps, TUNING_SEED)
@@ -328,8 +335,7 @@ def summary(rows: Sequence[Mapping[str, Any]], mbit: float) -> list[dict[str, An
                     "method": method,
                     "setting": f"lr={runs[0]['local_lr']:g} {options}".strip(),
                     "seeds": len(runs),
-                    "loss": _show([point["loss"] for point in last]),
-                    "accuracy": _show([point["accuracy"] for point in last]),
+                    **{name: _show([point[name] for point in last]) for name in METRICS},
                     "rounds": last[0]["rounds"],
                     "MB sent": last[0]["MB sent"],
                     "s, modelled": last[0]["seconds"],

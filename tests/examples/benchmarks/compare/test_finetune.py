@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import transformers
@@ -16,29 +17,31 @@ from examples.benchmarks.compare import finetune
 from examples.benchmarks.compare.finetune import AUTHORS, BATCH_SIZE, CLASSES, DDP, METHODS, Run, points, summary
 from examples.benchmarks.report import read_rows
 
+WORDS = 6_000  # of a book: enough for passages that do not touch
 
-def _words(file: str, index: int) -> list[str]:
-    """Words that only this half of a book has."""
-    return [f"{file}{index}{half}" for half in "ab"]
+
+@pytest.fixture(scope="module", autouse=True)
+def _fewer_passages():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "PASSAGES", 40)
+        patch.setattr(finetune, "HELD_OUT", 5)
+        yield
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tokenizer with a word for each half of each book, an encoder of width 8, and the books."""
+    """A tokenizer of numbers, an encoder of width 8, and books that count on from the one before."""
     folder = tmp_path_factory.mktemp("novels")
-    words = [
-        "[PAD]",
-        "[UNK]",
-        *(w for f, names in AUTHORS.items() for i in range(len(names.split())) for w in _words(f, i)),
-    ]
+    words = ["[PAD]", "[UNK]", *(str(number) for number in range(100_000, 100_000 + 21 * WORDS))]
     vocabulary = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     vocabulary.pre_tokenizer = Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="[PAD]", unk_token="[UNK]")
     tokenizer.save_pretrained(folder)
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
+    numbers = iter(words[2:])
     for file, names in AUTHORS.items():
-        books = [f"{a} " * 500 + f"{b} " * 500 for a, b in (_words(file, i) for i in range(len(names.split())))]
+        books = [" ".join(islice(numbers, WORDS)) for _ in names.split()]
         (folder / f"{file}.txt").write_text("\n\n".join(books))
     return folder
 
@@ -49,15 +52,24 @@ def data(folder):
 
 
 def test_no_split_has_passages_of_another(data):
-    seen = {split: set(dataset.tensors[0].unique().tolist()) - {0, 1} for split, dataset in data.items()}
-    assert not seen["train"] & seen["valid"]
-    assert not seen["train"] & seen["test"]
-    assert len(seen["valid"] & seen["test"]) == 0
-    counts = {
-        split: Counter(CLASSES[label] for label in dataset.tensors[2].tolist()) for split, dataset in data.items()
-    }
-    assert counts["train"] == dict.fromkeys(CLASSES, finetune.PASSAGES)
-    assert counts["valid"] == counts["test"] == dict.fromkeys(CLASSES, finetune.HELD_OUT)
+    words = {split: set(dataset.tensors[0].unique().tolist()) - {0, 1} for split, dataset in data.items()}
+    assert sum(map(len, words.values())) == len(set.union(*words.values()))
+    counts = {split: Counter(dataset.tensors[2].tolist()) for split, dataset in data.items()}
+    assert counts.pop("train") == dict.fromkeys(range(4), finetune.PASSAGES)
+    assert counts == {split: dict.fromkeys(range(4), finetune.HELD_OUT) for split in ("search", "compare", "unseen")}
+
+
+def test_unseen_books_are_of_the_same_authors(data):
+    books = {"train": {}, "unseen": {}}  # of each author, by the numbers in them
+    for split, of_author in books.items():
+        tokens, _, labels = data[split].tensors
+        for row, label in zip(tokens.tolist(), labels.tolist(), strict=True):
+            of_author.setdefault(CLASSES[label], set()).add((row[0] - 2) // WORDS)
+    order = [name for names in AUTHORS.values() for name in names.split()]
+    for name in CLASSES:
+        of_name = {index for index, author in enumerate(order) if author == name}
+        assert books["train"][name] == {index for index in of_name if index < 17}
+        assert books["unseen"][name] == {index for index in of_name if index >= 17}
 
 
 def test_all_methods_see_the_same_passages(folder, data, monkeypatch):
@@ -103,12 +115,9 @@ def test_the_best_of_the_search_is_that_of_the_lowest_loss(folder, tmp_path, mon
     losses = {5e-4: 1.0, 2e-4: 3.0, 0.5: 0.7, 0.2: 0.6, 0.7: 0.8}
 
     def train(run, model, data, eval_steps):
-        key = run.options.get("momentum", run.local_lr)
-        return {
-            "parameters": 1,
-            "run_seconds": 0.0,
-            "curve": [{"steps": 1, "loss": losses.get(key, 9.0), "accuracy": 0}],
-        }
+        loss = losses.get(run.options.get("momentum", run.local_lr), 9.0)
+        point = {**dict.fromkeys(finetune.METRICS, 0.5), "steps": 1, "loss": loss}
+        return {"parameters": 1, "run_seconds": 0.0, "curve": [point]}
 
     monkeypatch.setattr(Run, "train", train)
     out = tmp_path / "runs.jsonl"
@@ -122,7 +131,7 @@ def test_the_best_of_the_search_is_that_of_the_lowest_loss(folder, tmp_path, mon
 def test_costs_are_those_of_the_network_model():
     times = {"stage": "times", "step_seconds": 0.5, "outer_seconds": {"LearnedLocalSGD": 3.0}}
     row = {"stage": "final", "parameters": 10**6, "num_workers": 2, "local_lr": 0.1, "options": {}, "seed": 0}
-    row["curve"] = [{"steps": 16, "loss": 1.0, "accuracy": 0.5}]
+    row["curve"] = [{"steps": 16, **dict.fromkeys(finetune.METRICS, 0.5)}]
     (ddp,) = points({**row, "method": DDP, "local_steps": 1}, times, mbit=100)
     (ours,) = points({**row, "method": "LearnedLocalSGD", "local_steps": 8}, times, mbit=100)
     assert (ddp["rounds"], ours["rounds"]) == (16, 2)
