@@ -59,7 +59,7 @@ def advise(history: History) -> str:
     Args:
         history: Metrics of each round of the fit, see `RoundMonitor`.
     """
-    last, steps = history[-1], median(row["rounds/local_steps"] for row in history)
+    last, steps = history[-1], max(1.0, median(row["rounds/local_steps"] for row in history))
     refused, left_out = int(last["rounds/fell_back"]), int(last["rounds/left_out"])
     if refused or left_out:
         what = f"{left_out} workers were left out and {refused} outer steps refused"
@@ -102,8 +102,10 @@ def summarize(history: History, gradient_bytes: float, num_workers: int) -> str:
     names = ("seconds", "sync_seconds", "waited_seconds", "outer_seconds")
     seconds, syncs, waited, outer = (sum(row[f"rounds/{name}"] for row in history) for name in names)
     sent = history[-1]["rounds/bytes_sent"]
-    less = ddp_bytes(steps, gradient_bytes, num_workers) / sent if sent else 1.0
-    sending = f"{sent / 1e6:.3g} MB by each worker, 1/{less:.3g} of what DDP sends in as many steps" if sent else "0"
+    less = ddp_bytes(steps, gradient_bytes, num_workers) / sent if sent else 0.0
+    sending = f"{sent / 1e6:.3g} MB by each worker" + (
+        f", 1/{less:.3g} of what DDP sends in as many steps" * (less > 0)
+    )
     lengths = sorted({int(row["rounds/local_steps"]) for row in history})
     drifts = dict.fromkeys(f"{history[i]['rounds/drift']:.3g}" for i in (0, len(history) // 2, -1))
     shares = f"waiting {waited / seconds:.0%}, outer steps {outer / seconds:.0%}".replace("%", " %")

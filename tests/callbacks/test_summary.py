@@ -60,7 +60,11 @@ def test_few_rounds_are_no_trend():
 def test_what_was_sent():
     """Two workers would send all gradients in each of 256 steps, 256 times 1 MB; ours sent 4 MB."""
     assert "4 MB by each worker, 1/64 of what DDP sends" in summarize(_history(), 1e6, num_workers=2)
-    assert "sent     0" in summarize(_history(bytes_sent=0.0), 1e6, num_workers=1)
+    assert "sent     0 MB by each worker\n" in summarize(_history(bytes_sent=0.0), 1e6, num_workers=1)
+
+
+def test_a_worker_without_data():
+    assert "sent     4 MB by each worker\n" in summarize(_history(local_steps=0.0), 1e6, num_workers=2)
 
 
 def test_overlapped_transfers_take_no_time():

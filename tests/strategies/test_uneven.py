@@ -455,7 +455,7 @@ PARTED = {  # keyword arguments of the fit on each worker, and what the error sa
     ),
     "an average of weights": (
         {"by_rank": [{"callbacks": [EMAWeightAveraging()]}, {}]},
-        ["disagree on the collective and its tensors", "must be logged on all workers"],
+        [AT(0, "collective in a validation"), AT(1, "evaluation of the workers' mean")],
     ),
     "a metric": (
         {"module": _LogsOnOne},
