@@ -63,8 +63,9 @@ class Communicator:
 
     Args:
         timeout: Time after which a collective fails that some worker does not join; None for torch's default.
-        ranks_per_worker: Number of consecutive ranks that are one worker, with the same parameters at all times. The
-            first of them talks to the other workers, and tells the rest.
+        ranks_per_worker: Number of consecutive ranks that are one worker, with the same parameters at all times. In a
+            mean each of them sends its share of the values; else the first talks to the other workers. They tell the
+            rest.
         by_column: Whether the ranks of a worker hold different parts of one model instead, so that each talks to the
             same rank of the other workers, and they add up inside what belongs to the whole.
         backend: Object with the collectives of `torch.distributed` by their names; a `VirtualGroup` for workers in
@@ -73,9 +74,9 @@ class Communicator:
     Attributes:
         num_workers: K.
         rank: Rank of this worker among the workers.
-        bytes_sent: Bytes that this worker has sent, by the ring algorithms' count: 2(K-1)/K of the payload for an
-            all-reduce, (K-1)/K for an all-to-all, K-1 payloads for an all-gather, one payload on rank 0 for a
-            broadcast.
+        bytes_sent: Bytes that this rank has sent to other workers, by the ring algorithms' count: 2(K-1)/K of the
+            payload for an all-reduce, (K-1)/K for an all-to-all, K-1 payloads for an all-gather, one payload on rank 0
+            for a broadcast.
         num_collectives: Number of collectives so far.
 
     Raises:
@@ -111,15 +112,17 @@ class Communicator:
         self._world: dist.ProcessGroup | None = None
         if world > 1:
             self._world = self._new_group([list(range(world))])
-        self._group, self._inside = self._world, None
-        self._island: dist.ProcessGroup | None = None  # this rank's worker, if each rank has a column of its own
-        if ranks_per_worker > 1 and by_column:
+        self._group = self._column = self._world  # of those that talk to other workers; of the same rank of each worker
+        self._inside: dist.ProcessGroup | None = None  # the ranks of this worker, if they hold the same
+        self._island: dist.ProcessGroup | None = None  # the ranks of this worker, if they hold different parts
+        if ranks_per_worker > 1:
             # Groups of their own: a sync in flight must not queue among the collectives of the training step.
-            self._group = self._new_group([list(range(r, world, ranks_per_worker)) for r in range(ranks_per_worker)])
-            self._island = self.new_group_inside()
-        elif ranks_per_worker > 1:
-            self._group = self._new_group([list(range(0, world, ranks_per_worker))])
-            self._inside = self.new_group_inside()
+            self._column = self._new_group([list(range(r, world, ranks_per_worker)) for r in range(ranks_per_worker)])
+            inside = self.new_group_inside()
+            if by_column:
+                self._group, self._island = self._column, inside
+            else:
+                self._group, self._inside = self._column if rank % ranks_per_worker == 0 else None, inside
         self.bytes_sent = 0
         self.num_collectives = 0
 
@@ -165,6 +168,11 @@ class Communicator:
         return 1 if self._island is None else self._ranks_per_worker
 
     @property
+    def ranks_sharing(self) -> int:
+        """Number of ranks of a worker that hold the same values, of each mean of which they send a share."""
+        return 1 if self._inside is None else self._ranks_per_worker
+
+    @property
     def inside_rank(self) -> int:
         """Number of this rank among them."""
         return 0 if self._island is None else self._dist.get_rank(self._island)
@@ -175,6 +183,34 @@ class Communicator:
             values = values.clone()
             self._dist.all_reduce(values, group=self._island)
         return values
+
+    def any_inside(self, flag: bool, device: torch.device) -> bool:
+        """Whether a flag is set on any rank of a worker whose ranks hold different parts.
+
+        Args:
+            flag: Flag of this rank.
+            device: Device on which the process group communicates.
+        """
+        return flag if self._island is None else bool(self.inside_total(torch.tensor(float(flag), device=device)))
+
+    def averages_inside(self, device: torch.device) -> bool:
+        """Whether the backend's mean over the ranks of this worker is one.
+
+        gloo refuses it in some releases of torch, and in others its reduce-scatter returns the sum (pytorch#162338).
+
+        Args:
+            device: Device on which the process group communicates.
+        """
+        if self._island is None:
+            return True
+        size = self.inside_size
+        share, values = torch.empty(1, device=device), torch.full((size,), float(self.inside_rank), device=device)
+        reduce_scatter = getattr(self._dist, "reduce_scatter_single", None) or self._dist.reduce_scatter_tensor
+        try:
+            reduce_scatter(share, values, op=dist.ReduceOp.AVG, group=self._island)
+        except RuntimeError:
+            return False
+        return share.item() == (size - 1) / 2
 
     def gather_inside(self, item: Any) -> list[Any]:
         """Gather picklable objects of the ranks of this worker, in their order, on each of them."""
@@ -212,11 +248,20 @@ class Communicator:
 
     def mean_(self, flat: Tensor) -> None:
         """Replace a contiguous tensor by its mean over the workers, bitwise the same on all of them."""
-        if self._group is not None:
+        if self._inside is None:
+            self._mean_(flat)
+            return
+        shares = flat.tensor_split(self._ranks_per_worker)
+        self._mean_(shares[self._dist.get_rank(self._inside)])
+        for rank, share in enumerate(shares):
+            if len(share):
+                self._dist.broadcast(share, group=self._inside, group_src=rank)
+
+    def _mean_(self, flat: Tensor) -> None:
+        if self._column is not None and len(flat):
             self._count(flat, 2 * (self.num_workers - 1) / self.num_workers)
-            self._dist.all_reduce(flat, group=self._group)
+            self._dist.all_reduce(flat, group=self._column)
             flat.div_(self.num_workers)
-        self._share(flat)
 
     def means(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Average each of several tensors of one device over the workers, in one all-reduce of their common type."""

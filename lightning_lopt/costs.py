@@ -18,6 +18,7 @@ import argparse
 import math
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -511,8 +512,9 @@ class Costs:
         axes = figure.subplots()
         steps = sorted({round(2 ** (i / 4)) for i in range(41)})
         for name in METHODS:
-            axes.plot(steps, [self.seconds_per_step(self.round(name, h)) for h in steps], label=name)
-        axes.axhline(self.seconds_per_step(self.ddp), color="black", linestyle="--", label=DDP)
+            dashed = "--" if METHODS[name].worker_grads else "-"  # some have the costs of others
+            axes.plot(steps, [self.seconds_per_step(self.round(name, h)) for h in steps], dashed, label=name)
+        axes.axhline(self.seconds_per_step(self.ddp), color="black", linestyle=":", label=DDP)
         title = f"{self._args.params:g} parameters, {self._args.workers} workers, {self._link.mbit:g} Mbit/s"
         axes.set(xlabel="H", ylabel="seconds per local step", xscale="log", yscale="log", title=title)
         axes.legend(fontsize="small")
@@ -531,14 +533,14 @@ RoundMonitor measures all of it: rounds/transfer_seconds, rounds/outer_seconds, 
 
 
 def _positive(text: str) -> float:
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
+    with suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a positive number, such as 16, 0.5 or 5.4e6")
 
 
 def _not_negative(text: str) -> float:
-    return 0.0 if float(text) == 0 else _positive(text)
+    return 0.0 if text.strip("0.") == "" else _positive(text)
 
 
 def _count(text: str) -> int:

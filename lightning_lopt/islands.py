@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lightning_lopt.comm import Communicator
 from lightning_lopt.functional.balance import least_loaded
+
+SUMS_SINCE = "2.8"  # set_force_sum_reduction_for_comms
 
 
 class Box(NamedTuple):
@@ -41,9 +42,9 @@ class Box(NamedTuple):
         """The piece that this rank has of a tensor: all of it where it is not distributed."""
         if not isinstance(tensor, DTensor):
             return cls.whole(tensor)
-        shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        assert tuple(shape) == tuple(tensor.to_local().shape)
-        return cls(torch.Size(shape), tuple(offset))
+        (chunk,) = tensor.__create_chunk_list__()  # the documented protocol of distributed checkpoints
+        assert chunk.sizes == tensor.to_local().shape
+        return cls(chunk.sizes, tuple(chunk.offsets))
 
     @classmethod
     def whole(cls, tensor: Tensor) -> Box:
@@ -150,8 +151,13 @@ class Held:
         return [{**g, "params": [self.held[p] for p in g["params"] if p in self.held]} for g in groups]
 
     @property
-    def state(self) -> dict[Tensor, dict[str, Any]]:
-        return {self.held[p]: state for p, state in self._optimizer.state.items() if p in self.held}
+    def state(self) -> Any:
+        """States of the local optimizer, by the module's own parameters."""
+        return self._optimizer.state
+
+    def optimized(self) -> dict[Tensor, str]:
+        """All parameters of the local optimizer with their names, those that other ranks hold included."""
+        return {p: self._names[p] for group in self._optimizer.param_groups for p in group["params"]}
 
     def layout(self) -> Layout:
         """Pieces of the model on this rank."""
@@ -162,10 +168,6 @@ class Held:
             {self._names[p]: shards[self._names[p]] if self.shares_memory else Box.whole(p) for p in self.held},
             shards,
         )
-
-    def full_numel(self, held: Tensor) -> int:
-        """Number of elements of the whole tensor to which a held tensor belongs."""
-        return next((p.numel() for p, own in self.held.items() if own is held), held.numel())
 
     def pull(self) -> None:
         """Bring what is held up to date with the module."""
@@ -183,11 +185,11 @@ class LocalShards(Held):
 
     def __init__(self, module: nn.Module, optimizer: Any, comm: Communicator) -> None:
         super().__init__(module, optimizer, comm)
-        self.held = {p: nn.Parameter(_local(p), p.requires_grad) for p in self._names}
+        self.held = {p: nn.Parameter(local_shard(p), p.requires_grad) for p in self._names}
 
     def pull(self) -> None:
         for parameter, held in self.held.items():
-            local = _local(parameter)
+            local = local_shard(parameter)
             if held.data_ptr() != local.data_ptr():  # FSDP or a load put another tensor in its place
                 held.data = local
 
@@ -217,7 +219,7 @@ class WholeTensors(Held):
 
     @torch.no_grad()
     def pull(self) -> None:
-        outgoing = [[_local(p) for p in owned] for owned in self._owned]
+        outgoing = [[local_shard(p) for p in owned] for owned in self._owned]
         incoming = [[(p, self._box(rank, p).shape) for p in self.held] for rank in range(len(self._owned))]
         for rank, pieces in enumerate(self._exchange(outgoing, incoming)):
             for (parameter, held), piece in zip(self.held.items(), pieces, strict=True):
@@ -228,10 +230,10 @@ class WholeTensors(Held):
         self.reshard()
         ranks = range(len(self._owned))
         outgoing = [[self._box(rank, p).of_whole(held.data) for p, held in self.held.items()] for rank in ranks]
-        incoming = [[(p, _local(p).shape) for p in owned] for owned in self._owned]
+        incoming = [[(p, local_shard(p).shape) for p in owned] for owned in self._owned]
         for owned, pieces in zip(self._owned, self._exchange(outgoing, incoming), strict=True):
             for parameter, piece in zip(owned, pieces, strict=True):
-                _local(parameter).copy_(piece)
+                local_shard(parameter).copy_(piece)
 
     def _box(self, rank: int, parameter: Tensor) -> Box:
         return self._boxes[rank][self._names[parameter]]
@@ -258,7 +260,7 @@ class WholeTensors(Held):
 def to_local(tree: Any) -> Any:
     """Nested dictionaries and lists in which DTensors are replaced by copies of their local shards."""
     if isinstance(tree, DTensor):
-        return _local(tree).clone()
+        return local_shard(tree).clone()
     if isinstance(tree, Mapping):
         return {key: to_local(value) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -274,13 +276,15 @@ def to_distributed(local: Any, like: Tensor) -> Any:
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
-def is_sharded(module: Any) -> bool:
+def has_dtensors(module: Any) -> bool:
     """Whether a model has DTensors among its parameters."""
     return any(isinstance(p, DTensor) for _, p in module.named_parameters())
 
 
 def hold(module: Any, optimizer: Any, comm: Communicator, *, whole: bool) -> Held:
-    """Return the tensors of a sharded model that this rank holds.
+    """Return the tensors of a sharded model that this rank holds; all ranks must call it.
+
+    FSDP sums gradients and divides them, from now on, where the backend's mean is none.
 
     Args:
         module: Module with DTensors.
@@ -289,30 +293,67 @@ def hold(module: Any, optimizer: Any, comm: Communicator, *, whole: bool) -> Hel
         whole: Whether the outer step or the compression needs whole tensors.
 
     Raises:
-        ValueError: Each rank is a worker, or a parameter lies on ranks of several workers.
+        ValueError: Each rank is a worker, a parameter lies on ranks of several workers or is offloaded, the ranks of a
+            worker have other parameters, or gradients cannot be averaged.
     """
-    ranks = comm.ranks_inside
     for name, parameter in module.named_parameters():
-        if not isinstance(parameter, DTensor):
+        if isinstance(parameter, DTensor):
+            _check_place(name, parameter, comm.ranks_inside)
+    shards = LocalShards(module, optimizer, comm)
+    _let_gradients_be_means(module, shards.device, comm)
+    layout = shards.layout()
+    layouts = [Layout.from_state(state) for state in comm.gather_inside(layout.state_dict())]
+    if any(other.sizes != layout.sizes for other in layouts):
+        raise ValueError(
+            "The ranks of a worker have other parameters, as the stages of a pipeline: they must share each layer. "
+            "Build the same module on all of them, and shard it with fully_shard or tensor parallelism."
+        )
+    several = any(sum(o.shards[n].shape.numel() for o in layouts) > size.numel() for n, size in layout.sizes.items())
+    return WholeTensors(module, optimizer, comm) if whole or several else shards
+
+
+def _check_place(name: str, parameter: DTensor, ranks: Sequence[int]) -> None:
+    """Refuse a parameter that lies elsewhere than on the devices of one worker, which has these ranks."""
+    mesh = sorted(parameter.device_mesh.mesh.flatten().tolist())
+    if len(ranks) == 1 and len(mesh) > 1:
+        raise ValueError(
+            f"{name} is sharded over {len(mesh)} ranks (DTensor), but each process is a worker here. Give the "
+            f"ranks that share a model as ranks_per_worker={len(mesh)}, and shard over self.device_mesh in "
+            "configure_model."
+        )
+    if not set(mesh) <= set(ranks):
+        raise ValueError(
+            f"{name} is sharded over the ranks {mesh}, and this worker has the ranks {[*ranks]}: the mesh of a "
+            "DTensor must lie within one worker. Shard over self.device_mesh in configure_model."
+        )
+    if parameter.device.type != parameter.device_mesh.device_type:
+        raise ValueError(
+            f"{name} is on the device {parameter.device} and its mesh on {parameter.device_mesh.device_type}: shards "
+            "that are offloaded cannot be exchanged between workers. Leave out offload_policy, and give a worker more "
+            "ranks (ranks_per_worker) if memory is short."
+        )
+
+
+def _let_gradients_be_means(module: nn.Module, device: torch.device, comm: Communicator) -> None:
+    """Let FSDP divide sums of gradients itself where the backend's mean is none."""
+    if comm.averages_inside(device):
+        return
+    for part in module.modules():
+        if not callable(getattr(part, "reshard", None)):
             continue
-        mesh = sorted(parameter.device_mesh.mesh.flatten().tolist())
-        if len(ranks) == 1 and len(mesh) > 1:
+        force = getattr(part, "set_force_sum_reduction_for_comms", None)
+        if force is None:
             raise ValueError(
-                f"{name} is sharded over {len(mesh)} ranks (DTensor), but each process is a worker here. Give the "
-                f"ranks that share a model as ranks_per_worker={len(mesh)}, and shard over self.device_mesh in "
-                "configure_model."
+                f"The process group's backend does not average in torch {torch.__version__}, so that FSDP's gradients "
+                f"would be {comm.inside_size} times too large: use torch >= {SUMS_SINCE}, or a backend that averages "
+                "(NCCL)."
             )
-        if not set(mesh) <= set(ranks):
-            raise ValueError(
-                f"{name} is sharded over the ranks {mesh}, and this worker has the ranks {ranks}: the mesh of a "
-                "DTensor must lie within one worker. Shard over self.device_mesh in configure_model."
-            )
-    return (WholeTensors if whole else LocalShards)(module, optimizer, comm)
+        force(True)
 
 
-def _local(parameter: Tensor) -> Tensor:
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    return local.detach()
+def local_shard(tensor: Tensor) -> Tensor:
+    """The part of a tensor that lies on this rank, in the same memory: all of it where it is not distributed."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _bytes(pieces: Sequence[Tensor], device: torch.device) -> Tensor:

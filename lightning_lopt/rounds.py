@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import fields
@@ -403,12 +404,12 @@ class Rounds:
         """
         between = self.local_step == 0 and self.sync.common
         if at_start:
-            written = between and bool(self.sync.replica.replaced(thorough=True))
+            written = between and self.sync.replaced(thorough=True)
             within, written = map(bool, self.comm.agree(self.sync.device, {}, [not between, written]))
             if within:
                 return False
         else:
-            written = between and bool(self.sync.replica.replaced())
+            written = between and self.sync.replaced()
             self._looked_in = self.round_idx
         if written:
             self.adopt_present(keep_near=not at_start)
@@ -461,9 +462,11 @@ class Rounds:
         self.resumed = True
         self.equal_steps = self.equal_steps and state.get("equal_steps", True)
         self._chosen, self._figures = state.get("chosen"), _NO_FIGURES | state.get("figures", {})
-        saved = state.get("schedule")
-        if isinstance(self.schedule, StatefulSchedule) and saved and saved["kind"] == type(self.schedule).__name__:
+        saved, kind = state.get("schedule"), type(self.schedule).__name__
+        if isinstance(self.schedule, StatefulSchedule) and saved and saved["kind"] == kind:
             self.schedule.load_state_dict(saved["state"])
+        elif saved and self.comm.is_first:
+            warnings.warn(f"What {saved['kind']} remembered, in the checkpoint, is not used by {kind}.", stacklevel=2)
         seconds = state.get("seconds", [])
         if len(seconds) == self.comm.num_workers:
             self.speeds.update(seconds)

@@ -28,6 +28,10 @@ def _collectives(rank, ranks_per_worker):
     twos = [2] * comm.num_workers
     start = torch.full((2,), float(rank))
     comm.broadcast_([start])
+    before, odd, one = comm.bytes_sent, torch.arange(5.0) + comm.rank, torch.full((1,), float(comm.rank))
+    comm.mean_(odd)
+    comm.mean_(one)
+    sent = comm.bytes_sent - before
     return (
         comm.rank,
         mean[0].item(),
@@ -38,7 +42,8 @@ def _collectives(rank, ranks_per_worker):
         comm.agree(torch.device("cpu"), {CommonInteger("x"): 3}, [False, rank == 3]),
         start[0].item(),
         comm.gather_objects(rank),
-        comm.bytes_sent > 0,
+        [*odd.tolist(), *one.tolist()],
+        sent,
     )
 
 
@@ -48,7 +53,7 @@ def test_collectives_are_between_workers(ranks_per_worker, workers):
     ranks = list(range(num_workers))
     results = run_workers(_collectives, 4, ranks_per_worker)
     for rank, worker in enumerate(workers):
-        assert results[rank][:9] == (
+        assert results[rank] == (
             worker,
             sum(ranks) / num_workers,
             num_workers - 1,
@@ -58,6 +63,8 @@ def test_collectives_are_between_workers(ranks_per_worker, workers):
             [False, True],
             0.0,
             [0, 1, 2, 3] if rank == 0 else None,
+            [i + sum(ranks) / num_workers for i in (0, 1, 2, 3, 4, 0)],
+            {1: [36] * 4, 2: [12 + 4, 8, 12 + 4, 8], 4: [0] * 4}[ranks_per_worker][rank],  # each rank sends its share
         )
 
 

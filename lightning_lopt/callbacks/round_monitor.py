@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_lopt.callbacks.access import rounds_of
@@ -24,7 +24,7 @@ class RoundMonitor(Callback):
 
     * ``rounds/round``: rounds finished, in the whole run.
     * ``rounds/local_steps``: local steps of this worker in the round.
-    * ``rounds/bytes_sent``: total of this worker, with the messages by which workers agree on what comes next; rank
+    * ``rounds/bytes_sent``: total of this rank, with the messages by which workers agree on what comes next; rank
       0's includes the broadcast of the first weights.
     * ``rounds/seconds``: from the end of the round before, or the start of the fit, to the end of this one.
     * ``rounds/sync_seconds``, ``rounds/transfer_seconds``, ``rounds/outer_seconds``: of this round.
@@ -44,7 +44,7 @@ class RoundMonitor(Callback):
 
     Args:
         plot: File for a plot of norms, bytes, times and H over the rounds of the fit, drawn when it ends, such as
-            ``"rounds.png"``. Needs matplotlib.
+            ``"rounds.png"``. Needs matplotlib, which the extra `examples` installs.
 
     Attributes:
         history: One dictionary of these metrics per round, with ``step``, over all fits with this callback.
@@ -60,7 +60,9 @@ class RoundMonitor(Callback):
 
     def __init__(self, plot: str | PathLike[str] | None = None) -> None:
         self.history: list[dict[str, float]] = []
-        self._plot = plot
+        if plot is not None:
+            import matplotlib  # an extra; better missed now than when training is over  # noqa: F401
+        self._plot = None if plot is None else Path(plot)
         self._new: list[tuple[RoundReport, int, float]] = []  # with the bytes sent and the time by then
         self._first = 0  # round of this fit in the history
         self._start = self._end_of_last = 0.0
@@ -93,10 +95,17 @@ class RoundMonitor(Callback):
         rounds, history = rounds_of(trainer, self), self.history[self._first :]
         if history and trainer.is_global_zero:
             replica = rounds.sync.replica
-            gradient_bytes = sum(replica.full_numel(p) * p.param.element_size() for p in replica.trained())
+            held = sum(p.param.numel() * p.param.element_size() for p in replica.trained())
+            gradient_bytes = held / rounds.comm.ranks_sharing
             rank_zero_info(summarize(history, gradient_bytes, rounds.comm.num_workers))
             if self._plot is not None:
-                draw(history, gradient_bytes, rounds.comm.num_workers, Path(self._plot))
+                self._draw(self._plot, history, gradient_bytes, rounds.comm.num_workers)
+
+    def _draw(self, path: Path, *shown: Any) -> None:
+        try:
+            draw(*shown, path)
+        except (OSError, ValueError) as error:  # a full disk, an unknown format
+            rank_zero_warn(f"{path} was not drawn: {error}")
 
     def _log_new_rounds(self, trainer: pl.Trainer, pl_module: pl.LightningModule | None) -> None:
         new, self._new = self._new, []

@@ -9,6 +9,7 @@ from statistics import median
 
 TREND = 4  # least number of rounds in each of the halves that are compared
 GROWTH = 2.0  # factor that makes a trend; rounds differ by chance, mostly by less than a half
+RARE = 0.05  # fraction of the rounds in which something may go wrong before it is the most urgent
 SHARE = 0.1  # fraction of the time that syncs may take, as in `local_steps_that_pay` of `costs`
 
 History = Sequence[Mapping[str, float]]
@@ -61,10 +62,12 @@ def advise(history: History) -> str:
     """
     last, steps = history[-1], max(1.0, median(row["rounds/local_steps"] for row in history))
     refused, left_out = int(last["rounds/fell_back"]), int(last["rounds/left_out"])
-    if refused or left_out:
+    if refused + left_out > RARE * len(history):
         what = f"{left_out} workers were left out and {refused} outer steps refused"
         return f"{what}: lower the local learning rate, or look for faulty data."
     for name, what in (("pseudo_grad_norm", "pseudo-gradient"), ("drift", "drift")):
+        if not math.isfinite(last[f"rounds/{name}"]):
+            return f"The {what} is not finite: lower the local learning rate."
         factor = growth(history, f"rounds/{name}")
         if factor is not None and factor > GROWTH:
             return f"The {what} grows ({factor:.1f} times): lower the local learning rate{' or H' * (name == 'drift')}."
@@ -77,11 +80,11 @@ def advise(history: History) -> str:
         return f"H could be larger: with H = {wanted} syncs would take a tenth of the time; {way}."
     if wanted < steps / 2:
         return f"H could be smaller: with H = {wanted} syncs would take a tenth of the time."
-    return "None: H fits the link."
+    return "None: syncs take about a tenth of the time."
 
 
 def summarize(history: History, gradient_bytes: float, num_workers: int) -> str:
-    """Describe the rounds of a fit in five lines.
+    """Describe the rounds of a fit in six lines.
 
     Args:
         history: Metrics of each round of the fit, at least one, see `RoundMonitor`.
@@ -90,10 +93,12 @@ def summarize(history: History, gradient_bytes: float, num_workers: int) -> str:
 
     Example:
         >>> row = dict(local_steps=16, bytes_sent=4e6, seconds=2.0, sync_seconds=0.3, transfer_seconds=0.1)
-        >>> row |= dict(waited_seconds=0.1, outer_seconds=0.2, drift=0.01, fell_back=0, left_out=0)
+        >>> row |= dict(waited_seconds=0.1, outer_seconds=0.2, pseudo_grad_norm=1.0, drift=0.01)
+        >>> row |= dict(fell_back=0, left_out=0)
         >>> print(summarize([{f"rounds/{name}": x for name, x in row.items()}], 4e6, num_workers=2))
         1 rounds of 16 local steps on each of 2 workers, in 2 s
-          sent     4 MB by each worker, 1/16 of what DDP sends in as many steps
+          sent     4 MB by each process, 1/16 of what DDP sends in as many steps
+          seconds  0.106 per local step, 0.2 per outer step
           syncs    15 % of the time: waiting 5 %, outer steps 10 %
           drift    0.01
           advice   H could be larger: with H = 26 syncs would take a tenth of the time; mostly the outer step.
@@ -103,22 +108,27 @@ def summarize(history: History, gradient_bytes: float, num_workers: int) -> str:
     seconds, syncs, waited, outer = (sum(row[f"rounds/{name}"] for row in history) for name in names)
     sent = history[-1]["rounds/bytes_sent"]
     less = ddp_bytes(steps, gradient_bytes, num_workers) / sent if sent else 0.0
-    sending = f"{sent / 1e6:.3g} MB by each worker" + (
-        f", 1/{less:.3g} of what DDP sends in as many steps" * (less > 0)
-    )
+    sending = f"{_number(sent / 1e6)} MB by each process"
+    sending += f", 1/{_number(less)} of what DDP sends in as many steps" if less else ""
+    step = (seconds - syncs) / max(steps, 1)
     lengths = sorted({int(row["rounds/local_steps"]) for row in history})
     drifts = dict.fromkeys(f"{history[i]['rounds/drift']:.3g}" for i in (0, len(history) // 2, -1))
     shares = f"waiting {waited / seconds:.0%}, outer steps {outer / seconds:.0%}".replace("%", " %")
     return "\n".join(
         [
             f"{len(history)} rounds of {'-'.join(map(str, sorted({lengths[0], lengths[-1]})))} local steps on each of "
-            f"{num_workers} workers, in {seconds:.3g} s",
+            f"{num_workers} workers, in {_number(seconds)} s",
             f"  sent     {sending}",
+            f"  seconds  {_number(step)} per local step, {_number(outer / len(history))} per outer step",
             f"  syncs    {100 * syncs / seconds:.0f} % of the time: {shares}",
             f"  drift    {' → '.join(drifts)}",
             f"  advice   {advise(history)}",
         ]
     )
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def draw(history: History, gradient_bytes: float, num_workers: int, path: Path) -> None:
@@ -142,7 +152,7 @@ def draw(history: History, gradient_bytes: float, num_workers: int, path: Path) 
     norms.set(yscale="log")
     sent.plot(rounds, [x / 1e6 for x in column["rounds/bytes_sent"]], label="sent")
     sent.plot(rounds, [ddp_bytes(x, gradient_bytes, num_workers) / 1e6 for x in steps], "--", label="DDP")
-    sent.set(yscale="log", ylabel="MB by each worker")
+    sent.set(yscale="log", ylabel="MB by each process")
     syncs, waited, outer = (column[f"rounds/{name}_seconds"] for name in ("sync", "waited", "outer"))
     local = [whole - sync for whole, sync in zip(column["rounds/seconds"], syncs, strict=True)]
     rest = [max(0.0, sync - w - o) for sync, w, o in zip(syncs, waited, outer, strict=True)]

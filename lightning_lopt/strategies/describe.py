@@ -37,7 +37,7 @@ def describe(
     settings = {f.name: getattr(options, f.name) for f in fields(SyncOptions)}
     parts = [
         f"K={num_workers}" if num_workers else "",
-        f"H={schedule.local_steps if isinstance(schedule, Constant) else schedule!r}",
+        f"H={schedule.local_steps if isinstance(schedule, Constant) else _short(schedule)}",
         f"outer_optimizer={_call(outer_optimizer)}" if outer_optimizer else "",
         *(f"{key}={_short(value)}" for key, value in settings.items() if value != getattr(default, key)),
         _bytes(num_workers, outer_optimizer, options) if num_workers else "",
@@ -69,4 +69,5 @@ def _name(thing: Callable[..., Any]) -> str:
 
 def _short(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= LONG and "\n" not in text else f"{type(value).__name__}(…)"
+    long = len(text) > LONG or "\n" in text or " at 0x" in text
+    return f"{_name(value) if callable(value) else type(value).__name__}(…)" if long else text

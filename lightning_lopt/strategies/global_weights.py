@@ -100,7 +100,7 @@ class GlobalWeights:
         weights: EvalWeights = "mean" if moved else self.weights
         if weights == "mean" and strategy.num_workers == 1:
             return  # it is this worker's own
-        parameters = {} if strategy.is_sharded else dict(trainer.lightning_module.named_parameters())
+        parameters = {} if strategy.has_islands else dict(trainer.lightning_module.named_parameters())
         own = {name: p.data_ptr() for name, p in parameters.items()}
         with explain_lost_worker(strategy.timeout):
             rounds.swap_in("anchor" if trainer.interrupted else weights, moved=moved)

@@ -659,7 +659,7 @@ def average_model_of(callback: Callback) -> nn.Module | None:
 def averages_weights(callback: Callback) -> bool:
     """Whether a callback averages weights over time; it may hold no average yet.
 
-    Reason: `WeightAveraging` is no class of Lightning 2.5, and both kinds have this attribute.
+    Reason: the callbacks that do (`average_model_of` names them) have no class in common, but this attribute.
     """
     return hasattr(callback, "_average_model")
 

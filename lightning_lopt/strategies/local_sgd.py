@@ -31,7 +31,7 @@ from typing_extensions import override
 from lightning_lopt.comm import Communicator, DisagreementError, digest
 from lightning_lopt.compression import Codec, LinearCodec
 from lightning_lopt.functional.merge import MergeRule
-from lightning_lopt.islands import is_sharded
+from lightning_lopt.islands import has_dtensors, local_shard
 from lightning_lopt.rounds import Rounds, check_combination
 from lightning_lopt.schedules import RoundInfo, as_schedule
 from lightning_lopt.selection import Selection
@@ -45,16 +45,16 @@ from lightning_lopt.strategies.checkpoint.writing import CheckpointWriter
 from lightning_lopt.strategies.describe import describe
 from lightning_lopt.strategies.errors import CheckpointError, explain_lost_worker
 from lightning_lopt.strategies.global_weights import GlobalWeights
-from lightning_lopt.strategies.joint import JointOptimizer
-from lightning_lopt.strategies.loaders import ResumableLoaders
-from lightning_lopt.strategies.modes import OptimizerModes
-from lightning_lopt.strategies.sharded import (
+from lightning_lopt.strategies.islands import (
     NOT_AFTER_EXCEPTION,
     WorkerMesh,
-    check_sharded,
+    check_islands,
     full_state_dict,
     load_full_state_dict,
 )
+from lightning_lopt.strategies.joint import JointOptimizer
+from lightning_lopt.strategies.loaders import ResumableLoaders
+from lightning_lopt.strategies.modes import OptimizerModes
 from lightning_lopt.strategies.signals import Signals
 from lightning_lopt.strategies.uneven import UnevenInputs
 from lightning_lopt.strategies.virtual import ProcessRounds, workers_of_process
@@ -178,11 +178,11 @@ class LocalSGD(DDPStrategy):
 
     Counts need `"sum_of_changes"`, masks `"min"` or `"max"`, queues and memories of samples `"local"` or `"first"`;
     where values look like these and have no rule of their own, a warning says so once. Buffers and teachers may be
-    reassigned, resized and registered late, on all workers in the same round. What hooks change in them after a sync is
-    combined where somebody looks, and at the end of the fit; what they write into buffers during a validation stays. In
-    the round in which a teacher first changes, its last synced values are not known: evaluation of the anchor and a
-    resume with another number of workers see a worker's own. Checkpoints hold `"local"` tensors of every worker; their
-    `state_dict` has rank 0's.
+    reassigned, resized and registered late, on all workers in the same round. Changes that hooks make after a sync are
+    combined where somebody looks, and at the end of the fit; values that they write into buffers during a validation
+    stay. In the round in which a teacher first changes, its last synced values are not known: evaluation of the anchor
+    and a resume with another number of workers see a worker's own. Checkpoints hold `"local"` tensors of every worker;
+    their `state_dict` has rank 0's.
 
     Weights that are loaded, re-initialised or pruned before the fit's first step (`on_fit_start`) or before the first
     step after a sync become the global ones; all workers must write the same. Within a round, and where a sync sends
@@ -326,8 +326,9 @@ class LocalSGD(DDPStrategy):
     def setup_environment(self) -> None:
         if isinstance(self.precision_plugin, FSDPPrecision | DeepSpeedPrecision):
             raise MisconfigurationException(
-                f"{type(self).__name__} keeps whole models on its workers and cannot use "
-                f"{type(self.precision_plugin).__name__}. Use Trainer(precision=...) instead of that plugin."
+                f"{type(self).__name__} cannot use {type(self.precision_plugin).__name__}: use Trainer(precision=...) "
+                "instead of that plugin. A model larger than a device is sharded by torch.distributed.fsdp.fully_shard "
+                "in configure_model; see ranks_per_worker."
             )
         self._is_set_up, self._uneven = False, None
         super().setup_environment()
@@ -348,7 +349,7 @@ class LocalSGD(DDPStrategy):
     @override
     def configure_ddp(self) -> None:
         """Workers of one rank need no wrapper, and no gradient all-reduce; `Rounds` gives all the weights of rank 0."""
-        if self.is_sharded:
+        if self.has_islands:
             self._comm = Communicator(self.timeout, self._ranks_of_worker, by_column=True)
         elif self._ranks_of_worker > 1:
             assert self._comm is not None
@@ -356,9 +357,9 @@ class LocalSGD(DDPStrategy):
             super().configure_ddp()
 
     @property
-    def is_sharded(self) -> bool:
+    def has_islands(self) -> bool:
         """Whether the ranks of a worker share one model, by DTensors."""
-        return self.lightning_module is not None and is_sharded(self.lightning_module)
+        return self.lightning_module is not None and has_dtensors(self.lightning_module)
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
@@ -406,8 +407,11 @@ class LocalSGD(DDPStrategy):
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         self._loaders.forget()
-        check_sharded(trainer, self._workers.number)
+        check_islands(trainer, self._workers.number)
         host.materialize(trainer.lightning_module, self.root_device)
+        if trainer.state.fn != TrainerFn.FITTING and self.has_islands:
+            self._set_up_evaluation(trainer)
+            return
         super().setup(trainer)  # configure_optimizers may set up the data
         if trainer.state.fn != TrainerFn.FITTING:
             return
@@ -424,6 +428,17 @@ class LocalSGD(DDPStrategy):
         host.enter_while_checkpointing(trainer, self._checkpointing)  # hooks `on_save_checkpoint` see them, too
         place_callbacks(self, host.callbacks_of(trainer))
         self._is_set_up = True
+
+    def _set_up_evaluation(self, trainer: pl.Trainer) -> None:
+        """Set up an evaluation without a fit as DDP does, which cannot send DTensors."""
+        assert self.accelerator is not None
+        assert self.model is not None
+        self.accelerator.setup(trainer)
+        self.precision_plugin.convert_module(self.model)
+        self.model_to_device()
+        comm = Communicator(self.timeout, self._ranks_of_worker, by_column=True)
+        comm.broadcast_([local_shard(t) for t in (*self.model.parameters(), *self.model.buffers())])
+        self.setup_precision_plugin()
 
     def _make_rounds(self, trainer: pl.Trainer) -> ProcessRounds:
         if lazy := [name for name, p in trainer.lightning_module.named_parameters() if is_lazy(p)]:
@@ -525,7 +540,7 @@ class LocalSGD(DDPStrategy):
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         own = super().distributed_sampler_kwargs
-        if self._mesh is not None and self.is_sharded:
+        if self._mesh is not None and self.has_islands:
             return self._mesh.sampler_kwargs()
         return self._workers.sampler_kwargs(own) if self._is_training else own
 
@@ -639,10 +654,10 @@ class LocalSGD(DDPStrategy):
         Raises:
             MisconfigurationException: Although weights have changed.
         """
-        if self._present_rounds.last_report is not None:
+        rounds = self._present_rounds
+        if rounds.last_report is not None:
             return
-        replica = self._present_rounds.sync.replica
-        if self.num_workers > 1 and not self._modes.exist and replica.replaced(thorough=True):
+        if self.num_workers > 1 and not self._modes.exist and rounds.sync.replaced(thorough=True):
             raise MisconfigurationException(
                 "Weights changed in this fit, but no optimizer of configure_optimizers took a step: nothing was "
                 "synced, and each worker has its own. Step them by self.optimizers()."
@@ -699,7 +714,7 @@ class LocalSGD(DDPStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         with self.global_weights():
-            if self.is_sharded:
+            if self.has_islands:
                 if self._trainer.interrupted:
                     raise CheckpointError(NOT_AFTER_EXCEPTION)
                 return full_state_dict(self._trainer.lightning_module)
@@ -707,7 +722,7 @@ class LocalSGD(DDPStrategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        if self.is_sharded:
+        if self.has_islands:
             host.materialize(self._trainer.lightning_module, self.root_device)
             load_full_state_dict(self._trainer.lightning_module, checkpoint["state_dict"], strict=strict)
         else:

@@ -306,13 +306,18 @@ class Exchange:
         launched = zip(state["launched"], self.slices, strict=True)
         self.launched = [y.to(s.parameter.param.device) for y, s in launched]
         self.unstepped = self.unstepped.with_values(state["unstepped"], self._device)
-        for flat_buffer, residual in zip(self.flat_buffers.values(), state["residuals"], strict=True):
-            flat_buffer.residual = None if residual is None else residual.to(flat_buffer.payload.device)
+        residuals = {residual.dtype: residual for residual in state["residuals"] if residual is not None}
+        for dtype, flat_buffer in self.flat_buffers.items():
+            flat_buffer.residual = residuals[dtype].to(flat_buffer.payload.device) if dtype in residuals else None
 
     def _flat_states(self) -> list[dict[str, Any]]:
         return [flat_buffer.state_dict() for flat_buffer in self.flat_buffers.values()]
 
     def _load_flat_states(self, states: Sequence[Mapping[str, Any]] | None) -> None:
         if states is not None:
-            for flat_buffer, state in zip(self.flat_buffers.values(), states, strict=True):
-                flat_buffer.load_state_dict(state)
+            of_type = {state["payload"].dtype: state for state in states}
+            for dtype, flat_buffer in self.flat_buffers.items():
+                if dtype in of_type:
+                    flat_buffer.load_state_dict(of_type[dtype])
+                else:  # of extras alone, which are in `arrived`
+                    flat_buffer.squared_norm.zero_()

@@ -173,13 +173,27 @@ def choose(parameters: Sequence[AnchoredParameter], choices: Sequence[bool | Ten
     Args:
         parameters: The parameters in training.
         choices: Result of `Selection.pick` for them.
+
+    Raises:
+        ValueError: It is not a list of as many choices, each whether the tensor is sent or the indices that are.
     """
+    if len(choices) != len(parameters):
+        raise ValueError(f"The selection's pick returned {len(choices)} choices for {len(parameters)} tensors.")
     slices = []
-    for p, choice in zip(parameters, choices, strict=True):
-        if choice is True or not p.has_anchor:
+    for i, (p, choice) in enumerate(zip(parameters, choices, strict=True)):
+        if isinstance(choice, Tensor) and choice.dtype == torch.int64 and choice.dim() == 1:
+            whole, indices = not p.has_anchor, choice
+        elif not isinstance(choice, Tensor | list | tuple) and choice in (True, False):  # NumPy's, too
+            whole, indices = bool(choice) or not p.has_anchor, None
+        else:
+            raise ValueError(
+                f"The selection's pick returned {choice!r} for tensor {i}; it must be True, False or the ascending "
+                "flat indices of the coordinates to send, a tensor of int64, [n]."
+            )
+        if whole:
             slices.append(ParameterSlice(p, frozen=p.frozen))
-        elif isinstance(choice, Tensor) and len(choice):
-            slices.append(ParameterSlice(p, choice.to(p.param.device), frozen=p.frozen))
+        elif indices is not None and len(indices):
+            slices.append(ParameterSlice(p, indices.to(p.param.device), frozen=p.frozen))
     return slices
 
 

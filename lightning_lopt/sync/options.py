@@ -154,7 +154,9 @@ class SyncOptions:
     @property
     def effective_selection(self) -> Selection:
         """The selection that `selection` or `density` stands for."""
-        return self.selection or (Everything() if self.density == 1 else RandomCoordinates(self.density))
+        if self.selection is not None:
+            return self.selection
+        return Everything() if self.density == 1 else RandomCoordinates(self.density)
 
     @property
     def codec(self) -> Codec | LinearCodec | None:

@@ -9,9 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_lopt.islands import Held, Layout
+from lightning_lopt.islands import Held, Layout, local_shard
+from lightning_lopt.selection import Selection
 from lightning_lopt.sync import spectral_norm
 from lightning_lopt.sync.anchors import AnchoredParameter
+from lightning_lopt.sync.flat import ParameterSlice
 from lightning_lopt.sync.rules import Rule, Rules
 from lightning_lopt.sync.status import LocalSettings
 from lightning_lopt.sync.swap import Swap
@@ -81,6 +83,7 @@ class Replica:
         copying = self._held_copy is not None and self._held_copy.shares_memory
         self.swap = Swap(copying=copying, after=self.push)
         self.device = self._held_copy.device if self._held_copy else next(p.param.device for p in self.parameters())
+        self._were_trained: set[Tensor] = set()  # of a sharded model
         self._num_checksums = 0
         self._versions: list[tuple[int, int]] = []
         self.note_versions()
@@ -98,12 +101,6 @@ class Replica:
     def layout(self) -> Layout | None:
         """Pieces of a sharded model on this rank, None if it has all of the model."""
         return None if self._held_copy is None else self._held_copy.layout()
-
-    def full_numel(self, parameter: AnchoredParameter) -> int:
-        """Number of elements of a parameter in the worker's whole model."""
-        if self._held_copy is None:
-            return parameter.param.numel()
-        return self._held_copy.full_numel(parameter.param)
 
     def parameters(self) -> Iterator[AnchoredParameter]:
         """All parameters of the local optimizer, in its order."""
@@ -185,25 +182,67 @@ class Replica:
                 p.anchor.data = torch.zeros_like(p.param, dtype=p.dtype)
         return parameters
 
+    def pick(
+        self, parameters: Sequence[AnchoredParameter], selection: Selection, round_idx: int
+    ) -> list[bool | Tensor]:
+        """Let a selection choose coordinates of parameters: see `Selection.pick`.
+
+        Whole tensors are chosen among all of the worker's model, also where this rank holds only some of them.
+        """
+        if self._held_copy is None or not selection.whole_tensors:
+            return selection.pick([p.param.numel() for p in parameters], round_idx)
+        chosen = {id(self._held_copy.held[p]) for p in self._chosen(selection, round_idx) if p in self._held_copy.held}
+        return [id(p.param) in chosen for p in parameters]
+
+    def _chosen(self, selection: Selection, round_idx: int) -> list[Tensor]:
+        """The parameters of a sharded model that a selection chooses."""
+        assert self._held_copy is not None
+        optimized = self._held_copy.optimized()
+        self._were_trained |= {p for p, name in optimized.items() if p.requires_grad and not self._rules.is_local(name)}
+        trained = [p for p in optimized if p in self._were_trained]
+        return [
+            p
+            for p, choice in zip(trained, selection.pick([p.numel() for p in trained], round_idx), strict=True)
+            if choice
+        ]
+
     # -- local optimizer ------------------------------------------------------------------------------------------
 
     def local_settings(self, momentum_power: float) -> LocalSettings:
         """Settings of the local optimizer: see `LocalSettings.of`."""
         return LocalSettings.of(self._optimizer.param_groups, momentum_power)
 
-    def local_states(self, parameters: Iterable[AnchoredParameter]) -> list[Tensor]:
+    def optimized(self, slices: Sequence[ParameterSlice], selection: Selection, round_idx: int) -> list[Tensor]:
+        """The local optimizer's parameters that the sync of a round sends, those that other ranks hold included.
+
+        Args:
+            slices: Slices that this rank sends.
+            selection: Selection of the round.
+            round_idx: Index of the round.
+        """
+        if self._held_copy is None or not selection.whole_tensors:
+            return [s.parameter.param for s in slices]
+        return self._chosen(selection, round_idx)
+
+    def all_optimized(self) -> list[Tensor]:
+        """The local optimizer's parameters that a sync may send, those that other ranks hold included."""
+        if self._held_copy is None:
+            return [p.param for p in self.parameters()]
+        return [*self._held_copy.optimized()]
+
+    def local_states(self, parameters: Iterable[Tensor]) -> list[Tensor]:
         """States of the local optimizer that belong to coordinates of these: momenta, second moments."""
         return [
-            state
+            local_shard(state)
             for p in parameters
-            for _, state in sorted(self._optimizer.state.get(p.param, {}).items())
-            if isinstance(state, Tensor) and state.is_floating_point() and state.shape == p.param.shape
+            for _, state in sorted(self._optimizer.state.get(p, {}).items())
+            if isinstance(state, Tensor) and state.is_floating_point() and state.shape == p.shape
         ]
 
-    def reset_local_states(self, parameters: Iterable[AnchoredParameter]) -> None:
+    def reset_local_states(self, parameters: Iterable[Tensor]) -> None:
         """Forget the states that the local optimizer has of these."""
         for p in parameters:
-            self._optimizer.state.get(p.param, {}).clear()
+            self._optimizer.state.get(p, {}).clear()
 
     # -- global values --------------------------------------------------------------------------------------------
 
@@ -216,21 +255,25 @@ class Replica:
         self.unstepped.restore()
 
     def note_versions(self) -> None:
-        """Remember the parameters as they are, for `replaced`."""
+        """Remember the parameters as they are, for `touched`."""
         self._versions = self._present_versions()
 
+    @torch.no_grad()
     def _present_versions(self) -> list[tuple[int, int]]:
-        return [(p.param._version, p.param.data_ptr()) for p in self.trained()]
+        if self._held_copy is None:
+            tensors = [p.param for p in self.trained()]
+        else:  # an operation on a DTensor counts as one on it alone, one on its shard as one on that
+            tensors = [t for p in self._held_copy.optimized() for t in (p, local_shard(p))]
+        return [(t._version, t.data_ptr()) for t in tensors]
+
+    @property
+    def touched(self) -> bool:
+        """Whether parameters of the model were written on this rank since `note_versions`, but not through `.data`."""
+        return self._present_versions() != self._versions
 
     @torch.no_grad()
-    def replaced(self, *, thorough: bool = False) -> list[AnchoredParameter]:
-        """Parameters that were written since `note_versions` and differ from their anchors by more than rounding.
-
-        Args:
-            thorough: Whether to compare all values, which also finds writes through `.data`.
-        """
-        if not thorough and self._present_versions() == self._versions:
-            return []
+    def replaced(self) -> list[AnchoredParameter]:
+        """Parameters that differ from their anchors by more than rounding."""
         return [p for p in self.parameters() if p.has_anchor and p.moved(ROUNDING * torch.finfo(p.param.dtype).eps)]
 
     @torch.no_grad()
@@ -239,12 +282,14 @@ class Replica:
 
         An operation and its inverse leave it: `eval()` and `train()` of a schedule-free optimizer.
         """
+        self.pull()
         for p in self.parameters():
             anchor = p.anchor.to(p.param.dtype)
             if p.has_anchor and p.param.numel() and not torch.equal(p.param, anchor):
                 rounding = 8 * ROUNDING * torch.finfo(anchor.dtype).eps * anchor.abs().max().item()
                 if torch.allclose(p.param, anchor, rtol=0, atol=rounding):
                     p.param.copy_(anchor)
+        self.push()
 
     def value_checksum(self) -> int:
         """A checksum of the present values of the parameters in training."""

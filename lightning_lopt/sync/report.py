@@ -21,7 +21,7 @@ class RoundReport:
         drift: Root mean square distance of the workers from their mean when the sync was launched, on the coordinates
             that this sync sent. With compression, that of the values as they were sent, which have in them the values
             that earlier rounds left over.
-        bytes_sent: Bytes that this worker sent in this sync.
+        bytes_sent: Bytes that this rank sent in this sync.
         transfer_seconds: Seconds from the launch until the mean is here, waiting for other workers included.
         waited_seconds: The part of `transfer_seconds` in which training stood still; the rest ran beside local steps.
         outer_seconds: Seconds in the outer step.

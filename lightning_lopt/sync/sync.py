@@ -24,9 +24,9 @@ from lightning_lopt.comm import MODEL, CommonInteger, Communicator, digest
 from lightning_lopt.compression import Codec, LinearCodec
 from lightning_lopt.functional.merge import MergeRule, merge
 from lightning_lopt.functional.outliers import Norms, OutlierFilter
-from lightning_lopt.islands import hold, is_sharded
+from lightning_lopt.islands import has_dtensors, hold
 from lightning_lopt.optim.outer import OuterFactory, check_coordinatewise
-from lightning_lopt.selection import Everything, drawn_ahead
+from lightning_lopt.selection import Everything, Selection, drawn_ahead
 from lightning_lopt.sync.anchors import AnchoredParameter, training_checksum
 from lightning_lopt.sync.exchange import Exchange, Transport
 from lightning_lopt.sync.flat import ParameterSlice, choose
@@ -90,7 +90,7 @@ class Sync:
         options: SyncOptions,
     ) -> None:
         self._comm, self._options, self._codec = comm, options, options.codec
-        if is_sharded(model):
+        if has_dtensors(model):
             whole = options.sends_means_alone or _needs_whole_tensors(outer_optimizer)
             model = optimizer = hold(model, optimizer, comm, whole=whole)
         self.replica = Replica(model, optimizer, options.sync_rules)
@@ -177,7 +177,9 @@ class Sync:
         slices = self._slices(parameters, round_idx, everything=everything)
         states = []
         if self._options.local_state == "average":
-            states = self.replica.local_states(s.parameter for s in slices)
+            states = self.replica.local_states(
+                self.replica.optimized(slices, self._selection_of(everything), round_idx)
+            )
         as_it_is = everything or not all(p.has_anchor for p in parameters)
         self._exchange = Exchange(
             comm=self._comm,
@@ -286,6 +288,17 @@ class Sync:
 
     # -- weights from outside -------------------------------------------------------------------------------------
 
+    def replaced(self, *, thorough: bool = False) -> bool:
+        """Whether weights of this worker were written since the last sync, and differ from it by more than rounding.
+
+        Args:
+            thorough: Whether to compare all values, which also finds writes through `.data`.
+        """
+        if not self._comm.any_inside(thorough or self.replica.touched, self.device):
+            return False
+        self.replica.pull()
+        return self._comm.any_inside(bool(self.replica.replaced()), self.device)
+
     @torch.no_grad()
     def adopt(self, *, keep_near: bool = False) -> None:
         """Take the present weights, which must be the same on all workers, as the global ones.
@@ -305,7 +318,7 @@ class Sync:
         self.wait()
         self.replica.pull()
         self._meet(WorkerStatus(0, SyncPoint.ADOPTION), {NEW_WEIGHTS: self.replica.value_checksum()})
-        replaced = self.replica.replaced(thorough=True)
+        replaced = self.replica.replaced()
         if keep_near:
             replaced = [p for p in replaced if p.moved(0.5)]
         if self._outer_step is not None:
@@ -348,11 +361,16 @@ class Sync:
         self, parameters: Sequence[AnchoredParameter], round_idx: int, *, everything: bool
     ) -> list[ParameterSlice]:
         """The slices of the parameters that the sync of a round sends."""
-        selection = Everything() if everything else self._selection
-        whole = selection.whole_tensors
-        sizes = [self.replica.full_numel(p) if whole else p.param.numel() for p in parameters]
-        slices = choose(parameters, selection.pick(sizes, round_idx))
+        slices = choose(parameters, self.replica.pick(parameters, self._selection_of(everything), round_idx))
         return slices if self._shards is None else self._shards.sort(slices)
+
+    def _selection_of(self, everything: bool) -> Selection:
+        """The selection of a sync, which may be told to send everything."""
+        return Everything() if everything else self._selection
+
+    def _optimized_by(self, exchange: Exchange) -> list[Tensor]:
+        """The local optimizer's parameters that an exchange has sent."""
+        return self.replica.optimized(exchange.slices, self._selection_of(exchange.everything), exchange.round_idx)
 
     def _settings(self, *, launching: bool = False) -> LocalSettings:
         """Settings of the local optimizer for the outer one; none where there is no outer optimizer.
@@ -407,7 +425,7 @@ class Sync:
         for state, mean in zip(exchange.optimizer_states, exchange.mean_states, strict=True):
             state.copy_(mean)
         if self._options.local_state == "reset":
-            self.replica.reset_local_states(s.parameter for s in exchange.slices)
+            self.replica.reset_local_states(self._optimized_by(exchange))
         self._apply_unstepped(exchange)
 
     def _apply_unstepped(self, exchange: Exchange) -> None:
@@ -420,8 +438,8 @@ class Sync:
         """Forget everything that made this worker diverge, but optimizer states that are now the others' mean."""
         self.restore_anchor()
         averaged = bool(exchange.optimizer_states) and not exchange.skipped
-        kept = {s.parameter for s in exchange.slices if averaged}
-        self.replica.reset_local_states(p for p in self.replica.parameters() if p not in kept)
+        kept = {*self._optimized_by(exchange)} if averaged else set()
+        self.replica.reset_local_states(p for p in self.replica.all_optimized() if p not in kept)
 
     # -- global weights -------------------------------------------------------------------------------------------
 
@@ -459,14 +477,17 @@ class Sync:
     @torch.no_grad()
     def average_workers(self) -> None:
         """Give every worker the mean of their weights and optimizer states; anchors stay as they are."""
+        self.replica.pull()
         parameters = self.replica.anchored()
-        exchange = self._exchange_weights(parameters, self.replica.local_states(parameters))
+        optimized = self.replica.optimized([ParameterSlice(p) for p in parameters], Everything(), round_idx=0)
+        exchange = self._exchange_weights(parameters, self.replica.local_states(optimized))
         if exchange.skipped:
             return
         for state, mean in zip(exchange.optimizer_states, exchange.mean_states, strict=True):
             state.copy_(mean)
         for s, mean in exchange.means():
             s.write(s.parameter.param, mean)
+        self.replica.push()
 
     def _exchange_weights(self, parameters: Sequence[AnchoredParameter], states: Sequence[Tensor] = ()) -> Exchange:
         """Average parameters, buffers and states of local optimizers as they are now, and change nothing."""
@@ -527,10 +548,17 @@ class Sync:
         """Everything that differs between the workers: parameters, buffers, residuals, and y of a sync in flight."""
         if not self.swap.active:
             self.replica.pull()
+        exchange = self._exchange
         return {
             **self.replica.local_state(),
-            "exchange": None if self._exchange is None else self._exchange.local_state(),
+            "exchange": exchange and {**exchange.local_state(), "sent": self._positions(exchange.slices)},
         }
+
+    def _positions(self, slices: Sequence[ParameterSlice]) -> list[int] | None:
+        """Position of each slice's parameter among all; None if a slice is not all of its parameter."""
+        positions = {p: i for i, p in enumerate(self.replica.parameters())}
+        whole = all(s.index is None for s in slices)
+        return [positions[s.parameter] for s in slices] if whole else None
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

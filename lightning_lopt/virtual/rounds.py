@@ -205,7 +205,7 @@ class VirtualRounds:
             return False
         self._shared_module.collect()
         fresh = at_start and not self.workers[0].resumed
-        if not fresh and not self.sync.replica.replaced(thorough=True):
+        if not fresh and not self.sync.replaced(thorough=True):
             return False
         self._spread(everything=fresh)
         if fresh:

@@ -51,3 +51,9 @@ def test_a_fit_without_rounds_has_no_summary(caplog):
     caplog.set_level("INFO", logger="lightning.pytorch")
     trainer(LocalSGD(4), 1, max_steps=0, callbacks=[RoundMonitor()]).fit(Classifier(seed=0), loader())
     assert not [record for record in caplog.records if "advice" in record.getMessage()]
+
+
+def test_a_plot_that_fails_does_not_fail_the_fit(tmp_path):
+    monitor = RoundMonitor(plot=tmp_path / "rounds.nonsense")
+    with pytest.warns(UserWarning, match=r"rounds\.nonsense was not drawn"):
+        trainer(LocalSGD(4), 1, max_steps=4, callbacks=[monitor]).fit(Classifier(seed=0), loader())

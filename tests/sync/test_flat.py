@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
 import torch
 from torch import nn
 
 from lightning_lopt import Rounds
+from lightning_lopt.sync.anchors import AnchoredParameter
+from lightning_lopt.sync.flat import choose
 from tests.processes import run_workers
 
 
@@ -42,3 +46,30 @@ def _packings(rank):
 def test_every_element_and_every_buffer_is_averaged_exactly_once():
     """Whatever their sizes and types."""
     run_workers(_packings, 2)
+
+
+def _anchored(number):
+    parameters = [AnchoredParameter(nn.Parameter(torch.zeros(4))) for _ in range(number)]
+    for p in parameters:
+        p.has_anchor = True
+    return parameters
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ([True], "1 choices for 2 tensors"),
+        ([[0, 1], True], r"returned \[0, 1\] for tensor 0"),
+        ([True, torch.tensor([True, False])], "for tensor 1"),
+        ([True, torch.tensor(1)], "for tensor 1"),
+        (["all", True], "returned 'all' for tensor 0"),
+    ],
+)
+def test_wrong_choices_of_a_selection_are_named(choices, message):
+    with pytest.raises(ValueError, match=message):
+        choose(_anchored(2), choices)
+
+
+def test_choices_of_numpy_are_choices():
+    first, second = _anchored(2)
+    assert [s.parameter for s in choose([first, second], [np.bool_(True), np.bool_(False)])] == [first]

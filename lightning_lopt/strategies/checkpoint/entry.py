@@ -6,8 +6,8 @@
 | `num_workers` | K |
 | `num_parts` | number of parts: one per process or virtual worker, so several per worker with `ranks_per_worker` |
 | `given` | settings of local optimizers and learning rate schedules as the script gave them, as texts |
-| `sharded` | whether the ranks of a worker share a model |
-| `rounds` | state that all workers share (`Rounds.state_dict`): counters, anchors, the outer state; empty if sharded |
+| `islands` | whether the ranks of a worker share a model |
+| `rounds` | state that all workers share (`Rounds.state_dict`): counters, anchors, outer state; empty with islands |
 | `parts` | list of the states that single processes or virtual workers have for themselves, while they are small |
 | `files` | `{"token": ...}` where each part lies in a file of its own beside the checkpoint |
 
@@ -33,7 +33,7 @@ READ_BY = {8: "0.1"}  # releases that resume from the layouts before
 
 
 def new_entry(
-    num_workers: int, num_parts: int, given: dict[str, str], rounds: dict[str, Any], *, sharded: bool
+    num_workers: int, num_parts: int, given: dict[str, str], rounds: dict[str, Any], *, islands: bool
 ) -> dict[str, Any]:
     """Return an entry to which parts or files are yet to be added.
 
@@ -42,14 +42,14 @@ def new_entry(
         num_parts: Number of parts, of all processes together.
         given: Result of `given_settings`.
         rounds: State that all workers share.
-        sharded: Whether the ranks of a worker share a model.
+        islands: Whether the ranks of a worker share a model.
     """
     return {
         "version": CHECKPOINT_VERSION,
         "num_workers": num_workers,
         "num_parts": num_parts,
         "given": given,
-        "sharded": sharded,
+        "islands": islands,
         "rounds": rounds,
         "parts": None,
         "files": None,

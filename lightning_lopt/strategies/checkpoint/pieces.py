@@ -9,14 +9,96 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_lopt.functional.precision import state_dtype
 from lightning_lopt.islands import Box, Layout
 
 Boxes = Mapping[str, Box]
+
+
+class InFlight(NamedTuple):
+    """A sync in flight that sent whole tensors, all of them.
+
+    Attributes:
+        tensors: Tensors by kind and name: of each that was sent, the `mean` that arrived, the worker's own value as it
+            was `launched`, the `residual` of compression and the `codec_state`.
+        squared_norms: Mean squared norm of the workers' pseudo-gradients, by type.
+        unstepped: This worker's tensors that no optimizer steps, as they were launched.
+        arrived: Global values of those that some worker changed.
+        common: Other entries that the workers have in common.
+    """
+
+    tensors: dict[str, dict[str, Tensor]]
+    squared_norms: dict[torch.dtype, Tensor]
+    unstepped: dict[str, Tensor]
+    arrived: dict[str, Tensor]
+    common: dict[str, Any]
+
+    @classmethod
+    def of(cls, part: Mapping[str, Any], names: Sequence[str]) -> InFlight | None:
+        """The sync in flight of a part; None if there is none, or one that cannot be put together or cut.
+
+        Args:
+            part: Part of a rank, or of a worker of one rank.
+            names: Names of the parameters that it holds.
+        """
+        common, own = part["rounds"]["sync"]["exchange"], part["local"]["sync"]["exchange"]
+        if common is None or own is None or own.get("sent") is None or common["flat_buffers"] is None:
+            return None
+        anchored = {i for i, anchor in enumerate(part["rounds"]["sync"]["anchors"]) if anchor is not None}
+        sent: list[int] = own["sent"]
+        if not anchored <= {*sent} or any(b["worker_payloads"] is not None for b in common["flat_buffers"]):
+            return None
+        launched = dict(zip([names[i] for i in sent], own["launched"], strict=True))
+        tensors: dict[str, dict[str, Tensor]] = {"mean": {}, "launched": launched, "residual": {}, "codec_state": {}}
+        for buffer, residual in zip(common["flat_buffers"], own["residuals"], strict=True):
+            of_type = {n: y for n, y in launched.items() if state_dtype(y) == buffer["payload"].dtype}
+            for kind, flat in (("mean", buffer["payload"]), ("residual", residual)):
+                if flat is not None:
+                    values = flat.split([y.numel() for y in of_type.values()])
+                    tensors[kind] |= {n: v.view(y.shape) for (n, y), v in zip(of_type.items(), values, strict=True)}
+            states = zip(of_type, buffer["codec_states"] or (), strict=False)
+            tensors["codec_state"] |= {name: state for name, state in states if state is not None}
+        norms = {b["payload"].dtype: b["squared_norm"] for b in common["flat_buffers"]}
+        rest = {**common, "differences": any(b["differences"] for b in common["flat_buffers"])}
+        return cls(tensors, norms, own["unstepped"], common["arrived"], rest)
+
+    def states(self, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The entries `exchange` of `Sync.state_dict` and `Sync.local_state`.
+
+        Args:
+            names: Names of all parameters that are held, in their order.
+        """
+        buffers, residuals, sent = [], [], []
+        means = self.tensors["mean"]
+        for dtype in sorted(self.squared_norms, key=lambda dtype: dtype.itemsize):  # as an exchange has them
+            of_type = [name for name in names if name in means and means[name].dtype == dtype]
+            sent += of_type
+            codec_states = [self.tensors["codec_state"].get(name) for name in of_type]
+            buffers.append(
+                {
+                    "payload": _flat([means[name] for name in of_type], dtype),
+                    "squared_norm": self.squared_norms[dtype],
+                    "worker_payloads": None,
+                    "codec_states": codec_states if self.tensors["codec_state"] else None,
+                    "differences": self.common["differences"],
+                    "owned": [None, None],
+                }
+            )
+            lost = self.tensors["residual"]
+            residuals.append(_flat([lost[name] for name in of_type], dtype) if lost else None)
+        own = {
+            "sent": [[*names].index(name) for name in sent],
+            "launched": [self.tensors["launched"][name] for name in sent],
+            "unstepped": self.unstepped,
+            "residuals": residuals,
+            "flat_buffers": None,
+        }
+        return {**self.common, "flat_buffers": buffers, "arrived": self.arrived}, own
 
 
 def whole_part(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -26,7 +108,7 @@ def whole_part(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         parts: Parts of all ranks of the worker, in their order, with a `layout` each; or its only part, without one.
 
     Returns:
-        A part like that of a worker of one rank, without the sync in flight.
+        A part like that of a worker of one rank; a sync in flight is in it if it sent whole tensors, all of them.
     """
     first = dict(parts[0])
     if first.get("layout") is None:
@@ -72,13 +154,30 @@ def whole_part(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             joined = join_states(named, [layout.shards for layout in layouts])
             yield _by_number(joined, states[0]["param_groups"], own)
 
-    def tensors() -> dict[str, Tensor]:
-        named = [part["local"]["sync"]["unstepped"]["tensors"] for part in parts]
+    def join_unstepped(named: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         together = {name: [values[name] for values in named if name in values] for name in named[0]}
         return {
             name: _mean(values) if name not in sizes else join(name, [v.get(name) for v in named], held)
             for name, values in together.items()
         }
+
+    def in_flight() -> InFlight | None:
+        own = [InFlight.of(part, layout.held) for part, layout in zip(parts, layouts, strict=True)]
+        flights = [flight for flight in own if flight is not None]
+        if len(flights) < len(own):
+            return None
+        tensors = {}
+        for kind in flights[0].tensors:
+            named = [flight.tensors[kind] for flight in flights]
+            names = [name for name in order if any(name in values for values in named)]
+            tensors[kind] = {name: join(name, [values.get(name) for values in named], held) for name in names}
+        norms: dict[torch.dtype, Tensor] = {}
+        for dtype, value in (pair for flight in flights for pair in flight.squared_norms.items()):
+            norms[dtype] = norms[dtype] + value if dtype in norms else value
+        unstepped = join_unstepped([flight.unstepped for flight in flights])
+        return InFlight(
+            tensors, norms, unstepped, join_unstepped([flight.arrived for flight in flights]), flights[0].common
+        )
 
     return _with(
         first,
@@ -87,8 +186,10 @@ def whole_part(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         outer=outer_state(),
         params=join_lists(lambda part: part["local"]["sync"]["params"]),
         residuals=join_lists(lambda part: part["local"]["sync"]["residuals"]),
-        tensors=tensors(),
+        tensors=join_unstepped([part["local"]["sync"]["unstepped"]["tensors"] for part in parts]),
         optimizers=list(optimizer_states()),
+        in_flight=in_flight(),
+        names=order,
     )
 
 
@@ -126,7 +227,23 @@ def cut_part(part: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
             named = cut_states(_by_name(state, [name for group in own for name in group]), layout.shards)
             yield _by_number(named, state["param_groups"], own)
 
-    tensors = part["local"]["sync"]["unstepped"]["tensors"]
+    def cut_unstepped(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: cut(name, value, layout.boxes) for name, value in named.items()}
+
+    def in_flight() -> InFlight | None:
+        whole = InFlight.of(part, layout.order)
+        if whole is None:
+            return None
+        tensors = {
+            kind: {name: cut(name, value, layout.boxes) for name, value in named.items() if name in layout.boxes}
+            for kind, named in whole.tensors.items()
+        }
+        norms = {  # in shares, which sum to the whole over the ranks
+            dtype: norm * _numel(tensors["mean"], dtype) / max(1, _numel(whole.tensors["mean"], dtype))
+            for dtype, norm in whole.squared_norms.items()
+        }
+        return InFlight(tensors, norms, cut_unstepped(whole.unstepped), cut_unstepped(whole.arrived), whole.common)
+
     return _with(
         part,
         anchors=cut_list(part["rounds"]["sync"]["anchors"]),
@@ -134,9 +251,19 @@ def cut_part(part: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
         outer=outer_state(),
         params=cut_list(part["local"]["sync"]["params"]),
         residuals=cut_list(part["local"]["sync"]["residuals"]),
-        tensors={name: cut(name, value, layout.boxes) for name, value in tensors.items()},
+        tensors=cut_unstepped(part["local"]["sync"]["unstepped"]["tensors"]),
         optimizers=list(optimizer_states()),
+        in_flight=in_flight(),
+        names=layout.held,
     )
+
+
+def _flat(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors]) if tensors else torch.empty(0, dtype=dtype)
+
+
+def _numel(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> int:
+    return sum(tensor.numel() for tensor in tensors.values() if tensor.dtype == dtype)
 
 
 def _mean(buffers: Sequence[Tensor]) -> Tensor:
@@ -154,22 +281,25 @@ def _with(
     residuals: list[Any],
     tensors: dict[str, Tensor],
     optimizers: list[dict[str, Any]],
+    in_flight: InFlight | None,
+    names: Sequence[str],
 ) -> dict[str, Any]:
-    """A part with other tensors and nothing in flight."""
+    """A part with other tensors."""
     local, rounds = part["local"], part["rounds"]
+    common_exchange, own_exchange = (None, None) if in_flight is None else in_flight.states(names)
     own = {
         **local["sync"],
         "params": params,
         "residuals": residuals,
         "unstepped": {**local["sync"]["unstepped"], "tensors": tensors},
-        "exchange": None,
+        "exchange": own_exchange,
     }
     common = {
         **rounds["sync"],
         "anchors": anchors,
         "codec_states": codec_states,
         "outer": outer,
-        "exchange": None,
+        "exchange": common_exchange,
     }
     return {
         **part,

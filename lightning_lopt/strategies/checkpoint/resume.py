@@ -7,7 +7,7 @@ import operator
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from functools import partial
@@ -88,8 +88,8 @@ class Resume:
         strategy, own = self._strategy, self._strategy.own_parts
         saved = required(entry, "num_parts"), required(entry, "num_workers")
         present = strategy.num_parts, strategy.num_workers
-        sharded, shards = entry.get("sharded", False), strategy.is_sharded
-        same = saved == present and sharded == shards
+        saved_islands, islands = entry.get("islands", False), strategy.has_islands
+        same = saved == present and saved_islands == islands
         if parts is not None:
             load = partial(operator.getitem, parts)
         else:
@@ -98,11 +98,11 @@ class Resume:
         elsewhere = CheckpointError(f"Another worker could not read its file beside {path}: see its error.")
         if same:
             return run_on_all(strategy, lambda: [load(number) for number in own], elsewhere)
-        if sharded or shards:
+        if saved_islands or islands:
             rank_zero_warn(
                 f"The checkpoint holds {_count(*saved)}, there are {_count(*present)} now, and a model that is shared "
-                "by the ranks of a worker: random states, gradients that were accumulating, a sync in flight and the "
-                "states of loaders that have their own are dropped"
+                "by the ranks of a worker: random states, gradients that were accumulating and the states of loaders "
+                "that have their own are dropped"
                 + ("." if saved[1] == present[1] else "; all continue from the mean of the workers.")
             )
             return run_on_all(strategy, partial(self._put_together, entry, load, saved, present), elsewhere)
@@ -137,17 +137,22 @@ class Resume:
         size = saved[0] // saved[1]
 
         def whole(worker: int) -> dict[str, Any]:
-            numbers = range(worker * size, (worker + 1) * size if entry.get("sharded") else worker * size + 1)
+            numbers = range(worker * size, (worker + 1) * size if entry.get("islands") else worker * size + 1)
             part = whole_part([load(number) for number in numbers])
-            rounds = part.get("rounds") or copy.deepcopy(required(entry, "rounds"))
-            rounds["sync"]["exchange"] = None
-            return {**part, "rounds": rounds}
+            return {**part, "rounds": part.get("rounds") or copy.deepcopy(required(entry, "rounds"))}
 
         def of(workers: Sequence[int], among: int) -> dict[str, Any]:
             first = whole(workers[0])
+            rounds, exchange = first["rounds"], first["local"]["sync"]["exchange"]
+            if entry.get("islands") and rounds["given"].get("sharded") == str(True) and rounds["sync"]["outer"]:
+                _complete(rounds, (whole(worker)["rounds"] for worker in range(saved[1])))
             part = mean_part(chain([first], (whole(worker) for worker in workers[1:])), among)
             part["checkpoint"]["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
-            return {**part, "rounds": first["rounds"]}
+            if saved[1] == present[1]:
+                part["local"]["sync"]["exchange"] = exchange
+            else:
+                rounds["sync"]["exchange"] = None
+            return {**part, "rounds": rounds}
 
         own = [number * present[1] // present[0] for number in self._strategy.own_parts]
         if saved[1] == present[1]:
@@ -282,6 +287,12 @@ def _warn_of_settings(phrases: list[str]) -> None:
 
 def _load_part(io: CheckpointIO, path: Any, token: str, weights_only: bool | None, number: int) -> dict[str, Any]:
     return load_part(io, path, token, number, weights_only)
+
+
+def _complete(rounds: dict[str, Any], others: Iterable[Mapping[str, Any]]) -> None:
+    """Add the outer states of tensors that other workers step."""
+    for other in others:
+        rounds["sync"]["outer"]["state"].update(other["sync"]["outer"]["state"])
 
 
 def _distributed(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class CheckpointWriter:
         """
         strategy, alone = self._strategy, trainer.interrupted
         layout = rounds.sync.replica.layout()
-        entry = new_entry(strategy.num_workers, strategy.num_parts, strategy.given, {}, sharded=layout is not None)
+        entry = new_entry(strategy.num_workers, strategy.num_parts, strategy.given, {}, islands=layout is not None)
         checkpoint[CHECKPOINT_KEY] = entry
         if layout is None:
             entry["rounds"] = rounds.state_dict(alone=alone)

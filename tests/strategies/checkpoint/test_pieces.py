@@ -1,4 +1,4 @@
-"""Parts of ranks that share a model; their other contents are tested with a Trainer, in strategies/test_sharded.py."""
+"""Parts of ranks that share a model; their other contents are tested with a Trainer, in strategies/test_islands.py."""
 
 from __future__ import annotations
 

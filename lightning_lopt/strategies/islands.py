@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lightning_lopt.islands import is_sharded
+from lightning_lopt.islands import has_dtensors
 from lightning_lopt.strategies import host
 
 NOT_AFTER_EXCEPTION = (
@@ -63,7 +63,7 @@ class WorkerMesh:
         return {"num_replicas": workers * size, "rank": rank}
 
 
-def check_sharded(trainer: pl.Trainer, virtual_workers: int) -> None:
+def check_islands(trainer: pl.Trainer, virtual_workers: int) -> None:
     """Refuse what a sharded model does not allow.
 
     Args:
@@ -82,7 +82,7 @@ def check_sharded(trainer: pl.Trainer, virtual_workers: int) -> None:
             "`mesh = self.device_mesh['data_parallel']`, `for block in self.blocks: fully_shard(block, mesh=mesh)`, "
             "`fully_shard(self, mesh=mesh)`."
         )
-    if not is_sharded(module):
+    if not has_dtensors(module):
         return
     if virtual_workers > 1:
         raise MisconfigurationException(
