@@ -364,6 +364,7 @@ def _by_shape(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], dict[s
 def draw(rows: Sequence[Mapping[str, Any]], mbit: float, path: Path) -> None:
     """Draw the accuracy over rounds, bytes and seconds: mean and range of the seeds, a row for each K and H."""
     from matplotlib.figure import Figure  # an extra
+    from matplotlib.ticker import LogLocator
 
     times = next(row for row in rows if row["stage"] == "times")
     shapes = _by_shape(rows)
@@ -381,6 +382,8 @@ def draw(rows: Sequence[Mapping[str, Any]], mbit: float, path: Path) -> None:
                 axes.plot(positions, means, marker=".", color=f"C{i}", label=method)
                 axes.fill_between(positions, lows, highs, color=f"C{i}", alpha=0.2)
                 axes.set(xlabel=x, xscale="log")
+                axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+                axes.xaxis.set_minor_formatter("")
         of_shape[0].set(title=f"{num_workers} workers, H = {local_steps}", ylabel="accuracy")
         of_shape[1].set_xlabel("MB sent by each worker")
         of_shape[2].set_xlabel(f"seconds at {mbit:g} Mbit/s, modelled")
