@@ -7,6 +7,7 @@ python examples/meta_train.py --recipe lopt_a_short --data fashion         a six
 python examples/meta_train.py --recipe lopt_a_8x8 --data fashion           LOpt-A by a curriculum, first stage; then
     --recipe lopt_a_14x14, lopt_a_28x28, lopt_a_28x28_late and lopt_a, each with --init OUT/export.safetensors of the
     stage before, with --init-scale 0.2 for the step to 28x28 and 0.5 for the late rounds
+python examples/meta_train.py --recipe lagg_a_28x28_late --data fashion    LAgg-A from the bundled lopt_a
 
 Kill it whenever you like; --resume goes on with the same numbers. Where no checkpoint is left, --init goes on from
 OUT/export.safetensors, which is small, with fresh unrolls.

@@ -9,7 +9,7 @@ import inspect
 import random
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lopt import AdaMLP
-from lightning_lopt.meta import AbstractTask, ImageMLP, LocalOptimizer, LocalTraining, LogUniform, ModuleTask
+from lightning_lopt.meta import (
+    AbstractTask,
+    Evaluation,
+    ImageMLP,
+    LocalOptimizer,
+    LocalTraining,
+    LogUniform,
+    ModuleTask,
+    with_worker_inputs,
+)
 from lightning_lopt.meta.local import OptimizerKind
 from lightning_lopt.meta.tasks import resize
 
@@ -181,6 +190,24 @@ def published(
     return recipe
 
 
+def from_lopt_a(steps: int, batch_size: int, **options: Any) -> Maker:
+    """LAgg-A for 8 workers, of which the bundled `lopt_a` is the start (`with_worker_inputs`).
+
+    Args:
+        steps: Steps of the meta-optimizer.
+        batch_size: Images per local step.
+        options: Departures from the paper's options of `MetaTraining`.
+    """
+    maker = published(8, steps, batch_size, **options)
+
+    def recipe(data: Sequence[Images], seed: int) -> Recipe:
+        made = maker(data, seed)
+        evaluation = Evaluation("start", *made.tasks[0], num_runs=2)
+        return replace(made, network=with_worker_inputs(AdaMLP.bundled("lopt_a"), evaluation))
+
+    return recipe
+
+
 def default(data: Sequence[Images], seed: int) -> Recipe:
     """The bundled default: small tasks that differ in all that users' tasks differ in. Needs two sets of images."""
     if len(data) != 2:
@@ -268,6 +295,16 @@ RECIPES: dict[str, Maker] = {
         **STAGE,
     ),
     "lopt_a": published("mean", 300, lr=1e-3, final_lr=1e-4, **STAGE),
+    "lagg_a_28x28_late": from_lopt_a(
+        100,
+        64,
+        num_particles=4,
+        log_floor=0.1,
+        unroll_length=LogUniform(500, 1000),
+        lr=5e-4,
+        final_lr=5e-5,
+        warmup_steps=10,
+    ),
     "lopt_a_short": published("mean", 500, **SHORT),
     "lagg_a_short": published(8, 500, **SHORT),
     "lopt_short": published("mean", 500, ada_features=False, **SHORT),

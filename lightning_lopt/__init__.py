@@ -3,8 +3,9 @@
 from lightning_lopt.callbacks import BatchNormReestimation, RoundMonitor
 from lightning_lopt.comm import DisagreementError
 from lightning_lopt.compression import BF16, Codec, Int8, LinearCodec, PowerSGD, Reduction, TopK
+from lightning_lopt.controller import Controller
 from lightning_lopt.network import AdaMLP
-from lightning_lopt.optim import BlendedNesterov, LearnedOptimizer, SlowMomentum
+from lightning_lopt.optim import BlendedNesterov, ControlledNesterov, LearnedOptimizer, SlowMomentum
 from lightning_lopt.rounds import Rounds
 from lightning_lopt.schedules import QSR, Constant, RoundInfo
 from lightning_lopt.selection import Fragments, RandomCoordinates, Selection
@@ -25,6 +26,8 @@ __all__ = [
     "CheckpointError",
     "Codec",
     "Constant",
+    "ControlledNesterov",
+    "Controller",
     "DiLoCo",
     "DisagreementError",
     "Fragments",

@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "functional": set(),
     "weights_file": set(),
     "network": {"functional", "weights_file"},
-    "optim": {"functional", "network"},
+    "controller": {"functional", "weights_file"},
+    "optim": {"controller", "functional", "network"},
     "schedules": {"functional"},
     "comm": set(),
     "islands": {"comm", "functional"},
@@ -55,6 +56,7 @@ MAY_IMPORT = {
 TESTS = Path(__file__).parent
 # Modules whose tests are elsewhere, and where.
 TESTED_ELSEWHERE = {
+    "controller.py": "optim/test_controlled_nesterov.py: its file",
     "callbacks/access.py": "callbacks/test_batch_norm.py: without a strategy of this package",
     "functional/ada.py": "functional/test_learned.py and test_separable.py: accumulators and features",
     "functional/blended.py": "optim/test_blended_nesterov.py: the step by hand",

@@ -262,6 +262,17 @@ def test_the_last_layer_of_a_curriculum_begins_small(monkeypatch):
         torch.testing.assert_close(small.network.layers[index].weight, factor * whole.network.layers[index].weight)
 
 
+def test_the_recipe_of_lagg_a_begins_at_lopt_a(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    module = runpy.run_path(str(EXAMPLES / "recipes.py"))
+    short = partial(module["Evaluation"], num_rounds=1)
+    monkeypatch.setitem(module["from_lopt_a"].__globals__, "Evaluation", short)
+    recipe = module["RECIPES"]["lagg_a_28x28_late"]([(torch.rand(100, 28, 28), torch.arange(100) % 10)], 0)
+    start = AdaMLP.bundled("lopt_a").layers[0].weight
+    assert recipe.network.inputs == recipe.tasks[0][1].num_workers == 8
+    assert torch.equal(recipe.network.layers[0].weight[:, 8:], start[:, 1:])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

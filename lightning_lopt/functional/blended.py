@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -138,6 +139,16 @@ class BlendedSettings(NamedTuple):
     lr: Tensor
     momentum: Tensor
     blend: Tensor
+
+
+def check_settings(lr: float, momentum: float, blend: Sequence[float]) -> None:
+    """Raise a ValueError that names which hyperparameter of the blended Nesterov step is out of its range."""
+    if not 0 < lr < math.inf:
+        raise ValueError(f"The blended Nesterov step needs a finite lr > 0, not {lr}.")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"The blended Nesterov step needs momentum in [0, 1), not {momentum}.")
+    if len(blend) != 3 or not min(blend) >= 0 or not abs(sum(blend) - 1) < 1e-6:
+        raise ValueError(f"blend must be three weights >= 0 whose sum is 1, not {blend!r}.")
 
 
 @torch.no_grad()

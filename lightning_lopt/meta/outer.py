@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_lopt.functional import blended
 from lightning_lopt.functional.ada import BaseState
 from lightning_lopt.functional.blended import BlendedSettings
+from lightning_lopt.functional.control import ControlledState, ControllerWeights, LocalPhase, controlled, observe
 from lightning_lopt.functional.learned import Network
 from lightning_lopt.functional.model import ModelTensor
 from lightning_lopt.functional.phase import LocalDecay, settings_in_phase
@@ -145,6 +146,46 @@ class BlendedStep:
         pairs = [settings_in_phase(lr, beta, decay.share, local_steps, e) for lr, beta, decay, e in of_runs]
         lr, momentum = settings.lr.new_tensor(pairs).unbind(1)
         return BlendedSettings(lr, momentum, settings.blend)
+
+
+class ControlledStep:
+    """The blended Nesterov step under a controller.
+
+    Args:
+        anchor: Global parameters of the runs, {[P, *S]}.
+        settings: Hyperparameters without control, [P] and [P, 3].
+        weights: Meta-parameters of the controller of each run, or of one for all.
+
+    Attributes:
+        states: Memory of the anchors.
+    """
+
+    def __init__(self, anchor: Tensors, settings: BlendedSettings, weights: ControllerWeights) -> None:
+        self._settings, self._weights = settings, weights
+        self._decays = [LocalDecay()] * len(settings.lr)
+        self.states = {
+            n: ControlledState.zeros(tuple(a.shape[1:]), len(a), a.dtype, a.device) for n, a in anchor.items()
+        }
+
+    def __call__(self, anchor: Tensors, training: SimulatedRound) -> None:
+        before, rates = self._decays, training.local_lr.tolist()
+        self._decays = [decay.after(lr) for decay, lr in zip(before, rates, strict=True)]
+        phase = LocalPhase.of(before, self._decays, training.local_steps, self._settings.lr)
+
+        def step(tensors: list[ModelTensor[ControlledState]]) -> None:
+            inputs = [observe(tensor, phase) for tensor in tensors]
+            blended.step_model(tensors, [controlled(each, self._weights, self._settings) for each in inputs])
+
+        step_anchors(
+            anchor,
+            training.workers,
+            self.states,
+            step,
+            training.round_idx,
+            local_scale=training.local_lr * training.local_steps,
+            skipped=training.skipped,
+            retained_momentum=training.retained_momentum,
+        )
 
 
 def optimizer_step(optimizer: Optimizer) -> SimulatedOuterStep:

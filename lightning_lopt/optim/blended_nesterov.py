@@ -77,12 +77,7 @@ class BlendedNesterov(WholeModelOptimizer):
         blend: Sequence[float] = (0.05, 0.45, 0.5),
         phase: float = 0.0,
     ) -> None:
-        if not 0 < lr < math.inf:
-            raise ValueError(f"BlendedNesterov needs a finite lr > 0, not {lr}.")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"BlendedNesterov needs momentum in [0, 1), not {momentum}.")
-        if len(blend) != 3 or not min(blend) >= 0 or not abs(sum(blend) - 1) < 1e-6:
-            raise ValueError(f"blend must be three weights >= 0 whose sum is 1, not {blend!r}.")
+        blended.check_settings(lr, momentum, blend)
         if not 0 <= phase < math.inf:
             raise ValueError(f"BlendedNesterov needs a finite phase >= 0, not {phase}.")
         defaults = {"lr": lr, "momentum": momentum, "blend": tuple(blend), "phase": phase}

@@ -65,12 +65,16 @@ HELD_OUT = (
     HeldOut("shakespeare_lm", "adamw", 0.01, 4, 16, 50),
     HeldOut("cifar10_narrow", "sgd", 0.3, 4, 16, 50),
 )
-OPTIONS: dict[str, tuple[str, Mapping[str, float]]] = {  # method and options of the outer optimizer, by name
+# What the bundled controller sets where each input has its mean: without these inputs nothing is left of it but this.
+CONSTANTS: dict[str, Any] = {"lr": 1.4107, "momentum": 0.8136, "blend": (0.0456, 0.3336, 0.6208)}
+OPTIONS: dict[str, tuple[str, Mapping[str, Any]]] = {  # method and options of the outer optimizer, by name
     "local_sgd": ("local_sgd", {}),
     "diloco": ("diloco", {"lr": 0.7, "momentum": 0.9}),
     "base_step": ("base_step", {}),
     "phase": ("base_step", {"phase": 0.5}),
     "learned": ("learned", {}),
+    "controlled": ("controlled", {}),
+    "its constants": ("base_step", CONSTANTS),
 }
 SCHEDULES = {"constant": False, "decaying": True}
 

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
+from lightning_lopt.controller import Controller
 from lightning_lopt.functional.blended import BlendedSettings
 from lightning_lopt.meta.base import AbstractTask, Batch, Tensors
 from lightning_lopt.meta.local import LocalOptimizer
 from lightning_lopt.meta.outer import (
     BlendedStep,
+    ControlledStep,
     SimulatedOuterStep,
     average_anchors,
     learned_step,
@@ -132,11 +134,13 @@ def outer(particles: Sequence[Setting], anchor: Tensors, network: AdaMLP) -> Sim
         return average_anchors
     if method == "learned":
         return learned_step(anchor, [network])
-    if method == "base_step":
+    if method in ("base_step", "controlled"):
         like = next(iter(anchor.values()))
         options: list[dict[str, Any]] = [dict(setting.options) for setting in particles]
         own = [BlendedNesterov([torch.empty(0)], **each).param_groups[0] for each in options]
         chosen = BlendedSettings(*(like.new_tensor([each[name] for each in own]) for name in BlendedSettings._fields))
+        if method == "controlled":
+            return ControlledStep(anchor, chosen, Controller.bundled().to(like).weights())
         return BlendedStep(anchor, chosen, [each["phase"] for each in own])
     groups = [
         {"params": params, "local_lr": setting.local_lr, **setting.options}

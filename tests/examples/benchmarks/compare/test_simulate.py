@@ -13,7 +13,7 @@ from examples.benchmarks.compare import methods, plot, simulate
 from examples.benchmarks.compare.clients import Shared
 from examples.benchmarks.compare.methods import Setting
 from examples.benchmarks.compare.simulate import Experiment
-from lightning_lopt import AdaMLP, BlendedNesterov
+from lightning_lopt import AdaMLP, BlendedNesterov, ControlledNesterov
 from lightning_lopt.meta.local import LocalOptimizer
 from lightning_lopt.meta.outer import SimulatedRound
 from lightning_lopt.meta.tasks import ImageMLP
@@ -92,24 +92,31 @@ def test_fedadam_moves_every_coordinate_by_its_rate(task):
         torch.testing.assert_close(p, start[name] - 0.01, rtol=0, atol=1e-6)
 
 
-def test_the_base_step_is_that_of_blended_nesterov(task):
-    """Two runs side by side, of which one reads the phase of its local rate."""
-    start, options = task.init(2, torch.Generator().manual_seed(0)), [{"lr": 0.5}, {"momentum": 0.6, "phase": 0.7}]
-    settings = [Setting("base_step", 0.1, each) for each in options]
+@pytest.mark.parametrize(
+    ("method", "optimizer", "options"),
+    [
+        ("base_step", BlendedNesterov, [{"lr": 0.5}, {"momentum": 0.6, "phase": 0.7}]),
+        ("controlled", ControlledNesterov, [{"lr": 0.5}, {"momentum": 0.6}]),
+    ],
+)
+def test_the_base_step_is_that_of_its_optimizer(task, method, optimizer, options):
+    """Two runs side by side, of which one reads the phase of its local rate, or both."""
+    start = task.init(2, torch.Generator().manual_seed(0))
+    settings = [Setting(method, 0.1, each) for each in options]
     anchor = {name: p.clone() for name, p in start.items()}
     outer = methods.outer(settings, anchor, AdaMLP())
     twins = [[torch.nn.Parameter(p[i].clone()) for p in start.values()] for i in range(2)]
-    optimizers = [BlendedNesterov(twin, **each) for twin, each in zip(twins, options, strict=True)]
+    optimizers = [optimizer(twin, **each) for twin, each in zip(twins, options, strict=True)]
     generator = torch.Generator().manual_seed(1)
     for t, share in enumerate((1.0, 0.5, 0.2, 0.1)):
         noise = {name: torch.randn(p.shape, generator=generator) for name, p in start.items()}
         workers = {name: (p - noise[name]).unsqueeze(1) for name, p in anchor.items()}
         outer(anchor, SimulatedRound(workers, torch.full((2,), t), torch.full((2,), 0.1 * share), 3, 0.2, []))
-        for i, (twin, optimizer) in enumerate(zip(twins, optimizers, strict=True)):
-            optimizer.param_groups[0].update(local_lr=0.1 * share, local_steps=3, local_momentum=0.2 ** (1 / 3))
+        for i, (twin, own) in enumerate(zip(twins, optimizers, strict=True)):
+            own.param_groups[0].update(local_lr=0.1 * share, local_steps=3, local_momentum=0.2 ** (1 / 3))
             for p, grad in zip(twin, noise.values(), strict=True):
                 p.grad = grad[i]
-            optimizer.step()
+            own.step()
             ours = [p[i] for p in anchor.values()]
             torch.testing.assert_close(ours, [p.detach() for p in twin], rtol=1e-4, atol=1e-4)
 
