@@ -7,6 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import lightning as L
@@ -29,23 +30,35 @@ print_once = rank_zero_only(print)
 Curve = list[dict[str, float]]  # a point per evaluation: "rounds", "MB sent", "seconds" and metrics
 
 
-def set_up(parser: argparse.ArgumentParser, steps: int, lr: float) -> argparse.Namespace:
+def set_up(
+    parser: argparse.ArgumentParser, steps: int, lr: float, pretrained_lr: float | None = None
+) -> argparse.Namespace:
     """Parse an example's own arguments and those that all have, with these defaults; seed; make the output folder."""
+    with_model = "" if pretrained_lr is None else f"; with --model {pretrained_lr}"
     parser.add_argument("--steps", type=int, default=steps, help="local steps, in whole rounds (default: %(default)s)")
     parser.add_argument("--local-steps", type=int, default=16, help="local steps per round (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=lr, help="learning rate of the workers (default: %(default)s)")
+    parser.add_argument("--lr", type=float, help=f"learning rate of the workers (default: {lr}{with_model})")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder for results (default: %(default)s)")
     args = parser.parse_args()
     if min(args.steps, args.local_steps) < 1:
         parser.error("--steps and --local-steps must be at least 1.")
     args.steps = math.ceil(args.steps / args.local_steps) * args.local_steps
+    if args.lr is None:
+        args.lr = lr if getattr(args, "model", None) is None else pretrained_lr
     args.out.mkdir(parents=True, exist_ok=True)
     L.seed_everything(args.seed, verbose=False)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no remarks on the hardware
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the data are in memory
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # torch deprecates what Lightning calls
     return args
+
+
+def need(*packages: str) -> None:
+    """Exit where packages of the extra `pretrained` are missing."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise SystemExit(f"This needs {' and '.join(missing)}: pip install 'lightning-lopt[pretrained]'.")
 
 
 class CurveRecorder(L.Callback):

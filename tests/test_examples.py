@@ -9,15 +9,24 @@ import re
 import runpy
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import timm
 import torch
+import torchvision
+import transformers
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 
 from lightning_lopt import AdaMLP, WeightsError
 from lightning_lopt.meta import Evaluation
-from tests.processes import free_port, run_command, run_workers
+from tests.processes import free_port, run_cases, run_command, run_workers
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 METHODS = ["LocalSGD", "SlowMo", "DiLoCo", "LearnedLocalSGD"]
@@ -72,9 +81,111 @@ def test_fine_tuning_of_a_transformer_for_images(tmp_path: Path):
     check_fine_tuning(output, tmp_path, "finetune_vit", "vit_backbone.pt")
 
 
-def test_fine_tuning_of_a_language_model(tmp_path: Path):
-    output, _ = run_workers(_printed, 2, "finetune_lm.py", *TINY, "--out", tmp_path, connect=False, limit=240)
-    check_fine_tuning(output, tmp_path, "finetune_lm", "gpt.pt")
+def _save_gpt2(folder: Path) -> tuple[str, Path]:
+    text = "who wrote this text? " * 100
+    vocabulary = Tokenizer(WordLevel({character: i for i, character in enumerate(sorted(set(text)))}))
+    vocabulary.pre_tokenizer = Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=vocabulary).save_pretrained(folder)
+    config = transformers.GPT2Config(
+        vocab_size=vocabulary.get_vocab_size(), n_positions=64, n_embd=8, n_layer=1, n_head=2
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    (folder / "text").mkdir()
+    (folder / "text" / "train.txt").write_text(text)
+    return str(folder), folder / "text"
+
+
+def _save_images(folder: Path) -> Path:
+    """Eight images of unlike sizes in each of two classes, all of one colour."""
+    for split, name, i in product(("train", "test"), ("dark", "light"), range(8)):
+        (folder / split / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20 + i, 30), (200 if name == "light" else 20 + i,) * 3).save(
+            folder / split / name / f"{i}.png"
+        )
+    return folder
+
+
+def _save_vit(folder: Path) -> tuple[str, Path]:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=32)).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return f"hf:{folder}", _save_images(folder / "images")
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(tmp_path_factory):
+    """Output and folder of each run; in one launch."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("bytes", "gpt2", "vit")}
+    cases = {"bytes": ("finetune_lm.py", *TINY, "--out", folders["bytes"])}
+    for name, script, save in (("gpt2", "finetune_lm.py", _save_gpt2), ("vit", "finetune_vit.py", _save_vit)):
+        model, data = save(folders[name])
+        cases[name] = (script, *TINY, "--model", model, "--data", data, "--out", folders[name])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        outputs = run_cases(_printed, 2, cases, connect=False, limit=280)
+    return {name: (of_ranks[0], folders[name]) for name, of_ranks in outputs.items()}
+
+
+def test_fine_tuning_of_a_language_model(fine_tuned):
+    check_fine_tuning(*fine_tuned["bytes"], "finetune_lm", "gpt.pt")
+
+
+@pytest.mark.parametrize(("name", "script"), [("gpt2", "finetune_lm"), ("vit", "finetune_vit")])
+def test_fine_tuning_of_a_saved_model(fine_tuned, name, script):
+    output, folder = fine_tuned[name]
+    assert "Phase 1" not in output
+    check_report(output, METHODS, rounds=2, plot=folder / f"{script}.png")
+
+
+def _functions(script: str, monkeypatch) -> dict[str, Any]:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return runpy.run_path(str(EXAMPLES / script))
+
+
+@pytest.mark.parametrize("kind", ["timm", "torchvision"])
+def test_a_pretrained_network_gets_a_new_head(kind, tmp_path, monkeypatch):
+    functions = _functions("finetune_vit.py", monkeypatch)
+    if kind == "timm":
+        network = timm.create_model("test_resnet")
+        timm.models.save_for_hf(network, tmp_path)
+        name = f"timm:local-dir:{tmp_path}"
+    else:
+        network = torchvision.models.shufflenet_v2_x0_5()
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+        file = torchvision.models.ShuffleNet_V2_X0_5_Weights.DEFAULT.url.rpartition("/")[2]
+        (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+        torch.save(network.state_dict(), tmp_path / "hub" / "checkpoints" / file)
+        name = "torchvision:shufflenet_v2_x0_5"
+    backbone, num_features, preprocess = functions["build_backbone"](name, 8)
+    model = functions["Classifier"](backbone, num_features, preprocess, num_classes=3, lr=0.01)
+    images = torch.randint(256, (2, 3, 40, 40), dtype=torch.uint8)
+    last = [module for module in network.modules() if isinstance(module, torch.nn.Linear)][-1]
+    model.head.load_state_dict({name: value[:3] for name, value in last.state_dict().items()})
+    expected = network.eval()(preprocess(images))[:, :3]
+    torch.testing.assert_close(model.eval()(images), expected)
+
+
+def test_low_rank_factors_alone_train(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    path, _ = _save_gpt2(tmp_path)
+    model = _functions("finetune_lm.py", monkeypatch)["PretrainedLM"](path, lr=1e-3, lora=2)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+
+
+def test_what_an_extra_brings_is_named_where_it_is_missing(monkeypatch):
+    need = _functions("report.py", monkeypatch)["need"]
+    need("torch")
+    with pytest.raises(SystemExit, match=r"needs no_such_package: pip install 'lightning-lopt\[pretrained\]'"):
+        need("torch", "no_such_package")
+
+
+def test_texts_are_files_or_data_sets(tmp_path, monkeypatch):
+    load_text = _functions("finetune_lm.py", monkeypatch)["load_text"]
+    file = tmp_path / "train.txt"
+    file.write_text("one\ntwo")
+    assert load_text(str(file)) == load_text(str(tmp_path)) == "one\ntwo"
 
 
 def test_plain_loop_of_two_workers(tmp_path: Path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from examples.benchmarks.compare import heldout, paper, plot, qsr, run, tune
+from examples.benchmarks.compare import finetune, heldout, paper, plot, qsr, run, tune
 from examples.benchmarks.speed import meta_speed, outer_step, overhead
 from examples.benchmarks.wire import peers, wire
 
@@ -16,6 +16,7 @@ COMMANDS = {
     "plot": plot,
     "qsr": qsr,
     "heldout": heldout,
+    "finetune": finetune,
     "wire": wire,
     "peers": peers,
     "outer-step": outer_step,

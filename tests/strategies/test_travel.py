@@ -5,9 +5,12 @@ from __future__ import annotations
 from datetime import timedelta
 from functools import partial
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lopt import LOSCAR, AdaMLP, DiLoCo, Fragments, LearnedLocalSGD, LocalSGD, RoundMonitor, SyncOptions, TopK
 from tests.processes import run_workers
@@ -158,3 +161,51 @@ def test_lightning_cli(tmp_path):
 )
 def test_keywords_arrive(options):
     assert LocalSGD(**options)._options == SyncOptions(**options) != SyncOptions()
+
+
+class _Matrix(pl.LightningModule):
+    """A matrix that Muon trains."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.line = nn.Linear(4, 3, bias=False)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.mse_loss(self.line(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.Muon(self.parameters(), lr=0.05)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has no Muon")
+def test_diloco_with_muon_and_error_feedback_is_muloco():
+    """Against the algorithm of arXiv 2505.23725 in full: K = 2, H = 2, half of the coordinates, in the end all."""
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(24, 4, generator=generator), torch.randn(24, 3, generator=generator)
+    module = _Matrix()
+    anchor = module.line.weight.detach().clone()
+    strategy = DiLoCo(local_steps=2, outer_lr=0.7, momentum=0.9, compression=TopK(0.5), virtual_workers=2)
+    run = trainer(strategy, 1, max_epochs=1, use_distributed_sampler=False)  # batches go to the workers in turn
+    run.fit(module, DataLoader(TensorDataset(x, y), batch_size=2))
+
+    workers = [_Matrix() for _ in range(2)]
+    optimizers = [worker.configure_optimizers() for worker in workers]
+    errors, velocity = [torch.zeros(3, 4), torch.zeros(3, 4)], torch.zeros(3, 4)
+    for round_idx in range(3):
+        sent = []
+        for k, (worker, optimizer) in enumerate(zip(workers, optimizers, strict=True)):
+            worker.line.weight.data.copy_(anchor)
+            for step in range(2 * round_idx, 2 * round_idx + 2):
+                rows = slice(4 * step + 2 * k, 4 * step + 2 * k + 2)
+                optimizer.zero_grad()
+                worker.training_step((x[rows], y[rows]), 0).backward()
+                optimizer.step()
+            values = anchor - worker.line.weight.detach() + errors[k]
+            kept = values.abs() >= values.abs().flatten().topk(6 if round_idx < 2 else 12).values[-1]
+            sent.append(values * kept)
+            errors[k] = values - sent[k]
+        mean = sum(sent) / 2
+        velocity = 0.9 * velocity + mean
+        anchor -= 0.7 * (mean + 0.9 * velocity)
+    torch.testing.assert_close(module.line.weight.detach(), anchor)

@@ -167,11 +167,16 @@ def fashion_mnist(split: str, data: Path | None) -> tuple[Tensor, Tensor]:
         split: Name of the split, ``"train"`` or ``"t10k"``.
         data: Folder that holds the idx.gz files, at any depth.
     """
-    images, labels = (_idx(_find(data, f"{split}-{part}-ubyte.gz")[0]) for part in ("images-idx3", "labels-idx1"))
+    images, labels = (_idx(find(data, f"{split}-{part}-ubyte.gz")[0]) for part in ("images-idx3", "labels-idx1"))
     return images, labels
 
 
-def _find(folder: Path | None, pattern: str) -> list[Path]:
+def find(folder: Path | None, pattern: str) -> list[Path]:
+    """Files of a pattern in a folder, at any depth.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
     found = sorted(folder.rglob(pattern)) if folder else []
     if not found:
         raise FileNotFoundError(f"There is no {pattern} under {folder}: point --data at a folder that holds it.")
@@ -188,7 +193,7 @@ def _rows(data: Path | None, count: int | None = None) -> Iterable[dict[str, Any
     """Stream the rows of parquet files, or a random sample of them."""
     from datasets import load_dataset  # an extra
 
-    files = [str(path) for path in _find(data, "train*.parquet")]
+    files = [str(path) for path in find(data, "train*.parquet")]
     rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
     return rows if count is None else rows.shuffle(seed=0, buffer_size=10_000).take(count)
 
@@ -211,7 +216,7 @@ def _text(name: str, data: Path | None) -> str:
     if name == "lm1b":
         return "\n".join(row["text"] for row in _rows(data, SUBSET)).lower()
     file = "tinyshakespeare.txt" if name.startswith("shakespeare") else "train.txt"
-    return _help() if name == "help_lm" else _find(data, file)[0].read_text().lower()
+    return _help() if name == "help_lm" else find(data, file)[0].read_text().lower()
 
 
 def _help() -> str:
