@@ -19,7 +19,6 @@ CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # the requirement that brings a package, where it has another name
 BROUGHT_BY = {"sklearn": "scikit-learn", "scipy": "scikit-learn", "PIL": "torchvision", "tqdm": "lightning"}
 TESTS = ("practice", "test")  # extras for tests alone
-BY_HAND = {"torchft"}  # the benchmark `peers` says how
 
 
 def test_every_data_file_is_installed():
@@ -63,7 +62,7 @@ def test_every_import_is_required(folder, extras):
     files = [file for file in (ROOT / folder).rglob("*.py") if "records" not in file.parts]
     own = {"lightning_lopt", "examples", *(file.stem for file in (ROOT / "examples").glob("*.py"))}
     imported = {name for file in files for name in _imports(ast.parse(file.read_text()), deferred=extras)}
-    imported -= own | BY_HAND | sys.stdlib_module_names
+    imported -= own | sys.stdlib_module_names
     optional = CONFIG["project"]["optional-dependencies"] if extras else {}
     lines = [*CONFIG["project"]["dependencies"], *(x for name, xs in optional.items() if name not in TESTS for x in xs)]
     assert "torch" in imported

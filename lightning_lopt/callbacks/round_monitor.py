@@ -99,13 +99,10 @@ class RoundMonitor(Callback):
             gradient_bytes = held / rounds.comm.ranks_sharing
             rank_zero_info(summarize(history, gradient_bytes, rounds.comm.num_workers))
             if self._plot is not None:
-                self._draw(self._plot, history, gradient_bytes, rounds.comm.num_workers)
-
-    def _draw(self, path: Path, *shown: Any) -> None:
-        try:
-            draw(*shown, path)
-        except (OSError, ValueError) as error:  # a full disk, an unknown format
-            rank_zero_warn(f"{path} was not drawn: {error}")
+                try:
+                    draw(history, gradient_bytes, rounds.comm.num_workers, self._plot)
+                except (OSError, ValueError) as error:  # a full disk, an unknown format
+                    rank_zero_warn(f"{self._plot} was not drawn: {error}")
 
     def _log_new_rounds(self, trainer: pl.Trainer, pl_module: pl.LightningModule | None) -> None:
         new, self._new = self._new, []
