@@ -444,10 +444,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     def show(value: Any) -> str:
         return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
-    columns = [[key, *(show(row[key]) for row in rows)] for key in rows[0]]
+    columns = [[key, *(show(row[key]) for row in rows)] for key in (rows[0] if rows else ())]
     widths = [max(map(len, column)) for column in columns]
     lines = []
-    for cells in zip(*columns, strict=True):
+    for cells in zip(*columns, strict=True):  # none without rows
         first, *rest = zip(cells, widths, strict=True)
         lines.append("  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]).rstrip())
     return "\n".join(lines)

@@ -212,3 +212,7 @@ def test_a_reader_that_reads_no_more_ends_the_command_in_silence():
     given = "--params 5e6 --mbit 100 --step-seconds 0.5 --workers 2"
     command = f"{sys.executable} -u -m lightning_lopt.costs {given} | true"
     assert run_command(["sh", "-c", command], 60) == ("", "")
+
+
+def test_a_table_without_rows_is_empty():
+    assert costs.table([]) == ""
