@@ -93,6 +93,8 @@ def linear_mean(
     parts = values.split([math.prod(shape) for shape in shapes])
     tensors = [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
     reduced = codec.reduce(tensors, states, comm.means)
+    if any([*map(Tensor.size, ts)] != [*map(Tensor.size, tensors)] for ts in (reduced.means, reduced.sent)):
+        raise ValueError(f"reduce of {codec!r} must return means and sent of the shapes of the tensors.")
     mean, sent = (torch.cat([t.flatten() for t in ts]) for ts in (reduced.means, reduced.sent))
     spread = _squares(sent) - scale * _squares(mean)
     return CompressedMean(mean, torch.sub(values, sent, out=sent), None, spread), reduced.states
@@ -133,31 +135,31 @@ def compressed_mean(
     num_workers, width = comm.num_workers, values.dtype
     if gather or codec.sparse:
         received = comm.gather(_encode(codec, values, sizes))
-        sent = codec.decode(received[comm.rank], sizes).to(width)
+        sent = _decode(codec, received[comm.rank], sizes).to(width)
         workers = None
         if gather:
-            workers = torch.stack([codec.decode(code, sizes).to(width) for code in received])
+            workers = torch.stack([_decode(codec, code, sizes).to(width) for code in received])
             mean = workers.mean(0)
         else:
             mean = torch.zeros_like(values)
             for code in received:
-                mean += codec.decode(code, sizes)
+                mean += _decode(codec, code, sizes)
             mean.div_(num_workers)
         return CompressedMean(mean, values - sent, workers, _squares(sent) - scale * _squares(mean))
     bounds = even_bounds(len(values), num_workers)
     pieces = _cut(sizes, bounds)
     parts = values.split([high - low for low, high in pairwise(bounds)])
     codes = _stack([_encode(codec, part, s) for part, s in zip(parts, pieces, strict=True)])
-    sent = torch.cat([codec.decode(code, s) for code, s in zip(codes, pieces, strict=True)])
+    sent = torch.cat([_decode(codec, code, s) for code, s in zip(codes, pieces, strict=True)])
     own = pieces[comm.rank]
     mean = torch.zeros(sum(own), device=values.device)
     length = [codes.shape[1]] * num_workers
     for code in comm.all_to_all(codes.flatten(), length, length).view_as(codes):
-        mean += codec.decode(code, own)
+        mean += _decode(codec, code, own)
     mean /= num_workers
     coded = _encode(codec, mean, own)
     gathered = comm.gather(pad(coded, (0, codes.shape[1] - len(coded))))
-    means = [codec.decode(code, s) for code, s in zip(gathered, pieces, strict=True)]
+    means = [_decode(codec, code, s) for code, s in zip(gathered, pieces, strict=True)]
     residual = values - sent.to(width)
     residual[bounds[comm.rank] : bounds[comm.rank + 1]] += num_workers * scale * (mean - means[comm.rank])
     spread = _squares(sent) - num_workers * scale * _squares(mean)
@@ -171,7 +173,18 @@ def _squares(values: Tensor) -> Tensor:
 def _encode(codec: Codec, values: Tensor, sizes: Sequence[int]) -> Tensor:
     """Encode, and pad the code so that several in a row are aligned for any type."""
     code = codec.encode(values.float(), sizes)
+    if code.dtype != torch.uint8 or code.dim() != 1:
+        raise ValueError(
+            f"encode of {codec!r} returned {code.dtype} {list(code.shape)}; it must be torch.uint8 [bytes]."
+        )
     return pad(code, (0, -len(code) % 8))
+
+
+def _decode(codec: Codec, code: Tensor, sizes: Sequence[int]) -> Tensor:
+    values = codec.decode(code, sizes)
+    if list(values.shape) != [sum(sizes)]:
+        raise ValueError(f"decode of {codec!r} returned {list(values.shape)}; it must be [{sum(sizes)}], for {sizes}.")
+    return values
 
 
 def _stack(codes: Sequence[Tensor]) -> Tensor:

@@ -107,6 +107,8 @@ class SyncOptions:
                 "selection must be Fragments(...), RandomCoordinates(...) or any Selection (an object with pick, "
                 f"num_turns, whole_tensors and partial), not {self.selection!r}{lacks}."
             )
+        if as_integer(self.effective_selection.num_turns, least=1) is None:
+            raise ValueError(f"num_turns of {self.selection!r} must be an integer >= 1.")
         if self.selection is not None and self.density != 1:
             raise ValueError("density is short for selection=RandomCoordinates(density): give one of the two.")
         overlap_steps = as_integer(self.overlap_steps, least=0)

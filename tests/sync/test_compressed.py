@@ -253,3 +253,35 @@ def test_power_sgd_learns_about_as_fast_as_int8():
     (loss, num_bytes), (other_loss, other_bytes) = (run_threads(_loss, 2, models, option)[0] for option in options)
     assert other_loss < 1.15 * loss
     assert other_bytes < 0.85 * num_bytes
+
+
+class _WrongCodec:
+    sparse = False
+
+    def __init__(self, encoded, decoded) -> None:
+        self.encoded, self.decoded = encoded, decoded
+
+    def encode(self, flat, sizes):
+        return self.encoded
+
+    def decode(self, code, sizes):
+        return self.decoded
+
+
+class _WrongLinear:
+    def reduce(self, tensors, states, mean):
+        return Reduction([t.flatten() for t in tensors], tensors, states)
+
+
+@pytest.mark.parametrize(
+    ("encoded", "decoded", "message"),
+    [
+        (torch.zeros(8), torch.zeros(4), r"encode of .* torch\.float32 \[8\]"),
+        (torch.zeros(8, dtype=torch.uint8), torch.zeros(1), r"decode of .* returned \[1\]; it must be \[4\]"),
+    ],
+)
+def test_what_a_codec_returns_wrongly_is_named(encoded, decoded, message):
+    with pytest.raises(ValueError, match=message):
+        compressed_mean(Communicator(), torch.ones(4), [4], _WrongCodec(encoded, decoded))
+    with pytest.raises(ValueError, match="of the shapes of the tensors"):
+        linear_mean(Communicator(), torch.ones(4), [(2, 2)], [None], _WrongLinear())

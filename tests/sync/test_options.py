@@ -34,6 +34,10 @@ from tests.processes import run_workers
         ({"selection": 4}, "selection must be"),
         ({"selection": Fragments}, "selection must be"),
         ({"selection": types.SimpleNamespace(pick=len, num_turns=1)}, "which lacks whole_tensors and partial"),
+        (
+            {"selection": types.SimpleNamespace(pick=len, num_turns=0, whole_tensors=True, partial=True)},
+            "num_turns of .* must be an integer >= 1",
+        ),
         ({"compression": "int4"}, "compression must be"),
         ({"compression": 8}, "compression must be"),
         ({"compression": TopK}, "compression must be"),
