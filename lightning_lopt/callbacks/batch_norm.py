@@ -84,9 +84,11 @@ class BatchNormReestimation(Callback):
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             named = host.modes_before_validation(trainer)
             modes: dict[nn.Module, bool] = {m: named.get(name, m.training) for name, m in pl_module.named_modules()}
-            buffers = (b for norm in _trained_norms(modes) for b in norm.buffers())
-            rounds_of(trainer, self).sync.swap.put((b, b.clone()) for b in buffers)  # undone by the strategy
+            buffers = [b for norm in _trained_norms(modes) for b in norm.buffers()]
+            swap = rounds_of(trainer, self).sync.swap
+            swap.put((b, b.clone()) for b in buffers)  # undone by the strategy
             self._reestimate(trainer, pl_module, modes)
+            swap.put((b, b.clone()) for b in buffers)  # to be shown: what is written would stay
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
