@@ -1,8 +1,7 @@
-"""The benchmark beside torchft: its report, and a short run where torchft is installed."""
+"""The benchmark beside torchft: its report, and a short run."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 
 import pytest
@@ -29,8 +28,9 @@ def test_report(tmp_path, capsys):
 
 
 @pytest.mark.processes
-@pytest.mark.skipif(importlib.util.find_spec("torchft") is None, reason="torchft is not installed")
+@pytest.mark.practice
 def test_both_end_at_the_same_weights(tmp_path, capsys):
+    pytest.importorskip("torchft")
     path = tmp_path / "peers.jsonl"
     main(["peers", "--mbit", "0", "--parameters", "1e4", "--rounds", "2", "--out", str(path)])
     assert "bitwise equal after 2 of 2 rounds" in capsys.readouterr().out
