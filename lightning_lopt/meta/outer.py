@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,15 @@ class SimulatedRound(NamedTuple):
     local_steps: int
     retained_momentum: float
     skipped: Sequence[int]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Arguments of `outer_step` and `step_anchors` that do not depend on the step."""
+        return {
+            "local_scale": self.local_lr * self.local_steps,
+            "skipped": self.skipped,
+            "retained_momentum": self.retained_momentum,
+        }
 
 
 SimulatedOuterStep = Callable[[Tensors, SimulatedRound], None]
@@ -76,16 +85,7 @@ class LearnedStep:
 
     def __call__(self, anchor: Tensors, training: SimulatedRound) -> None:
         assert self.network is not None
-        outer_step(
-            anchor,
-            training.workers,
-            self.states,
-            self.network,
-            training.round_idx,
-            local_scale=training.local_lr * training.local_steps,
-            skipped=training.skipped,
-            retained_momentum=training.retained_momentum,
-        )
+        outer_step(anchor, training.workers, self.states, self.network, training.round_idx, **training.settings)
 
 
 def learned_step(anchor: Tensors, networks: Sequence[AdaMLP]) -> LearnedStep:
@@ -125,16 +125,7 @@ class BlendedStep:
         def step(tensors: list[ModelTensor[BaseState]]) -> None:
             blended.step_model(tensors, [settings] * len(tensors))
 
-        step_anchors(
-            anchor,
-            training.workers,
-            self.states,
-            step,
-            training.round_idx,
-            local_scale=training.local_lr * training.local_steps,
-            skipped=training.skipped,
-            retained_momentum=training.retained_momentum,
-        )
+        step_anchors(anchor, training.workers, self.states, step, training.round_idx, **training.settings)
 
     def _in_phase(self, local_lr: Tensor, local_steps: int) -> BlendedSettings:
         """Settings of the round."""
@@ -176,16 +167,7 @@ class ControlledStep:
             inputs = [observe(tensor, phase) for tensor in tensors]
             blended.step_model(tensors, [controlled(each, self._weights, self._settings) for each in inputs])
 
-        step_anchors(
-            anchor,
-            training.workers,
-            self.states,
-            step,
-            training.round_idx,
-            local_scale=training.local_lr * training.local_steps,
-            skipped=training.skipped,
-            retained_momentum=training.retained_momentum,
-        )
+        step_anchors(anchor, training.workers, self.states, step, training.round_idx, **training.settings)
 
 
 def optimizer_step(optimizer: Optimizer) -> SimulatedOuterStep:
