@@ -40,6 +40,16 @@ class Members(NamedTuple):
 class Membership(Protocol):
     """Workers that come and go between rounds."""
 
+    @property
+    def worker_id(self) -> int:
+        """Number of this worker, the same whenever it is started."""
+        ...
+
+    @property
+    def max_workers(self) -> int:
+        """Number of workers that there can be."""
+        ...
+
     def meet(self, round_idx: int, *, fingerprint: int, repeats: bool, leaves: bool) -> Members:
         """Wait for all workers that are there, and return those that take part from here on.
 
@@ -47,8 +57,12 @@ class Membership(Protocol):
             round_idx: Number of finished rounds of this worker; -1 for one that has just begun.
             fingerprint: Integer that is the same on all workers of a run.
             repeats: Whether a sync broke and is to be repeated, so that nobody may join.
-            leaves: Whether this worker leaves.
+            leaves: Whether this worker leaves, even if the others are within a round.
         """
+        ...
+
+    def close(self) -> None:
+        """Be gone, at once."""
         ...
 
 
