@@ -50,9 +50,7 @@ def train(args: argparse.Namespace) -> None:
     own_images, own_labels = images[args.worker :: args.workers], labels[args.worker :: args.workers]
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    rounds = Rounds(
-        model, optimizer, args.local_steps, partial(SlowMomentum, momentum=0.5), elastic=make_elastic(args)
-    )
+    rounds = Rounds(model, optimizer, args.local_steps, partial(SlowMomentum, momentum=0.5), elastic=make_elastic(args))
     signal.signal(signal.SIGTERM, lambda *_: rounds.leave())
 
     rounds.meet()

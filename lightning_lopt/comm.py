@@ -57,8 +57,12 @@ class Membership(Protocol):
             round_idx: Number of finished rounds of this worker; -1 for one that has just begun.
             fingerprint: Integer that is the same on all workers of a run.
             repeats: Whether a sync broke and is to be repeated, so that nobody may join.
-            leaves: Whether this worker leaves, even if the others are within a round.
+            leaves: Whether this worker leaves.
         """
+        ...
+
+    def disconnect(self) -> None:
+        """Break the group, in which others may wait for this worker."""
         ...
 
     def close(self) -> None:

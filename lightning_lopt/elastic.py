@@ -53,10 +53,10 @@ class Elastic:
 
     ¹ With the state of its local optimizer, its error feedback, and its buffers with the rule `"local"`.
 
-    The others go on after the lighthouse's heartbeat timeout and less than a second, also where a worker dies while they
-    connect; where a machine vanishes without closing its connections, after `timeout` in a sync, and 10 s in
-    connecting. With another history of workers the numbers are others:
-    `RoundReport.workers` has that of a run, round by round, and a replay in one process proves it.
+    The others go on after the lighthouse's heartbeat timeout and less than a second, also if a worker dies while they
+    connect. Where a machine vanishes without closing its connections, it takes them `timeout` in a sync, and 10 s while
+    they connect. With another history of workers the numbers are others: `RoundReport.workers` has that of a run, round
+    by round, and a replay in one process proves it.
 
     A worker that joins takes over from the first of those who are furthest: global weights and buffers, outer state,
     counters, what a schedule remembers, and the state of the local optimizer, its learning rates included. Buffers with
@@ -100,8 +100,11 @@ class Elastic:
     Example:
         >>> elastic = Elastic("http://10.0.0.1:29510", worker_id=0, max_workers=3)  # doctest: +SKIP
         >>> rounds = Rounds(model, optimizer, 16, elastic=elastic)  # doctest: +SKIP
-        >>> Trainer(devices=1, strategy=DiLoCo(16, elastic=elastic), max_steps=10_000)  # doctest: +SKIP
         >>> rounds.meet()  # doctest: +SKIP
+
+        With a Trainer:
+
+        >>> trainer = Trainer(devices=1, strategy=DiLoCo(16, elastic=elastic), max_steps=10_000)  # doctest: +SKIP
     """
 
     def __init__(
@@ -141,8 +144,6 @@ class Elastic:
         """
         if self._ended.is_set():
             raise RuntimeError("This worker has left. To come back, make a new Elastic and new Rounds.")
-        if leaves:
-            self._disconnect()  # others may wait in a sync
         store = self._store = self._store or self._open()
         start, again = time.monotonic(), False
         while True:
@@ -179,9 +180,9 @@ class Elastic:
     def close(self) -> None:
         """End the signs of life, and the connections to other workers."""
         self._ended.set()
-        self._disconnect()
+        self.disconnect()
 
-    def _disconnect(self) -> None:
+    def disconnect(self) -> None:
         """Close the connections to other workers, so that they do not wait for this one in vain."""
         if self._collectives is not None:
             self._collectives.close()
@@ -259,7 +260,7 @@ class Elastic:
         names = tuple(c.name for c in admitted)
         if all(c.connected and c.group == names for c in admitted):
             return True
-        self._disconnect()
+        self.disconnect()
         self._group = names
         if len(names) == 1:
             return True

@@ -311,6 +311,8 @@ class Rounds:
                 self.abandon_round()
             self.leave()
             while self._has_met and not self.left:  # until others have the weights, too
+                if not self._must_meet:  # they are within a round
+                    self._membership.disconnect()
                 self._meet(repeats=False)
         elif not self.synced:
             self._launch(everything=True)
@@ -556,7 +558,7 @@ class Rounds:
         self.sync.note_newcomers()
 
     def _take_over(self, state: dict[str, Any], *, keeps_local: bool) -> None:
-        """Go to the place in a round where another worker is; it is at the start, unless it has just been resumed."""
+        """Go to where another worker is: the start of a round, or the place within one at which it was resumed."""
         self.load_state_dict(state["rounds"])
         self.sync.swap.undo()
         self.sync.restore_anchor()

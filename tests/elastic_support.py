@@ -118,8 +118,6 @@ class FakeLighthouse:
         with self._changed:
             self._dead.discard(worker)
             self._here[worker] = call
-            if call.leaves and worker in self._group.workers:
-                self._group.break_up()
             self._changed.notify_all()
             self._look()
             assert self._changed.wait_for(lambda: worker in self._found, timeout=20), self._here
@@ -165,6 +163,9 @@ class FakeMembership:
     max_workers: int
     lighthouse: FakeLighthouse
     at: Callable[[int, str], None]
+
+    def disconnect(self) -> None:
+        self.lighthouse._group.break_up()
 
     def close(self) -> None:
         self.lighthouse.bury(self.worker_id)

@@ -101,7 +101,11 @@ PLANS = {
     ),
     "one ends within a round": ({(2, 2, 1): _leave_now}, [ALL, ALL, *[SOME] * 4]),
     "one comes when the others end": (
-        {(2, 1, 1): die, **{(w, 4, 1): (lambda trial, w=w: trial.rounds[w].leave()) for w in SOME}, (0, 4, 2): _restart},
+        {
+            (2, 1, 1): die,
+            **{(w, 4, 1): (lambda trial, w=w: trial.rounds[w].leave()) for w in SOME},
+            (0, 4, 2): _restart,
+        },
         [ALL, *[SOME] * 4, ALL],
     ),
     "a mean arrives at one alone": ({(1, 2, "after the mean"): lose}, [ALL] * 6),

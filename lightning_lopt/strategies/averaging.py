@@ -49,8 +49,8 @@ def refuse_callbacks(trainer: pl.Trainer, num_workers: int, virtual_workers: int
         if elastic and host.averages_weights(callback):
             raise MisconfigurationException(
                 f"{name} would average this worker's own weights: their mean over all needs collectives between the "
-                "syncs, for which workers that come and go do not come together. Keep the average in the module, as a "
-                "submodule without gradients that on_train_batch_end updates: every sync averages it, and a worker that "
+                "syncs, for which workers that come and go do not come together. Keep it in the module, as a "
+                "submodule without gradients that on_train_batch_end updates: every sync averages it, and one that "
                 "joins takes it over."
             )
         if isinstance(callback, ModelPruning):

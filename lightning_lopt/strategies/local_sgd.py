@@ -197,14 +197,14 @@ class LocalSGD(DDPStrategy):
 
     **Workers that come and go.** With ``elastic=Elastic("http://10.0.0.1:29510", worker_id=0, max_workers=3)`` the
     script is started once per worker, with `Trainer(devices=1)` and another `worker_id`, and started again when it has
-    died, by ``torchrun --standalone --nproc-per-node 1 --max-restarts 100`` for example. See `Elastic` for what is kept,
+    died, by ``torchrun --standalone --nproc-per-node 1 --max-restarts 100`` for example. `Elastic` says what is kept,
     what is lost, and what listens where. Rounds are the clock: a worker joins at the end of a batch with which a round
     ends, and goes to the others' step, epoch and learning rates, and to the batches of its own share of the data that
     belong there; its share rests while it is away.
 
     * `max_steps` or `max_epochs` tell all workers where the run ends. A Trainer that stops elsewhere (early stopping,
       `max_time`, data of unknown length) leaves the others, and ends with the last synced weights. After SIGTERM or
-      SLURM's requeue signal it first ends its round.
+      SLURM's requeue signal it first ends its round, which must be shorter than the time until SIGKILL.
     * Each worker has its own loggers, callbacks and checkpoints: give it a `default_root_dir` of its own, and the same
       `seed_everything` as the others. `fit(ckpt_path="last")` matters only where all have died.
     * Validation sees the last synced weights (`eval_weights="anchor"`) and all of the data, the same on all workers.
@@ -464,8 +464,8 @@ class LocalSGD(DDPStrategy):
         self._modes.attach(self.optimizers, wrappers, self._global_weights.moving)
         if self.elastic is not None and self._modes.exist:
             raise MisconfigurationException(
-                "An optimizer with a mode for evaluation, such as a schedule-free one, needs the workers' mean whenever "
-                "it changes its mode, and workers that come and go do not come together for that: use another one."
+                "An optimizer with a mode for evaluation, such as a schedule-free one, needs the workers' mean when it "
+                "changes its mode, and workers that come and go do not come together for that: use another one."
             )
         host.validate_without_inference_mode(trainer)
         host.surround_validation(trainer, self._begin_validation, self._global_weights.end_validation)
@@ -523,7 +523,9 @@ class LocalSGD(DDPStrategy):
     @override
     def on_train_end(self) -> None:
         super().on_train_end()
-        if self._present_rounds.comm.num_workers > 1 and not self._trainer.interrupted:  # after the hooks of all callbacks and the module
+        if (
+            self._present_rounds.comm.num_workers > 1 and not self._trainer.interrupted
+        ):  # after the hooks of all callbacks and the module
             with explain_lost_worker(self.timeout):
                 self._present_rounds.sync_unstepped()
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import time
+from contextlib import suppress
 from functools import partial
 from itertools import groupby
 
@@ -14,8 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -113,12 +113,12 @@ class Run(Trial):
             folder = self._folder / str(worker)
             callbacks.append(ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1))
         with seeded(0):
-            run = trainer(strategy, 1, callbacks=callbacks, enable_checkpointing=self._folder is not None, **self._options)
+            run = trainer(
+                strategy, 1, callbacks=callbacks, enable_checkpointing=self._folder is not None, **self._options
+            )
         self.trainers[worker], self.modules[worker] = run, module
-        try:
+        with suppress(SIGTERMException):
             run.fit(module, _loader(), _validation(), ckpt_path=self._checkpoints.get(worker), weights_only=False)
-        except SIGTERMException:
-            pass
         self.lighthouse.bury(worker)
 
     def check_end(self, workers=ALL):
@@ -154,11 +154,10 @@ def undisturbed():
 
 
 def test_without_any_change_it_is_the_run_of_a_fixed_group(undisturbed):
-    fixed = Follower(101)
+    fixed = Follower(100)
     strategy = LocalSGD(H, OUTER, virtual_workers=3)
     trainer(strategy, 1, max_epochs=EPOCHS, num_sanity_val_steps=0).fit(fixed, _loader(), _validation())
-    first = min(undisturbed)
-    torch.testing.assert_close(undisturbed[first].weights(), fixed.weights(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(undisturbed[0].weights(), fixed.weights(), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("joins_in", [2, 3, 4], ids=["at an epoch's end", "within an epoch", "next to the last"])
@@ -224,10 +223,12 @@ def test_a_checkpoint_of_one_worker_is_enough(tmp_path, undisturbed, step):
 def test_a_fixed_group_goes_on_from_a_checkpoint_of_one_worker(tmp_path, undisturbed):
     Run({}, folder=tmp_path, max_steps=15, max_epochs=-1).run()
     fixed, run = Follower(7), trainer(LocalSGD(H, OUTER, virtual_workers=3), 1, max_epochs=EPOCHS)
-    with pytest.warns(UserWarning, match="Changed in the script|The checkpoint holds 3 workers of"):
+    with pytest.warns(UserWarning, match="The checkpoint holds one of 3 workers"):
         run.fit(fixed, _loader(), _validation(), ckpt_path=tmp_path / "0/step=12.ckpt", weights_only=False)
     assert run.global_step == STEPS * EPOCHS
-    assert {s: fixed.steps[s] for s in range(12, 24)}.items() <= undisturbed[0].steps.items()
+    assert {step: fixed.steps[step] for step in range(12, 24)}.items() <= undisturbed[
+        2
+    ].steps.items()  # of the last one
 
 
 def _membership(max_workers=3):
@@ -289,7 +290,7 @@ class _WithModes(Follower):
 def test_what_needs_all_workers_between_syncs_is_refused(module, callbacks, reason):
     run = trainer(LocalSGD(H, elastic=_membership()), 1, callbacks=callbacks, max_steps=2)
     with pytest.raises(MisconfigurationException, match=reason):
-        run.fit(module(0), _loader())
+        run.fit(module(0), _loader(), _validation())
 
 
 def test_one_without_contact_for_rounds_is_told_to_start_again():
@@ -321,10 +322,8 @@ def _fit(worker, life, port, folder):
     module = Follower(100 * life + worker, at=lambda: time.sleep(0.03))
     strategy = LocalSGD(H, OUTER, elastic=torchft_member(worker, port))
     run = trainer(strategy, 1, max_steps=H * ROUNDS, callbacks=[Listening()], num_sanity_val_steps=0)
-    try:
+    with suppress(SIGTERMException):
         run.fit(module, _loader(), _validation())
-    except SIGTERMException:
-        pass
     note("ends", step=run.global_step, left=strategy.rounds.left, first=min(module.steps))
     torch.save(module.weights(), folder / f"{worker}.pt")
 
@@ -355,6 +354,6 @@ def test_one_trainer_is_killed_and_another_gets_a_signal(processes):
     (zero,), (one,), (two,) = (processes.events(w, "ends") for w in ALL)
     joined = min(event["round"] for event in processes.events(2, "round") if event["life"] == 1)
     assert (zero["step"], two["step"], two["first"]) == (H * ROUNDS, H * ROUNDS, H * joined)
-    assert one["left"] and one["step"] == H * len(rounds[1])
+    assert (one["left"], one["step"]) == (True, H * len(rounds[1]))
     weights = [torch.load(processes.folder / f"{worker}.pt") for worker in (0, 2)]
     assert torch.equal(*weights)

@@ -348,5 +348,6 @@ def _pass_over_validation(trainer: pl.Trainer) -> None:
 
 
 def _count(num_parts: int, num_workers: int) -> str:
+    one = "one of " if num_parts < num_workers else ""  # of those that come and go
     several = f" of {num_parts // num_workers} processes" if num_parts > num_workers else ""
-    return f"{num_workers} workers{several}"
+    return f"{one}{num_workers} workers{several}"
