@@ -703,7 +703,7 @@ def check_elastic(options: SyncOptions, worker_speeds: Speeds, reasons: Mapping[
     Args:
         options: Options of the syncs.
         worker_speeds: Speeds of the workers.
-        reasons: What else excludes them, as noun phrases with reasons, and whether it is so.
+        reasons: Whether each of these excludes them, too; noun phrases that give the reason.
 
     Raises:
         ValueError: Something excludes them; it says why.

@@ -95,7 +95,7 @@ class ElasticWorker(ProcessWorkers):
 
 
 class Place:
-    """Where a Trainer is in a run, with its learning rate schedules; a worker that joins takes it over.
+    """The place of a Trainer in a run, with its learning rate schedules, which a worker that joins takes over.
 
     It goes on with those batches of its own share of the data that belong there. A worker that is the first of a run
     has no place yet, and leaves the others where they are.

@@ -97,7 +97,7 @@ class Run(Trial):
         if not dist.is_initialized():  # all Trainers of this process take it
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         self._make_strategy = make_strategy or partial(LocalSGD, H, OUTER)
-        self._checkpoints, self._folder = checkpoints or {}, folder
+        self._checkpoints, self.folder = checkpoints or {}, folder
         self._options = {"max_epochs": EPOCHS, "num_sanity_val_steps": 0, **options}
         self.trainers, self.modules, self.monitors, self.reports = {}, {}, {}, {}
         super().__init__(0, ALL, plan)
@@ -109,12 +109,12 @@ class Run(Trial):
         )
         self.monitors[worker] = RoundMonitor()
         callbacks = [_Reports(self.reports), self.monitors[worker]]
-        if self._folder is not None:
-            folder = self._folder / str(worker)
+        if self.folder is not None:
+            folder = self.folder / str(worker)
             callbacks.append(ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1))
         with seeded(0):
             run = trainer(
-                strategy, 1, callbacks=callbacks, enable_checkpointing=self._folder is not None, **self._options
+                strategy, 1, callbacks=callbacks, enable_checkpointing=self.folder is not None, **self._options
             )
         self.trainers[worker], self.modules[worker] = run, module
         with suppress(SIGTERMException):
@@ -145,19 +145,19 @@ class _Reports(pl.Callback):
 
 
 @pytest.fixture(scope="module")
-def undisturbed():
-    """The modules of a run in which nothing happens."""
-    run = Run({})
+def undisturbed(tmp_path_factory):
+    """A run in which nothing happens."""
+    run = Run({}, folder=tmp_path_factory.mktemp("checkpoints"))
     run.run()
     run.check_end()
-    return run.modules
+    return run
 
 
 def test_without_any_change_it_is_the_run_of_a_fixed_group(undisturbed):
     fixed = Follower(100)
     strategy = LocalSGD(H, OUTER, virtual_workers=3)
     trainer(strategy, 1, max_epochs=EPOCHS, num_sanity_val_steps=0).fit(fixed, _loader(), _validation())
-    torch.testing.assert_close(undisturbed[0].weights(), fixed.weights(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(undisturbed.modules[0].weights(), fixed.weights(), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("joins_in", [2, 3, 4], ids=["at an epoch's end", "within an epoch", "next to the last"])
@@ -171,7 +171,7 @@ def test_one_that_joins_is_where_the_others_are(undisturbed, joins_in):
     assert [row["rounds/workers"] for row in monitored] == [len(run.reports[r]) for r in range(6)]
     assert [*run.modules[2].steps] == [*range(H * (joins_in + 1), STEPS * EPOCHS)]
     for worker, module in run.modules.items():
-        assert module.steps.items() <= undisturbed[worker].steps.items()
+        assert module.steps.items() <= undisturbed.modules[worker].steps.items()
 
 
 def test_one_that_joins_at_the_end_has_the_weights_and_no_steps():
@@ -207,24 +207,22 @@ def test_one_that_stops_within_a_round_goes_back_to_the_global_weights():
 
 
 @pytest.mark.parametrize("step", [12, 14], ids=["at a round's end", "within a round"])
-def test_a_checkpoint_of_one_worker_is_enough(tmp_path, undisturbed, step):
+def test_a_checkpoint_of_one_worker_is_enough(undisturbed, step):
     """Others without one, and with an older one, go to its place."""
-    first = Run({}, folder=tmp_path, max_steps=15, max_epochs=-1)
-    first.run()
-    again = Run({}, checkpoints={1: tmp_path / f"1/step={step}.ckpt", 2: tmp_path / "2/step=5.ckpt"})
+    folder = undisturbed.folder
+    again = Run({}, checkpoints={1: folder / f"1/step={step}.ckpt", 2: folder / "2/step=5.ckpt"})
     again.run()
     again.check_end()
     assert [*again.reports] == [3, 4, 5]
     for worker, module in again.modules.items():
         assert min(module.steps) == step
-        assert module.steps.items() <= undisturbed[worker].steps.items()
+        assert module.steps.items() <= undisturbed.modules[worker].steps.items()
 
 
-def test_a_fixed_group_goes_on_from_a_checkpoint_of_one_worker(tmp_path, undisturbed):
-    Run({}, folder=tmp_path, max_steps=15, max_epochs=-1).run()
+def test_a_fixed_group_goes_on_from_a_checkpoint_of_one_worker(undisturbed):
     fixed, run = Follower(7), trainer(LocalSGD(H, OUTER, virtual_workers=3), 1, max_epochs=EPOCHS)
     with pytest.warns(UserWarning, match="The checkpoint holds one of 3 workers"):
-        run.fit(fixed, _loader(), _validation(), ckpt_path=tmp_path / "0/step=12.ckpt", weights_only=False)
+        run.fit(fixed, _loader(), _validation(), ckpt_path=undisturbed.folder / "0/step=12.ckpt", weights_only=False)
     assert run.global_step == STEPS * EPOCHS
     assert {step: fixed.steps[step] for step in range(12, 24)}.items() <= undisturbed[
         2
@@ -293,10 +291,8 @@ def test_what_needs_all_workers_between_syncs_is_refused(module, callbacks, reas
         run.fit(module(0), _loader(), _validation())
 
 
-def test_one_without_contact_for_rounds_is_told_to_start_again():
-    run = Run({})
-    run.run()
-    place = run.trainers[0].strategy.rounds.companions[0]
+def test_one_without_contact_for_rounds_is_told_to_start_again(undisturbed):
+    place = undisturbed.trainers[0].strategy.rounds.companions[0]
     with pytest.raises(RuntimeError, match="start it again"):
         place.load_state_dict(place.state_dict())
 
