@@ -421,7 +421,7 @@ def go_to_progress(trainer: pl.Trainer, progress: Mapping[str, Any]) -> None:
     loop.load_state_dict(dict(progress))
     loop.reset()
     if trainer.max_steps == -1:
-        loop.epoch_progress.current.completed = loop.epoch_progress.current.processed
+        loop.epoch_progress.current.completed = epochs_done(trainer)
 
 
 def reset_validation_progress(trainer: pl.Trainer) -> None:
