@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 from lightning_lopt.comm import Communicator, GroupBrokenError, Membership, digest
 from lightning_lopt.functional.balance import even_bounds
 from lightning_lopt.functional.integers import as_integer
-from lightning_lopt.optim.outer import OuterFactory, check_coordinatewise, check_needs_mean_alone
+from lightning_lopt.optim.outer import OuterFactory, check_coordinatewise, check_factory, check_needs_mean_alone
 from lightning_lopt.schedules import Constant, RoundInfo, Schedule, StatefulSchedule, as_schedule
 from lightning_lopt.sync.options import SyncOptions
-from lightning_lopt.sync.replica import OptimizerLike
+from lightning_lopt.sync.replica import OptimizerLike, check_optimizer
 from lightning_lopt.sync.report import RoundReport
 from lightning_lopt.sync.rules import Rule
 from lightning_lopt.sync.settings import changed, changes, describe, warn_of_changes
@@ -81,8 +81,9 @@ class Rounds:
         left: Whether this worker has left the others.
 
     Raises:
-        ValueError: `local_steps` < 1, nothing to train, a network or speeds for another number of workers, or an
-            option that workers who come and go exclude.
+        ValueError: `local_steps` or `total_steps` < 1, nothing to train, an optimizer of another model, a network or
+            speeds for another number of workers, or an option that workers who come and go exclude.
+        TypeError: An argument of another type.
         DisagreementError: The workers' models, rounds or steps differ.
 
     Source: arXiv 2312.02204 (learned), 1910.00643 (SlowMo), 2311.08105 (DiLoCo), 2310.14423 (QSR).
@@ -117,8 +118,11 @@ class Rounds:
         worker_speeds: Speeds = None,
         elastic: Membership | None = None,
     ) -> None:
+        check_optimizer(model, optimizer)
+        if total_steps is not None and as_integer(total_steps, least=1) is None:
+            raise ValueError(f"total_steps must be an integer >= 1, or None if unknown, not {total_steps!r}.")
         self.schedule = self.ask_schedule = as_schedule(local_steps)
-        self._options = options or SyncOptions()
+        self._options = SyncOptions() if options is None else options
         check_combination(self.schedule, outer_optimizer, self._options)
         check_speeds(worker_speeds)
         self._given = describe(
@@ -680,13 +684,17 @@ def check_elastic(
 
 
 def check_combination(schedule: Schedule, outer_optimizer: OuterFactory | None, options: SyncOptions) -> None:
-    """Refuse a schedule, an outer optimizer and sync options that exclude each other.
+    """Refuse a schedule, an outer optimizer and sync options that are none, or exclude each other.
 
     Raises:
+        TypeError: The outer optimizer is no function that makes one, or the options are of another type.
         ValueError: The outer optimizer needs whole tensors and random coordinates are sent, or every worker's
             pseudo-gradient and a `LinearCodec` sends means alone, or a constant number of local steps leaves no room
             for the overlap or for all fragments.
     """
+    check_factory(outer_optimizer)
+    if not isinstance(options, SyncOptions):
+        raise TypeError(f"options must be SyncOptions(...), as SyncOptions(compression='int8') is, not {options!r}.")
     if outer_optimizer is not None and not options.effective_selection.whole_tensors:
         check_coordinatewise(outer_optimizer)
     if outer_optimizer is not None and options.sends_means_alone:

@@ -120,6 +120,19 @@ def read_contract(optimizer: Optimizer) -> OuterContract:
     )
 
 
+def check_factory(factory: OuterFactory | None) -> None:
+    """Refuse an outer optimizer that is not a function that makes one; None is none.
+
+    Raises:
+        TypeError: The argument is something else, an optimizer of the user's own parameters for example.
+    """
+    if factory is not None and (not callable(factory) or isinstance(factory, Optimizer)):
+        raise TypeError(
+            "outer_optimizer must make an optimizer from parameters, as partial(torch.optim.SGD, lr=0.7) does, not "
+            f"{factory!r}."
+        )
+
+
 def check_coordinatewise(factory: OuterFactory) -> None:
     """Refuse an outer optimizer that must see whole tensors.
 
