@@ -7,7 +7,7 @@ import io
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -582,7 +582,12 @@ class Rounds:
         Settings that the script has changed since then are the script's, with a warning: those of a round from the next
         one on, those of the outer optimizer at once. A sync in flight is given up if it sent other parts, or in another
         form, than the script wants now; its round ends with a sync of its own.
+
+        Raises:
+            ValueError: The state is of something else, another number of parameters, or another kind of outer
+                optimizer.
         """
+        _check_state(state, "anchors", "state_dict")
         given = state.get("given", {})
         if self.comm.is_first:
             warn_of_changes(changes(given, self._given))
@@ -614,7 +619,12 @@ class Rounds:
         return {**self._counters(), "elapsed": elapsed, "round_seconds": self._round_seconds, "sync": state}
 
     def load_local_state(self, state: dict[str, Any]) -> None:
-        """Restore the result of `local_state`, after `load_state_dict`."""
+        """Restore the result of `local_state`, after `load_state_dict`.
+
+        Raises:
+            ValueError: The state is of something else.
+        """
+        _check_state(state, "params", "local_state")
         self._load_counters(state)
         elapsed, self._round_seconds = state.get("elapsed"), state.get("round_seconds", 0.0)
         self._round_start = None if elapsed is None else time.perf_counter() - elapsed
@@ -637,6 +647,14 @@ def _look_once(rounds: Rounds | None) -> None:
     """Look for replaced weights before the first step of a round; a second one may belong to the same local step."""
     if rounds is not None and rounds._looked_in != rounds.round_idx:
         rounds.adopt_replaced()
+
+
+def _check_state(state: Mapping[str, Any], entry: str, method: str) -> None:
+    if entry not in state.get("sync", {}):
+        raise ValueError(
+            f"This is no result of Rounds.{method}(). Restore Rounds.state_dict() by load_state_dict first, then every "
+            "worker's own Rounds.local_state() by load_local_state."
+        )
 
 
 def _breaks(function: Callable[[], object]) -> bool:

@@ -264,6 +264,16 @@ def test_arguments_are_checked_before_a_process_group_is_made(monkeypatch):
     assert not made
 
 
+@pytest.mark.parametrize("method", ["state_dict", "local_state"])
+def test_states_of_something_else(method):
+    model = torch.nn.Linear(2, 2)
+    rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=0.1), 4)
+    other = {"state_dict": "local_state", "local_state": "state_dict"}[method]
+    for state in getattr(rounds, other)(), model.state_dict(), {}:
+        with pytest.raises(ValueError, match=rf"no result of Rounds\.{method}\(\)"):
+            getattr(rounds, f"load_{method}")(state)
+
+
 SHAPES = {"embedding": (6, 4), "another": (6, 4), "bias": (5,), "kernel": (4, 2, 3, 3), "expert": (3, 2)}
 UNUSED = {"embedding": [0, 4], "another": (slice(None), 2), "bias": 1, "kernel": (slice(None), 1), "expert": ...}
 STAYING = {
