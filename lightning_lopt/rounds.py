@@ -136,7 +136,7 @@ class Rounds:
         self.total_steps = total_steps
         self._membership = elastic
         if elastic is not None:
-            check_elastic(optimizer, comm, self._options, worker_speeds)
+            check_elastic(elastic, optimizer, comm, self._options, worker_speeds)
             comm = Communicator(backend=None)
         self.comm = comm or Communicator()
         check_speeds(worker_speeds, self.comm.num_workers)
@@ -678,13 +678,20 @@ def _from_bytes(flat: Tensor) -> dict[str, Any]:
 
 
 def check_elastic(
-    optimizer: OptimizerLike, comm: Communicator | None, options: SyncOptions, worker_speeds: Speeds
+    elastic: Membership,
+    optimizer: OptimizerLike,
+    comm: Communicator | None,
+    options: SyncOptions,
+    worker_speeds: Speeds,
 ) -> None:
     """Refuse what cannot work with workers that come and go.
 
     Raises:
+        TypeError: `elastic` is no `Elastic`.
         ValueError: One of the arguments excludes them; it says why.
     """
+    if not hasattr(elastic, "meet"):
+        raise TypeError(f"elastic must be Elastic(...), not {elastic!r}.")
     reasons = {
         "comm, which is a fixed group of workers": comm is not None,
         "a local optimizer that is not a torch.optim.Optimizer, whose state a new worker takes over": (

@@ -254,6 +254,8 @@ def test_arguments_are_checked_before_a_process_group_is_made(monkeypatch):
         ({"worker_speeds": [0.0]}, ValueError, "worker_speeds"),
         ({"total_steps": 0}, ValueError, "total_steps must be an integer >= 1"),
         ({"total_steps": 62.5}, ValueError, "total_steps must be an integer >= 1"),
+        ({"outer_optimizer": AdaMLP.bundled()}, TypeError, "make an optimizer from param"),
+        ({"elastic": "http://127.0.0.1:1"}, TypeError, r"must be Elastic\(...\), not 'http"),
         ({"outer_optimizer": torch.optim.SGD(copy.parameters(), lr=0.7)}, TypeError, "make an optimizer from param"),
         ({"optimizer": torch.optim.SGD(copy.parameters(), lr=0.1)}, ValueError, "none of the model's parameters"),
         ({"optimizer": model.parameters()}, TypeError, "a torch.optim.Optimizer, not Linear and generator"),
@@ -262,6 +264,15 @@ def test_arguments_are_checked_before_a_process_group_is_made(monkeypatch):
         with pytest.raises(error, match=match):
             Rounds(**{**given, **wrong})
     assert not made
+
+
+def test_wrong_arguments_that_are_seen_later():
+    model = torch.nn.Linear(2, 2)
+    make = partial(Rounds, model, torch.optim.SGD(model.parameters(), lr=0.1), 4)
+    with pytest.raises(TypeError, match=r"must return a torch\.optim\.Optimizer, not None"):
+        make(outer_optimizer=lambda groups: None)
+    with pytest.raises(ValueError, match="'anchor' or 'mean', not 'anchors'"):
+        make().swap_in("anchors")
 
 
 @pytest.mark.parametrize("method", ["state_dict", "local_state"])

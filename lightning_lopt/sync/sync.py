@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -455,7 +455,12 @@ class Sync:
             weights: `"anchor"`, the last synced ones, needs no communication; `"mean"` averages the workers as they
                 are now, and all of them must call it.
             unstepped_alone: Whether the parameters in training are the global ones as they are.
+
+        Raises:
+            ValueError: There are no such weights.
         """
+        if weights not in get_args(EvalWeights):
+            raise ValueError(f"weights must be 'anchor' or 'mean', not {weights!r}.")
         if self.swap.active:
             return
         self.replica.pull()
