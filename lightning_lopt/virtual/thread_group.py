@@ -69,15 +69,13 @@ class ThreadGroup:
             late = [rank for rank, count in enumerate(self._joins) if count < max(self._joins)]
             self._joins = [0] * len(self._joins)
             self._barrier.reset()
-            failed = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
-            raise (
-                failed[0]
-                if failed
-                else TimeoutError(
-                    f"Virtual workers {late} did not come within {self._timeout} to where the others waited for them. All "
-                    "must sync and evaluate after the same steps: check for what is done on some of them alone. If one is "
-                    "only slow, raise the timeout."
-                )
+            for error in errors:
+                if not isinstance(error, threading.BrokenBarrierError):
+                    raise error
+            raise TimeoutError(
+                f"Virtual workers {late} did not come within {self._timeout} to where the others waited for them. All "
+                "must sync and evaluate after the same steps: check for what is done on some of them alone. If one is "
+                "only slow, raise the timeout."
             )
         return [result for result, _ in outcomes]
 

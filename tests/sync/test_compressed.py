@@ -80,7 +80,7 @@ class _LargeOnes:
 def test_codes_whose_length_depends_on_the_values_are_refused(sparse):
     model = nn.Linear(3, 2)
     make = partial(Rounds, model, torch.optim.SGD(model.parameters(), lr=0.1), 1)
-    with pytest.raises(ValueError, match="2048 bytes for zeros and .* the length of a code must depend on the sizes"):
+    with pytest.raises(ValueError, match=r"2048 bytes for zeros and .* the length of a code must depend on the sizes"):
         make(options=SyncOptions(compression=_LargeOnes(sparse, 0.5)))
     make(options=SyncOptions(compression=_LargeOnes(sparse, -2.0)))
 
