@@ -10,7 +10,8 @@ from torch import Tensor
 from lightning_lopt.functional.ada import SUM_BLOCK
 from lightning_lopt.functional.blocks import in_threads
 
-TILE = (64, 512)  # of a product
+TILE = (96, 512)  # of a product, but for
+MOST_ROWS = 16  # of tiles: a long matrix has higher ones
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
@@ -21,6 +22,8 @@ def as_matrix(tensor: Tensor) -> Tensor:
 def product(left: Tensor, right: Tensor, plus: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
     r"""Compute :math:`\beta P + \alpha L R`; on a CPU in tiles, each of which one thread takes.
 
+    The result lies in memory as R does, by rows or by columns.
+
     Args:
         left: Left factors L, [P, a, b].
         right: Right factors R, [P, b, c].
@@ -28,7 +31,13 @@ def product(left: Tensor, right: Tensor, plus: Tensor | None = None, beta: float
         beta: Factor β of the summands.
         alpha: Factor α of the products.
     """
-    height, width = TILE
+    if right.stride(1) == 1 < right.stride(2):
+        return _tiled(right.mT, left.mT, None if plus is None else plus.mT, beta, alpha).mT
+    return _tiled(left, right, plus, beta, alpha)
+
+
+def _tiled(left: Tensor, right: Tensor, plus: Tensor | None, beta: float, alpha: float) -> Tensor:
+    height, width = TILE[0] * -(-left.shape[1] // (TILE[0] * MOST_ROWS)), TILE[1]
     one_tile = torch.get_num_threads() == 1 and left.shape[1] <= height and right.shape[2] <= width
     if left.device.type != "cpu" or one_tile:
         return _product(left, right, plus, beta, alpha)
@@ -121,5 +130,5 @@ def norm(matrices: Tensor) -> Tensor:
 
 
 def grafted(step: Tensor, size: Tensor) -> Tensor:
-    """Scale a step [P, *S] to a norm [P, 1, ...]; 0 where the step is 0."""
-    return step * (size / norm(step).clamp_(min=torch.finfo(step.dtype).tiny))
+    """Scale a step [P, *S] to a norm [P, 1, ...], in place; 0 where the step is 0."""
+    return step.mul_(size / norm(step).clamp_(min=torch.finfo(step.dtype).tiny))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_lopt.functional.ada import BaseState
 from lightning_lopt.functional.orthogonal import COEFFICIENTS
@@ -15,6 +14,7 @@ from lightning_lopt.functional.products import as_matrix, grafted, norm, product
 KEEP = 0.7  # of the Gram matrices, from round to round
 FLOOR = 0.005  # of their eigenvalues, in units of their norm
 ITERATIONS = 3
+NARROW = 0.55  # share of its rows in its columns up to which S is multiplied with factors: a root takes three products
 # Elements of the Gram matrices whose roots are in memory together: on a CPU they stay in the cache.
 GROUP = {"cpu": 1 << 16, "other": 1 << 20}
 
@@ -32,10 +32,10 @@ def update_grams(state: BaseState, grad: Tensor) -> None:
     """
     matrix = as_matrix(grad)
     for gram, side in ((state.left_gram, matrix), (state.right_gram, matrix.mT)):
-        if gram.numel():
-            blocks = _row_blocks(side, gram)
-            squares = blocks.square() if blocks.shape[1:] == (1, 1) else symmetric_product(blocks, blocks.mT)
-            torch.add(squares.view_as(gram), gram, alpha=KEEP, out=gram)
+        for blocks, rows in _blocks(gram, side):
+            flat = rows.flatten(0, 1)
+            squares = flat.square() if flat.shape[1:] == (1, 1) else symmetric_product(flat, flat.mT)
+            torch.add(squares.view_as(blocks), blocks, alpha=KEEP, out=blocks)
 
 
 def whiten(step: Tensor, state: BaseState, size: Tensor | None = None) -> Tensor:
@@ -72,26 +72,36 @@ def whiten(step: Tensor, state: BaseState, size: Tensor | None = None) -> Tensor
     return grafted(matrix.reshape(step.shape), norm(step) if size is None else size)
 
 
-def _row_blocks(matrix: Tensor, gram: Tensor) -> Tensor:
-    """Split rows by the blocks of a Gram matrix: [P, n, m] to [P * number, side, m], the last one padded."""
-    _, number, side, _ = gram.shape
-    missing = number * side - matrix.shape[1]
-    padded = F.pad(matrix, (0, 0, 0, missing)) if missing else matrix
-    return padded.reshape(-1, side, matrix.shape[2])
+def _blocks(gram: Tensor, matrix: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Pair the blocks of a Gram matrix with their rows: those of one size, [P, N, n, n] and [P, N, n, m], and the rest."""
+    side = gram.shape[2]
+    whole, rest = divmod(matrix.shape[1], side) if gram.numel() else (0, 0)
+    blocks, pairs = matrix[:, : whole * side].unflatten(1, (whole, side)), []
+    if whole:
+        pairs.append((gram[:, :whole], blocks))
+    if rest:
+        pairs.append((gram[:, whole:, :rest, :rest], matrix[:, whole * side :].unsqueeze(1)))
+    return pairs
 
 
 def _conditioned(matrix: Tensor, gram: Tensor) -> Tensor:
     """Multiply each block of rows with the inverse root of its Gram matrix."""
-    shrink = norm(gram).clamp_(min=torch.finfo(gram.dtype).tiny).reciprocal_().expand(-1, gram.shape[1], -1, -1)
-    blocks, side = _row_blocks(matrix, gram), gram.shape[2]
-    if side == 1:
-        rows = (gram * shrink).add_(FLOOR).rsqrt_().flatten(0, 1) * blocks
-    else:
-        count = max(1, GROUP.get(gram.device.type, GROUP["other"]) // side**2)
-        parts = (tensor.split(count) for tensor in (gram.flatten(0, 1), shrink.flatten(0, 1), blocks))
-        whitened = [times_inverse_root(part * factor, rows) for part, factor, rows in zip(*parts, strict=True)]
-        rows = torch.cat(whitened) if len(whitened) > 1 else whitened[0]
-    return rows.view(matrix.shape[0], -1, matrix.shape[2])[:, : matrix.shape[1]]
+    shrink = norm(gram).clamp_(min=torch.finfo(gram.dtype).tiny).reciprocal_()
+    if gram.shape[2] == 1:
+        return (gram.flatten(1) * shrink.flatten(1)).add_(FLOOR).rsqrt_().unsqueeze(2) * matrix
+    count, result = max(1, GROUP.get(gram.device.type, GROUP["other"]) // gram.shape[2] ** 2), torch.empty_like(matrix)
+    for (blocks, rows), (_, target) in zip(_blocks(gram, matrix), _blocks(gram, result), strict=True):
+        for part, to, *operands in _groups(count, rows, target, blocks, shrink.expand(-1, blocks.shape[1], -1, -1)):
+            grams = torch.mul(*operands).flatten(0, 1)
+            to.copy_(times_inverse_root(grams, part.flatten(0, 1)).view_as(part))
+    return result
+
+
+def _groups(count: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Split tensors [P, N, *] into groups of at most `count` blocks of the P * N."""
+    for several in zip(*(tensor.split(count) for tensor in tensors), strict=True):
+        size = max(1, count // len(several[0]))
+        yield from zip(*(tensor.split(size, dim=1) for tensor in several), strict=True)
 
 
 def times_inverse_root(grams: Tensor, rows: Tensor) -> Tensor:
@@ -106,7 +116,7 @@ def times_inverse_root(grams: Tensor, rows: Tensor) -> Tensor:
     """
     side, width = rows.shape[1:]
     grams.diagonal(dim1=1, dim2=2).add_(FLOOR)
-    if width < side:
+    if width < NARROW * side:
         return _times_roots(grams, rows, product)
     return product(_times_roots(grams, None, symmetric_product), rows)
 
