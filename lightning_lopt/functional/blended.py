@@ -91,9 +91,7 @@ def nesterov(grad: Tensor, momentum: Tensor, complement: Tensor) -> Tensor:
     return torch.addcmul(grad, (1 - keep) / keep, momentum)
 
 
-def base_forms(
-    step: Tensor, state: BaseState, factors: Factoring, like: Tensor
-) -> tuple[tuple[Tensor, ...], Tensor]:
+def base_forms(step: Tensor, state: BaseState, factors: Factoring, like: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
     """Compute the forms of a Nesterov step: as it is, orthogonalised (a vector as it is) and whitened.
 
     Args:

@@ -213,9 +213,7 @@ def accumulate(operands: _Operands, network: FoldedNetwork, plan: _Plan) -> Mome
     return Moments(sums[:, :count], sums[:, count:], operands.grad[0].numel())
 
 
-def apply(
-    operands: _Operands, layers: Layers, update: Update, base: Base | None, plan: _Plan
-) -> None:
+def apply(operands: _Operands, layers: Layers, update: Update, base: Base | None, plan: _Plan) -> None:
     """Run the network over all coordinates and move `operands.param`, in place.
 
     Args:

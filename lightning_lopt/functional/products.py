@@ -42,17 +42,13 @@ def _tiled(left: Tensor, right: Tensor, plus: Tensor | None, beta: float, alpha:
     if left.device.type != "cpu" or one_tile:
         return _product(left, right, plus, beta, alpha)
     result = left.new_empty(*left.shape[:2], right.shape[2])
-    tiles = [
-        (
-            left[:, row : row + height],
-            right[..., column : column + width],
-            None if plus is None else plus[:, row : row + height, column : column + width],
-            result[:, row : row + height, column : column + width],
-        )
-        for row in range(0, left.shape[1], height)
-        for column in range(0, right.shape[2], width)
-    ]
-    _fill(tiles, beta, alpha)
+    columns = right.split(width, 2)
+    factors = [(row, column) for row in left.split(height, 1) for column in columns]
+    targets, summands = (
+        [None] * len(factors) if x is None else [tile for row in x.split(height, 1) for tile in row.split(width, 2)]
+        for x in (result, plus)
+    )
+    _fill([(*pair, *rest) for pair, *rest in zip(factors, summands, targets, strict=True)], beta, alpha)
     return result
 
 
@@ -72,22 +68,15 @@ def symmetric_product(
     if left.device.type != "cpu" or side <= height:
         return product(left, right, plus, beta, alpha)
     result = left.new_empty(left.shape[0], side, side)
-    starts = range(0, side, height)
-    _fill(
-        [
-            (
-                left[:, row : row + height],
-                right[..., row:],
-                None if plus is None else plus[:, row : row + height, row:],
-                result[:, row : row + height, row:],
-            )
-            for row in starts
-        ],
-        beta,
-        alpha,
-    )
-    for row in starts:
-        result[:, row + height :, row : row + height] = result[:, row : row + height, row + height :].mT
+    starts, strips = range(0, side, height), result.split(height, 1)
+    summands = [None] * len(starts) if plus is None else plus.split(height, 1)
+    tiles = [
+        (factor, right[..., row:], None if summand is None else summand[..., row:], strip[..., row:])
+        for row, factor, summand, strip in zip(starts, left.split(height, 1), summands, strips, strict=True)
+    ]
+    _fill(tiles, beta, alpha)
+    for row, strip in zip(starts, strips[:-1], strict=False):
+        result[:, row + height :, row : row + height] = strip[..., row + height :].mT
     return result
 
 
@@ -108,6 +97,11 @@ def _fill(tiles: Sequence[_Tile], beta: float, alpha: float) -> None:
 def _product(
     left: Tensor, right: Tensor, plus: Tensor | None, beta: float, alpha: float, out: Tensor | None = None
 ) -> Tensor:
+    if len(left) == 1:  # on a CPU faster than a batch of one
+        summand, result = (None if x is None else x[0] for x in (plus, out))
+        if summand is None:
+            return torch.mm(left[0], right[0], out=result).unsqueeze(0)
+        return torch.addmm(summand, left[0], right[0], beta=beta, alpha=alpha, out=result).unsqueeze(0)
     if plus is None:
         assert alpha == 1
         return torch.bmm(left, right, out=out)

@@ -111,9 +111,7 @@ class Update(ABC):
         """Choose the terms added before roots and divisions, from accumulators already advanced."""
 
     @abstractmethod
-    def base_step(
-        self, grad: Tensor, state: AdaState, decays: Decays, factors: Factoring, like: Tensor
-    ) -> Base | None:
+    def base_step(self, grad: Tensor, state: AdaState, decays: Decays, factors: Factoring, like: Tensor) -> Base | None:
         """Compute the base step.
 
         Args:
@@ -173,9 +171,7 @@ class PublishedUpdate(Update):
         return epsilons(state, relative=False)
 
     @override
-    def base_step(
-        self, grad: Tensor, state: AdaState, decays: Decays, factors: Factoring, like: Tensor
-    ) -> Base | None:
+    def base_step(self, grad: Tensor, state: AdaState, decays: Decays, factors: Factoring, like: Tensor) -> Base | None:
         return None
 
     @override

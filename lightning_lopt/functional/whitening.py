@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_lopt.functional.ada import BaseState
-from lightning_lopt.functional.orthogonal import COEFFICIENTS
+from lightning_lopt.functional.orthogonal import COEFFICIENTS, polynomial
 from lightning_lopt.functional.products import as_matrix, grafted, norm, product, symmetric_product
 
 KEEP = 0.7  # of the Gram matrices, from round to round
@@ -125,16 +125,11 @@ def _times_roots(x: Tensor, rows: Tensor | None, times: Callable[..., Tensor]) -
     """Apply the polynomials of the coupled iteration to `rows`; None for the identity matrix."""
     linear, cubic, quintic = COEFFICIENTS
     for remaining in reversed(range(ITERATIONS)):
-        if rows is not None and not remaining:  # nothing else needs the polynomial itself
+        if times is product and not remaining:  # nothing else needs the polynomial itself
             return times(x, times(x, rows, rows, beta=cubic, alpha=quintic), rows, beta=linear)
-        higher = symmetric_product(x, x, x, beta=cubic, alpha=quintic)
-        if rows is None:
-            rows = higher.clone()
-            rows.diagonal(dim1=1, dim2=2).add_(linear)
-        else:
-            rows = times(higher, rows, rows, beta=linear)
+        factor = polynomial(x)
+        rows = factor if rows is None else times(factor, rows)
         if remaining:
-            half = symmetric_product(x, higher, x, beta=linear)
-            x = symmetric_product(half, higher, half, beta=linear)
+            x = symmetric_product(symmetric_product(x, factor), factor)
     assert rows is not None
     return rows
