@@ -118,5 +118,5 @@ def in_threads(
 
 @lru_cache
 def _thread_pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads that wait for jobs: to start them takes as long as many a job. A forked process has none of its parent's."""
+    """Threads that wait for jobs, as to start them takes longer than many a job; a forked process needs its own."""
     return ThreadPoolExecutor(threads, f"step-{process}", initializer=torch.set_num_threads, initargs=(1,))

@@ -13,7 +13,6 @@ from lightning_lopt.functional import ada
 from lightning_lopt.functional.ada import AdaState, Epsilons, Factoring
 from lightning_lopt.functional.damping import damped
 from lightning_lopt.functional.layers import Network
-from lightning_lopt.functional.updates import Base
 
 
 def features(

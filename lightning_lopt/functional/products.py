@@ -10,8 +10,8 @@ from torch import Tensor
 from lightning_lopt.functional.ada import SUM_BLOCK
 from lightning_lopt.functional.blocks import in_threads
 
-TILE = (96, 512)  # of a product, but for
-MOST_ROWS = 16  # of tiles: a long matrix has higher ones
+TILE = (96, 512)  # of a product, at least
+MOST_ROWS = 16  # of tiles: those of a long matrix are higher
 
 
 def as_matrix(tensor: Tensor) -> Tensor:

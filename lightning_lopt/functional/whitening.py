@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from lightning_lopt.functional.products import as_matrix, grafted, norm, product
 KEEP = 0.7  # of the Gram matrices, from round to round
 FLOOR = 0.005  # of their eigenvalues, in units of their norm
 ITERATIONS = 3
-NARROW = 0.55  # share of its rows in its columns up to which S is multiplied with factors: a root takes three products
+NARROW = 0.55  # columns per row of S: products of factors with fewer cost less than those with each other
 # Elements of the Gram matrices whose roots are in memory together: on a CPU they stay in the cache.
 GROUP = {"cpu": 1 << 16, "other": 1 << 20}
 
@@ -73,7 +74,7 @@ def whiten(step: Tensor, state: BaseState, size: Tensor | None = None) -> Tensor
 
 
 def _blocks(gram: Tensor, matrix: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Pair the blocks of a Gram matrix with their rows: those of one size, [P, N, n, n] and [P, N, n, m], and the rest."""
+    """Pair blocks of a Gram matrix with their rows, [P, N, n, n] and [P, N, n, m]: those of one size, and the last."""
     side = gram.shape[2]
     whole, rest = divmod(matrix.shape[1], side) if gram.numel() else (0, 0)
     blocks, pairs = matrix[:, : whole * side].unflatten(1, (whole, side)), []
@@ -114,22 +115,18 @@ def times_inverse_root(grams: Tensor, rows: Tensor) -> Tensor:
         grams: Symmetric matrices A with eigenvalues in [0, 1], [P, n, n]; overwritten.
         rows: Factors S, [P, n, m].
     """
-    side, width = rows.shape[1:]
     grams.diagonal(dim1=1, dim2=2).add_(FLOOR)
-    if width < NARROW * side:
-        return _times_roots(grams, rows, product)
-    return product(_times_roots(grams, None, symmetric_product), rows)
+    if rows.shape[2] < NARROW * rows.shape[1]:
+        for factor in _factors_of_root(grams):
+            rows = product(factor, rows)
+        return rows
+    return product(reduce(symmetric_product, _factors_of_root(grams)), rows)
 
 
-def _times_roots(x: Tensor, rows: Tensor | None, times: Callable[..., Tensor]) -> Tensor:
-    """Apply the polynomials of the coupled iteration to `rows`; None for the identity matrix."""
-    linear, cubic, quintic = COEFFICIENTS
+def _factors_of_root(x: Tensor) -> Iterator[Tensor]:
+    """Yield the polynomials q(X_0), q(X_1), ... of the coupled iteration."""
     for remaining in reversed(range(ITERATIONS)):
-        if times is product and not remaining:  # nothing else needs the polynomial itself
-            return times(x, times(x, rows, rows, beta=cubic, alpha=quintic), rows, beta=linear)
         factor = polynomial(x)
-        rows = factor if rows is None else times(factor, rows)
+        yield factor
         if remaining:
             x = symmetric_product(symmetric_product(x, factor), factor)
-    assert rows is not None
-    return rows
