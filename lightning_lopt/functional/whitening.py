@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_lopt.functional.ada import BaseState
-from lightning_lopt.functional.orthogonal import COEFFICIENTS, polynomial
+from lightning_lopt.functional.orthogonal import polynomial
 from lightning_lopt.functional.products import as_matrix, grafted, norm, product, symmetric_product
 
 KEEP = 0.7  # of the Gram matrices, from round to round
