@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
 from itertools import pairwise
 from typing import TypeVar
 
@@ -110,13 +108,7 @@ def in_threads(
             return work(jobs)
         bounds = [round(i * len(jobs) / threads) for i in range(threads + 1)]
         parts = [jobs[start:stop] for start, stop in pairwise(bounds)]
-        pool = _thread_pool(threads, os.getpid())
-        return [result for results in pool.map(torch.no_grad()(work), parts) for result in results]
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return [result for results in pool.map(torch.no_grad()(work), parts) for result in results]
     finally:
         torch.set_num_threads(before)
-
-
-@lru_cache
-def _thread_pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads that wait for jobs, as to start them takes longer than many a job; a forked process needs its own."""
-    return ThreadPoolExecutor(threads, f"step-{process}", initializer=torch.set_num_threads, initargs=(1,))
