@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -42,14 +43,20 @@ def _tiled(left: Tensor, right: Tensor, plus: Tensor | None, beta: float, alpha:
     if left.device.type != "cpu" or one_tile:
         return _product(left, right, plus, beta, alpha)
     result = left.new_empty(*left.shape[:2], right.shape[2])
-    columns = right.split(width, 2)
-    factors = [(row, column) for row in left.split(height, 1) for column in columns]
-    targets, summands = (
-        [None] * len(factors) if x is None else [tile for row in x.split(height, 1) for tile in row.split(width, 2)]
-        for x in (result, plus)
-    )
-    _fill([(*pair, *rest) for pair, *rest in zip(factors, summands, targets, strict=True)], beta, alpha)
+    rows, columns = left.split(height, 1), right.split(width, 2)
+    targets = _cut(result, height, width)
+    summands = [None] * len(targets) if plus is None else _cut(plus, height, width)
+    tiles = [
+        (row, column, summand, target)
+        for (row, column), summand, target in zip(itertools.product(rows, columns), summands, targets, strict=True)
+    ]
+    _fill(tiles, beta, alpha)
     return result
+
+
+def _cut(matrices: Tensor, height: int, width: int) -> list[Tensor]:
+    """Cut matrices [P, a, b] into tiles, in row-major order."""
+    return [tile for row in matrices.split(height, 1) for tile in row.split(width, 2)]
 
 
 def symmetric_product(
