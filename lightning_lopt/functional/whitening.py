@@ -15,7 +15,6 @@ from lightning_lopt.functional.products import as_matrix, grafted, norm, product
 KEEP = 0.7  # of the Gram matrices, from round to round
 FLOOR = 0.005  # of their eigenvalues, in units of their norm
 ITERATIONS = 3
-NARROW = 0.55  # columns per row of S: products of factors with fewer cost less than those with each other
 # Elements of the Gram matrices whose roots are in memory together: on a CPU they stay in the cache.
 GROUP = {"cpu": 1 << 16, "other": 1 << 20}
 
@@ -116,7 +115,7 @@ def times_inverse_root(grams: Tensor, rows: Tensor) -> Tensor:
         rows: Factors S, [P, n, m].
     """
     grams.diagonal(dim1=1, dim2=2).add_(FLOOR)
-    if rows.shape[2] < NARROW * rows.shape[1]:
+    if rows.shape[2] < rows.shape[1]:
         for factor in _factors_of_root(grams):
             rows = product(factor, rows)
         return rows
