@@ -116,19 +116,13 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, nargs="+", default=[None], help="folders of CIFAR-10 or Fashion-MNIST")
-    add(
-        "--recipe",
-        choices=[*RECIPES, *CONTROLLERS],
-        default="quick",
-        help="see examples/recipes.py (default: %(default)s)",
-    )
+    recipes = [*RECIPES, *CONTROLLERS]
+    add("--recipe", choices=recipes, default="quick", help="see examples/recipes.py (default: %(default)s)")
     add("--task", type=Path, help="file of a task of yours, for --recipe own")
     add("--constants", action="store_true", help="with --recipe own: fit the constants of the controller alone")
     add("--pairs", type=int, help="pairs of a sweep on each task, of the recipes controller (default: 32) and own (8)")
     add("--steps", type=int, help="meta-iterations, those before --init included where the schedule counts them")
-    add(
-        "--minutes", type=float, help="stop after this time, even if --steps are not done; of --recipe own: in all (15)"
-    )
+    add("--minutes", type=float, help="stop after this time, even if --steps are not done; of recipe own: in all (15)")
     add("--resume", type=Path, help="checkpoint to go on from, e.g. OUT/checkpoints/step=40.ckpt")
     add("--init", type=Path, help="export to go on from, with fresh unrolls")
     add("--init-scale", type=float, default=1.0, help="factor of the last layer of that network (default: %(default)s)")
@@ -143,6 +137,8 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"{args.out} holds the weights of another run. Choose another --out, or --resume that run.")
     if (args.recipe == "own") != (args.task is not None):
         parser.error("--recipe own needs the file of a task, and no other takes one: --recipe own --task FILE.py.")
+    if args.init and args.recipe in CONTROLLERS:
+        parser.error(f"--recipe {args.recipe} has no export: its checkpoints are small. Use --resume.")
     if args.pairs is not None and args.pairs < 1:
         parser.error(f"--pairs must be at least 1, not {args.pairs}.")
     if args.init_scale != 1 and not args.init:

@@ -211,8 +211,8 @@ def simulated(optimizer: Optimizer) -> tuple[LocalOptimizer, float]:
         if type(optimizer) is cls and as_it_is and len({*rates}) == len({*decays}) == 1:
             return LocalOptimizer(kind, decays[0]), rates[0]
     raise ValueError(
-        "Simulated workers have SGD, with momentum 0.9 or without, AdamW, or Muon with the rates of AdamW, with one set "
-        f"of settings for all parameters and otherwise torch's defaults, but not {optimizer!r}. "
+        "Simulated workers have SGD, with momentum 0.9 or without, AdamW, or Muon at AdamW's rates, with the "
+        f"same settings for all parameters and otherwise torch's defaults, but not {optimizer!r}. "
         f"{_ADVICE.format(kind=nearest)}"
     )
 
