@@ -219,8 +219,8 @@ class LocalTraining:
         num_workers: Number of workers K >= 1.
         local_steps: Number of local steps H >= 1, or several, of which each window draws one.
         local_lr: Local learning rate γ > 0, or (low, high): each unroll draws one log-uniformly.
-        decay_share: Share in [0, 1] of the unrolls whose γ falls to 0 along a cosine; whole unrolls take other schedules,
-            too (`draw_schedules`).
+        decay_share: Share in [0, 1] of the unrolls whose γ falls to 0 along a cosine, or, of whole unrolls, by one of
+            several schedules (`draw_schedules`).
         optimizer: Optimizer of the workers; its state is kept from round to round of an unroll.
         initial_scale: Factor > 0 of initial matrices, or (low, high): each unroll draws one log-uniformly.
 
