@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -49,7 +51,7 @@ def test_copies_share_all_but_their_step():
     assert len(set(same[0].tolist())) == 4
     torch.testing.assert_close(run(lambda anchor: average_anchors, 0, copies=1)[0], same[0])
     assert (run(lambda anchor: average_anchors, 1) != same).all()
-    assert (run(base_step, 0) < same - 0.1).all()
+    assert (run(base_step, 0) < same).all()
 
 
 def test_a_diverged_run_counts_the_largest_loss():
@@ -64,5 +66,4 @@ def test_a_diverged_run_counts_the_largest_loss():
         lambda anchor: lambda *_: anchor["layers.0.bias"].fill_(torch.nan),
         torch.Generator().manual_seed(0),
     )
-    largest = torch.tensor(task.max_loss + 1e-3).log()
-    assert largest < found.item() <= 1.3 * largest
+    assert found.item() == pytest.approx(1.3 * math.log(task.max_loss + 1e-3))
