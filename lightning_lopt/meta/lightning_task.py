@@ -92,7 +92,8 @@ class LightningTask(ModuleTask):
         # ModuleTask reads uint8 as fractions of 255, but a training step has its own way with it.
         tensors = [tensor.short() if tensor.dtype == torch.uint8 else tensor for tensor in tensors]
         self._make_module = make
-        name = type(make()).__name__
+        with torch.random.fork_rng(devices=[]):
+            name = type(make()).__name__
         super().__init__(lambda: _TrainingStep(make()), tensors, _no_loss, batch_size, max_loss, num_validation, name)
 
     def local_training(self, num_workers: int = 4, local_steps: int = 8) -> LocalTraining:
@@ -107,7 +108,8 @@ class LightningTask(ModuleTask):
         Raises:
             ValueError: The module has several optimizers, or one that simulated workers do not have.
         """
-        module = self._make_module()
+        with torch.random.fork_rng(devices=[]):
+            module = self._make_module()
         module.trainer = L.Trainer(
             max_epochs=-1,
             max_steps=NUM_STEPS,
