@@ -173,7 +173,6 @@ class ControllerTraining(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.automatic_optimization = False
         self.tasks = list(tasks)
         self.horizons = Horizons() if horizons is None else horizons
         self.constants = constants
@@ -242,7 +241,7 @@ class ControllerTraining(L.LightningModule):
 
     @override
     def train_dataloader(self) -> Iterations:
-        return Iterations(self.trainer.max_steps)
+        return Iterations(self.trainer.max_steps * self.trainer.accumulate_grad_batches)
 
     @override
     def val_dataloader(self) -> list[range]:
@@ -257,7 +256,7 @@ class ControllerTraining(L.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda sweep: FINAL_LR + (1 - FINAL_LR) * half_cosine(min(sweep, total), total)
         )
-        return [optimizer], [scheduler]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @override
     def on_train_start(self) -> None:
@@ -320,18 +319,18 @@ class ControllerTraining(L.LightningModule):
         return (differences / self.rms[index].clamp(min=RMS_FLOOR)).clamp(-CLIP, CLIP)
 
     @override
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        index = int(self.sweeps)
-        result = self.sweep(index)
-        self.weight.grad = result.slopes
-        optimizer: Any = self.optimizers()
-        scheduler: Any = self.lr_schedulers()
-        optimizer.step()
-        scheduler.step()
-        self.recent[index % len(self.recent)] = self.weight.detach()
-        self.sweeps += 1
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        result = self.sweep(self.trainer.fit_loop.total_batch_idx)
         self.log("explained", result.explained, prog_bar=True, batch_size=1)
         self.log("objective", result.objective, prog_bar=True, batch_size=1)
+        linear = (self.weight * result.slopes).sum()  # as in `MetaTraining`, a surrogate whose gradient is the estimate
+        return linear - linear.detach() + result.objective
+
+    @override
+    def optimizer_step(self, *arguments: Any, **keywords: Any) -> None:
+        super().optimizer_step(*arguments, **keywords)
+        self.recent[int(self.sweeps) % len(self.recent)] = self.weight.detach()
+        self.sweeps += 1
 
     @override
     def validation_step(self, batch: int, batch_idx: int) -> None:
