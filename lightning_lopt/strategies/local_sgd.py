@@ -128,7 +128,8 @@ class LocalSGD(DDPStrategy):
         process_group_backend: `"gloo"`, `"nccl"`, ...; by default the one that fits the device.
         timeout: Time for which a collective waits for all workers before it fails.
         start_method: Way in which the Trainer starts worker processes: `"popen"`, `"spawn"`, `"fork"` or
-            `"forkserver"`.
+            `"forkserver"`. A notebook needs `"fork"`, and a process that has run an operation on several OpenMP
+            threads cannot be forked: start its kernel with OMP_NUM_THREADS=1.
 
     Attributes:
         rounds: The `Rounds` of the present fit (`VirtualRounds` with virtual workers), None before.
@@ -189,6 +190,10 @@ class LocalSGD(DDPStrategy):
     only a part or overlaps, call `adopt_weights()`: otherwise the change counts as progress of the local steps. Where
     weights are clipped to a box, an outer step may leave it: clip in `on_train_batch_end`. Optimizers can be given
     groups, and not be replaced, within a fit.
+
+    **Workers whose ranks share a model** (FSDP2, see `ranks_per_worker`) have checkpoints that resume with any numbers
+    of workers and ranks. With tensor parallelism torch neither clips by norm nor steps plain and distributed parameters
+    together: leave out the Trainer's `gradient_clip_val`, and give the local optimizer `foreach=False`.
 
     Source: McMahan et al. 1602.05629; Stich 1805.09767.
 
