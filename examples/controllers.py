@@ -126,11 +126,15 @@ def load_own(file: Path) -> tuple[AbstractTask, LocalTraining]:
     return task, training
 
 
-def seconds_per_round(evaluation: Evaluation) -> float:
-    """CPU-seconds of a round of one run, as long as others run beside it."""
+def seconds_per_sweep(meta: ControllerTraining) -> float:
+    """CPU-seconds of a sweep, as the first three rounds of its unrolls cost."""
+    horizons, rounds = meta.horizons, sum(meta.horizons.num_rounds) / len(meta.horizons.num_rounds)
+    meta.horizons = replace(horizons, num_rounds=(3,))
     began = time.process_time()
-    evaluation.losses_with(base_step)
-    return (time.process_time() - began) / evaluation.num_rounds / evaluation.num_runs
+    meta.sweep(0)
+    meta.horizons = horizons
+    meta.rms.zero_()
+    return (time.process_time() - began) * rounds / 3
 
 
 def spread(ratios: Tensor) -> tuple[float, float]:
@@ -166,15 +170,6 @@ def train_own(args: argparse.Namespace, card: Callable[[int], dict[str, Any]]) -
     task, training = load_own(args.task)
     print(f"{task}, {training}")
     minutes, pairs = args.minutes or 15, args.pairs or PAIRS
-    evaluation = Evaluation("own", task, training, num_rounds=ROUNDS, num_runs=RUNS, seed=args.seed + FRESH)
-    cost = seconds_per_round(replace(evaluation, num_rounds=2, num_runs=2 * pairs))
-    sweeps = args.steps or int(FITTING * 60 * minutes / (cost * ROUNDS * 2 * pairs))
-    if sweeps < 5:
-        raise SystemExit(
-            f"A round of a run takes {cost:.2f} s, so {minutes:g} minutes hold {sweeps} sweeps of {2 * pairs} runs of "
-            f"{ROUNDS} rounds, and a fit needs five at least. Make the model or the batches of {args.task} smaller, "
-            "or give it more --minutes."
-        )
     meta = ControllerTraining(
         [(task, training)],
         Controller.bundled(),
@@ -184,9 +179,17 @@ def train_own(args: argparse.Namespace, card: Callable[[int], dict[str, Any]]) -
         lr=0.1 if args.constants else 0.03,
         seed=args.seed,
     )
+    seconds = seconds_per_sweep(meta)
+    sweeps = args.steps or int(FITTING * 60 * minutes / seconds)
+    if sweeps < 5:
+        raise SystemExit(
+            f"A sweep takes {seconds:.0f} s, so {minutes:g} minutes hold {sweeps}, and a fit needs five at least. Make "
+            f"the model or the batches of {args.task} smaller, or give it more --minutes or fewer --pairs."
+        )
     print(f"{sweeps} sweeps of {pairs} pairs, then a comparison over {RUNS} runs of {ROUNDS} rounds on fresh seeds")
     fit(meta, sweeps, args, card)
     candidates = methods(meta.controller, args.out / FILE)
+    evaluation = Evaluation("own", task, training, num_rounds=ROUNDS, num_runs=RUNS, seed=args.seed + FRESH)
     best = compare(evaluation, candidates)
     if best == "fitted":
         print(f"\nThe fitted controller is ahead of all others. Use it: {candidates[best].strategy}")

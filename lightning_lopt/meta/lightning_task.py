@@ -96,7 +96,7 @@ class LightningTask(ModuleTask):
             name = type(make()).__name__
         super().__init__(lambda: _TrainingStep(make()), tensors, _no_loss, batch_size, max_loss, num_validation, name)
 
-    def local_training(self, num_workers: int = 4, local_steps: int = 8) -> LocalTraining:
+    def local_training(self, num_workers: int = 2, local_steps: int = 8) -> LocalTraining:
         """Read the optimizer of the workers and its learning rate from the module's `configure_optimizers`.
 
         The learning rate decays where the module has a scheduler, and is constant where it has none.
