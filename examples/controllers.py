@@ -181,7 +181,7 @@ def train_own(args: argparse.Namespace, card: Callable[[int], dict[str, Any]]) -
     )
     seconds = seconds_per_sweep(meta)
     sweeps = args.steps or int(FITTING * 60 * minutes / seconds)
-    if sweeps < 5:
+    if not args.steps and sweeps < 5:
         raise SystemExit(
             f"A sweep takes {seconds:.0f} s, so {minutes:g} minutes hold {sweeps}, and a fit needs five at least. Make "
             f"the model or the batches of {args.task} smaller, or give it more --minutes or fewer --pairs."
