@@ -127,14 +127,14 @@ def load_own(file: Path) -> tuple[AbstractTask, LocalTraining]:
 
 
 def seconds_per_sweep(meta: ControllerTraining) -> float:
-    """CPU-seconds of a sweep, as the first three rounds of its unrolls cost."""
+    """CPU-seconds of a sweep, from the cost of six rounds of its unrolls."""
     horizons, rounds = meta.horizons, sum(meta.horizons.num_rounds) / len(meta.horizons.num_rounds)
-    meta.horizons = replace(horizons, num_rounds=(3,))
+    meta.horizons = replace(horizons, num_rounds=(6,))
     began = time.process_time()
     meta.sweep(0)
     meta.horizons = horizons
     meta.rms.zero_()
-    return (time.process_time() - began) * rounds / 3
+    return (time.process_time() - began) * rounds / 6
 
 
 def spread(ratios: Tensor) -> tuple[float, float]:
