@@ -123,10 +123,10 @@ def test_constants_leave_all_other_weights():
 
 
 def test_constants_find_the_rate_that_a_task_wants():
-    """The start steps a third as far as the base step, which is too slow here, on the runs of the evaluation, too."""
+    """The start steps a third as far as the base step, where even that is too slow; evaluated on other runs."""
     images = torch.rand(100, 6, 6, generator=torch.Generator().manual_seed(0))
     task = ImageMLP(images, images[:, 0, :4].argmax(1), hidden=(8,), batch_size=8)
-    training, slow = LocalTraining(2, 2, 0.1), Controller()
+    training, slow = LocalTraining(2, 2, 0.03), Controller()
     with torch.no_grad():
         slow.bias[0] = -1.5
     evaluation = Evaluation("own", task, training, num_rounds=10, seed=1)
@@ -138,15 +138,15 @@ def test_constants_find_the_rate_that_a_task_wants():
         slow,
         horizons=horizons,
         constants=True,
-        num_pairs=4,
-        lr=0.4,
+        num_pairs=8,
+        lr=0.15,
         num_averaged=1,
         evaluations=[evaluation],
     )
     fit = trainer(6, val_check_interval=6, check_val_every_n_epoch=None, num_sanity_val_steps=0)
     fit.fit(meta)
-    assert before > 0.02
-    assert float(fit.callback_metrics["own/log_over_base_step"]) < 0.5 * before
+    assert before > 0.01
+    assert float(fit.callback_metrics["own/log_over_base_step"]) < -0.05
 
 
 def test_row_adam_is_adam_where_a_row_has_one_number():
