@@ -86,17 +86,17 @@ class RowAdam(Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._step(p, group)
+                    self._step(p, p.grad, group)
         return loss
 
-    def _step(self, p: Tensor, group: Mapping[str, Any]) -> None:
+    def _step(self, p: Tensor, grad: Tensor, group: Mapping[str, Any]) -> None:
         state = self.state[p]
         if not state:
             state.update(step=0, first=torch.zeros_like(p), second=torch.zeros_like(p))
         state["step"] += 1
         first_weight, second_weight = (1 - beta ** state["step"] for beta in group["betas"])
-        state["first"].lerp_(p.grad, 1 - group["betas"][0])
-        state["second"].lerp_(p.grad.square(), 1 - group["betas"][1])
+        state["first"].lerp_(grad, 1 - group["betas"][0])
+        state["second"].lerp_(grad.square(), 1 - group["betas"][1])
         scale = (state["second"] / second_weight).mean(1, keepdim=True).sqrt() + 1e-8
         p -= group["lr"] * (state["first"] / first_weight) / scale
 

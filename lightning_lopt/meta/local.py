@@ -187,7 +187,7 @@ def _clip(grads: Tensors, max_norm: float) -> None:
         grad.mul_(column(factor, grad))
 
 
-def half_cosine(step: Number, length: Number) -> Number:
+def half_cosine(step: Number, length: Number | float) -> Number:
     """Factor that falls from 1 at step 0 to 0 at step `length`, along half a cosine.
 
     Example:
