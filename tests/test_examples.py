@@ -377,3 +377,11 @@ def test_the_tasks_of_the_controller_are_of_all_kinds(monkeypatch):
     for task, training in tasks:
         generator = torch.Generator().manual_seed(0)
         assert task.loss(training.init(task, generator), task.batch(1, generator)).isfinite().all()
+
+
+@pytest.mark.parametrize("argument", ["--steps", "--local-steps", "--workers"])
+def test_counts_are_positive(tmp_path, capsys, argument):
+    with pytest.raises(SystemExit):
+        run_here("finetune_lm.py", argument, 0, "--out", tmp_path / "out")
+    assert f"{argument} must be at least 1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
