@@ -28,7 +28,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_lopt.comm import Communicator, DisagreementError, Membership, digest
+from lightning_lopt.comm import Communicator, DisagreementError, Membership, check_timeout, digest
 from lightning_lopt.compression import Codec, LinearCodec
 from lightning_lopt.functional.merge import MergeRule
 from lightning_lopt.islands import has_dtensors, local_shard
@@ -267,11 +267,7 @@ class LocalSGD(DDPStrategy):
             start_method=start_method,
         )
         self._workers = workers_of_process(virtual_workers)
-        if outer_optimizer is not None and (not callable(outer_optimizer) or isinstance(outer_optimizer, Optimizer)):
-            raise TypeError(
-                "outer_optimizer must make an optimizer from parameters, as partial(torch.optim.SGD, lr=0.7) does, not "
-                f"{outer_optimizer!r}."
-            )
+        check_timeout(timeout)
         if eval_weights not in (None, "anchor", "mean"):
             raise ValueError(f"eval_weights must be 'anchor', 'mean' or None, not {eval_weights!r}.")
         self._schedule = as_schedule(local_steps)
@@ -293,7 +289,7 @@ class LocalSGD(DDPStrategy):
                 "virtual_workers, who are all in one process": virtual_workers > 1,
                 'eval_weights="mean", for which all would have to come together between syncs': eval_weights == "mean",
             }
-            check_elastic(self._options, worker_speeds, reasons)
+            check_elastic(elastic, self._options, worker_speeds, reasons)
             self._workers = ElasticWorker(elastic)
         self.elastic = elastic
         averages = outer_optimizer is None or self._options.effective_selection.partial
