@@ -103,7 +103,7 @@ class Run(Trial):
         super().__init__(0, ALL, plan)
 
     def _train(self, worker, life):
-        strategy = self._make_strategy(elastic=self._membership(worker))
+        strategy = self._make_strategy(elastic=self.membership(worker))
         module = Follower(
             100 * life + worker, at=lambda: self._at(worker, strategy.rounds.round_idx, strategy.rounds.local_step)
         )
