@@ -524,9 +524,8 @@ class LocalSGD(DDPStrategy):
     @override
     def on_train_end(self) -> None:
         super().on_train_end()
-        if (
-            self._present_rounds.comm.num_workers > 1 and not self._trainer.interrupted
-        ):  # after the hooks of all callbacks and the module
+        several = self._present_rounds.comm.num_workers > 1
+        if several and not self._trainer.interrupted:  # after the hooks of all callbacks and the module
             with explain_lost_worker(self.timeout):
                 self._present_rounds.sync_unstepped()
 
