@@ -49,10 +49,15 @@ def set_up(
         args.lr = lr if getattr(args, "model", None) is None else pretrained_lr
     args.out.mkdir(parents=True, exist_ok=True)
     L.seed_everything(args.seed, verbose=False)
+    warn_briefly()
+    return args
+
+
+def warn_briefly() -> None:
+    """Silence remarks of Lightning that concern no example."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no remarks on the hardware
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the data are in memory
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # torch deprecates what Lightning calls
-    return args
 
 
 def need(*packages: str) -> None:

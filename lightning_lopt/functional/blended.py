@@ -19,6 +19,7 @@ from lightning_lopt.functional.products import norm
 from lightning_lopt.functional.whitening import update_grams, whiten
 
 MOMENTUM_WARMUP = 2.0
+LR, MOMENTUM, BLEND = 1.1, 0.85, (0.05, 0.45, 0.5)  # made by hand
 
 
 def retained_momentum(momentum: float, local_steps: int) -> float:
@@ -140,6 +141,16 @@ class BlendedSettings(NamedTuple):
     lr: Tensor
     momentum: Tensor
     blend: Tensor
+
+    @classmethod
+    def by_hand(cls, num_particles: int, like: Tensor) -> BlendedSettings:
+        """Repeat the hyperparameters made by hand for P particles.
+
+        Args:
+            num_particles: Number of particles P.
+            like: Tensor of the type and on the device of the result.
+        """
+        return cls(*(like.new_tensor([value] * num_particles) for value in (LR, MOMENTUM, BLEND)))
 
 
 def check_settings(lr: float, momentum: float, blend: Sequence[float]) -> None:
