@@ -31,7 +31,7 @@ from typing_extensions import override
 from lightning_lopt.comm import Communicator, DisagreementError, digest
 from lightning_lopt.compression import Codec, LinearCodec
 from lightning_lopt.functional.merge import MergeRule
-from lightning_lopt.islands import has_dtensors, local_shard
+from lightning_lopt.islands import FULLY_SHARD, has_dtensors, local_shard
 from lightning_lopt.rounds import Rounds, check_combination
 from lightning_lopt.schedules import RoundInfo, as_schedule
 from lightning_lopt.selection import Selection
@@ -327,15 +327,14 @@ class LocalSGD(DDPStrategy):
         if isinstance(self.precision_plugin, FSDPPrecision | DeepSpeedPrecision):
             raise MisconfigurationException(
                 f"{type(self).__name__} cannot use {type(self.precision_plugin).__name__}: use Trainer(precision=...) "
-                "instead of that plugin. A model larger than a device is sharded by torch.distributed.fsdp.fully_shard "
-                "in configure_model; see ranks_per_worker."
+                f"instead of that plugin. {FULLY_SHARD}"
             )
         self._is_set_up, self._uneven = False, None
         super().setup_environment()
         if self._is_fitting:
             self._comm = Communicator(self.timeout, self._ranks_of_worker)
         module = self.lightning_module
-        if module is not None and self._ranks_of_worker > 1 and is_overridden("configure_model", module):
+        if module is not None and self._ranks_per_worker != 1 and is_overridden("configure_model", module):
             self._mesh = WorkerMesh(
                 self.root_device, self.num_workers, self._ranks_of_worker, self._tensor_parallel_size
             )
