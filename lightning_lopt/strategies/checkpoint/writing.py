@@ -90,16 +90,18 @@ class CheckpointWriter:
         if alone:  # the other workers may be gone: nothing of theirs can be saved
             write()
             return
+        with explain_lost_worker(strategy.timeout):
+            part = self._part(trainer, rounds, checkpoint, accumulating=accumulating)
+        if layout is not None:
+            del checkpoint["optimizer_states"]  # which are this rank's shards
         if not self._too_large_to_gather(trainer):
             with explain_lost_worker(strategy.timeout):
-                part = self._part(trainer, rounds, checkpoint, accumulating=accumulating)
                 gathered = comm.gather_objects(self._workers.parts(trainer, part))
             entry["parts"] = None if gathered is None else [part for parts in gathered for part in parts]
             self._write_on_all(path, write)
             return
         token, main = strategy.broadcast((uuid.uuid4().hex[:12], str(path)))
         entry["files"] = {"token": token}
-        part = self._part(trainer, rounds, checkpoint, accumulating=accumulating)
         own = {"token": token, "rank": strategy.global_rank, **part}
         file = part_file(main, token, strategy.global_rank)
         self._write_on_all(path, partial(strategy.part_io.save_checkpoint, own, file))
