@@ -80,6 +80,14 @@ def _nothing(step):
     pass
 
 
+def _clip(parameters):
+    """Clip to norm 1 as torch does, but before 2.11 that adds its 1e-6 to the norm of each shard (pytorch#149768)."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    for p in parameters:
+        p.grad.mul_(min(1.0, 1 / (norm.item() + 1e-6)))
+
+
 def _train(model, optimizer, rounds, worker, part=0, parts=1, clip=True, change=_nothing, spoil=_nothing):
     reports = []
     for step in range(STEPS):
@@ -88,7 +96,7 @@ def _train(model, optimizer, rounds, worker, part=0, parts=1, clip=True, change=
         optimizer.zero_grad()
         loss.backward()
         if clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            _clip([*model.parameters()])
         optimizer.step()
         spoil(step)
         if rounds.step():
