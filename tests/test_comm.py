@@ -18,8 +18,8 @@ from tests.processes import run_workers
 from tests.strategies.support import Classifier, loader, trainer
 from tests.threads import run_threads
 
-
-SENT = {  # by a rank of a worker of so many, in float32: to gather 5 and 1 values, to swap slices of 3, for 5 and 1 means
+# Bytes that a rank sends, by the ranks of a worker: to gather 5 and 1 values, to swap slices of 3, for 5 and 1 means.
+SENT = {
     1: [[3 * 24, 3 * 12, 36]] * 4,
     2: [[12 + 4, 8, 12 + 4], [8, 4, 8]] * 2,
     4: [[0, 0, 0]] * 4,

@@ -15,6 +15,9 @@ Sizes, in numbers per parameter of the model:
 | states of a `LinearCodec` | checkpoint | rank / n per matrix of n rows with `PowerSGD(rank)` |
 | values of a sync in flight, mean and own | checkpoint and each part | 1 and 1, or the share that is sent |
 | gradients that are accumulating | each part | 1 |
+
+Where ranks share a model, each writes the pieces that it holds into its part: anchors, outer state, and all that is
+local. The checkpoint has the global weights alone, as whole tensors, which rank 0 gathers one by one on its host.
 """
 
 from __future__ import annotations
