@@ -128,7 +128,8 @@ class LocalSGD(DDPStrategy):
         process_group_backend: `"gloo"`, `"nccl"`, ...; by default the one that fits the device.
         timeout: Time for which a collective waits for all workers before it fails.
         start_method: Way in which the Trainer starts worker processes: `"popen"`, `"spawn"`, `"fork"` or
-            `"forkserver"`.
+            `"forkserver"`. A notebook needs `"fork"`, and a process that has run an operation on several OpenMP
+            threads cannot be forked: start its kernel with OMP_NUM_THREADS=1.
 
     Attributes:
         rounds: The `Rounds` of the present fit (`VirtualRounds` with virtual workers), None before.
@@ -189,6 +190,16 @@ class LocalSGD(DDPStrategy):
     only a part or overlaps, call `adopt_weights()`: otherwise the change counts as progress of the local steps. Where
     weights are clipped to a box, an outer step may leave it: clip in `on_train_batch_end`. Optimizers can be given
     groups, and not be replaced, within a fit.
+
+    **Workers whose ranks share a model** (FSDP2, see `ranks_per_worker`) have checkpoints that resume with any numbers
+    of workers and ranks. A sync in flight goes on with other ranks, unless it sends random coordinates, is divided
+    (`sharded=True`) or LAgg-A's; with another number of workers none does. Its round then ends with a sync of its own,
+    and a warning says so. The checkpoint's weights are whole tensors under plain names, as `load_from_checkpoint`,
+    `ModelParallelStrategy` (in an evaluation) and `torch.load` read them. Host memory in bytes per parameter, for a
+    moment: @SAVE on rank 0 to save, which gathers tensor by tensor; @LOAD on every rank to resume, and with other
+    ranks a whole worker's state. With tensor parallelism torch neither clips by norm nor steps plain and distributed
+    parameters together: leave out the Trainer's `gradient_clip_val`, and give the local optimizer `foreach=False`.
+    Before torch 2.11 clipping by norm adds its 1e-6 to the norm of each rank's shards (pytorch#149768).
 
     Source: McMahan et al. 1602.05629; Stich 1805.09767.
 
