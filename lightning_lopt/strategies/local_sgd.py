@@ -195,9 +195,9 @@ class LocalSGD(DDPStrategy):
     of workers and ranks. A sync in flight goes on with other ranks, unless it sends random coordinates, is divided
     (`sharded=True`) or LAgg-A's; with another number of workers none does. Its round then ends with a sync of its own,
     and a warning says so. The checkpoint's weights are whole tensors under plain names, as `load_from_checkpoint`,
-    `ModelParallelStrategy` (in an evaluation) and `torch.load` read them. Host memory in bytes per parameter, for a
-    moment: @SAVE on rank 0 to save, which gathers tensor by tensor; @LOAD on every rank to resume, and with other
-    ranks a whole worker's state. With tensor parallelism torch neither clips by norm nor steps plain and distributed
+    `ModelParallelStrategy` (in an evaluation) and `torch.load` read them. In bytes per parameter of float32, the host
+    of rank 0 needs 4 to save, which gathers tensor by tensor, and every rank 4 and its part to resume, with other ranks
+    a worker's whole state. With tensor parallelism torch neither clips by norm nor steps plain and distributed
     parameters together: leave out the Trainer's `gradient_clip_val`, and give the local optimizer `foreach=False`.
     Before torch 2.11 clipping by norm adds its 1e-6 to the norm of each rank's shards (pytorch#149768).
 
