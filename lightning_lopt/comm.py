@@ -52,6 +52,16 @@ class Membership(Protocol):
         ...
 
 
+def check_timeout(timeout: timedelta | None) -> None:
+    """Refuse a time limit that is not one.
+
+    Raises:
+        ValueError: The argument is neither a positive `timedelta` nor None.
+    """
+    if timeout is not None and not (isinstance(timeout, timedelta) and timeout > timedelta(0)):
+        raise ValueError(f"timeout must be a positive datetime.timedelta, as timedelta(minutes=5) is, not {timeout!r}.")
+
+
 class CommonInteger(NamedTuple):
     """An integer on which all workers must agree.
 
@@ -116,7 +126,8 @@ class Communicator:
         num_collectives: Number of collectives so far.
 
     Raises:
-        ValueError: `ranks_per_worker` does not divide the number of processes.
+        ValueError: `ranks_per_worker` does not divide the number of processes, or `timeout` is not a positive
+            `timedelta`.
 
     Example:
         >>> comm = Communicator()  # no process group: one worker, nothing to send
@@ -134,6 +145,7 @@ class Communicator:
         *,
         by_column: bool = False,
     ) -> None:
+        check_timeout(timeout)
         self._dist = backend
         world, rank = 1, 0
         if backend is not None and dist.is_available() and backend.is_initialized():

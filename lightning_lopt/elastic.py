@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from lightning_lopt.comm import DisagreementError, GroupBrokenError, Members
+from lightning_lopt.comm import DisagreementError, GroupBrokenError, Members, check_timeout
 
 CONNECT_SECONDS = 10.0  # for a new group, of which a worker may die meanwhile
 HEARTBEAT_SECONDS = 0.1  # between two signs of life, as torchft's own
@@ -88,7 +88,7 @@ class Elastic:
 
     Raises:
         ModuleNotFoundError: torchft is not installed.
-        ValueError: A number is out of its range.
+        ValueError: A number is out of its range, or `timeout` is not a positive `timedelta`.
 
     Source: torchft (github.com/meta-pytorch/torchft); pseudo-gradients of those who are there: arXiv 2311.08105.
 
@@ -108,6 +108,7 @@ class Elastic:
         start_seconds: float = 60.0,
         timeout: timedelta = timedelta(minutes=10),
     ) -> None:
+        check_timeout(timeout)
         if not 0 <= worker_id < max_workers or not 1 <= min_workers <= max_workers:
             raise ValueError(
                 "There must be 0 <= worker_id < max_workers and 1 <= min_workers <= max_workers, not worker_id="

@@ -136,6 +136,12 @@ def test_a_disagreement_names_what_differs_and_shows_counts_only():
         assert said == f"{start} {3 + rank}), the weights; this is worker {rank}. Count them. Weigh them."
 
 
+@pytest.mark.parametrize("timeout", [60, "60", timedelta(seconds=-1)])
+def test_time_limits_that_are_none(timeout):
+    with pytest.raises(ValueError, match=r"positive datetime\.timedelta"):
+        Communicator(timeout)
+
+
 def test_ranks_that_do_not_divide():
     with pytest.raises(ValueError, match="1 processes cannot be workers of 2 ranks"):
         Communicator(ranks_per_worker=2)

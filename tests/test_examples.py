@@ -298,3 +298,11 @@ def test_meta_training_names_the_data_that_it_misses(tmp_path, monkeypatch, argu
     with pytest.raises(SystemExit, match=message):
         run_here("meta_train.py", *arguments)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("argument", ["--steps", "--local-steps", "--workers"])
+def test_counts_are_positive(tmp_path, capsys, argument):
+    with pytest.raises(SystemExit):
+        run_here("finetune_lm.py", argument, 0, "--out", tmp_path / "out")
+    assert f"{argument} must be at least 1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

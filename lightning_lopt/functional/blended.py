@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_lopt.functional.ada import SQUARE_EPS, BaseState, Factoring, factoring, squared_norm
 from lightning_lopt.functional.damping import Total, damped, damping, local_total
+from lightning_lopt.functional.integers import as_number
 from lightning_lopt.functional.model import ModelTensor, groups_of_one_shape, step_together
 from lightning_lopt.functional.orthogonal import orthogonalise
 from lightning_lopt.functional.products import norm
@@ -143,10 +144,10 @@ class BlendedSettings(NamedTuple):
 
 def check_settings(lr: float, momentum: float, blend: Sequence[float]) -> None:
     """Raise a ValueError that names which hyperparameter of the blended Nesterov step is out of its range."""
-    if not 0 < lr < math.inf:
-        raise ValueError(f"The blended Nesterov step needs a finite lr > 0, not {lr}.")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"The blended Nesterov step needs momentum in [0, 1), not {momentum}.")
+    if not 0 < as_number(lr) < math.inf:
+        raise ValueError(f"The blended Nesterov step needs a finite lr > 0, not {lr!r}.")
+    if not 0 <= as_number(momentum) < 1:
+        raise ValueError(f"The blended Nesterov step needs momentum in [0, 1), not {momentum!r}.")
     if len(blend) != 3 or not min(blend) >= 0 or not abs(sum(blend) - 1) < 1e-6:
         raise ValueError(f"blend must be three weights >= 0 whose sum is 1, not {blend!r}.")
 

@@ -96,7 +96,7 @@ class MetaTraining(L.LightningModule):
         seed: Seed of everything drawn.
 
     Raises:
-        TypeError: `network` is no `AdaMLP`.
+        TypeError: `network` is no `AdaMLP`, or `task` no task.
         ValueError: An argument out of its range, or two evaluations of the same name.
 
     Source: arXiv 2312.02204, section 4 and appendix; PES: arXiv 2112.13835.
@@ -139,7 +139,11 @@ class MetaTraining(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        tasks = [task] if isinstance(task, AbstractTask) else list(task)
+        tasks = list(task) if isinstance(task, Sequence) else [task]
+        if wrong := [each for each in tasks if not isinstance(each, AbstractTask | tuple)]:
+            raise TypeError(
+                f"task must be a task, as ImageMLP(images, labels) or ModuleTask(...), or several, not {wrong[0]!r}."
+            )
         if not tasks:
             raise ValueError("MetaTraining needs at least one task.")
         decay_share = 0.0 if isinstance(local_lr, (int, float)) else 0.5

@@ -28,7 +28,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_lopt.comm import Communicator, DisagreementError, digest
+from lightning_lopt.comm import Communicator, DisagreementError, check_timeout, digest
 from lightning_lopt.compression import Codec, LinearCodec
 from lightning_lopt.functional.merge import MergeRule
 from lightning_lopt.islands import FULLY_SHARD, has_dtensors, local_shard
@@ -249,11 +249,7 @@ class LocalSGD(DDPStrategy):
             start_method=start_method,
         )
         self._workers = workers_of_process(virtual_workers)
-        if outer_optimizer is not None and (not callable(outer_optimizer) or isinstance(outer_optimizer, Optimizer)):
-            raise TypeError(
-                "outer_optimizer must make an optimizer from parameters, as partial(torch.optim.SGD, lr=0.7) does, not "
-                f"{outer_optimizer!r}."
-            )
+        check_timeout(timeout)
         if eval_weights not in (None, "anchor", "mean"):
             raise ValueError(f"eval_weights must be 'anchor', 'mean' or None, not {eval_weights!r}.")
         self._schedule = as_schedule(local_steps)

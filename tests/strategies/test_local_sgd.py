@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from dataclasses import fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -315,6 +316,8 @@ def test_modules_that_are_refused(module, error, match):
         (lambda: LearnedLocalSGD(network="no/such/file"), FileNotFoundError, "no weights file"),
         (lambda: LearnedLocalSGD(network=3), TypeError, "must be an AdaMLP"),
         (lambda: LocalSGD(outer_optimizer="adam"), TypeError, "make an optimizer from parameters"),
+        (lambda: LocalSGD(timeout=60), ValueError, r"positive datetime.timedelta, as .* not 60"),
+        (lambda: LocalSGD(timeout=timedelta(0)), ValueError, "positive datetime.timedelta"),
         (lambda: SlowMo(momentum=1.0), ValueError, "momentum"),
         (lambda: DiLoCo(outer_lr=-1.0), ValueError, "outer_lr > 0"),
         (lambda: DiLoCo(momentum=math.nan), ValueError, r"momentum in \[0, 1\)"),
