@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lightning_lopt.islands import has_dtensors
+from lightning_lopt.islands import foreign_sharding, has_dtensors
 from lightning_lopt.strategies import host
 
 NOT_AFTER_EXCEPTION = (
@@ -71,17 +71,12 @@ def check_islands(trainer: pl.Trainer, virtual_workers: int) -> None:
         virtual_workers: Workers that share one process.
 
     Raises:
-        MisconfigurationException: The module is sharded by FSDP1, or it is sharded and there are virtual workers or a
-            callback that copies the module.
+        MisconfigurationException: The module is wrapped by FSDP1 or DeepSpeed, or it is sharded and there are virtual
+            workers or a callback that copies the module.
     """
     module = trainer.lightning_module
-    if host.has_fsdp1(module):
-        raise MisconfigurationException(
-            "Found modules that are wrapped with FullyShardedDataParallel (FSDP1), whose flat parameters have neither "
-            "names nor rows. Use torch.distributed.fsdp.fully_shard (FSDP2) in configure_model: "
-            "`mesh = self.device_mesh['data_parallel']`, `for block in self.blocks: fully_shard(block, mesh=mesh)`, "
-            "`fully_shard(self, mesh=mesh)`."
-        )
+    if (reason := foreign_sharding(module)) is not None:
+        raise MisconfigurationException(reason)
     if not has_dtensors(module):
         return
     if virtual_workers > 1:

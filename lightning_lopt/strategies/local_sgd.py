@@ -31,7 +31,7 @@ from typing_extensions import override
 from lightning_lopt.comm import Communicator, DisagreementError, check_timeout, digest
 from lightning_lopt.compression import Codec, LinearCodec
 from lightning_lopt.functional.merge import MergeRule
-from lightning_lopt.islands import has_dtensors, local_shard
+from lightning_lopt.islands import FULLY_SHARD, has_dtensors, local_shard
 from lightning_lopt.rounds import Rounds, check_combination
 from lightning_lopt.schedules import RoundInfo, as_schedule
 from lightning_lopt.selection import Selection
@@ -192,8 +192,14 @@ class LocalSGD(DDPStrategy):
     groups, and not be replaced, within a fit.
 
     **Workers whose ranks share a model** (FSDP2, see `ranks_per_worker`) have checkpoints that resume with any numbers
-    of workers and ranks. With tensor parallelism torch neither clips by norm nor steps plain and distributed parameters
-    together: leave out the Trainer's `gradient_clip_val`, and give the local optimizer `foreach=False`.
+    of workers and ranks. A sync in flight goes on with other ranks, unless it sends random coordinates, is divided
+    (`sharded=True`) or LAgg-A's; with another number of workers none does. Its round then ends with a sync of its own,
+    and a warning says so. The checkpoint's weights are whole tensors under plain names, as `load_from_checkpoint`,
+    `ModelParallelStrategy` (in an evaluation) and `torch.load` read them. In bytes per parameter of float32, the host
+    of rank 0 needs 4 to save, which gathers tensor by tensor, and every rank 4 and its part to resume, with other ranks
+    a worker's whole state. With tensor parallelism torch neither clips by norm nor steps plain and distributed
+    parameters together: leave out the Trainer's `gradient_clip_val`, and give the local optimizer `foreach=False`.
+    Before torch 2.11 clipping by norm adds its 1e-6 to the norm of each rank's shards (pytorch#149768).
 
     Source: McMahan et al. 1602.05629; Stich 1805.09767.
 
@@ -328,15 +334,14 @@ class LocalSGD(DDPStrategy):
         if isinstance(self.precision_plugin, FSDPPrecision | DeepSpeedPrecision):
             raise MisconfigurationException(
                 f"{type(self).__name__} cannot use {type(self.precision_plugin).__name__}: use Trainer(precision=...) "
-                "instead of that plugin. A model larger than a device is sharded by torch.distributed.fsdp.fully_shard "
-                "in configure_model; see ranks_per_worker."
+                f"instead of that plugin. {FULLY_SHARD}"
             )
         self._is_set_up, self._uneven = False, None
         super().setup_environment()
         if self._is_fitting:
             self._comm = Communicator(self.timeout, self._ranks_of_worker)
         module = self.lightning_module
-        if module is not None and self._ranks_of_worker > 1 and is_overridden("configure_model", module):
+        if module is not None and self._ranks_per_worker != 1 and is_overridden("configure_model", module):
             self._mesh = WorkerMesh(
                 self.root_device, self.num_workers, self._ranks_of_worker, self._tensor_parallel_size
             )

@@ -511,7 +511,8 @@ def test_another_number_of_workers(name, tmp_path):
         assert torch.equal(weights, results[0][0])
         assert (step, local_step) == (6, 2)
         assert steps > 8
-    assert f"holds 4 workers, there are {num_workers} workers now" in results[0][1][0]
+    (said,) = (text for text in results[0][1] if f"holds 4 workers, there are {num_workers} workers now" in text)
+    assert ("so is a sync in flight" in said) == name.endswith("in flight")
 
 
 def _rows_seen(rank, num_workers, folder, ckpt_paths):
