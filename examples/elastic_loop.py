@@ -4,6 +4,7 @@ python examples/elastic_loop.py                # starts torchft's lighthouse and
 kill -9 PID                                    # of a worker, in another terminal: the others go on
 kill PID                                       # it leaves after its round
 python examples/elastic_loop.py --worker 2     # starts it again: it takes part in the next round
+python examples/elastic_loop.py --trainer      # the same with Lightning's Trainer; to start one again, add --worker 2
 
 Needs `pip install 'lightning-lopt[elastic]'`. A worker trains on its own share of the data, which rests while it is
 away. Everything listens at 127.0.0.1.
@@ -15,33 +16,47 @@ import os
 import signal
 import time
 from functools import partial
+from typing import Any
 
+import lightning as L
 import torch
 from sklearn.datasets import load_digits
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lopt import Elastic, Rounds, SlowMomentum
+from lightning_lopt import Elastic, Rounds, SlowMo, SlowMomentum
 
 BATCH_SIZE = 32  # per worker
 HEARTBEAT_SECONDS = 2.0  # without a sign of life for so long a worker counts as dead
 
 
+def load_tensors() -> tuple[Tensor, Tensor]:
+    pixels, digits = load_digits(return_X_y=True)
+    return torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(digits)
+
+
+def make_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+def make_elastic(args: argparse.Namespace) -> Elastic:
+    return Elastic(f"http://{args.lighthouse}", args.worker, max_workers=args.workers)
+
+
 def train(args: argparse.Namespace) -> None:
     """Train as one of the workers, from whatever round the others are in."""
     torch.set_num_threads(1)
-    pixels, digits = load_digits(return_X_y=True)
-    images, labels = torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(digits)
+    images, labels = load_tensors()
     own_images, own_labels = images[args.worker :: args.workers], labels[args.worker :: args.workers]
-    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    elastic = Elastic(f"http://{args.lighthouse}", args.worker, max_workers=args.workers)
-    rounds = Rounds(model, optimizer, args.local_steps, partial(SlowMomentum, momentum=0.5), elastic=elastic)
+    rounds = Rounds(model, optimizer, args.local_steps, partial(SlowMomentum, momentum=0.5), elastic=make_elastic(args))
     signal.signal(signal.SIGTERM, lambda *_: rounds.leave())
 
     rounds.meet()
     present = rounds.comm.workers
-    say(args.worker, f"process {os.getpid()} is in from round {rounds.round_idx} on, with workers {present}")
+    say(args.worker, is_in(rounds))
     while rounds.round_idx < args.rounds and not rounds.left:
         batch = torch.randint(len(own_labels), (BATCH_SIZE,))
         cross_entropy(model(own_images[batch]), own_labels[batch]).backward()
@@ -53,6 +68,58 @@ def train(args: argparse.Namespace) -> None:
             if args.worker == present[0]:
                 report(rounds, before, cross_entropy(model(images), labels).item())
     say(args.worker, "leaves" if rounds.left else f"has trained for {rounds.round_idx} rounds")
+
+
+class Digits(L.LightningModule):
+    """The same for a Trainer: a model, its local optimizer, and a hook that says what happens."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__()
+        self.model, self.args = make_model(), args
+        self.present: tuple[int, ...] = ()
+
+    def on_train_batch_start(self, batch: list[Tensor], batch_idx: int) -> None:
+        strategy: Any = self.trainer.strategy
+        rounds = strategy.rounds
+        if rounds.local_step > 0:
+            return
+        before, self.present = self.present, rounds.comm.workers
+        if not before:
+            say(self.args.worker, is_in(rounds))
+        elif self.args.worker == self.present[0]:
+            images, labels = load_tensors()
+            report(rounds, before, cross_entropy(self.model(images), labels).item())
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        time.sleep(self.args.pause)
+        images, labels = batch
+        return cross_entropy(self.model(images), labels)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+def train_by_trainer(args: argparse.Namespace) -> None:
+    """Train as `train` does: the Trainer shards the data, and takes SIGTERM for a leave."""
+    torch.set_num_threads(1)
+    strategy = SlowMo(args.local_steps, momentum=0.5, elastic=make_elastic(args))
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        strategy=strategy,
+        max_steps=args.rounds * args.local_steps,
+        logger=False,  # or one of each worker's own, with a default_root_dir of its own
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Digits(args), DataLoader(TensorDataset(*load_tensors()), BATCH_SIZE, shuffle=True))
+    assert strategy.rounds is not None
+    say(args.worker, f"has trained for {strategy.rounds.round_idx} rounds")
+
+
+def is_in(rounds: Rounds) -> str:
+    return f"process {os.getpid()} is in from round {rounds.round_idx} on, with workers {rounds.comm.workers}"
 
 
 def report(rounds: Rounds, before: tuple[int, ...], loss: float) -> None:
@@ -72,9 +139,10 @@ def start_all(args: argparse.Namespace) -> None:
     """Run the lighthouse here, and each worker in a process of its own, until all of them have ended."""
     from torchft.coordination import LighthouseServer  # pyright: ignore[reportMissingImports]
 
+    start = train_by_trainer if args.trainer else train
     context = multiprocessing.get_context("fork")  # of a process that has imported everything
     given = [argparse.Namespace(**{**vars(args), "worker": worker}) for worker in range(args.workers)]
-    workers = [context.Process(target=train, args=(own,)) for own in given]
+    workers = [context.Process(target=start, args=(own,)) for own in given]
     for worker in workers:
         worker.start()
     lighthouse = LighthouseServer(
@@ -96,13 +164,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", type=int, help="number of this worker; without it, start everything")
     parser.add_argument("--workers", type=int, default=3, help="number of workers at most (default: %(default)s)")
+    parser.add_argument("--trainer", action="store_true", help="train by Lightning's Trainer")
     parser.add_argument("--rounds", type=int, default=200, help="rounds of the run (default: %(default)s)")
     parser.add_argument("--local-steps", type=int, default=16, help="local steps per round (default: %(default)s)")
     parser.add_argument("--pause", type=float, default=0.05, help="seconds after each step (default: %(default)s)")
     parser.add_argument("--lighthouse", default="127.0.0.1:29510", help="its address (default: %(default)s)")
     args = parser.parse_args()
     os.environ.setdefault("RUST_LOG", "error")  # the lighthouse is talkative
-    start_all(args) if args.worker is None else train(args)
+    if args.worker is None:
+        start_all(args)
+    else:
+        train_by_trainer(args) if args.trainer else train(args)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,16 @@ class Members(NamedTuple):
 class Membership(Protocol):
     """Workers that come and go between rounds."""
 
+    @property
+    def worker_id(self) -> int:
+        """Number of this worker, the same whenever it is started."""
+        ...
+
+    @property
+    def max_workers(self) -> int:
+        """Number of workers that there can be."""
+        ...
+
     def meet(self, round_idx: int, *, fingerprint: int, repeats: bool, leaves: bool) -> Members:
         """Wait for all workers that are there, and return those that take part from here on.
 
@@ -49,6 +59,14 @@ class Membership(Protocol):
             repeats: Whether a sync broke and is to be repeated, so that nobody may join.
             leaves: Whether this worker leaves.
         """
+        ...
+
+    def disconnect(self) -> None:
+        """Break the group, in which others may wait for this worker."""
+        ...
+
+    def close(self) -> None:
+        """Be gone, at once."""
         ...
 
 

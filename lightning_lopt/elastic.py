@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPri
 
 from lightning_lopt.comm import DisagreementError, GroupBrokenError, Members, check_timeout
 
-CONNECT_SECONDS = 10.0  # for a new group, of which a worker may die meanwhile
+CONNECT_SECONDS = 10.0  # for a new group, of which a machine may vanish meanwhile
 HEARTBEAT_SECONDS = 0.1  # between two signs of life, as torchft's own
 PAUSE_SECONDS = 0.25  # before the lighthouse is asked again
 
@@ -45,25 +46,29 @@ class Elastic:
     | a worker starts, or starts again | the others' round under way; it takes | nothing                          |
     |                                  | part in the next, with all H steps    |                                  |
     | a worker calls `Rounds.leave`    | its round                             | nothing more ¹                   |
+    | ... `Rounds.finish_round`        | the same as if it died, without delay | its steps since the last sync ¹  |
     | the lighthouse dies              | everything; syncs wait until it is    | nothing                          |
     |                                  | back at the same address              |                                  |
     | all workers die                  | the last checkpoint of any of them    | the steps since                  |
 
     ¹ With the state of its local optimizer, its error feedback, and its buffers with the rule `"local"`.
 
-    The others go on after the lighthouse's heartbeat timeout and less than a second; after `timeout`, where a machine
-    vanishes in a sync without closing its connections. With another history of workers the numbers are others:
-    `RoundReport.workers` has that of a run, round by round, and a replay in one process proves it.
+    The others go on after the lighthouse's heartbeat timeout and less than a second, also if a worker dies while they
+    connect. Where a machine vanishes without closing its connections, it takes them `timeout` in a sync, and 10 s while
+    they connect. With another history of workers the numbers are others: `RoundReport.workers` has that of a run, round
+    by round, and a replay in one process proves it.
 
     A worker that joins takes over from the first of those who are furthest: global weights and buffers, outer state,
     counters, what a schedule remembers, and the state of the local optimizer, its learning rates included. Buffers with
     the rule `"local"` and random states are its own. Its first round takes its pseudo-gradient however large it is, if
     it is finite: its data may be new to weights that have long fitted the others'.
 
+    In a Trainer it is an argument of the strategies, which do all this (see `LocalSGD`). In a plain loop:
+
     * Shard the data by `worker_id`, not by rank: the shard of a lost worker rests until it is back.
     * Let a learning rate schedule follow `Rounds.step_idx`.
-    * Between syncs call nothing that all workers must call: evaluate the anchor (`Rounds.swap_in("anchor")`), and give
-      `total_steps` in place of `Rounds.finish_round`.
+    * Between syncs call nothing that all workers must call: evaluate the anchor (`Rounds.swap_in("anchor")`). With
+      `total_steps` the run ends synced; call `Rounds.leave` before its last step, or `Rounds.finish_round` after it.
     * To go on after all have died, load a checkpoint of any worker (`Rounds.state_dict(alone=True)`,
       `Rounds.local_state()`, the local optimizer's) before `Rounds.meet`: those who have an older one, or none, take
       over from the furthest. A worker that comes before the others' last meeting ends with them; one that comes later,
@@ -96,6 +101,10 @@ class Elastic:
         >>> elastic = Elastic("http://10.0.0.1:29510", worker_id=0, max_workers=3)  # doctest: +SKIP
         >>> rounds = Rounds(model, optimizer, 16, elastic=elastic)  # doctest: +SKIP
         >>> rounds.meet()  # doctest: +SKIP
+
+        With a Trainer:
+
+        >>> trainer = Trainer(devices=1, strategy=DiLoCo(16, elastic=elastic), max_steps=10_000)  # doctest: +SKIP
     """
 
     def __init__(
@@ -172,6 +181,12 @@ class Elastic:
     def close(self) -> None:
         """End the signs of life, and the connections to other workers."""
         self._ended.set()
+        self.disconnect()
+
+    def disconnect(self) -> None:
+        """Close the connections to other workers, so that they do not wait for this one in vain."""
+        if self._collectives is not None:
+            self._collectives.close()
         self._group, self._collectives = (), None
 
     # -- the lighthouse -------------------------------------------------------------------------------------------
@@ -246,13 +261,14 @@ class Elastic:
         names = tuple(c.name for c in admitted)
         if all(c.connected and c.group == names for c in admitted):
             return True
-        self._group, self._collectives = names, None  # closes the connections to those before
+        self.disconnect()
+        self._group = names
         if len(names) == 1:
             return True
+        rank, stores = names.index(self._name), [c.store for c in admitted]
+        connect = partial(GlooCollectives, stores[0], key, rank, len(names), self.host, self._timeout)
         try:
-            self._collectives = GlooCollectives(
-                admitted[0].store, key, names.index(self._name), len(names), self.host, self._timeout
-            )
+            self._collectives = _interruptible(connect, while_true=partial(_all_listen, stores))
         except RuntimeError:  # one of them is gone already
             return False
         return True
@@ -361,6 +377,10 @@ class GlooCollectives:
         """Whether no collective has failed."""
         return self._group is not None
 
+    def close(self) -> None:
+        """Close the connections."""
+        self._group = None
+
     def _run(self, start: Callable[[Any], Any]) -> None:
         problem = "the group is broken"
         try:
@@ -369,7 +389,7 @@ class GlooCollectives:
                 return
         except RuntimeError as error:
             problem = str(error)
-        self._group = None  # which closes the connections, so that others do not wait for this worker in vain
+        self.close()  # so that others do not wait for this worker in vain
         raise GroupBrokenError(f"Another worker is gone: {problem}")
 
     def new_group(self, ranks: Sequence[int], timeout: timedelta | None = None) -> GlooCollectives:
@@ -412,8 +432,16 @@ class GlooCollectives:
         items[:] = [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, lengths, strict=True)]
 
 
-def _interruptible(function: Callable[[], Any]) -> Any:
-    """Call a function in a thread, so that signals are handled meanwhile."""
+def _interruptible(function: Callable[[], Any], while_true: Callable[[], bool] | None = None) -> Any:
+    """Call a function in a thread, so that signals are handled meanwhile.
+
+    Args:
+        function: Function to call.
+        while_true: Function that is called from time to time; the call is given up when it returns False.
+
+    Raises:
+        RuntimeError: The call was given up.
+    """
     answer: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
 
     def call() -> None:
@@ -423,10 +451,29 @@ def _interruptible(function: Callable[[], Any]) -> Any:
             answer.put((None, error))
 
     threading.Thread(target=call, daemon=True).start()
-    result, error = answer.get()
+    while True:
+        try:
+            result, error = answer.get(timeout=None if while_true is None else PAUSE_SECONDS)
+            break
+        except queue.Empty:
+            if while_true is not None and not while_true():
+                raise RuntimeError("The call was given up.") from None
     if error is not None:
         raise error
     return result
+
+
+def _all_listen(addresses: Sequence[str]) -> bool:
+    """Whether the processes that listen at these addresses live, as far as their machines say."""
+    for address in addresses:
+        name, port = address.rsplit(":", 1)
+        try:
+            socket.create_connection((name, int(port)), timeout=PAUSE_SECONDS).close()
+        except ConnectionRefusedError:
+            return False
+        except OSError:  # its machine does not answer: it may be slow
+            continue
+    return True
 
 
 def _client_class() -> Any:

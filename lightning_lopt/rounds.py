@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -39,6 +39,14 @@ _COUNTERS = (
     "due",
 )  # all but the first may differ between workers
 _NO_FIGURES: dict[str, float | None] = {"drift": None, "pseudo_grad_norm": None, "seconds": None}
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """An object with a state of tensors and plain values."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Any, /) -> Any: ...
 
 
 class Rounds:
@@ -79,6 +87,10 @@ class Rounds:
         resumed: Whether a state was loaded.
         listeners: Functions that are called with each `RoundReport`, at once.
         left: Whether this worker has left the others.
+        companions: Objects of which a worker that joins takes over the state, with that of the local optimizer:
+            learning rate schedules, for example.
+        meets_at_once: Whether workers that come and go meet as soon as a round ends; otherwise call `meet` before the
+            next local step.
 
     Raises:
         ValueError: `local_steps` or `total_steps` < 1, nothing to train, an optimizer of another model, a network or
@@ -136,7 +148,17 @@ class Rounds:
         self.total_steps = total_steps
         self._membership = elastic
         if elastic is not None:
-            check_elastic(elastic, optimizer, comm, self._options, worker_speeds)
+            check_elastic(
+                elastic,
+                self._options,
+                worker_speeds,
+                {
+                    "comm, which is a fixed group of workers": comm is not None,
+                    "a local optimizer without a state_dict, which a new worker takes over": (
+                        not isinstance(optimizer, Stateful)
+                    ),
+                },
+            )
             comm = Communicator(backend=None)
         self.comm = comm or Communicator()
         check_speeds(worker_speeds, self.comm.num_workers)
@@ -156,7 +178,10 @@ class Rounds:
         self._round_start: float | None = None  # time at which the present round began
         self._round_seconds = 0.0  # of the last round on this worker, 0 if unknown
         self._looked_in = -1  # round in which `adopt_replaced` was last called
-        self._has_met, self._leaves, self.left = elastic is None, False, False
+        self._has_met, self._must_meet = elastic is None, elastic is not None
+        self._leaves, self.left = False, False
+        self.companions: list[Stateful] = []
+        self.meets_at_once = True
         stepping = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper is one without hooks
         if isinstance(stepping, Optimizer):
             this = weakref.ref(self)
@@ -168,6 +193,11 @@ class Rounds:
         Returns:
             Whether this step ended a round.
         """
+        if self._must_meet or self.left:
+            raise RuntimeError(
+                "This worker is not among the others: call rounds.meet() before the first local step, and take none "
+                "after rounds.left."
+            )
         if self.local_steps is None:  # the learning rate is now the one of the round's first step
             self._begin_round()
         self.step_idx += 1
@@ -177,11 +207,6 @@ class Rounds:
         return self._launch_or_end() if self._membership is None else self._end_among_those_left()
 
     def _begin_round(self) -> None:
-        if not self._has_met or self.left:
-            raise RuntimeError(
-                "This worker is not among the others: call rounds.meet() before the first local step, and take none "
-                "after rounds.left."
-            )
         self.local_steps = self.speeds.steps(self._choose_local_steps())
         ends_run = self.step_idx + self.local_steps == self.total_steps
         overlap = 0 if ends_run else self.speeds.overlap(self._options.overlap_steps, self.local_steps)
@@ -281,8 +306,20 @@ class Rounds:
             self.speeds.forget()  # what comes now is not training
 
     def finish_round(self) -> None:
-        """Sync everything now, on all workers, even if the round is not over; do nothing if all are synced."""
-        if not self.synced:
+        """Sync everything now, on all workers, even if the round is not over; do nothing if all are synced.
+
+        Where workers come and go, the others may have more to do: this one goes back to the last synced weights, and
+        leaves.
+        """
+        if self._membership is not None:
+            if self.local_step > 0:
+                self.abandon_round()
+            self.leave()
+            while self._has_met and not self.left:  # until others have the weights, too
+                if not self._must_meet:  # they are within a round
+                    self._membership.disconnect()
+                self._meet(repeats=False)
+        elif not self.synced:
             self._launch(everything=True)
             self._end_round()
 
@@ -463,7 +500,7 @@ class Rounds:
         Raises:
             DisagreementError: The others have another model, other settings, or a worker of this identifier.
         """
-        if self._membership is None:
+        if not self._must_meet:
             return
         if not (self._has_met or self.resumed):
             self.adopt_replaced(at_start=True)  # without communication: this worker is alone yet
@@ -497,7 +534,7 @@ class Rounds:
             self.comm.regroup(members)
             self.left = not members.workers
             if self.left or not _breaks(partial(self._heal, members.rounds, repeats=repeats)):
-                self._has_met = True
+                self._has_met, self._must_meet = True, False
                 return self.round_idx != before
 
     def _heal(self, rounds: Sequence[int], *, repeats: bool) -> None:
@@ -513,6 +550,7 @@ class Rounds:
                 "rounds": self.state_dict(alone=True),
                 "untouched": self.sync.replica.untouched(),
                 "local": self._local_optimizer.state_dict(),
+                "companions": [companion.state_dict() for companion in self.companions],
             }
             state = _to_bytes(own)
             for k in behind:
@@ -525,12 +563,15 @@ class Rounds:
         self.sync.note_newcomers()
 
     def _take_over(self, state: dict[str, Any], *, keeps_local: bool) -> None:
-        """Begin the round that another worker's state belongs to."""
+        """Go to where another worker is: the start of a round, or the place within one at which it was resumed."""
         self.load_state_dict(state["rounds"])
-        self.abandon_round()
+        self.sync.swap.undo()
+        self.sync.restore_anchor()
         self.sync.replica.restore_with(state["untouched"])
         if not keeps_local:
             self._local_optimizer.load_state_dict(state["local"])
+            for companion, own in zip(self.companions, state["companions"], strict=True):
+                companion.load_state_dict(own)
 
     def _end_among_those_left(self) -> bool:
         """End the round; when a worker is lost meanwhile, the others repeat its sync with what they still have."""
@@ -539,12 +580,14 @@ class Rounds:
             if self._meet(repeats=True):  # somebody had the whole mean, and now this worker has it, too
                 return True
             end = self.sync_again
-        self._meet(repeats=False)
+        self._must_meet = True
+        if self.meets_at_once:
+            self._meet(repeats=False)
         return True
 
     @property
-    def _local_optimizer(self) -> Optimizer:
-        assert isinstance(self._optimizer, Optimizer)  # `check_elastic`
+    def _local_optimizer(self) -> Stateful:
+        assert isinstance(self._optimizer, Stateful)  # checked by the constructor
         return self._optimizer
 
     def abandon_round(self) -> None:
@@ -678,25 +721,24 @@ def _from_bytes(flat: Tensor) -> dict[str, Any]:
 
 
 def check_elastic(
-    elastic: Membership,
-    optimizer: OptimizerLike,
-    comm: Communicator | None,
-    options: SyncOptions,
-    worker_speeds: Speeds,
+    elastic: Membership, options: SyncOptions, worker_speeds: Speeds, reasons: Mapping[str, bool]
 ) -> None:
     """Refuse what cannot work with workers that come and go.
 
+    Args:
+        elastic: The workers.
+        options: Options of the syncs.
+        worker_speeds: Speeds of the workers.
+        reasons: Whether each of these excludes them, too; noun phrases that give the reason.
+
     Raises:
         TypeError: `elastic` is no `Elastic`.
-        ValueError: One of the arguments excludes them; it says why.
+        ValueError: Something excludes them; it says why.
     """
     if not hasattr(elastic, "meet"):
         raise TypeError(f"elastic must be Elastic(...), not {elastic!r}.")
     reasons = {
-        "comm, which is a fixed group of workers": comm is not None,
-        "a local optimizer that is not a torch.optim.Optimizer, whose state a new worker takes over": (
-            not isinstance(optimizer, Optimizer)
-        ),
+        **reasons,
         "overlap_steps: a sync in flight cannot be repeated when a worker is lost": options.overlap_steps > 0,
         "sharded=True: the outer state of a lost worker's tensors would be lost": options.sharded,
         "density, a selection, or a number as merge: a new worker begins from common weights, which they never leave": (

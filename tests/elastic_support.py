@@ -1,15 +1,19 @@
-"""Workers that come and go as threads of this process, a plan of their deaths, and the replay that proves a run."""
+"""Workers that come and go: as threads, with a plan of their deaths and a replay that proves it; and as processes."""
 
 from __future__ import annotations
 
 import copy
+import json
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +22,9 @@ from torch import Tensor, nn
 
 from lightning_lopt import Rounds
 from lightning_lopt.comm import GroupBrokenError, Members
+from lightning_lopt.elastic import Candidate, Elastic, admit
 from lightning_lopt.virtual.thread_group import ThreadGroup, VirtualGroup
+from tests.processes import free_port
 
 H = 3
 OUTER = partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
@@ -123,7 +129,8 @@ class FakeLighthouse:
             return
         repeats = any(call.repeats for call in self._here.values())
         came = {w: c for w, c in self._here.items() if w in self._members or not repeats}
-        stay = sorted(w for w, c in came.items() if not c.leaves)
+        candidates = [Candidate(str(w), w, c.round_idx, leaves=c.leaves) for w, c in sorted(came.items())]
+        stay = [c.worker for c in admit(candidates)] if candidates else []
         self._group.break_up()
         self._group = FakeGroup(stay)
         rounds = [came[w].round_idx for w in stay]
@@ -152,17 +159,23 @@ class FakeLighthouse:
 class FakeMembership:
     """One worker's end of a `FakeLighthouse`."""
 
-    worker: int
+    worker_id: int
+    max_workers: int
     lighthouse: FakeLighthouse
     at: Callable[[int, str], None]
-    rounds: Rounds | None = None
+
+    def disconnect(self) -> None:
+        self.lighthouse._group.break_up()
+
+    def close(self) -> None:
+        self.lighthouse.bury(self.worker_id)
 
     def meet(self, round_idx: int, *, fingerprint: int, repeats: bool, leaves: bool) -> Members:
-        group, rounds = self.lighthouse.meet(self.worker, Call(round_idx, repeats, leaves))
+        group, rounds = self.lighthouse.meet(self.worker_id, Call(round_idx, repeats, leaves))
         if group is None:
             return Members((), (), None)
         at = partial(self._at, max(rounds))
-        backend = None if group.threads is None else FakeCollectives(group, self.worker, at)
+        backend = None if group.threads is None else FakeCollectives(group, self.worker_id, at)
         return Members(group.workers, rounds, backend)
 
     def _at(self, round_idx: int, name: str) -> None:
@@ -229,7 +242,7 @@ class Trial:
         make_rounds: Callable[..., Rounds] | None = None,
         make_model: Callable[[int], tuple[nn.Module, torch.optim.Optimizer]] = make,
     ) -> None:
-        self._num_rounds, self.plan = num_rounds, dict(plan)
+        self._num_rounds, self._starters, self.plan = num_rounds, starters, dict(plan)
         self._make_rounds = make_rounds or partial(Rounds, local_steps=H, outer_optimizer=OUTER)
         self._make_model = make_model
         self.lighthouse = FakeLighthouse(starters)
@@ -268,6 +281,10 @@ class Trial:
             time.sleep(0.05 * str(place).startswith("after"))  # until the others have it, too
             action(self)
 
+    def membership(self, worker: int) -> FakeMembership:
+        """A worker's end of the lighthouse."""
+        return FakeMembership(worker, len(self._starters), self.lighthouse, partial(self._at, worker))
+
     def _live(self, worker: int, life: int) -> None:
         try:
             self._train(worker, life)
@@ -280,7 +297,7 @@ class Trial:
 
     def _train(self, worker: int, life: int) -> None:
         model, optimizer = self._make_model(100 * life + worker)
-        membership = FakeMembership(worker, self.lighthouse, partial(self._at, worker))
+        membership = self.membership(worker)
         rounds = self.rounds[worker] = self._make_rounds(model, optimizer, elastic=membership)
         self.models[worker] = model
         log = self.logs[worker] = Log()
@@ -291,12 +308,15 @@ class Trial:
             index = rounds.round_idx
             for step in range(H):
                 self._at(worker, index, step)
+                if rounds.left:  # within the round
+                    break
                 local_step(model, optimizer, worker, index, step)
                 assert rounds.step() == (step == H - 1)
-            report = rounds.last_report
-            if report is not None and report.round_idx == index:
-                log.workers[index] = report.workers
-            log.anchors[index] = [p.detach().clone() for p in model.parameters()]
+            else:
+                report = rounds.last_report
+                if report is not None and report.round_idx == index:
+                    log.workers[index] = report.workers
+                log.anchors[index] = [p.detach().clone() for p in model.parameters()]
         log.left = rounds.left
         self.lighthouse.bury(worker)
 
@@ -349,3 +369,76 @@ def replay(start: Sequence[Tensor], parts: Sequence[Sequence[int]]) -> list[list
         outer.step()
         results.append([a.detach().clone() for a in anchors])
     return results
+
+
+# -- real processes on torchft's lighthouse ---------------------------------------------------------------------------
+
+HEARTBEAT = 1.0  # seconds after which a silent worker counts as dead
+
+
+def _lighthouse(port: int) -> None:
+    from torchft.coordination import LighthouseServer  # pyright: ignore[reportMissingImports]
+
+    milliseconds = int(1000 * HEARTBEAT)
+    server = LighthouseServer(
+        bind=f"127.0.0.1:{port}", min_replicas=1, join_timeout_ms=20_000, heartbeat_timeout_ms=milliseconds
+    )
+    time.sleep(120)
+    server.shutdown()
+
+
+def torchft_member(worker: int, port: int, start_seconds: float = 30) -> Elastic:
+    """One of three workers on the lighthouse at a port."""
+    limit = timedelta(seconds=20)
+    return Elastic(f"http://127.0.0.1:{port}", worker, 3, start_seconds=start_seconds, timeout=limit)
+
+
+class Processes:
+    """The processes of a run and its lighthouse, and what the workers wrote, one file of JSON lines each.
+
+    Args:
+        folder: Folder of these files.
+        context: Context of `multiprocessing`.
+    """
+
+    def __init__(self, folder: Path, context: Any) -> None:
+        self.folder, self.port, self.context = folder, free_port(), context
+        self._processes: list[Any] = []
+        self.lighthouse = self.launch(_lighthouse, self.port)
+
+    def launch(self, function: Callable[..., None], *args: Any) -> Any:
+        process = self.context.Process(target=function, args=args, daemon=True)
+        self._processes.append(process)
+        process.start()
+        return process
+
+    def restart_lighthouse(self) -> None:
+        self.lighthouse = self.launch(_lighthouse, self.port)
+
+    def events(self, worker: int, name: str) -> list[dict[str, Any]]:
+        path = self.folder / f"{worker}.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [event for event in map(json.loads, lines) if event["event"] == name]
+
+    def wait_for(self, worker: int, index: int) -> None:
+        """Return when a worker has ended a round."""
+        self.wait_until(lambda: any(event["round"] == index for event in self.events(worker, "round")))
+
+    def wait_until(self, there: Callable[[], bool]) -> None:
+        """Return when something is there."""
+        end = time.monotonic() + 60
+        while not there():
+            assert time.monotonic() < end, {w: self.events(w, "round")[-1:] for w in range(3)}
+            time.sleep(0.01)
+
+    def end(self) -> None:
+        """Wait until all workers that live have ended."""
+        for process in self._processes[1:]:
+            if process is not self.lighthouse:
+                process.join(60)
+                assert process.exitcode in (0, -signal.SIGKILL)
+
+    def kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()

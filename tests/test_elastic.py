@@ -8,9 +8,10 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import sys
+import threading
 import time
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -28,14 +29,27 @@ from lightning_lopt import (
     SyncOptions,
 )
 from lightning_lopt.comm import Communicator
-from lightning_lopt.elastic import Candidate, Elastic, GlooCollectives, admit, is_complete
+from lightning_lopt.elastic import Candidate, Elastic, GlooCollectives, _all_listen, _interruptible, admit, is_complete
 from lightning_lopt.rounds import _from_bytes
-from tests.elastic_support import OUTER, H, Trial, die, local_step, lose, make, parts_of, replay, seeded
-from tests.processes import free_port
+from tests.elastic_support import (
+    HEARTBEAT,
+    OUTER,
+    H,
+    Processes,
+    Trial,
+    die,
+    local_step,
+    lose,
+    make,
+    parts_of,
+    replay,
+    seeded,
+    torchft_member,
+)
 from tests.sync_support import flat
 from tests.threads import run_threads
 
-ALL, SOME = (0, 1, 2), (0, 1)
+ALL, SOME, FOUR = (0, 1, 2), (0, 1), (0, 1, 2, 3)
 
 
 def _restart(trial):
@@ -44,6 +58,11 @@ def _restart(trial):
 
 def _leave(trial):
     trial.rounds[2].leave()
+
+
+def _leave_now(trial):
+    """Worker 2 ends within a round."""
+    trial.rounds[2].finish_round()
 
 
 # The plan, and the workers of each round.
@@ -80,6 +99,15 @@ PLANS = {
         {(2, 1, 1): _leave, (0, 3, 1): _restart},
         [ALL, ALL, SOME, SOME, ALL, ALL],
     ),
+    "one ends within a round": ({(2, 2, 1): _leave_now}, [ALL, ALL, *[SOME] * 4]),
+    "one comes when the others end": (
+        {
+            (2, 1, 1): die,
+            **{(w, 4, 1): (lambda trial, w=w: trial.rounds[w].leave()) for w in SOME},
+            (0, 4, 2): _restart,
+        },
+        [ALL, *[SOME] * 4, ALL],
+    ),
     "a mean arrives at one alone": ({(1, 2, "after the mean"): lose}, [ALL] * 6),
     "a mean arrives at one alone, and that one is killed": (
         {(1, 2, "after the mean"): lose, (0, 2, "after the mean"): lose, (2, 2, "after the mean"): die},
@@ -94,13 +122,31 @@ PLANS = {
         {(2, 1, 1): die, (0, 3, 1): _restart, (1, 3, "after the mean"): lose, (0, 3, "after the mean"): lose},
         [ALL, SOME, SOME, SOME, ALL, ALL],
     ),
+    "one of four dies in the mean": ({(3, 2, "mean"): die}, [FOUR, FOUR, *[ALL] * 4]),
+    "two of four die at once, one between steps and one in the status": (
+        {(3, 2, 1): die, (1, 2, "status"): die},
+        [FOUR, FOUR, *[(0, 2)] * 4],
+    ),
+    "two of four die, one in the status and one in the repeated mean": (
+        {(3, 2, "status"): die, (0, 2, "mean"): die},
+        [FOUR, FOUR, *[(1, 2)] * 4],
+    ),
+    "two of four die in turn, and come back in turn": (
+        {
+            (3, 1, "mean"): die,
+            (2, 2, "after the mean"): die,
+            (0, 3, 1): _restart,
+            (0, 4, 1): lambda trial: trial.let_in(3),
+        },
+        [FOUR, ALL, ALL, SOME, ALL, FOUR],
+    ),
 }
 
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_all_are_bitwise_equal_and_the_replay_proves_it(plan):
     events, expected = PLANS[plan]
-    trial = Trial(6, ALL, events)
+    trial = Trial(6, expected[0], events)
     logs = trial.run()
     assert not trial.plan  # everything happened
     assert parts_of(logs) == expected
@@ -235,7 +281,7 @@ def test_weights_that_are_loaded_before_the_first_meeting_are_where_all_begin():
     def make_rounds(model, optimizer, elastic):
         rounds = Rounds(model, optimizer, H, OUTER, elastic=elastic)
         for tensor in model.state_dict().values():
-            tensor.fill_(elastic.worker + 1)
+            tensor.fill_(elastic.worker_id + 1)
         return rounds
 
     trial = Trial(2, ALL, {}, make_rounds)
@@ -252,7 +298,7 @@ def test_a_checkpoint_of_one_worker_is_enough():
 
     def make_rounds(model, optimizer, elastic):
         rounds = Rounds(model, optimizer, H, OUTER, elastic=elastic)
-        if elastic.worker == 1:
+        if elastic.worker_id == 1:
             rounds.load_state_dict(states[0])
             rounds.load_local_state(states[1])
             optimizer.load_state_dict(states[2])
@@ -267,7 +313,7 @@ def test_a_checkpoint_of_one_worker_is_enough():
 
 def test_the_first_step_needs_a_meeting():
     model, optimizer = make(0)
-    rounds = Rounds(model, optimizer, 1, elastic=Trial(0, (), {}))
+    rounds = Rounds(model, optimizer, 1, elastic=Trial(0, (), {}).membership(0))
     with pytest.raises(RuntimeError, match=r"call rounds\.meet\(\)"):
         rounds.step()
 
@@ -292,7 +338,7 @@ def test_the_first_step_needs_a_meeting():
 def test_what_cannot_work_is_refused_with_the_reason(arguments, reason):
     model, optimizer = make(0)
     with pytest.raises(ValueError, match=reason):
-        Rounds(model, optimizer, 4, elastic=Trial(0, (), {}), **arguments)
+        Rounds(model, optimizer, 4, elastic=Trial(0, (), {}).membership(0), **arguments)
 
 
 @pytest.mark.parametrize(
@@ -319,6 +365,15 @@ def test_when_a_round_begins():
     assert not is_complete(there, there, 3, 3)
 
 
+def test_a_connection_is_given_up_when_one_of_the_others_is_gone():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        assert _all_listen([address])
+    assert not _all_listen([address])
+    with pytest.raises(RuntimeError, match="given up"):
+        _interruptible(partial(threading.Event().wait, 1), while_true=partial(_all_listen, [address]))
+
+
 def test_states_of_others_are_not_unpickled():
     file = io.BytesIO()
     torch.save({"rounds": Path("a file")}, file)
@@ -341,27 +396,13 @@ def test_without_torchft_the_error_says_where_it_exists(monkeypatch):
 
 # -- real processes on torchft's lighthouse ---------------------------------------------------------------------------
 
-HEARTBEAT, STEP_SECONDS, ROUNDS = 1.0, 0.03, 14
-
-
-def _lighthouse(port):
-    from torchft.coordination import LighthouseServer
-
-    milliseconds = int(1000 * HEARTBEAT)
-    server = LighthouseServer(
-        bind=f"127.0.0.1:{port}", min_replicas=1, join_timeout_ms=20_000, heartbeat_timeout_ms=milliseconds
-    )
-    time.sleep(120)
-    server.shutdown()
-
-
-def _elastic(worker, port, start_seconds=30):
-    limit = timedelta(seconds=20)
-    return Elastic(f"http://127.0.0.1:{port}", worker, 3, start_seconds=start_seconds, timeout=limit)
+STEP_SECONDS, ROUNDS = 0.03, 14
 
 
 def _die_at(place, rounds, index):
-    """Let the process kill itself as it comes to a collective, in a round or after it."""
+    """Let the process kill itself as it comes to a collective, in a round or after it, or to its first connection."""
+    if place == "connect":
+        GlooCollectives.__init__ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     names = {"status": "all_reduce", "mean": "all_reduce", "send": "send", "receive": "recv"}
     if place not in names:
         return
@@ -384,7 +425,7 @@ def _work(worker, life, port, folder, place, index):
         print(json.dumps({"event": event, "life": life, "time": time.time(), **values}), file=log)
 
     model, optimizer = make(100 * life + worker)
-    rounds = Rounds(model, optimizer, H, OUTER, elastic=_elastic(worker, port))
+    rounds = Rounds(model, optimizer, H, OUTER, elastic=torchft_member(worker, port))
     signal.signal(signal.SIGTERM, lambda *_: rounds.leave())
     _die_at(place, rounds, index)
     note("up")
@@ -407,52 +448,9 @@ def _work(worker, life, port, folder, place, index):
     note("ends", left=rounds.left)
 
 
-class _Run:
-    """Processes of a run, and what they wrote."""
-
-    def __init__(self, folder, context):
-        self.folder, self.port, self.context = folder, free_port(), context
-        self._processes = []
-        self.lighthouse = self._start(_lighthouse, self.port)
-
-    def _start(self, function, *args):
-        process = self.context.Process(target=function, args=args, daemon=True)
-        self._processes.append(process)
-        process.start()
-        return process
-
+class _Run(Processes):
     def start(self, worker, life=0, place="", index=-1):
-        return self._start(_work, worker, life, self.port, self.folder, place, index)
-
-    def restart_lighthouse(self):
-        self.lighthouse = self._start(_lighthouse, self.port)
-
-    def events(self, worker, name):
-        path = self.folder / f"{worker}.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [event for event in map(json.loads, lines) if event["event"] == name]
-
-    def wait_for(self, worker, index):
-        """Return when a worker has ended a round."""
-        self._wait(lambda: any(event["round"] == index for event in self.events(worker, "round")))
-
-    def _wait(self, there):
-        end = time.monotonic() + 40
-        while not there():
-            assert time.monotonic() < end, {w: self.events(w, "round")[-1:] for w in ALL}
-            time.sleep(0.01)
-
-    def end(self):
-        """Wait until all workers that live have ended."""
-        for process in self._processes[1:]:
-            if process is not self.lighthouse:
-                process.join(60)
-                assert process.exitcode in (0, -signal.SIGKILL)
-
-    def kill(self):
-        for process in self._processes:
-            process.kill()
-            process.join()
+        return self.launch(_work, worker, life, self.port, self.folder, place, index)
 
     def parts(self):
         """The workers of each round, whose anchors are bitwise the same on all and equal the replay's."""
@@ -533,6 +531,23 @@ def test_one_is_killed_while_a_worker_heals(run, dies):
 
 
 @pytest.mark.long
+def test_one_is_killed_while_the_others_connect_to_it(run):
+    run.start(0)
+    run.start(1)
+    run.start(2, place="step", index=2).join(40)
+    run.wait_for(1, 3)
+    again = run.start(2, life=1, place="connect")
+    again.join(40)
+    killed = time.time()
+    last = max(event["round"] for event in run.events(0, "round"))
+    run.end()
+    assert run.parts() == [ALL, ALL, *[SOME] * (ROUNDS - 2)]
+    went_on = _seconds_to_go_on(run, killed, last + 1)
+    print(f"connect: went on after {went_on:.2f} s")
+    assert went_on < HEARTBEAT + 1 + H * STEP_SECONDS
+
+
+@pytest.mark.long
 def test_the_lighthouse_is_killed_and_comes_back(run):
     for worker in ALL:
         run.start(worker)
@@ -568,7 +583,7 @@ def _listening():
 
 def _meet_once(connection, worker, port, seed, local_steps):
     model, optimizer = make(seed)
-    rounds = Rounds(model, optimizer, local_steps, OUTER, elastic=_elastic(worker, port, start_seconds=5))
+    rounds = Rounds(model, optimizer, local_steps, OUTER, elastic=torchft_member(worker, port, start_seconds=5))
     try:
         rounds.meet()
         for step in range(3 * H):
@@ -585,7 +600,7 @@ def test_it_listens_at_one_interface_and_strangers_are_turned_away(run):
     found = []
     for worker, local_steps in ((0, H), (1, H), (1, H), (2, H + 1)):
         receive, send = run.context.Pipe(duplex=False)
-        run._start(_meet_once, send, worker, run.port, worker, local_steps)
+        run.launch(_meet_once, send, worker, run.port, worker, local_steps)
         found.append(receive)
     results = [receive.recv() for receive in found]
     errors = [error for error, _ in results if error is not None]

@@ -201,11 +201,13 @@ def test_plain_loop_of_one_worker(tmp_path: Path):
 
 
 @pytest.mark.long
-def test_loop_of_workers_that_come_and_go():
+@pytest.mark.parametrize("trainer", [[], ["--trainer"]], ids=["plain loop", "Trainer"])
+def test_loop_of_workers_that_come_and_go(trainer: list[str]):
     pytest.importorskip("torchft")
     address = f"127.0.0.1:{free_port()}"
-    output = run([str(EXAMPLES / "elastic_loop.py"), "--rounds", "4", "--pause", "0", "--lighthouse", address])
-    assert "round 3 of workers (0, 1, 2): train loss" in output
+    options = ["--rounds", "4", "--pause", "0", "--lighthouse", address, *trainer]
+    output = run([str(EXAMPLES / "elastic_loop.py"), *options])
+    assert "round 2 of workers (0, 1, 2): train loss" in output
     for worker in range(3):
         assert re.search(rf"worker {worker}: process \d+ is in from round 0 on", output)
         assert f"worker {worker}: has trained for 4 rounds" in output

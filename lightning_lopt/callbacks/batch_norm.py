@@ -65,6 +65,11 @@ class BatchNormReestimation(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if isinstance(trainer.strategy, LocalSGD) and trainer.strategy.elastic is not None:
+            raise MisconfigurationException(
+                "BatchNormReestimation averages over the workers between syncs, for which workers that come and go do "
+                "not come together. Leave it out: every sync averages the running statistics."
+            )
         if isinstance(trainer.strategy, LocalSGD) and trainer.strategy.num_parts > trainer.world_size:
             raise MisconfigurationException(
                 "BatchNormReestimation would reach the first of the virtual_workers alone, which is all that callbacks "

@@ -23,6 +23,7 @@ class RoundMonitor(Callback):
     Metrics, once per round; totals are those since this fit began, also where it goes on from a checkpoint:
 
     * ``rounds/round``: rounds finished, in the whole run.
+    * ``rounds/workers``: number of workers K in the round.
     * ``rounds/local_steps``: local steps of this worker in the round.
     * ``rounds/bytes_sent``: total of this rank, with the messages by which workers agree on what comes next; rank
       0's includes the broadcast of the first weights.
@@ -97,10 +98,11 @@ class RoundMonitor(Callback):
             replica = rounds.sync.replica
             held = sum(p.param.numel() * p.param.element_size() for p in replica.trained())
             gradient_bytes = held / rounds.comm.ranks_sharing
-            rank_zero_info(summarize(history, gradient_bytes, rounds.comm.num_workers))
+            num_workers = int(max(row["rounds/workers"] for row in history))
+            rank_zero_info(summarize(history, gradient_bytes, num_workers))
             if self._plot is not None:
                 try:
-                    draw(history, gradient_bytes, rounds.comm.num_workers, self._plot)
+                    draw(history, gradient_bytes, num_workers, self._plot)
                 except (OSError, ValueError) as error:  # a full disk, an unknown format
                     rank_zero_warn(f"{self._plot} was not drawn: {error}")
 
@@ -124,6 +126,7 @@ class RoundMonitor(Callback):
         elapsed = time.perf_counter() - self._start
         metrics = {
             "rounds/round": float(report.round_idx + 1),
+            "rounds/workers": float(len(report.workers) + report.left_out),
             "rounds/local_steps": float(report.local_steps),
             "rounds/bytes_sent": float(bytes_sent),
             "rounds/seconds": seconds,

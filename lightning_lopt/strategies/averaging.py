@@ -24,16 +24,18 @@ from lightning_lopt.strategies.virtual import ProcessRounds
 from lightning_lopt.sync.status import SyncPoint
 
 
-def refuse_callbacks(trainer: pl.Trainer, num_workers: int, virtual_workers: int) -> None:
+def refuse_callbacks(trainer: pl.Trainer, num_workers: int, virtual_workers: int, *, elastic: bool = False) -> None:
     """Refuse callbacks that would end with wrong weights.
 
     Args:
         trainer: Trainer with the callbacks.
         num_workers: K, of all processes together.
         virtual_workers: Workers that share one process.
+        elastic: Whether workers come and go.
 
     Raises:
-        MisconfigurationException: SWA of a model with BatchNorm, any averaging of virtual workers, or pruning.
+        MisconfigurationException: SWA of a model with BatchNorm, any averaging of virtual workers or of those that come
+            and go, or pruning.
     """
     if num_workers == 1:
         return
@@ -43,6 +45,13 @@ def refuse_callbacks(trainer: pl.Trainer, num_workers: int, virtual_workers: int
             raise MisconfigurationException(
                 f"{name} would average the first of the virtual_workers alone, which is all that callbacks see. Use "
                 "processes (Trainer(devices=K) without virtual_workers), or leave it out."
+            )
+        if elastic and host.averages_weights(callback):
+            raise MisconfigurationException(
+                f"{name} would average this worker's own weights: their mean over all needs collectives between the "
+                "syncs, for which workers that come and go do not come together. Keep it in the module, as a "
+                "submodule without gradients that on_train_batch_end updates: every sync averages it, and one that "
+                "joins takes it over."
             )
         if isinstance(callback, ModelPruning):
             raise MisconfigurationException(

@@ -403,6 +403,26 @@ def pass_over_validation(trainer: pl.Trainer) -> None:
     trainer.fit_loop.epoch_loop.val_loop.increment_progress_to_evaluation_end()
 
 
+def fit_progress(trainer: pl.Trainer) -> dict[str, Any]:
+    """Return the counters of a fit, as a checkpoint has them, without the states of loaders.
+
+    Reason: the Trainer shows only some of them.
+    """
+    return {**trainer.fit_loop.state_dict(), "state_dict": {}}
+
+
+def go_to_progress(trainer: pl.Trainer, progress: Mapping[str, Any]) -> None:
+    """Let a fit that is about to begin its first batch go on from these counters, as from those of a checkpoint.
+
+    Reason: Lightning restores them before it sets up the data, and looks at them once before the first batch.
+    """
+    loop = trainer.fit_loop
+    loop.load_state_dict(dict(progress))
+    loop.reset()
+    if trainer.max_steps == -1:
+        loop.epoch_progress.current.completed = epochs_done(trainer)
+
+
 def reset_validation_progress(trainer: pl.Trainer) -> None:
     """Count the batches of validations from 0.
 
@@ -503,6 +523,14 @@ def set_random_state(states: Mapping[str, Any]) -> None:
     Reason: Lightning restores them, too, for its own `isolate_rng`.
     """
     _set_rng_states(dict(states))
+
+
+def logged_with_sync(trainer: pl.Trainer) -> list[str]:
+    """Return the names of what `self.log` was given in this epoch's training with `sync_dist=True`.
+
+    Reason: the strategy sees only a reduction of a number.
+    """
+    return [metric.meta.name for metric in trainer.fit_loop.epoch_loop._results.values() if metric.meta.sync.should]
 
 
 # -- files --------------------------------------------------------------------------------------------------------

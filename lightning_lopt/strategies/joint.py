@@ -41,3 +41,12 @@ class JointOptimizer:
     def state(self) -> dict[Any, dict[str, Any]]:
         """Every parameter's state, in the optimizers' own dictionaries."""
         return {p: state for optimizer in self._optimizers for p, state in optimizer.state.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of all optimizers, in their order."""
+        return {"optimizers": [optimizer.state_dict() for optimizer in self._optimizers]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the result of `state_dict`."""
+        for optimizer, own in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(own)

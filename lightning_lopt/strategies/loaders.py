@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.data import has_iterable_dataset
 from torch.utils.data import DataLoader
@@ -121,14 +122,10 @@ class ResumableLoaders:
                 entry[1].set_generators(state["generators"])
         self._states = []  # loaders that are made later begin their epochs
 
-    def state_dicts(self, consumed: int, *, cycle: bool) -> list[dict[str, Any] | None]:
-        """Return one state per loader.
-
-        Args:
-            consumed: Batches of this epoch so far.
-            cycle: Whether loaders shorter than that began anew, rather than ended.
-        """
-        states = []
+    def state_dicts(self, trainer: pl.Trainer) -> list[dict[str, Any] | None]:
+        """Return one state per loader, at the place where the Trainer is in its epoch."""
+        batches, cycle = host.batches_done(trainer), host.restarts_short_loaders(trainer)
+        consumed, states = batches if batches < trainer.num_training_batches else 0, []
         for entry in self._loaders:
             if entry is None:
                 states.append(None)

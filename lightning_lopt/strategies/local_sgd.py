@@ -28,11 +28,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_lopt.comm import Communicator, DisagreementError, check_timeout, digest
+from lightning_lopt.comm import Communicator, DisagreementError, Membership, check_timeout, digest
 from lightning_lopt.compression import Codec, LinearCodec
 from lightning_lopt.functional.merge import MergeRule
 from lightning_lopt.islands import FULLY_SHARD, has_dtensors, local_shard
-from lightning_lopt.rounds import Rounds, check_combination
+from lightning_lopt.rounds import Rounds, check_combination, check_elastic
 from lightning_lopt.schedules import RoundInfo, as_schedule
 from lightning_lopt.selection import Selection
 from lightning_lopt.strategies import host
@@ -43,6 +43,7 @@ from lightning_lopt.strategies.checkpoint.entry import given_settings
 from lightning_lopt.strategies.checkpoint.resume import Resume
 from lightning_lopt.strategies.checkpoint.writing import CheckpointWriter
 from lightning_lopt.strategies.describe import describe
+from lightning_lopt.strategies.elastic import ElasticWorker
 from lightning_lopt.strategies.errors import CheckpointError, explain_lost_worker
 from lightning_lopt.strategies.global_weights import GlobalWeights
 from lightning_lopt.strategies.islands import (
@@ -116,6 +117,8 @@ class LocalSGD(DDPStrategy):
             them share the rows of a batch. It divides `ranks_per_worker`; for models that `configure_model` shards.
         virtual_workers: Number of workers that take turns in one process on one device, each on a batch of its own in
             every step.
+        elastic: Workers that come and go between rounds (`Elastic`), each a process with a Trainer of its own: see
+            *Workers that come and go* in `LocalSGD`. None for a fixed group.
         eval_weights: Weights that validation and checkpoints see within a round: `"anchor"`, the last synced ones,
             without communication, or `"mean"`, the workers' present average; None means the mean for plain averaging
             and where a sync sends only a part, else the anchor. After an exception it is always the anchor. See below
@@ -134,6 +137,7 @@ class LocalSGD(DDPStrategy):
     Attributes:
         rounds: The `Rounds` of the present fit (`VirtualRounds` with virtual workers), None before.
         signals: Handling of signals in the present fit, None before.
+        elastic: The argument.
         given: Settings of the local optimizers and learning rate schedules, as the script gave them.
         timeout: Time for which a collective waits for all workers before it fails.
 
@@ -142,7 +146,8 @@ class LocalSGD(DDPStrategy):
             parameters without a shape.
         TypeError: `outer_optimizer` cannot be called with parameters.
         DisagreementError: In training, where the workers do different things.
-        MisconfigurationException: A plugin of FSDP or DeepSpeed, or several processes with virtual workers.
+        MisconfigurationException: A plugin of FSDP or DeepSpeed, or several processes with virtual workers or with one
+            of those that come and go.
 
     Weights that hooks see: from `on_validation_model_eval` to `on_validation_model_train`, and in `on_save_checkpoint`,
     the module shows the global weights. Elsewhere it has this worker's own; `global_weights()` shows the global ones.
@@ -191,6 +196,24 @@ class LocalSGD(DDPStrategy):
     weights are clipped to a box, an outer step may leave it: clip in `on_train_batch_end`. Optimizers can be given
     groups, and not be replaced, within a fit.
 
+    **Workers that come and go.** With ``elastic=Elastic("http://10.0.0.1:29510", worker_id=0, max_workers=3)`` the
+    script is started once per worker, with `Trainer(devices=1)` and another `worker_id`, and started again when it has
+    died, by ``torchrun --standalone --nproc-per-node 1 --max-restarts 100`` for example. `Elastic` says what is kept,
+    what is lost, and what listens where. Rounds are the clock: a worker joins at the end of a batch with which a round
+    ends, and goes to the others' step, epoch and learning rates, and to the batches of its own share of the data that
+    belong there; its share rests while it is away.
+
+    * `max_steps` or `max_epochs` tell all workers where the run ends. A Trainer that stops elsewhere (early stopping,
+      `max_time`, data of unknown length) leaves the others, and ends with the last synced weights. After SIGTERM or
+      SLURM's requeue signal it first ends its round, which must be shorter than the time until SIGKILL.
+    * Each worker has its own loggers, callbacks and checkpoints: give it a `default_root_dir` of its own, and the same
+      `seed_everything` as the others. `fit(ckpt_path="last")` matters only where all have died.
+    * Validation sees the last synced weights (`eval_weights="anchor"`) and all of the data, the same on all workers.
+    * Refused are `sharded`, `overlap_steps`, `density` and selections, a number as `merge`, `worker_speeds`,
+      `virtual_workers`, `ranks_per_worker`, networks for a fixed number of workers (LAgg-A), `sync_dist=True` in
+      training, callbacks that average weights, and schedule-free optimizers: they need a fixed group, or all workers
+      between the syncs.
+
     **Workers whose ranks share a model** (FSDP2, see `ranks_per_worker`) have checkpoints that resume with any numbers
     of workers and ranks. A sync in flight goes on with other ranks, unless it sends random coordinates, is divided
     (`sharded=True`) or LAgg-A's; with another number of workers none does. Its round then ends with a sync of its own,
@@ -228,6 +251,7 @@ class LocalSGD(DDPStrategy):
         ranks_per_worker: int | Literal["node"] = 1,
         tensor_parallel_size: int = 1,
         virtual_workers: int = 1,
+        elastic: Membership | None = None,
         eval_weights: EvalWeights | None = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -265,7 +289,17 @@ class LocalSGD(DDPStrategy):
             sync_rules=sync_rules or {},
         )
         check_combination(self._schedule, outer_optimizer, self._options)
-        mean = outer_optimizer is None or self._options.effective_selection.partial
+        if elastic is not None:
+            reasons = {
+                "ranks_per_worker: a worker is one process": ranks_per_worker != 1,
+                "virtual_workers, who are all in one process": virtual_workers > 1,
+                'eval_weights="mean", for which all would have to come together between syncs': eval_weights == "mean",
+            }
+            check_elastic(elastic, self._options, worker_speeds, reasons)
+            self._workers = ElasticWorker(elastic)
+        self.elastic = elastic
+        averages = outer_optimizer is None or self._options.effective_selection.partial
+        mean = averages and elastic is None
         self._modes = OptimizerModes(self._workers)
         self._global_weights = GlobalWeights(self, self._modes, eval_weights or ("mean" if mean else "anchor"))
         if ranks_per_worker != "node" and (not isinstance(ranks_per_worker, int) or ranks_per_worker < 1):
@@ -307,7 +341,12 @@ class LocalSGD(DDPStrategy):
 
     @property
     def num_workers(self) -> int:
-        """K: workers of all processes; a worker may be several processes, a process several virtual workers."""
+        """K: workers of all processes; a worker may be several processes, a process several virtual workers.
+
+        Where workers come and go, the number that there can be: `rounds.comm.num_workers` are there.
+        """
+        if self.elastic is not None:
+            return self.elastic.max_workers
         return self.world_size // self._ranks_of_worker * self._workers.number
 
     @property
@@ -429,6 +468,11 @@ class LocalSGD(DDPStrategy):
         wrappers = trainer.lightning_module.optimizers()
         wrappers = wrappers if isinstance(wrappers, list) else [wrappers]
         self._modes.attach(self.optimizers, wrappers, self._global_weights.moving)
+        if self.elastic is not None and self._modes.exist:
+            raise MisconfigurationException(
+                "An optimizer with a mode for evaluation, such as a schedule-free one, needs the workers' mean when it "
+                "changes its mode, and workers that come and go do not come together for that: use another one."
+            )
         host.validate_without_inference_mode(trainer)
         host.surround_validation(trainer, self._begin_validation, self._global_weights.end_validation)
         host.enter_while_checkpointing(trainer, self._checkpointing)  # hooks `on_save_checkpoint` see them, too
@@ -452,7 +496,7 @@ class LocalSGD(DDPStrategy):
                 f"Lazy parameters have no shape yet: {', '.join(lazy)}. Run a batch through the module in "
                 "configure_model, so that all workers begin with the same weights."
             )
-        refuse_callbacks(trainer, self.num_workers, self._workers.number)
+        refuse_callbacks(trainer, self.num_workers, self._workers.number, elastic=self.elastic is not None)
         make = partial(
             Rounds,
             local_steps=self._schedule,
@@ -476,6 +520,7 @@ class LocalSGD(DDPStrategy):
         self.signals = Signals(trainer, self.broadcast(uuid.uuid4().hex))
         self._uneven = UnevenInputs(trainer, rounds, self.signals)
         rounds.total_steps = self._uneven.total_steps()
+        self._workers.meet(self._resume)
         if self.num_workers == 1:
             rank_zero_info(
                 "There is one worker (K = 1): nothing is communicated, and a round ends with the outer step alone."
@@ -484,7 +529,9 @@ class LocalSGD(DDPStrategy):
     @override
     def on_train_end(self) -> None:
         super().on_train_end()
-        if self.num_workers > 1 and not self._trainer.interrupted:  # after the hooks of all callbacks and the module
+        if (
+            self._present_rounds.comm.num_workers > 1 and not self._trainer.interrupted
+        ):  # after the hooks of all callbacks and the module
             with explain_lost_worker(self.timeout):
                 self._present_rounds.sync_unstepped()
 
@@ -493,6 +540,8 @@ class LocalSGD(DDPStrategy):
         super().on_exception(exception)
         if self.rounds is not None:
             self.rounds.abandon_round()
+        if self.elastic is not None:
+            self.elastic.close()
 
     @override
     def teardown(self) -> None:
@@ -610,10 +659,10 @@ class LocalSGD(DDPStrategy):
         self._workers.end_batch(self._trainer, batch_idx)
 
     def end_batch(self) -> None:
-        """Act on signals, after the hooks of all callbacks."""
+        """Act on signals, and meet workers that come and go, after the hooks of all callbacks."""
         assert self.signals is not None
         assert self._uneven is not None
-        self.signals.act(self._uneven.common_step())
+        self._workers.act(self.signals, self._uneven.common_step())
 
     # -- global weights -------------------------------------------------------------------------------------------
 

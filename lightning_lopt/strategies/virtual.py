@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_lopt.comm import Communicator
 from lightning_lopt.rounds import Rounds
 from lightning_lopt.strategies import host
+from lightning_lopt.strategies.signals import Signals
 from lightning_lopt.sync.replica import OptimizerLike
 from lightning_lopt.sync.report import RoundReport
 from lightning_lopt.sync.rules import Rule
@@ -26,6 +27,9 @@ from lightning_lopt.virtual.rounds import VirtualRounds
 from lightning_lopt.virtual.shared_module import SharedModule
 from lightning_lopt.virtual.worker_batches import FirstWorkerLoader, interleave
 from lightning_lopt.worker_speeds import WorkerSpeeds
+
+if TYPE_CHECKING:
+    from lightning_lopt.strategies.checkpoint.resume import Resume
 
 
 class ProcessRounds(Protocol):
@@ -194,6 +198,22 @@ class ProcessWorkers:
 
     def load_gradients(self, parts: Sequence[Mapping[str, Any]]) -> None:
         """Restore the gradients that all workers but the first were accumulating."""
+
+    def meet(self, resume: Resume) -> None:
+        """Come to the workers of other processes at the start of a fit, when all is ready for its first batch.
+
+        Args:
+            resume: Checkpoint that the fit goes on from, if any.
+        """
+
+    def act(self, signals: Signals, step: int | None) -> None:
+        """Act on signals at the end of a batch, when its step is over on this worker.
+
+        Args:
+            signals: Signals of the fit.
+            step: Number of this step that all workers come to, None where they cannot wait for each other.
+        """
+        signals.act(step)
 
 
 class VirtualWorkers(ProcessWorkers):

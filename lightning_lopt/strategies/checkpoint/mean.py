@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 
-def mean_part(parts: Iterable[Mapping[str, Any]], num_parts: int) -> dict[str, Any]:
+def mean_part(parts: Iterable[Mapping[str, Any]], batch_ratio: Fraction) -> dict[str, Any]:
     r"""Return the mean of the workers' parts, from which any number of workers can go on.
 
     .. math:: \bar y = \tfrac1K \textstyle\sum_i y_i
@@ -24,23 +24,20 @@ def mean_part(parts: Iterable[Mapping[str, Any]], num_parts: int) -> dict[str, A
 
     Args:
         parts: Parts of the old workers, at least one.
-        num_parts: Number of parts that the new workers will have.
+        batch_ratio: Number of batches per new worker that are together as many as one batch per old worker.
 
     Returns:
-        A part with one more entry, `batch_ratio`: the number of batches per new worker that are together as many as one
-        batch per old worker.
+        A part with one more entry, `batch_ratio`.
 
     Example:
         >>> import torch
         >>> part = {"checkpoint": {"optimizer_states": []}, "random": {}, "gradients": {}, "loaders": [None]}
         >>> local = [{"round_idx": 3, "sync": {"params": [torch.tensor([x])]}} for x in (1.0, 2.0)]
-        >>> mean_part([{**part, "local": own} for own in local], num_parts=1)["local"]
+        >>> mean_part([{**part, "local": own} for own in local], Fraction(2, 1))["local"]
         {'round_idx': 3, 'sync': {'params': [tensor([1.5000])], 'exchange': None}}
     """
     first, mean, number, usable = {}, {}, 0, False
-    total = 0
     for part in parts:
-        total += 1
         own = {"local": part["local"], "states": part["checkpoint"]["optimizer_states"]}
         finite = all(bool(t.isfinite().all()) for t in _floats(own))
         if number == 0 or (finite and not usable):
@@ -53,7 +50,6 @@ def mean_part(parts: Iterable[Mapping[str, Any]], num_parts: int) -> dict[str, A
             for states, new in zip(mean["states"], own["states"], strict=True):
                 _move_states(states["state"], new["state"], 1 / number)
     mean["local"]["sync"]["exchange"] = None  # its steps are in the mean
-    batch_ratio = Fraction(total, num_parts)
     return {
         "checkpoint": {**first["checkpoint"], "optimizer_states": mean["states"]},
         "local": mean["local"],

@@ -44,6 +44,7 @@ class Resume:
 
     Attributes:
         goes_on: Whether the fit goes on with the workers' own states, within the round that was saved.
+        loops: Counters of the fit that the checkpoint holds, as Lightning has loaded them; None without one.
     """
 
     def __init__(self, strategy: LocalSGD, workers: ProcessWorkers, loaders: ResumableLoaders) -> None:
@@ -53,6 +54,7 @@ class Resume:
         self._can_rewind = False  # all loaders
         self._ignored = ExitStack()  # until the first batch
         self.goes_on = False
+        self.loops: dict[str, Any] | None = None
 
     def read(self, checkpoint: dict[str, Any], path: Any, weights_only: bool | None) -> None:
         """Read the parts of this process, and put its own states into the checkpoint for Lightning.
@@ -68,13 +70,13 @@ class Resume:
         """
         self._parts = []
         entry = checkpoint.get(CHECKPOINT_KEY)
-        if entry is None:
-            return
-        check_version(entry)
-        self._parts = self._read_parts(entry, path, weights_only)
-        self._workers.check_parts(self._parts)
-        if self._parts:
-            checkpoint.update(self._parts[0]["checkpoint"])
+        if entry is not None:
+            check_version(entry)
+            self._parts = self._read_parts(entry, path, weights_only)
+            self._workers.check_parts(self._parts)
+            if self._parts:
+                checkpoint.update(self._parts[0]["checkpoint"])
+        self.loops = {**checkpoint["loops"]["fit_loop"], "state_dict": {}} if "loops" in checkpoint else None
 
     def _read_parts(self, entry: dict[str, Any], path: Any, weights_only: bool | None) -> list[dict[str, Any]]:
         """Return the parts of this process, none after an exception."""
@@ -103,7 +105,8 @@ class Resume:
             parts, gave_up = run_on_all(strategy, read, elsewhere)
         else:
             wanted = (load(number) for number in range(saved[0]))
-            part = run_on_all(strategy, partial(mean_part, wanted, strategy.num_parts), elsewhere)
+            batch_ratio = Fraction(max(saved), max(present))  # of shards of the data, which lost workers have, too
+            part = run_on_all(strategy, partial(mean_part, wanted, batch_ratio), elsewhere)
             part["checkpoint"]["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
             parts = [part, *(copy.deepcopy(part) for _ in own[1:])]
             sync = required(entry, "rounds")["sync"]
@@ -154,7 +157,7 @@ class Resume:
             rounds, exchange = first["rounds"], first["local"]["sync"]["exchange"]
             if entry.get("islands") and rounds["given"].get("sharded") == str(True) and rounds["sync"]["outer"]:
                 _complete(rounds, (whole(worker)["rounds"] for worker in range(saved[1])))
-            part = mean_part(chain([first], (whole(worker) for worker in workers[1:])), among)
+            part = mean_part(chain([first], (whole(w) for w in workers[1:])), Fraction(len(workers), among))
             part["checkpoint"]["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
             part["local"]["sync"]["exchange"] = exchange
             return {**part, "rounds": rounds}
@@ -220,6 +223,19 @@ class Resume:
             host.make_train_iterators(trainer)
         self._can_rewind = None not in states
 
+    def go_to(self, trainer: pl.Trainer, loops: Mapping[str, Any]) -> None:
+        """Go to another worker's place in the run, before the first batch of a fit.
+
+        Args:
+            trainer: Trainer in a fit.
+            loops: Counters of the other worker's fit.
+        """
+        host.go_to_progress(trainer, loops)
+        self.loops = dict(loops)
+        self._restore_loaders(trainer, self._loaders.state_dicts(trainer))
+        self._parts = [{}]
+        self.start(trainer)
+
     def start(self, trainer: pl.Trainer) -> None:
         """Restore everything that making the loaders' iterators has changed, and the place in the epoch."""
         parts, self._parts = self._parts, []
@@ -265,7 +281,7 @@ class Resume:
     def clear(self) -> None:
         """Forget the checkpoint, at the end of a fit."""
         self._ignored.close()
-        self._parts, self.goes_on = [], False
+        self._parts, self.goes_on, self.loops = [], False, None
 
 
 @contextmanager
@@ -337,5 +353,6 @@ def _pass_over_validation(trainer: pl.Trainer) -> None:
 
 
 def _count(num_parts: int, num_workers: int) -> str:
+    one = "one of " if num_parts < num_workers else ""  # of those that come and go
     several = f" of {num_parts // num_workers} processes" if num_parts > num_workers else ""
-    return f"{num_workers} workers{several}"
+    return f"{one}{num_workers} workers{several}"

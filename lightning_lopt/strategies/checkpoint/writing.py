@@ -126,7 +126,6 @@ class CheckpointWriter:
     ) -> dict[str, Any]:
         """Return the part of this process's first worker: all that it cannot take over from rank 0."""
         own = ["optimizer_states", "lr_schedulers", "loops", "callbacks", type(trainer.precision_plugin).__qualname__]
-        batches = host.batches_done(trainer)
         named = trainer.lightning_module.named_parameters()
         layout = rounds.sync.replica.layout()
         shared = {} if layout is None else {"layout": layout.state_dict(), "rounds": rounds.state_dict()}
@@ -136,9 +135,7 @@ class CheckpointWriter:
             "local": rounds.local_state(),
             "random": host.random_state(),
             "gradients": {name: to_local(p.grad).clone() for name, p in named if accumulating and p.grad is not None},
-            "loaders": self._loaders.state_dicts(
-                batches if batches < trainer.num_training_batches else 0, cycle=host.restarts_short_loaders(trainer)
-            ),
+            "loaders": self._loaders.state_dicts(trainer),
         }
 
     def _too_large_to_gather(self, trainer: pl.Trainer) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+from fractions import Fraction
 
 import pytest
 import torch
@@ -124,7 +125,7 @@ def test_the_mean_of_workers():
         _part([torch.tensor([x]), None], [_adam(x, step)], residuals=[torch.tensor([3 * x])])
         for x, step in ((1.0, 4.0), (2.0, 4.0), (6.0, 7.0))
     ]
-    mean = mean_part(parts, num_parts=2)
+    mean = mean_part(parts, Fraction(len(parts), 2))
     assert mean["local"]["sync"] == {
         "params": [torch.tensor([3.0]), None],
         "residuals": [torch.tensor([9.0])],
@@ -138,10 +139,10 @@ def test_the_mean_of_workers():
 def test_workers_that_diverged_are_not_in_the_mean():
     values = (float("nan"), 1.0, float("inf"), 3.0)
     parts = [_part([torch.tensor([x])], [_adam(abs(x), 4.0)]) for x in values]
-    mean = mean_part(parts, num_parts=2)
+    mean = mean_part(parts, Fraction(len(parts), 2))
     assert mean["local"]["sync"]["params"] == [torch.tensor([2.0])]
     assert mean["checkpoint"]["optimizer_states"][0]["state"] == {0: _adam(2.0, 4.0)}
-    gone = mean_part([_part([torch.tensor([x])]) for x in (float("nan"), float("inf"))], num_parts=2)
+    gone = mean_part([_part([torch.tensor([x])]) for x in (float("nan"), float("inf"))], Fraction(1))
     assert not gone["local"]["sync"]["params"][0].isfinite()  # the next round leaves out all, and keeps the anchor
 
 
@@ -150,8 +151,8 @@ def test_states_that_cannot_be_averaged_are_the_first_workers():
     codes = {"codes": torch.ones(1, dtype=torch.uint8), "scale": torch.ones(1)}
     buffer = {"momentum_buffer": torch.ones(1)}
     parts = [_part([], [history, codes, {}]), _part([], [{"old_dirs": [], "d": 3 * torch.ones(1)}, codes, buffer])]
-    states = mean_part(parts, num_parts=1)["checkpoint"]["optimizer_states"][0]["state"]
+    states = mean_part(parts, Fraction(len(parts)))["checkpoint"]["optimizer_states"][0]["state"]
     assert states == {0: history, 1: codes, 2: {}}
     parts[0]["checkpoint"]["optimizer_states"][0]["state"].pop(2)  # an optimizer without a state for it
-    states = mean_part(parts, num_parts=1)["checkpoint"]["optimizer_states"][0]["state"]
+    states = mean_part(parts, Fraction(len(parts)))["checkpoint"]["optimizer_states"][0]["state"]
     assert states[2] == buffer
