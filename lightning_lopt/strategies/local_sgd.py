@@ -452,11 +452,13 @@ class LocalSGD(DDPStrategy):
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         self._loaders.forget()
-        check_islands(trainer, self._workers.number)
+        check_islands(trainer, self._workers.number, self._tensor_parallel_size)
         host.materialize(trainer.lightning_module, self.root_device)
         if trainer.state.fn != TrainerFn.FITTING and self.has_islands:
             self._set_up_evaluation(trainer)
             return
+        if self._mesh is not None and self.has_islands:
+            self._mesh.check_gradients(trainer.lightning_module)
         super().setup(trainer)  # configure_optimizers may set up the data
         if trainer.state.fn != TrainerFn.FITTING:
             return
@@ -553,7 +555,15 @@ class LocalSGD(DDPStrategy):
         self._loaders.forget()
         trainer = host.trainer_of(self.lightning_module)
         host.destroy_process_group_at_exit(trainer is not None and not trainer.interrupted)
-        super().teardown()
+        if self._mesh is None or self.model is not self.lightning_module:
+            super().teardown()
+            return
+        # As in `ModelParallelStrategy` a sharded model stays on its mesh; after an exception parts of it may still be
+        # gathered, and moving these would raise another one.
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        for part in (self.cluster_environment, self.precision_plugin, self.accelerator, self.checkpoint_io):
+            part.teardown()
 
     @property
     def optimizers(self) -> list[Optimizer]:

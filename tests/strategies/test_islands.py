@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import OnExceptionCheckpoint, StochasticWeightA
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader
 
 from lightning_lopt import LOSCAR, AdaMLP, DiLoCo, LearnedLocalSGD, LocalSGD, PowerSGD, SlowMo
@@ -248,6 +248,49 @@ def _virtual_or_averaged(rank):
     return True
 
 
+class _Partly(_Module):
+    """Without the last line of `_shard`: what is outside of the blocks stays plain."""
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            super().configure_model()
+            for block in self.model.blocks:
+                fully_shard(block, mesh=self.device_mesh["data_parallel"])
+
+
+def _not_averaged(rank):
+    for make in (_Partly, _Matrices):  # the mesh of the matrices has one rank
+        with pytest.raises(MisconfigurationException, match=r"averages the gradients of .*model\.embed\.weight"):
+            _trainer(LocalSGD(3, ranks_per_worker=2), 2, 2).fit(_seeded(make), _loaders(2)[0])
+    return True
+
+
+def _not_split(rank):
+    for size in (1, 2):
+        strategy = LocalSGD(3, ranks_per_worker=size, tensor_parallel_size=2)
+        with pytest.raises(MisconfigurationException, match="=2, but configure_model shards nothing"):
+            _trainer(strategy, 4 // size, size).fit(_seeded(_Module), _loaders(size)[0])
+    return True
+
+
+def _fail(*_):
+    raise ArithmeticError
+
+
+class _FailsInside(_Sharded):
+    def training_step(self, tokens, batch_idx):
+        if batch_idx == 1:
+            self.model.blocks[1].register_forward_hook(_fail)
+        return super().training_step(tokens, batch_idx)
+
+
+def _exception_while_gathered(rank):
+    """It is the one that the user sees."""
+    with pytest.raises(ArithmeticError):
+        _trainer(LocalSGD(3, ranks_per_worker=2), 2, 2).fit(_seeded(_FailsInside), _loaders(2)[0])
+    return True
+
+
 class _Fails(_Sharded):
     def on_train_batch_end(self, *_):
         if self.trainer.global_step == 4:
@@ -265,6 +308,14 @@ def _after_an_exception(rank, folder):
 
 FULL = [f"{name} {way}" for name in RESUMED for way in ("islands", "islands again", "from plain", "to plain")]
 RANKS = ["one sharded", "four", "four to two", "two to one", "one to four"]
+REFUSED = [
+    "fsdp1",
+    "virtual or averaged",
+    "not averaged",
+    "not split",
+    "exception while gathered",
+    "after an exception",
+]
 OTHER_K = ["islands to one of two", "islands to one of four", "islands to four"]
 
 
@@ -324,6 +375,9 @@ def results(tmp_path_factory):
         "model parallel": (_model_parallel, folder, "diloco-islands-10"),
         "fsdp1": (_fsdp1, {}),
         "virtual or averaged": (_virtual_or_averaged, {}),
+        "not averaged": (_not_averaged, {}),
+        "not split": (_not_split, {}),
+        "exception while gathered": (_exception_while_gathered, {}),
         "after an exception": (_after_an_exception, folder, {}),
     }
     found |= _launch(4, cases)
@@ -441,7 +495,7 @@ def test_others_read_the_weights(results):
     assert "optimizer_states" not in keys  # which would be those of rank 0 alone
 
 
-@pytest.mark.parametrize("case", ["fsdp1", "virtual or averaged", "after an exception"])
+@pytest.mark.parametrize("case", REFUSED)
 def test_what_islands_cannot_do_is_refused(results, case):
     assert results[case] == [True] * 4
 

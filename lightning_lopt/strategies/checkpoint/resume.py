@@ -130,8 +130,6 @@ class Resume:
     ) -> tuple[list[dict[str, Any]], bool]:
         """Return parts of whole tensors for the workers of this process, and whether a sync in flight is given up.
 
-        A worker's batch is taken to be as large as before, whatever its number of ranks.
-
         Args:
             entry: Entry of the checkpoint.
             load: Function that reads the part of this number.
@@ -251,7 +249,7 @@ class Resume:
                 p.grad = to_distributed(gradients[name].to(p.device), like=p)
         random = first.get("random")
         if random is None:  # there were other workers
-            _share_out_epoch(trainer, first.get("batch_ratio", Fraction(1)))
+            _share_out_epoch(trainer, self._loaders.batch_ratio(first.get("batch_ratio", Fraction(1))))
         else:
             host.set_random_state(random)  # not earlier: making an iterator of the loader draws a seed
         self._begin_epoch(trainer)
