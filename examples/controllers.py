@@ -195,6 +195,6 @@ def train_own(args: argparse.Namespace, card: Callable[[int], dict[str, Any]]) -
         print(f"\nThe fitted controller is ahead of all others. Use it: {candidates[best].strategy}")
     else:
         print(
-            f"\nThe fitted controller is not ahead of all others by two standard errors, so the fit did not help.\n"
+            f"\nThe fitted controller is not ahead of all others by two standard errors, so nothing speaks for it.\n"
             f"Use {best}: {candidates[best].strategy}"
         )

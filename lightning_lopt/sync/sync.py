@@ -24,7 +24,7 @@ from lightning_lopt.comm import MODEL, CommonInteger, Communicator, digest
 from lightning_lopt.compression import Codec, LinearCodec
 from lightning_lopt.functional.merge import MergeRule, merge
 from lightning_lopt.functional.outliers import Norms, OutlierFilter
-from lightning_lopt.islands import has_dtensors, hold
+from lightning_lopt.islands import foreign_sharding, has_dtensors, hold
 from lightning_lopt.optim.outer import OuterFactory, check_coordinatewise
 from lightning_lopt.selection import Everything, Selection, drawn_ahead
 from lightning_lopt.sync.anchors import AnchoredParameter, training_checksum
@@ -78,8 +78,8 @@ class Sync:
         fingerprint: Integer that differs for other models, options and outer optimizers.
 
     Raises:
-        ValueError: There is nothing to train, parameters are not dense and real, the length of a code depends on the
-            values, or the outer optimizer belongs to another number of workers.
+        ValueError: There is nothing to train, parameters are not dense and real, or in wrappers of FSDP1 or DeepSpeed,
+            the length of a code depends on the values, or the outer optimizer belongs to another number of workers.
         DisagreementError: The workers' models differ.
     """
 
@@ -92,6 +92,8 @@ class Sync:
         options: SyncOptions,
     ) -> None:
         self._comm, self._options, self._codec = comm, options, options.codec
+        if (reason := foreign_sharding(model)) is not None:
+            raise ValueError(reason)
         if has_dtensors(model):
             if not comm.fixed:
                 raise ValueError("Workers that come and go must be of one rank each, with a model that is not sharded.")

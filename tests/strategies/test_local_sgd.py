@@ -22,7 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.plugins import FSDPPrecision
+from lightning.pytorch.plugins import DeepSpeedPrecision, FSDPPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lightning_lopt import QSR, AdaMLP, DiLoCo, LearnedLocalSGD, LocalSGD, RoundMonitor, SlowMo, SyncOptions
@@ -327,6 +327,13 @@ def test_modules_that_are_refused(module, error, match):
             ),
             MisconfigurationException,
             "FSDPPrecision",
+        ),
+        (
+            lambda: trainer(LocalSGD(precision_plugin=DeepSpeedPrecision("bf16-mixed")), 1, max_epochs=1).fit(
+                Classifier(), loader()
+            ),
+            MisconfigurationException,
+            r"cannot use DeepSpeedPrecision: use Trainer\(precision=...\) .* fully_shard \(FSDP2\)",
         ),
         (
             lambda: trainer("auto", 1, max_epochs=1, callbacks=[RoundMonitor()]).fit(Classifier(), loader()),
