@@ -405,8 +405,8 @@ def test_a_lighthouse_that_does_not_answer_is_named_with_the_cause(monkeypatch):
     monkeypatch.setattr("lightning_lopt.elastic.CONNECT_SECONDS", 0.1)
     alone = Elastic("http://127.0.0.1:1", 0, 3, start_seconds=0, timeout=timedelta(seconds=0.3))
     with (
-        pytest.warns(UserWarning, match="127.0.0.1:1 does not answer.*connection refused"),
-        pytest.raises(TimeoutError, match="No quorum by the lighthouse http://127.0.0.1:1 .*connection refused"),
+        pytest.warns(UserWarning, match=r"127.0.0.1:1 does not answer.*connection refused"),
+        pytest.raises(TimeoutError, match=r"No quorum by the lighthouse http://127.0.0.1:1 .*connection refused"),
     ):
         alone.meet(-1, fingerprint=0, repeats=False, leaves=False)
     alone.close()
