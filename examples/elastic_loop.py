@@ -16,6 +16,7 @@ import os
 import signal
 import time
 from functools import partial
+from typing import Any
 
 import lightning as L
 import torch
@@ -78,7 +79,8 @@ class Digits(L.LightningModule):
         self.present: tuple[int, ...] = ()
 
     def on_train_batch_start(self, batch: list[Tensor], batch_idx: int) -> None:
-        rounds = self.trainer.strategy.rounds
+        strategy: Any = self.trainer.strategy
+        rounds = strategy.rounds
         if rounds.local_step > 0:
             return
         before, self.present = self.present, rounds.comm.workers
@@ -100,10 +102,11 @@ class Digits(L.LightningModule):
 def train_by_trainer(args: argparse.Namespace) -> None:
     """Train as `train` does: the Trainer shards the data, and takes SIGTERM for a leave."""
     torch.set_num_threads(1)
+    strategy = SlowMo(args.local_steps, momentum=0.5, elastic=make_elastic(args))
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,
-        strategy=SlowMo(args.local_steps, momentum=0.5, elastic=make_elastic(args)),
+        strategy=strategy,
         max_steps=args.rounds * args.local_steps,
         logger=False,  # or one of each worker's own, with a default_root_dir of its own
         enable_checkpointing=False,
@@ -111,7 +114,8 @@ def train_by_trainer(args: argparse.Namespace) -> None:
         enable_model_summary=False,
     )
     trainer.fit(Digits(args), DataLoader(TensorDataset(*load_tensors()), BATCH_SIZE, shuffle=True))
-    say(args.worker, f"has trained for {trainer.strategy.rounds.round_idx} rounds")
+    assert strategy.rounds is not None
+    say(args.worker, f"has trained for {strategy.rounds.round_idx} rounds")
 
 
 def is_in(rounds: Rounds) -> str:

@@ -8,6 +8,9 @@ python examples/meta_train.py --recipe lopt_a_8x8 --data fashion           LOpt-
     --recipe lopt_a_14x14, lopt_a_28x28, lopt_a_28x28_late and lopt_a, each with --init OUT/export.safetensors of the
     stage before, with --init-scale 0.2 for the step to 28x28 and 0.5 for the late rounds
 python examples/meta_train.py --recipe lagg_a_28x28_late --data fashion    LAgg-A from the bundled lopt_a
+python examples/meta_train.py --recipe controller --data fashion cifar10   a controller of the blended step, hours
+python examples/meta_train.py --recipe own --task FILE.py                  the bundled controller fitted to your
+    LightningModule and data in fifteen minutes, and compared with all that it must beat; see examples/own_gpt.py
 
 Kill it whenever you like; --resume goes on with the same numbers. Where no checkpoint is left, --init goes on from
 OUT/export.safetensors, which is small, with fresh unrolls.
@@ -32,6 +35,7 @@ from typing import Any
 import lightning as L
 import matplotlib.pyplot as plt
 import torch
+from controllers import FILE, train_controller, train_own
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from recipes import RECIPES, scale_last_layer
@@ -41,6 +45,7 @@ from typing_extensions import override
 from lightning_lopt import AdaMLP
 from lightning_lopt.meta import Evaluation, Export, Exporting, MetaTraining
 
+CONTROLLERS = ("controller", "own")
 NETWORK, EXPORT, MEAN = "network.safetensors", "export.safetensors", "mean.safetensors"
 EVERY = 20  # meta-iterations between checkpoints, exports and evaluations
 
@@ -111,9 +116,13 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, nargs="+", default=[None], help="folders of CIFAR-10 or Fashion-MNIST")
-    add("--recipe", choices=RECIPES, default="quick", help="see examples/recipes.py (default: %(default)s)")
+    recipes = [*RECIPES, *CONTROLLERS]
+    add("--recipe", choices=recipes, default="quick", help="see examples/recipes.py (default: %(default)s)")
+    add("--task", type=Path, help="file of a task of yours, for --recipe own")
+    add("--constants", action="store_true", help="with --recipe own: fit the constants of the controller alone")
+    add("--pairs", type=int, help="pairs of a sweep on each task, of the recipes controller (default: 32) and own (8)")
     add("--steps", type=int, help="meta-iterations, those before --init included where the schedule counts them")
-    add("--minutes", type=float, help="stop after this time, even if --steps are not done")
+    add("--minutes", type=float, help="stop after this time, even if --steps are not done; of recipe own: in all (15)")
     add("--resume", type=Path, help="checkpoint to go on from, e.g. OUT/checkpoints/step=40.ckpt")
     add("--init", type=Path, help="export to go on from, with fresh unrolls")
     add("--init-scale", type=float, default=1.0, help="factor of the last layer of that network (default: %(default)s)")
@@ -124,8 +133,14 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"{args.resume} is no checkpoint. Use --init to go on from an export, and another --out.")
     resumed = args.resume.resolve().parent.parent if args.resume else None
     args.out = args.out or resumed or Path("outputs/meta_train")
-    if args.out.resolve() != resumed and any((args.out / name).exists() for name in (NETWORK, EXPORT)):
+    if args.out.resolve() != resumed and any((args.out / name).exists() for name in (NETWORK, EXPORT, FILE)):
         parser.error(f"{args.out} holds the weights of another run. Choose another --out, or --resume that run.")
+    if (args.recipe == "own") != (args.task is not None):
+        parser.error("--recipe own needs the file of a task, and no other takes one: --recipe own --task FILE.py.")
+    if args.init and args.recipe in CONTROLLERS:
+        parser.error(f"--recipe {args.recipe} has no export: its checkpoints are small. Use --resume.")
+    if args.pairs is not None and args.pairs < 1:
+        parser.error(f"--pairs must be at least 1, not {args.pairs}.")
     if args.init_scale != 1 and not args.init:
         parser.error("--init-scale is of the network of --init, which is not given.")
     if args.steps is not None and args.steps < 1:
@@ -182,9 +197,23 @@ def draw(out: Path, evaluation: Evaluation, before: AdaMLP, after: AdaMLP, first
     figure.savefig(out / "curves.png", dpi=150)
 
 
+def main_of_controllers(args: argparse.Namespace) -> None:
+    began = time.time()
+
+    def card(sweeps: int) -> dict[str, object]:
+        return provenance(args, sweeps, (time.time() - began) / 3600)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.recipe == "own":
+        return train_own(args, card)
+    train_controller([*map(load_images, args.data)], args, card)
+
+
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(1)  # the tensors are small; and the numbers do not depend on the machine's cores
+    if args.recipe in CONTROLLERS:
+        return main_of_controllers(args)
     recipe = RECIPES[args.recipe]([*map(load_images, args.data)], args.seed)
     start_weights = copy.deepcopy(recipe.network)
     start = Export.load(args.init) if args.init else None

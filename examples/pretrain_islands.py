@@ -21,7 +21,7 @@ import lightning as L
 import torch
 from finetune_lm import BATCH_SIZE, EVAL_WINDOWS, GPT, load_text, windows
 from report import BRIEF, Curve, CurveRecorder, print_once, report, set_up
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_lopt import DiLoCo, LearnedLocalSGD, LocalSGD, RoundMonitor
@@ -31,7 +31,7 @@ class ShardedGPT(GPT):
     """The GPT of `finetune_lm.py`, whose blocks lie in shards on the ranks of its worker."""
 
     def configure_model(self) -> None:
-        if self.device_mesh is None:  # data-parallel: each rank has all of it
+        if self.device_mesh is None or isinstance(self, FSDPModule):  # each rank has all of it, or it is done
             return
         mesh = self.device_mesh["data_parallel"]
         for block in self.blocks:

@@ -26,6 +26,8 @@ from lightning_lopt.meta import (
     LocalTraining,
     LogUniform,
     ModuleTask,
+    image_vit,
+    language_model,
     with_worker_inputs,
 )
 from lightning_lopt.meta.local import OptimizerKind
@@ -127,14 +129,31 @@ def fine_tuning(data: Images, batch_size: int, low_rank: bool = False) -> Module
     return ModuleTask(lambda: copy.deepcopy(model), rest, F.cross_entropy, batch_size, max_loss=3.5, name=name)
 
 
+ALPHABET = "abcdefghijklmnopqrstuvwxyz ._=\n"  # all other characters are one more
+
+
+def source_code_text() -> Tensor:
+    """Python's own source code as numbers of characters."""
+    text = "".join(map(inspect.getsource, (argparse, random, typing, datetime))).lower()
+    return torch.tensor([ALPHABET.find(character) % (len(ALPHABET) + 1) for character in text])
+
+
 def source_code(hidden: Sequence[int]) -> ImageMLP:
     """The next character of Python's own source code from the five before it."""
-    text = "".join(map(inspect.getsource, (argparse, random, typing, datetime))).lower()
-    alphabet = "abcdefghijklmnopqrstuvwxyz ._=\n"
-    codes = torch.tensor([alphabet.find(character) % (len(alphabet) + 1) for character in text])
+    codes = source_code_text()
     places = torch.linspace(0, len(codes) - 6, 20_000).long()
-    contexts = F.one_hot(codes[places[:, None] + torch.arange(5)], len(alphabet) + 1).float()
+    contexts = F.one_hot(codes[places[:, None] + torch.arange(5)], len(ALPHABET) + 1).float()
     return ImageMLP(contexts, codes[places + 5], hidden=hidden, batch_size=32)
+
+
+def autoencoder(images: Tensor, size: int, width: int, batch_size: int) -> ModuleTask:
+    """Grey images, resized, through a hidden layer of some width and back, by mean squared error."""
+    pixels = resize(images.float() / 255, size).flatten(1)
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(size**2, width), nn.ReLU(), nn.Linear(width, size**2))
+
+    return ModuleTask(make, (pixels, pixels), F.mse_loss, batch_size, name=f"autoencoder {size**2}-{width}-{size**2}")
 
 
 def quick(data: Sequence[Images], seed: int) -> Recipe:
@@ -264,6 +283,43 @@ def default(data: Sequence[Images], seed: int) -> Recipe:
     }
     network = AdaMLP.base_step(seed=seed)
     return Recipe(tasks, network, steps=90, windows=len(tasks), options=options)
+
+
+def controller_tasks(data: Sequence[Images]) -> Pairs:
+    """The tasks of `default`, and others with Muon, attention, squared errors and wider models.
+
+    None is a held-out task of the benchmarks: those have transformers of width 24 on 16×16 images of Fashion-MNIST and
+    on Shakespeare, where these have 8×8 images of CIFAR-10 and Python's source code, and an autoencoder of
+    Fashion-MNIST at 28×28, where these have CIFAR-10 at 8×8 and 16×16.
+    """
+    fashion, cifar = data
+
+    def images(data: Images, hidden: Sequence[int], batch_size: int, count: int | None = None) -> ImageMLP:
+        return ImageMLP(data[0][:count], data[1][:count], hidden=hidden, batch_size=batch_size, size=8)
+
+    def local(num_workers: int, local_steps: int, low: float, high: float, kind: OptimizerKind) -> LocalTraining:
+        optimizer = LocalOptimizer(kind, weight_decay=0.01 if kind == "adamw" else 0.0)
+        return LocalTraining(num_workers, local_steps, (low, high), 0.5, optimizer, (0.5, 2.0))
+
+    def vit() -> ModuleTask:
+        return image_vit(*cifar, patch=2, width=16, depth=1, num_heads=2, batch_size=16, size=8)
+
+    text = language_model(
+        source_code_text(), len(ALPHABET) + 1, context=16, width=16, depth=1, num_heads=2, batch_size=8
+    )
+    return [
+        *default(data, 0).tasks,
+        (images(fashion, (16, 16), 16), local(4, 4, 1e-3, 2e-2, "muon")),
+        (images(cifar, (32,), 8), local(4, 8, 1e-3, 2e-2, "muon")),
+        (source_code((16,)), local(8, 2, 1e-3, 2e-2, "muon")),
+        (images(fashion, (24, 24), 8, 1000), local(2, 8, 1e-3, 1e-2, "muon")),
+        (vit(), local(4, 4, 3e-4, 1e-2, "adamw")),
+        (vit(), local(2, 8, 1e-3, 2e-2, "muon")),
+        (text, local(4, 8, 1e-3, 1e-2, "adamw")),
+        (autoencoder(cifar[0], 8, 16, 16), local(4, 8, 3e-4, 1e-2, "adamw")),
+        (autoencoder(cifar[0], 16, 32, 16), local(4, 8, 3e-4, 5e-3, "adamw")),
+        (images(cifar, (128, 64), 16), local(4, 4, 3e-4, 1e-2, "adamw")),
+    ]
 
 
 PAPER: dict[str, Any] = {"estimator": "published_pes"}

@@ -41,17 +41,23 @@ def set_up(
     parser.add_argument("--seed", type=int, default=0, help="of weights and data (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder for results (default: %(default)s)")
     args = parser.parse_args()
-    if min(args.steps, args.local_steps) < 1:
-        parser.error("--steps and --local-steps must be at least 1.")
+    for name in ("steps", "local_steps", "workers", "devices"):
+        if getattr(args, name, 1) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1.")
     args.steps = math.ceil(args.steps / args.local_steps) * args.local_steps
     if args.lr is None:
         args.lr = lr if getattr(args, "model", None) is None else pretrained_lr
     args.out.mkdir(parents=True, exist_ok=True)
     L.seed_everything(args.seed, verbose=False)
+    warn_briefly()
+    return args
+
+
+def warn_briefly() -> None:
+    """Silence remarks of Lightning that concern no example."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no remarks on the hardware
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the data are in memory
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # torch deprecates what Lightning calls
-    return args
 
 
 def need(*packages: str) -> None:

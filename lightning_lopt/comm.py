@@ -70,6 +70,16 @@ class Membership(Protocol):
         ...
 
 
+def check_timeout(timeout: timedelta | None) -> None:
+    """Refuse a time limit that is not one.
+
+    Raises:
+        ValueError: The argument is neither a positive `timedelta` nor None.
+    """
+    if timeout is not None and not (isinstance(timeout, timedelta) and timeout > timedelta(0)):
+        raise ValueError(f"timeout must be a positive datetime.timedelta, as timedelta(minutes=5) is, not {timeout!r}.")
+
+
 class CommonInteger(NamedTuple):
     """An integer on which all workers must agree.
 
@@ -115,9 +125,9 @@ class Communicator:
 
     Args:
         timeout: Time after which a collective fails that some worker does not join; None for torch's default.
-        ranks_per_worker: Number of consecutive ranks that are one worker, with the same parameters at all times. In a
-            mean each of them sends its share of the values; else the first talks to the other workers. They tell the
-            rest.
+        ranks_per_worker: Number of consecutive ranks that are one worker, with the same parameters at all times. Each
+            of them sends its share of the values, and tells the others what it receives; in small messages the first
+            talks for all.
         by_column: Whether the ranks of a worker hold different parts of one model instead, so that each talks to the
             same rank of the other workers, and they add up inside what belongs to the whole.
         backend: Object with the collectives of `torch.distributed` by their names; a `VirtualGroup` for workers in
@@ -134,7 +144,8 @@ class Communicator:
         num_collectives: Number of collectives so far.
 
     Raises:
-        ValueError: `ranks_per_worker` does not divide the number of processes.
+        ValueError: `ranks_per_worker` does not divide the number of processes, or `timeout` is not a positive
+            `timedelta`.
 
     Example:
         >>> comm = Communicator()  # no process group: one worker, nothing to send
@@ -152,6 +163,7 @@ class Communicator:
         *,
         by_column: bool = False,
     ) -> None:
+        check_timeout(timeout)
         self._dist = backend
         world, rank = 1, 0
         if backend is not None and dist.is_available() and backend.is_initialized():
@@ -204,10 +216,6 @@ class Communicator:
         self.rank = self._dist.get_rank() if several else 0
         self._world = self._new_group([list(range(self.num_workers))]) if several else None
         self._group = self._column = self._world
-
-    @property
-    def _connected(self) -> bool:
-        return self._world is not None
 
     @property
     def is_first(self) -> bool:
@@ -306,11 +314,11 @@ class Communicator:
         self.num_collectives += 1
         self.bytes_sent += round(tensor.numel() * tensor.element_size() * factor)
 
-    def _share(self, result: Tensor) -> Tensor:
-        """Give the result of the first rank of this worker to its other ranks."""
-        if self._inside is not None:
-            self._dist.broadcast(result, group=self._inside, group_src=0)
-        return result
+    def _share_inside(self, results: Sequence[Tensor]) -> None:
+        """Give what each rank of this worker has received, in their order, to its other ranks."""
+        for rank, result in enumerate(results):
+            if result.numel():
+                self._dist.broadcast(result, group=self._inside, group_src=rank)
 
     def mean_(self, flat: Tensor) -> None:
         """Replace a contiguous tensor by its mean over the workers, bitwise the same on all of them."""
@@ -319,9 +327,7 @@ class Communicator:
             return
         shares = flat.tensor_split(self._ranks_per_worker)
         self._mean_(shares[self._dist.get_rank(self._inside)])
-        for rank, share in enumerate(shares):
-            if len(share):
-                self._dist.broadcast(share, group=self._inside, group_src=rank)
+        self._share_inside(shares)
 
     def _mean_(self, flat: Tensor) -> None:
         if self._column is not None and len(flat):
@@ -347,17 +353,28 @@ class Communicator:
             self._dist.all_reduce(values, op=op, group=self._group)
             if self._island is not None:
                 self._dist.all_reduce(values, op=op, group=self._island)
-        self._share(values)
+        if self._inside is not None:
+            self._share_inside([values])
 
     def gather(self, flat: Tensor) -> Tensor:
         """Stack the tensors of all workers in the order of their ranks, [n] -> [K, n]."""
-        if not self._connected:
+        if self._inside is None:
+            return self._gather(flat)
+        shares = flat.tensor_split(self._ranks_per_worker)
+        stacked = [flat.new_empty(self.num_workers, len(share)) for share in shares]
+        own = self._dist.get_rank(self._inside)
+        stacked[own] = self._gather(shares[own])
+        self._share_inside(stacked)
+        return torch.cat(stacked, 1)
+
+    def _gather(self, flat: Tensor) -> Tensor:
+        if self._column is None:
             return flat.unsqueeze(0)
         stacked = flat.new_empty(self.num_workers, *flat.shape)
-        if self._group is not None:
+        if len(flat):
             self._count(flat, self.num_workers - 1)
-            self._dist.all_gather(list(stacked.unbind(0)), flat, group=self._group)
-        return self._share(stacked)
+            self._dist.all_gather(list(stacked.unbind(0)), flat, group=self._column)
+        return stacked
 
     def all_to_all(self, flat: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """Send consecutive slices to worker 0, 1, ..., and return the slices that they send here, in the same order.
@@ -367,16 +384,35 @@ class Communicator:
             send: Length of the slice for each worker.
             receive: Length of the slice from each worker.
         """
-        if not self._connected:
+        if self._inside is None:
+            return self._all_to_all(flat, send, receive)
+        received = flat.new_empty(sum(receive))
+        outgoing, incoming = (
+            [part.tensor_split(self._ranks_per_worker) for part in tensor.split(list(lengths))]
+            for tensor, lengths in ((flat, send), (received, receive))
+        )
+        slots = [*zip(*incoming, strict=True)]  # of each rank of this worker, one for each worker that sends
+        lengths = [[len(slot) for slot in own] for own in slots]
+        arrived = [flat.new_empty(sum(own)) for own in lengths]
+        rank = self._dist.get_rank(self._inside)
+        shares = [part[rank] for part in outgoing]
+        arrived[rank] = self._all_to_all(torch.cat(shares), [len(share) for share in shares], lengths[rank])
+        self._share_inside(arrived)
+        for own, values, sizes in zip(slots, arrived, lengths, strict=True):
+            for slot, part in zip(own, values.split(sizes), strict=True):
+                slot.copy_(part)
+        return received
+
+    def _all_to_all(self, flat: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        if self._column is None:
             return flat
         received = flat.new_empty(sum(receive))
-        if self._group is not None:
-            self._count(flat, 1 - send[self.rank] / max(1, len(flat)))
-            if self._dist is dist and flat.device.type == "cpu":
-                self._swap_slices(flat.split(list(send)), received.split(list(receive)))
-            else:
-                self._dist.all_to_all_single(received, flat, list(receive), list(send), group=self._group)
-        return self._share(received)
+        self._count(flat, 1 - send[self.rank] / max(1, len(flat)))
+        if self._dist is dist and flat.device.type == "cpu":
+            self._swap_slices(flat.split(list(send)), received.split(list(receive)))
+        else:
+            self._dist.all_to_all_single(received, flat, list(receive), list(send), group=self._column)
+        return received
 
     def _swap_slices(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> None:
         """An all-to-all in K-1 turns; in each, every worker sends to one and receives from one, both at once.
@@ -386,9 +422,9 @@ class Communicator:
         incoming[self.rank].copy_(outgoing[self.rank])
         for turn in range(1, self.num_workers):
             to, source = (self.rank + turn) % self.num_workers, (self.rank - turn) % self.num_workers
-            arrival = dist.irecv(incoming[source], group=self._group, group_src=source)
+            arrival = dist.irecv(incoming[source], group=self._column, group_src=source)
             assert arrival is not None  # this worker is in the group
-            dist.send(outgoing[to], group=self._group, group_dst=to)
+            dist.send(outgoing[to], group=self._column, group_dst=to)
             arrival.wait()
 
     def send(self, flat: Tensor, to: int) -> None:

@@ -28,7 +28,7 @@ from lightning_lopt.functional.compression import (
     select_top_k,
     top_k_chunks,
 )
-from lightning_lopt.functional.integers import as_integer
+from lightning_lopt.functional.integers import as_integer, as_number
 
 
 class Codec(Protocol):
@@ -214,7 +214,7 @@ class TopK:
     sparse = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:
+        if not 0 < as_number(self.density) <= 1:
             raise ValueError(f"density must be in (0, 1], the share of the coordinates to keep, not {self.density!r}.")
 
     def encode(self, values: Tensor, sizes: Sequence[int]) -> Tensor:

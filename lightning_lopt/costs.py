@@ -510,7 +510,8 @@ class Costs:
 
         figure = Figure(figsize=(7.5, 4.5), layout="constrained")
         axes = figure.subplots()
-        steps = sorted({round(2 ** (i / 4)) for i in range(41)})
+        last = math.ceil(4 * math.log2(max(1024, *self._args.local_steps)))
+        steps = sorted({round(2 ** (i / 4)) for i in range(last + 1)})
         for name in METHODS:
             dashed = "--" if METHODS[name].worker_grads else "-"  # some have the costs of others
             axes.plot(steps, [self.seconds_per_step(self.round(name, h)) for h in steps], dashed, label=name)

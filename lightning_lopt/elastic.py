@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from lightning_lopt.comm import DisagreementError, GroupBrokenError, Members
+from lightning_lopt.comm import DisagreementError, GroupBrokenError, Members, check_timeout
 
 CONNECT_SECONDS = 10.0  # for a new group, of which a machine may vanish meanwhile
 HEARTBEAT_SECONDS = 0.1  # between two signs of life, as torchft's own
@@ -94,7 +94,8 @@ class Elastic:
 
     Raises:
         ModuleNotFoundError: torchft is not installed.
-        ValueError: A number is out of its range, or `lighthouse` does not begin with "http".
+        ValueError: A number is out of its range, `timeout` is not a positive `timedelta` longer than `start_seconds`,
+            or `lighthouse` does not begin with "http".
 
     Source: torchft (github.com/meta-pytorch/torchft); pseudo-gradients of those who are there: arXiv 2311.08105.
 
@@ -118,6 +119,7 @@ class Elastic:
         start_seconds: float = 60.0,
         timeout: timedelta = timedelta(minutes=10),
     ) -> None:
+        check_timeout(timeout)
         if not 0 <= worker_id < max_workers or not 1 <= min_workers <= max_workers:
             raise ValueError(
                 "There must be 0 <= worker_id < max_workers and 1 <= min_workers <= max_workers, not worker_id="

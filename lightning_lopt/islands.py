@@ -12,7 +12,8 @@ Norms, totals and checksums are summed over the ranks of the worker, by `Communi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +25,11 @@ from lightning_lopt.comm import Communicator
 from lightning_lopt.functional.balance import least_loaded
 
 SUMS_SINCE = "2.8"  # set_force_sum_reduction_for_comms
+FULLY_SHARD = (
+    "For a model larger than a device use torch.distributed.fsdp.fully_shard (FSDP2) in configure_model: "
+    "`mesh = self.device_mesh['data_parallel']`, `for block in self.blocks: fully_shard(block, mesh=mesh)`, "
+    "`fully_shard(self, mesh=mesh)`; see ranks_per_worker."
+)
 
 
 class Box(NamedTuple):
@@ -279,6 +285,35 @@ def to_distributed(local: Any, like: Tensor) -> Any:
 def has_dtensors(module: Any) -> bool:
     """Whether a model has DTensors among its parameters."""
     return any(isinstance(p, DTensor) for _, p in module.named_parameters())
+
+
+def foreign_sharding(module: Any) -> str | None:
+    """Explain why the ranks of a worker cannot share a module as it is wrapped, and what to do.
+
+    Args:
+        module: Module, of which parts may be wrapped.
+
+    Returns:
+        None for a module without FSDP1 and DeepSpeed.
+    """
+    if _has(module, "torch.distributed.fsdp", "FullyShardedDataParallel"):
+        return (
+            "Found modules that are wrapped with FullyShardedDataParallel (FSDP1), whose flat parameters have neither "
+            f"names nor rows. {FULLY_SHARD}"
+        )
+    if _has(module, "deepspeed", "DeepSpeedEngine") or any(hasattr(p, "ds_id") for _, p in module.named_parameters()):
+        return (
+            "Found modules of DeepSpeed, which steps and saves copies of the parameters that a sync cannot reach. "
+            f"Leave out deepspeed.initialize and deepspeed.zero.Init. {FULLY_SHARD}"
+        )
+    return None
+
+
+def _has(module: Any, package: str, name: str) -> bool:
+    """Whether a module has parts of a class of a package, which is not imported where nobody has."""
+    kind = getattr(sys.modules.get(package), name, None)
+    modules: Iterable[nn.Module] = module.modules() if isinstance(module, nn.Module) else ()
+    return kind is not None and any(isinstance(part, kind) for part in modules)
 
 
 def hold(module: Any, optimizer: Any, comm: Communicator, *, whole: bool) -> Held:

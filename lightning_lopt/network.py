@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lopt.functional import ada
+from lightning_lopt.functional import ada, blended
 from lightning_lopt.functional.features import count_features, feature_slices
 from lightning_lopt.functional.layers import Network
 from lightning_lopt.functional.updates import GATE_RANGE, UPDATES, Update
@@ -105,9 +105,9 @@ class AdaMLP(nn.Module):
     @classmethod
     def base_step(
         cls,
-        lr: float = 1.1,
-        momentum: float = 0.85,
-        blend: tuple[float, float, float] = (0.05, 0.45, 0.5),
+        lr: float = blended.LR,
+        momentum: float = blended.MOMENTUM,
+        blend: tuple[float, float, float] = blended.BLEND,
         hidden: tuple[int, int] = (8, 8),
         seed: int | None = None,
     ) -> AdaMLP:

@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 from lightning_lopt.comm import Communicator, GroupBrokenError, Membership, digest
 from lightning_lopt.functional.balance import even_bounds
 from lightning_lopt.functional.integers import as_integer
-from lightning_lopt.optim.outer import OuterFactory, check_coordinatewise, check_needs_mean_alone
+from lightning_lopt.optim.outer import OuterFactory, check_coordinatewise, check_factory, check_needs_mean_alone
 from lightning_lopt.schedules import Constant, RoundInfo, Schedule, StatefulSchedule, as_schedule
 from lightning_lopt.sync.options import SyncOptions
-from lightning_lopt.sync.replica import OptimizerLike
+from lightning_lopt.sync.replica import OptimizerLike, check_optimizer
 from lightning_lopt.sync.report import RoundReport
 from lightning_lopt.sync.rules import Rule
 from lightning_lopt.sync.settings import changed, changes, describe, warn_of_changes
@@ -93,8 +93,9 @@ class Rounds:
             next local step.
 
     Raises:
-        ValueError: `local_steps` < 1, nothing to train, a network or speeds for another number of workers, or an
-            option that workers who come and go exclude.
+        ValueError: `local_steps` or `total_steps` < 1, nothing to train, an optimizer of another model, a network or
+            speeds for another number of workers, or an option that workers who come and go exclude.
+        TypeError: An argument of another type.
         DisagreementError: The workers' models, rounds or steps differ.
 
     Source: arXiv 2312.02204 (learned), 1910.00643 (SlowMo), 2311.08105 (DiLoCo), 2310.14423 (QSR).
@@ -129,8 +130,11 @@ class Rounds:
         worker_speeds: Speeds = None,
         elastic: Membership | None = None,
     ) -> None:
+        check_optimizer(model, optimizer)
+        if total_steps is not None and as_integer(total_steps, least=1) is None:
+            raise ValueError(f"total_steps must be an integer >= 1, or None if unknown, not {total_steps!r}.")
         self.schedule = self.ask_schedule = as_schedule(local_steps)
-        self._options = options or SyncOptions()
+        self._options = SyncOptions() if options is None else options
         check_combination(self.schedule, outer_optimizer, self._options)
         check_speeds(worker_speeds)
         self._given = describe(
@@ -145,6 +149,7 @@ class Rounds:
         self._membership = elastic
         if elastic is not None:
             check_elastic(
+                elastic,
                 self._options,
                 worker_speeds,
                 {
@@ -620,7 +625,12 @@ class Rounds:
         Settings that the script has changed since then are the script's, with a warning: those of a round from the next
         one on, those of the outer optimizer at once. A sync in flight is given up if it sent other parts, or in another
         form, than the script wants now; its round ends with a sync of its own.
+
+        Raises:
+            ValueError: The state is of something else, another number of parameters, or another kind of outer
+                optimizer.
         """
+        _check_state(state, "anchors", "state_dict")
         given = state.get("given", {})
         if self.comm.is_first:
             warn_of_changes(changes(given, self._given))
@@ -652,7 +662,12 @@ class Rounds:
         return {**self._counters(), "elapsed": elapsed, "round_seconds": self._round_seconds, "sync": state}
 
     def load_local_state(self, state: dict[str, Any]) -> None:
-        """Restore the result of `local_state`, after `load_state_dict`."""
+        """Restore the result of `local_state`, after `load_state_dict`.
+
+        Raises:
+            ValueError: The state is of something else.
+        """
+        _check_state(state, "params", "local_state")
         self._load_counters(state)
         elapsed, self._round_seconds = state.get("elapsed"), state.get("round_seconds", 0.0)
         self._round_start = None if elapsed is None else time.perf_counter() - elapsed
@@ -677,6 +692,14 @@ def _look_once(rounds: Rounds | None) -> None:
         rounds.adopt_replaced()
 
 
+def _check_state(state: Mapping[str, Any], entry: str, method: str) -> None:
+    if entry not in state.get("sync", {}):
+        raise ValueError(
+            f"This is no result of Rounds.{method}(). Restore Rounds.state_dict() by load_state_dict first, then every "
+            "worker's own Rounds.local_state() by load_local_state."
+        )
+
+
 def _breaks(function: Callable[[], object]) -> bool:
     """Call a function, and return whether a worker was lost meanwhile."""
     try:
@@ -697,17 +720,23 @@ def _from_bytes(flat: Tensor) -> dict[str, Any]:
     return torch.load(io.BytesIO(flat.numpy().data), map_location="cpu", weights_only=True)
 
 
-def check_elastic(options: SyncOptions, worker_speeds: Speeds, reasons: Mapping[str, bool]) -> None:
+def check_elastic(
+    elastic: Membership, options: SyncOptions, worker_speeds: Speeds, reasons: Mapping[str, bool]
+) -> None:
     """Refuse what cannot work with workers that come and go.
 
     Args:
+        elastic: The workers.
         options: Options of the syncs.
         worker_speeds: Speeds of the workers.
         reasons: Whether each of these excludes them, too; noun phrases that give the reason.
 
     Raises:
+        TypeError: `elastic` is no `Elastic`.
         ValueError: Something excludes them; it says why.
     """
+    if not hasattr(elastic, "meet"):
+        raise TypeError(f"elastic must be Elastic(...), not {elastic!r}.")
     reasons = {
         **reasons,
         "overlap_steps: a sync in flight cannot be repeated when a worker is lost": options.overlap_steps > 0,
@@ -722,13 +751,17 @@ def check_elastic(options: SyncOptions, worker_speeds: Speeds, reasons: Mapping[
 
 
 def check_combination(schedule: Schedule, outer_optimizer: OuterFactory | None, options: SyncOptions) -> None:
-    """Refuse a schedule, an outer optimizer and sync options that exclude each other.
+    """Refuse a schedule, an outer optimizer and sync options that are none, or exclude each other.
 
     Raises:
+        TypeError: The outer optimizer is no function that makes one, or the options are of another type.
         ValueError: The outer optimizer needs whole tensors and random coordinates are sent, or every worker's
             pseudo-gradient and a `LinearCodec` sends means alone, or a constant number of local steps leaves no room
             for the overlap or for all fragments.
     """
+    check_factory(outer_optimizer)
+    if not isinstance(options, SyncOptions):
+        raise TypeError(f"options must be SyncOptions(...), as SyncOptions(compression='int8') is, not {options!r}.")
     if outer_optimizer is not None and not options.effective_selection.whole_tensors:
         check_coordinatewise(outer_optimizer)
     if outer_optimizer is not None and options.sends_means_alone:

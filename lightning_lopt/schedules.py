@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from lightning_lopt.functional.integers import as_integer
+from lightning_lopt.functional.integers import as_integer, as_number
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,8 @@ class QSR:
     warmup_steps: int = 0
 
     def __post_init__(self) -> None:
-        positive = 0 < self.alpha < math.inf and self.power > 0 and self.warmup_steps >= 0
+        alpha, power, warmup = map(as_number, (self.alpha, self.power, self.warmup_steps))
+        positive = 0 < alpha < math.inf and power > 0 and warmup >= 0
         base_steps = as_integer(self.base_steps, least=1)
         if not positive or base_steps is None:
             raise ValueError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_lopt.functional.balance import least_loaded
-from lightning_lopt.functional.integers import as_integer
+from lightning_lopt.functional.integers import as_integer, as_number
 from lightning_lopt.functional.subset import shared_indices
 
 
@@ -103,7 +103,7 @@ class RandomCoordinates:
     partial = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:
+        if not 0 < as_number(self.density) <= 1:
             raise ValueError(f"density must be in (0, 1], the share of the coordinates to send, not {self.density!r}.")
 
     def pick(self, sizes: Sequence[int], round_idx: int) -> list[bool | Tensor]:

@@ -110,11 +110,16 @@ def read_file(
 
 def _metadata(path: Path, file: Any, file_format: str) -> dict[str, str]:
     metadata = file.metadata() or {}
-    found = metadata.get("format"), metadata.get("version")
-    if found != (file_format, VERSION):
+    found, version = metadata.get("format"), metadata.get("version")
+    if found != file_format:
         raise WeightsError(
-            f"{path} is not a file that fits here: it says format {found[0]!r} version {found[1]!r}, expected "
-            f"{file_format!r} version {VERSION!r}."
+            f"{path} is not a file that fits here: it says format {found!r}, expected {file_format!r}. Give one that "
+            f"{file_format.rpartition('.')[2]}.save has written."
+        )
+    if version != VERSION:
+        raise WeightsError(
+            f"{path} has version {version!r} of its format, expected {VERSION!r}: another release of lightning_lopt "
+            "wrote it. Install that one."
         )
     if unknown := sorted(metadata.keys() - {"format", "version", "config", "card", "sha256"}):
         raise WeightsError(f"{path} has metadata that this version does not know: {unknown}.")

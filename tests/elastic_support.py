@@ -281,7 +281,8 @@ class Trial:
             time.sleep(0.05 * str(place).startswith("after"))  # until the others have it, too
             action(self)
 
-    def _membership(self, worker: int) -> FakeMembership:
+    def membership(self, worker: int) -> FakeMembership:
+        """A worker's end of the lighthouse."""
         return FakeMembership(worker, len(self._starters), self.lighthouse, partial(self._at, worker))
 
     def _live(self, worker: int, life: int) -> None:
@@ -296,7 +297,7 @@ class Trial:
 
     def _train(self, worker: int, life: int) -> None:
         model, optimizer = self._make_model(100 * life + worker)
-        membership = self._membership(worker)
+        membership = self.membership(worker)
         rounds = self.rounds[worker] = self._make_rounds(model, optimizer, elastic=membership)
         self.models[worker] = model
         log = self.logs[worker] = Log()

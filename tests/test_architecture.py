@@ -52,7 +52,7 @@ MAY_IMPORT = {
     },
     "costs": {"compression", "sync"},
     "callbacks": {"costs", "rounds", "strategies", "sync"},
-    "meta": {"comm", "functional", "network", "weights_file"},
+    "meta": {"comm", "controller", "functional", "network", "weights_file"},
 }
 TESTS = Path(__file__).parent
 # Modules whose tests are elsewhere, and where.
@@ -105,7 +105,7 @@ OF_THE_WHOLE = {
     "test_wire.py": "transfers on links of a limited rate",
 }
 LIGHTNING = {"strategies", "callbacks"}
-LIGHTNING_OF_META = {"meta/module.py", "meta/callbacks.py"}
+LIGHTNING_OF_META = {"meta/callbacks.py", "meta/controller_training.py", "meta/lightning_task.py", "meta/module.py"}
 DISTRIBUTED = {"comm", "elastic", "islands", "strategies", "virtual"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -17,6 +18,13 @@ from tests.processes import run_workers
 from tests.strategies.support import Classifier, loader, trainer
 from tests.threads import run_threads
 
+# Bytes that a rank sends, by the ranks of a worker: to gather 5 and 1 values, to swap slices of 3, for 5 and 1 means.
+SENT = {
+    1: [[3 * 24, 3 * 12, 36]] * 4,
+    2: [[12 + 4, 8, 12 + 4], [8, 4, 8]] * 2,
+    4: [[0, 0, 0]] * 4,
+}
+
 
 def _collectives(rank, ranks_per_worker):
     comm = Communicator(ranks_per_worker=ranks_per_worker)
@@ -28,10 +36,15 @@ def _collectives(rank, ranks_per_worker):
     twos = [2] * comm.num_workers
     start = torch.full((2,), float(rank))
     comm.broadcast_([start])
-    before, odd, one = comm.bytes_sent, torch.arange(5.0) + comm.rank, torch.full((1,), float(comm.rank))
+    odd, one, sent = torch.arange(5.0) + comm.rank, torch.full((1,), float(comm.rank)), [comm.bytes_sent]
+    stacked = [comm.gather(values).sum(0).tolist() for values in (odd, one)]
+    sent.append(comm.bytes_sent)
+    threes = [3] * comm.num_workers
+    swapped = comm.all_to_all(odd.repeat(comm.num_workers)[: 3 * comm.num_workers], threes, threes).tolist()
+    sent.append(comm.bytes_sent)
     comm.mean_(odd)
     comm.mean_(one)
-    sent = comm.bytes_sent - before
+    sent.append(comm.bytes_sent)
     return (
         comm.rank,
         mean[0].item(),
@@ -43,7 +56,9 @@ def _collectives(rank, ranks_per_worker):
         start[0].item(),
         comm.gather_objects(rank),
         [*odd.tolist(), *one.tolist()],
-        sent,
+        stacked,
+        swapped,
+        [after - before for before, after in pairwise(sent)],
     )
 
 
@@ -64,7 +79,9 @@ def test_collectives_are_between_workers(ranks_per_worker, workers):
             0.0,
             [0, 1, 2, 3] if rank == 0 else None,
             [i + sum(ranks) / num_workers for i in (0, 1, 2, 3, 4, 0)],
-            {1: [36] * 4, 2: [12 + 4, 8, 12 + 4, 8], 4: [0] * 4}[ranks_per_worker][rank],  # each rank sends its share
+            [[i * num_workers + sum(ranks) for i in of_each] for of_each in (range(5), range(1))],
+            [float((3 * worker + i) % 5 + k) for k in ranks for i in range(3)],
+            SENT[ranks_per_worker][rank],
         )
 
 
@@ -117,6 +134,12 @@ def test_a_disagreement_names_what_differs_and_shows_counts_only():
     start = "The workers disagree on the steps (between 3 and 4, here"
     for rank, said in enumerate(run_threads(_disagree_on_two, 2)):
         assert said == f"{start} {3 + rank}), the weights; this is worker {rank}. Count them. Weigh them."
+
+
+@pytest.mark.parametrize("timeout", [60, "60", timedelta(seconds=-1)])
+def test_time_limits_that_are_none(timeout):
+    with pytest.raises(ValueError, match=r"positive datetime\.timedelta"):
+        Communicator(timeout)
 
 
 def test_ranks_that_do_not_divide():

@@ -314,7 +314,7 @@ def test_a_checkpoint_of_one_worker_is_enough():
 
 def test_the_first_step_needs_a_meeting():
     model, optimizer = make(0)
-    rounds = Rounds(model, optimizer, 1, elastic=Trial(0, (), {}))
+    rounds = Rounds(model, optimizer, 1, elastic=Trial(0, (), {}).membership(0))
     with pytest.raises(RuntimeError, match=r"call rounds\.meet\(\)"):
         rounds.step()
 
@@ -339,7 +339,7 @@ def test_the_first_step_needs_a_meeting():
 def test_what_cannot_work_is_refused_with_the_reason(arguments, reason):
     model, optimizer = make(0)
     with pytest.raises(ValueError, match=reason):
-        Rounds(model, optimizer, 4, elastic=Trial(0, (), {}), **arguments)
+        Rounds(model, optimizer, 4, elastic=Trial(0, (), {}).membership(0), **arguments)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import re
@@ -24,7 +25,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 
-from lightning_lopt import AdaMLP, WeightsError
+from lightning_lopt import AdaMLP, ControlledNesterov, Controller, WeightsError
 from lightning_lopt.meta import Evaluation
 from tests.processes import free_port, run_cases, run_command, run_workers
 
@@ -300,3 +301,89 @@ def test_meta_training_names_the_data_that_it_misses(tmp_path, monkeypatch, argu
     with pytest.raises(SystemExit, match=message):
         run_here("meta_train.py", *arguments)
     assert not [*tmp_path.iterdir()]
+
+
+OWN = """
+import lightning as L
+import torch
+from lightning_lopt.meta import LightningTask
+
+class Line(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 4)
+
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.mse_loss(self.layer(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+def task():
+    x = torch.rand(200, 4, generator=torch.Generator().manual_seed(0))
+    return LightningTask(Line, (x, x.flip(1)), batch_size=8)
+"""
+
+
+@pytest.mark.processes  # it asks git for the commit
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("constants", [False, True])
+def test_a_controller_for_a_task_of_ones_own(tmp_path: Path, capsys, monkeypatch, constants):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    controllers = importlib.import_module("controllers")
+    monkeypatch.setattr(controllers, "ROUNDS", 6)
+    monkeypatch.setattr(controllers, "RUNS", 4)
+    file, out = tmp_path / "own.py", tmp_path / "out"
+    file.write_text(OWN)
+    more = ["--constants"] if constants else []
+    run_here("meta_train.py", "--recipe", "own", "--task", file, "--steps", 5, "--pairs", 2, "--out", out, *more)
+    output = capsys.readouterr().out
+    logs = {"averaging": 0.0}
+    for name in ("LearnedOptimizer", "BlendedNesterov", "ControlledNesterov", "fitted"):
+        found = re.search(rf"^{name} +\d\.\d+ +([+-]\d\.\d+) ± ", output, re.MULTILINE)
+        assert found, output
+        logs[name] = float(found[1])
+    assert logs["BlendedNesterov"] < -0.05  # averaging is slow here
+    used = re.search(r"(Use (\w+)|fitted controller is ahead).*: \w+\(", output)
+    assert used, output
+    assert used[2] in (None, min((name for name in logs if name != "fitted"), key=lambda name: logs[name]))
+    loaded = ControlledNesterov([torch.zeros(1)], controller=out / "controller.safetensors").controller
+    assert loaded.card["meta_iterations"] == 5
+    bundled = Controller.bundled()
+    assert torch.allclose(loaded.weight, bundled.weight, rtol=1e-3, atol=1e-4) == constants
+    assert not torch.allclose(loaded.bias, bundled.bias, atol=1e-3)
+    with pytest.raises(SystemExit):
+        run_here("meta_train.py", "--recipe", "own", "--task", file, "--out", out)
+    assert "holds the weights of another run" in capsys.readouterr().err
+
+
+def test_a_file_without_a_task_is_named(tmp_path: Path, monkeypatch):
+    load_own = _functions("controllers.py", monkeypatch)["load_own"]
+    file = tmp_path / "empty.py"
+    file.write_text("")
+    with pytest.raises(SystemExit, match=r"must define a function task\(\)"):
+        load_own(file)
+    file.write_text("task = object")
+    with pytest.raises(SystemExit, match="must also define local"):
+        load_own(file)
+
+
+def test_the_tasks_of_the_controller_are_of_all_kinds(monkeypatch):
+    recipes = _functions("recipes.py", monkeypatch)
+    images = torch.randint(256, (300, 28, 28), dtype=torch.uint8), torch.arange(300) % 10
+    tasks = recipes["controller_tasks"]([images, images])
+    names = [str(task) for task, _ in tasks]
+    for kind in ("VisionTransformer", "LanguageModel", "autoencoder 64-16-64", "autoencoder 256-32-256"):
+        assert any(kind in name for name in names)
+    assert {training.optimizer.kind for _, training in tasks} == {"sgd", "momentum", "adamw", "muon"}
+    for task, training in tasks:
+        generator = torch.Generator().manual_seed(0)
+        assert task.loss(training.init(task, generator), task.batch(1, generator)).isfinite().all()
+
+
+@pytest.mark.parametrize("argument", ["--steps", "--local-steps", "--workers"])
+def test_counts_are_positive(tmp_path, capsys, argument):
+    with pytest.raises(SystemExit):
+        run_here("finetune_lm.py", argument, 0, "--out", tmp_path / "out")
+    assert f"{argument} must be at least 1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 
 import pytest
@@ -14,6 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 from lightning_lopt import LearnedOptimizer, Rounds
 from tests.processes import run_command
+from tests.strategies import test_islands
 from tests.strategies.support import check_script, write_script
 from tests.test_islands import ALONE, train_alone
 
@@ -75,6 +77,13 @@ def _memory_of_anchors():
     return torch.cuda.memory_allocated() - before, rounds.sync.replica.device.type
 
 
+def _resume_in_flight(accelerator, folder):
+    """Weights and losses of a Trainer's run with a sharded model, and of its rest from a sync in flight on."""
+    options = {"make": test_islands._Sharded, "strategy": {"ranks_per_worker": "node"}, "max_epochs": 1}
+    fit = partial(test_islands._fit, 0, folder, "learned, in flight", 1, 1, accelerator=accelerator, **options)
+    return fit("saved"), fit(None, "saved-11")
+
+
 def _in_a_process(function, *arguments):
     """The result of a function in a new process: one that has used the GPU cannot be forked for other tests."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
@@ -88,6 +97,16 @@ def test_a_sharded_worker_equals_one_on_the_cpu(name):
     expected, expected_losses = _in_a_process(train_alone, "cpu", name, False)
     torch.testing.assert_close(weights, expected, rtol=0, atol=1e-8)
     assert losses == pytest.approx(expected_losses, abs=1e-8)
+
+
+def test_a_sharded_worker_goes_on_in_flight(tmp_path):
+    (weights, losses, steps), (again, last_losses, _) = _in_a_process(_resume_in_flight, "gpu", str(tmp_path))
+    ((expected, expected_losses, expected_steps), _) = _in_a_process(_resume_in_flight, "cpu", str(tmp_path / "cpu"))
+    torch.testing.assert_close(weights, expected, rtol=0, atol=1e-8)
+    torch.testing.assert_close(again, weights, rtol=0, atol=1e-12)
+    assert losses == pytest.approx(expected_losses, abs=1e-8)
+    assert last_losses == pytest.approx(losses[-len(last_losses) :], abs=1e-12)
+    assert steps == expected_steps
 
 
 def test_offloaded_shards_are_refused():

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy
@@ -23,6 +25,7 @@ from lightning_lopt.selection import Fragments
 from tests.optim.test_outer import Norm
 from tests.processes import run_cases
 
+CPU = torch.device("cpu")
 VOCABULARY, WIDTH, H, STEPS = 13, 5, 4, 12  # odd sizes: shards are uneven
 DILOCO = partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
 
@@ -77,6 +80,14 @@ def _nothing(step):
     pass
 
 
+def _clip(parameters):
+    """Clip to norm 1 as torch does, but before 2.11 that adds its 1e-6 to the norm of each shard (pytorch#149768)."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    for p in parameters:
+        p.grad.mul_(min(1.0, 1 / (norm.item() + 1e-6)))
+
+
 def _train(model, optimizer, rounds, worker, part=0, parts=1, clip=True, change=_nothing, spoil=_nothing):
     reports = []
     for step in range(STEPS):
@@ -85,7 +96,7 @@ def _train(model, optimizer, rounds, worker, part=0, parts=1, clip=True, change=
         optimizer.zero_grad()
         loss.backward()
         if clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            _clip([*model.parameters()])
         optimizer.step()
         spoil(step)
         if rounds.step():
@@ -257,10 +268,14 @@ def _stages_of_a_pipeline(rank):
     return _refused(lambda: _rounds(model))
 
 
+def _flat_parameters(rank):
+    return _refused(lambda: _rounds(nn.Sequential(FullyShardedDataParallel(nn.Linear(2, 2), device_id=CPU))))
+
+
 def _offloaded(rank):
     model, _ = _model_of()
     with pytest.MonkeyPatch.context() as patch:  # a mesh of GPUs whose shards are in the memory of the host
-        patch.setattr(DeviceMesh, "device_type", "cuda")
+        patch.setattr(DeviceMesh, "device_type", property(lambda _: "cuda"), raising=False)
         return _refused(lambda: _rounds(model))
 
 
@@ -360,6 +375,7 @@ SET_UP = {
     "each rank is a worker": (_each_rank_is_a_worker,),
     "mesh beyond the worker": (_mesh_beyond_the_worker,),
     "stages of a pipeline": (_stages_of_a_pipeline,),
+    "flat parameters": (_flat_parameters,),
     "offloaded": (_offloaded,),
     "another anchor": (_another_anchor,),
     "groups": (_groups,),
@@ -387,6 +403,7 @@ def set_up():
         ("each rank is a worker", "sharded over 2 ranks (DTensor), but each process is a worker here"),
         ("mesh beyond the worker", "the mesh of a DTensor must lie within one worker"),
         ("stages of a pipeline", "other parameters, as the stages of a pipeline"),
+        ("flat parameters", "wrapped with FullyShardedDataParallel (FSDP1)"),
         ("offloaded", "shards that are offloaded cannot be exchanged between workers"),
         ("another anchor", "The workers disagree on the global weights"),
         ("sums, old torch", "gradients would be 2 times too large: use torch >= 2.8"),
@@ -394,6 +411,29 @@ def set_up():
 )
 def test_all_ranks_refuse_what_cannot_work(set_up, name, message):
     assert [message in said for said in set_up[name]] == [True] * 4, set_up[name]
+
+
+class _Engine(nn.Module):
+    """Stands for `deepspeed.DeepSpeedEngine`."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+def _partitioned(module):
+    """What `deepspeed.zero.Init` leaves of parameters: nothing, and a number."""
+    for i, p in enumerate(module.parameters()):
+        p.data, p.ds_id = torch.empty(0), i
+    return module
+
+
+@pytest.mark.parametrize("wrap", [_Engine, _partitioned])
+def test_modules_of_deepspeed_are_refused(wrap, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(DeepSpeedEngine=_Engine))
+    model = nn.Sequential(wrap(nn.Linear(2, 2)), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"modules of DeepSpeed, .* Leave out .*fully_shard \(FSDP2\)"):
+        Rounds(model, torch.optim.SGD(model.parameters(), lr=0.1), 2)
 
 
 def test_a_sync_has_process_groups_of_its_own(set_up):

@@ -154,7 +154,7 @@ class _Hub(BaseHTTPRequestHandler):
 
 
 def test_weights_come_from_a_hub(tmp_path, monkeypatch):
-    constants = pytest.importorskip("huggingface_hub").constants
+    constants = pytest.importorskip("huggingface_hub.constants")
     network = AdaMLP(hidden=(4, 4), seed=3)
     network.save(tmp_path / "mine.safetensors")
     _Hub.content = (tmp_path / "mine.safetensors").read_bytes()

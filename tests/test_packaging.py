@@ -43,6 +43,21 @@ def test_the_readme_has_the_bounds_on_versions():
         assert any(re.match(rf"{name}>={re.escape(version)}(,|$)", bound) for bound in bounds), name
 
 
+def test_the_classifiers_are_the_versions_that_were_tried():
+    claimed = re.findall(r":: (3\.\d+)", " ".join(CONFIG["project"]["classifiers"]))
+    tried = re.findall(r"^\| (3\.\d+)\.\d+ \|", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
+    assert claimed == sorted({*tried})
+    assert CONFIG["project"]["requires-python"] == f">={claimed[0]}"
+
+
+def test_the_long_description_needs_no_repository():
+    text, readme = CONFIG["project"]["readme"]["text"], (ROOT / "README.md").read_text()
+    assert not re.findall(r"\]\((?!https://)", text)
+    first_lines, script = text.split("\n\n")[0], re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(script) == 1
+    assert all(part in readme for part in [first_lines, *script])  # whose blocks are run
+
+
 def _imports(tree: ast.AST, deferred: bool) -> Iterator[str]:
     """The packages that a module imports when it is imported itself and, if `deferred`, those that its functions do."""
     for node in ast.iter_child_nodes(tree):

@@ -245,12 +245,44 @@ def test_arguments_are_checked_before_anything_is_sent(worker_speeds):
 def test_arguments_are_checked_before_a_process_group_is_made(monkeypatch):
     made = []
     monkeypatch.setattr("lightning_lopt.rounds.Communicator", lambda: made.append(1))
-    model = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for wrong in {"options": SyncOptions(overlap_steps=4)}, {"worker_speeds": [0.0]}:
-        with pytest.raises(ValueError, match=r"no room|worker_speeds"):
-            Rounds(model, optimizer, 4, **wrong)
+    model, copy = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    given = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "local_steps": 4}
+    for wrong, error, match in [
+        ({"options": SyncOptions(overlap_steps=4)}, ValueError, "no room"),
+        ({"options": {"overlap_steps": 1}}, TypeError, r"must be SyncOptions\(...\).* not {'overlap_steps': 1}"),
+        ({"options": "int8"}, TypeError, r"must be SyncOptions"),
+        ({"worker_speeds": [0.0]}, ValueError, "worker_speeds"),
+        ({"total_steps": 0}, ValueError, "total_steps must be an integer >= 1"),
+        ({"total_steps": 62.5}, ValueError, "total_steps must be an integer >= 1"),
+        ({"outer_optimizer": AdaMLP.bundled()}, TypeError, "make an optimizer from param"),
+        ({"elastic": "http://127.0.0.1:1"}, TypeError, r"must be Elastic\(...\), not 'http"),
+        ({"outer_optimizer": torch.optim.SGD(copy.parameters(), lr=0.7)}, TypeError, "make an optimizer from param"),
+        ({"optimizer": torch.optim.SGD(copy.parameters(), lr=0.1)}, ValueError, "none of the model's parameters"),
+        ({"optimizer": model.parameters()}, TypeError, "a torch.optim.Optimizer, not Linear and generator"),
+        ({"model": given["optimizer"], "optimizer": model}, TypeError, "Optimizer, not SGD and Linear"),
+    ]:
+        with pytest.raises(error, match=match):
+            Rounds(**{**given, **wrong})
     assert not made
+
+
+def test_wrong_arguments_that_are_seen_later():
+    model = torch.nn.Linear(2, 2)
+    make = partial(Rounds, model, torch.optim.SGD(model.parameters(), lr=0.1), 4)
+    with pytest.raises(TypeError, match=r"must return a torch\.optim\.Optimizer, not None"):
+        make(outer_optimizer=lambda groups: None)
+    with pytest.raises(ValueError, match="'anchor' or 'mean', not 'anchors'"):
+        make().swap_in("anchors")
+
+
+@pytest.mark.parametrize("method", ["state_dict", "local_state"])
+def test_states_of_something_else(method):
+    model = torch.nn.Linear(2, 2)
+    rounds = Rounds(model, torch.optim.SGD(model.parameters(), lr=0.1), 4)
+    other = {"state_dict": "local_state", "local_state": "state_dict"}[method]
+    for state in getattr(rounds, other)(), model.state_dict(), {}:
+        with pytest.raises(ValueError, match=rf"no result of Rounds\.{method}\(\)"):
+            getattr(rounds, f"load_{method}")(state)
 
 
 SHAPES = {"embedding": (6, 4), "another": (6, 4), "bias": (5,), "kernel": (4, 2, 3, 3), "expert": (3, 2)}

@@ -82,7 +82,7 @@ def _rewrite(path, tensors=None, **metadata):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"version": "2"}, "version '2', expected"),
+        ({"version": "2"}, "version '2' of its format, expected '1'"),
         ({"format": "else"}, "format 'else'"),
         ({"config": "{"}, "configuration that cannot be used"),
         ({"config": json.dumps({"inputs": -1})}, "inputs must be"),

@@ -10,6 +10,7 @@ from statistics import median
 TREND = 4  # least number of rounds in each of the halves that are compared
 GROWTH = 2.0  # factor that makes a trend; rounds differ by chance, mostly by less than a half
 RARE = 0.05  # fraction of the rounds in which something may go wrong before it is the most urgent
+TINY = 4_000  # bytes of gradients, beside which the messages of some hundred bytes before each sync count
 SHARE = 0.1  # fraction of the time that syncs may take, as in `local_steps_that_pay` of `costs`
 
 History = Sequence[Mapping[str, float]]
@@ -109,7 +110,11 @@ def summarize(history: History, gradient_bytes: float, num_workers: int) -> str:
     sent = history[-1]["rounds/bytes_sent"]
     less = ddp_bytes(steps, gradient_bytes, num_workers) / sent if sent else 0.0
     sending = f"{_number(sent / 1e6)} MB by each process"
-    sending += f", 1/{_number(less)} of what DDP sends in as many steps" if less else ""
+    if less:
+        share = f"1/{_number(less)} of" if less >= 1 else f"{_number(1 / less)} times"
+        sending += f", {share} what DDP sends in as many steps"
+    if 0 < less < 1 and gradient_bytes < TINY:
+        sending += ": the model is smaller than the messages around its syncs"
     step = (seconds - syncs) / max(steps, 1)
     lengths = sorted({int(row["rounds/local_steps"]) for row in history})
     drifts = dict.fromkeys(f"{history[i]['rounds/drift']:.3g}" for i in (0, len(history) // 2, -1))

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from lightning_lopt.functional.ada import SQUARE_EPS, BaseState, Factoring, factoring, squared_norm
 from lightning_lopt.functional.damping import Total, damped, damping, local_total
+from lightning_lopt.functional.integers import as_number
 from lightning_lopt.functional.model import ModelTensor, groups_of_one_shape, step_together
 from lightning_lopt.functional.orthogonal import orthogonalise
 from lightning_lopt.functional.products import norm
 from lightning_lopt.functional.whitening import update_grams, whiten
 
 MOMENTUM_WARMUP = 2.0
+LR, MOMENTUM, BLEND = 1.1, 0.85, (0.05, 0.45, 0.5)  # made by hand
 
 
 def retained_momentum(momentum: float, local_steps: int) -> float:
@@ -91,8 +93,8 @@ def nesterov(grad: Tensor, momentum: Tensor, complement: Tensor) -> Tensor:
     return torch.addcmul(grad, (1 - keep) / keep, momentum)
 
 
-def base_forms(step: Tensor, state: BaseState, factors: Factoring, like: Tensor) -> Tensor:
-    """Stack a Nesterov step as it is, orthogonalised (a vector as it is) and whitened.
+def base_forms(step: Tensor, state: BaseState, factors: Factoring, like: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Compute the forms of a Nesterov step: as it is, orthogonalised (a vector as it is) and whitened.
 
     Args:
         step: Nesterov step, [P, 1, B, a, b].
@@ -101,30 +103,43 @@ def base_forms(step: Tensor, state: BaseState, factors: Factoring, like: Tensor)
         like: Tensor of the parameter's shape, [P, *S].
 
     Returns:
-        Forms of the step, all of one norm, [P, 3, B, a, b].
+        Forms of the step, all of one norm, each [P, 1, B, a, b], and that norm, [P, 1, ...].
     """
     whole = factors.restore(step, like)
     size = norm(whole)
     orthogonal = factors.matrices(orthogonalise(whole, size)) if factors.factored else step
-    return torch.cat([step, orthogonal, factors.matrices(whiten(whole, state, size))], 1)
+    return (step, orthogonal, factors.matrices(whiten(whole, state, size))), size
 
 
-def zero_where_unused(step: Tensor, forms: Tensor) -> Tensor:
+def blended_forms(weights: Tensor, forms: Sequence[Tensor]) -> Tensor:
+    """Add up forms of a step with their weights.
+
+    Args:
+        weights: Weights, [P, N, *].
+        forms: Forms, each [P, 1, *].
+    """
+    first, *others = weights.split(1, 1)
+    step = first * forms[0]
+    for weight, form in zip(others, forms[1:], strict=True):
+        step.addcmul_(weight, form)
+    return step
+
+
+def zero_where_unused(step: Tensor, nesterov_step: Tensor) -> Tensor:
     """Set a step to 0 where the Nesterov step is 0: the pseudo-gradient of such a coordinate is and was exactly 0.
 
     Args:
-        step: Step made of the forms, [P, 1, B, a, b]; overwritten.
-        forms: Result of `base_forms`, of which the first one is the Nesterov step, [P, N, B, a, b].
+        step: Step made of the forms of the Nesterov step; overwritten.
+        nesterov_step: Nesterov step, of the same shape.
 
     Returns:
         The step.
 
     Example:
-        >>> forms = torch.tensor([0.0, 2.0]).view(1, 1, 1, 1, 2)
-        >>> zero_where_unused(torch.ones(1, 1, 1, 1, 2), forms).flatten()
+        >>> zero_where_unused(torch.ones(2), torch.tensor([0.0, 2.0]))
         tensor([0., 1.])
     """
-    return step.masked_fill_(forms[:, :1] == 0, 0)
+    return step.masked_fill_(nesterov_step == 0, 0)
 
 
 class BlendedSettings(NamedTuple):
@@ -140,13 +155,23 @@ class BlendedSettings(NamedTuple):
     momentum: Tensor
     blend: Tensor
 
+    @classmethod
+    def by_hand(cls, num_particles: int, like: Tensor) -> BlendedSettings:
+        """Repeat the hyperparameters made by hand for P particles.
+
+        Args:
+            num_particles: Number of particles P.
+            like: Tensor of the type and on the device of the result.
+        """
+        return cls(*(like.new_tensor([value] * num_particles) for value in (LR, MOMENTUM, BLEND)))
+
 
 def check_settings(lr: float, momentum: float, blend: Sequence[float]) -> None:
     """Raise a ValueError that names which hyperparameter of the blended Nesterov step is out of its range."""
-    if not 0 < lr < math.inf:
-        raise ValueError(f"The blended Nesterov step needs a finite lr > 0, not {lr}.")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"The blended Nesterov step needs momentum in [0, 1), not {momentum}.")
+    if not 0 < as_number(lr) < math.inf:
+        raise ValueError(f"The blended Nesterov step needs a finite lr > 0, not {lr!r}.")
+    if not 0 <= as_number(momentum) < 1:
+        raise ValueError(f"The blended Nesterov step needs momentum in [0, 1), not {momentum!r}.")
     if len(blend) != 3 or not min(blend) >= 0 or not abs(sum(blend) - 1) < 1e-6:
         raise ValueError(f"blend must be three weights >= 0 whose sum is 1, not {blend!r}.")
 
@@ -199,7 +224,7 @@ def _step(tensor: ModelTensor[BaseState], settings: BlendedSettings, factor: Ten
     update_grams(state, grad)
     matrices = factors.matrices(grad)
     state.momentum.mul_(shrink.view(-1, 1, 1, 1, 1)).lerp_(matrices, complement[..., None, None, None])
-    forms = base_forms(nesterov(matrices, state.momentum, complement), state, factors, param)
+    forms, _ = base_forms(nesterov(matrices, state.momentum, complement), state, factors, param)
     weights = (settings.lr[:, None] * settings.blend)[..., None, None, None]
-    step = zero_where_unused((weights * forms).sum(1, keepdim=True), forms)
+    step = zero_where_unused(blended_forms(weights, forms), forms[0])
     param.sub_(factors.restore(step, param))

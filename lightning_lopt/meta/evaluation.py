@@ -11,7 +11,14 @@ from torch import Tensor
 
 from lightning_lopt.meta.base import AbstractTask, Tensors
 from lightning_lopt.meta.local import LocalTraining, half_cosine
-from lightning_lopt.meta.outer import SimulatedOuterStep, average_anchors, learned_step, optimizer_step, views
+from lightning_lopt.meta.outer import (
+    SimulatedOuterStep,
+    average_anchors,
+    base_step,
+    learned_step,
+    optimizer_step,
+    views,
+)
 from lightning_lopt.meta.particles import seeded
 from lightning_lopt.meta.simulation import Simulation
 from lightning_lopt.network import AdaMLP
@@ -81,10 +88,19 @@ class Evaluation:
 
         return {"averaging": self.losses_with(lambda anchor: average_anchors), "diloco": self.losses_with(diloco)}
 
+    @cached_property
+    def base_step(self) -> Tensor:
+        """Losses with the blended Nesterov step made by hand."""
+        return self.losses_with(base_step)
+
     def final(self, losses: Tensor) -> float:
         """Average over the last 5 rounds and the runs; a diverged one counts as the task's `max_loss`."""
+        return self.finals(losses).mean().item()
+
+    def finals(self, losses: Tensor) -> Tensor:
+        """Average over the last 5 rounds, [N]."""
         limit = self.task.max_loss
-        return losses[-FINAL_ROUNDS:].nan_to_num(nan=limit).clamp(max=limit).mean().item()
+        return losses[-FINAL_ROUNDS:].nan_to_num(nan=limit).clamp(max=limit).mean(0)
 
     @torch.no_grad()
     def losses_with(self, outer: Callable[[Tensors], SimulatedOuterStep]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, get_args
 
@@ -187,7 +187,7 @@ def _clip(grads: Tensors, max_norm: float) -> None:
         grad.mul_(column(factor, grad))
 
 
-def half_cosine(step: Number, length: Number) -> Number:
+def half_cosine(step: Number, length: Number | float) -> Number:
     """Factor that falls from 1 at step 0 to 0 at step `length`, along half a cosine.
 
     Example:
@@ -200,6 +200,17 @@ def half_cosine(step: Number, length: Number) -> Number:
     return 0.5 * (1 + math.cos(angle))
 
 
+SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {  # share of γ at each part of an unroll in [0, 1)
+    "constant": torch.ones_like,
+    "cosine": lambda x: half_cosine(x, 1.0),
+    "linear": lambda x: 1 - x,
+    "stable, then linear": lambda x: ((1 - x) / 0.3).clamp(max=1),
+    "warm-up, cosine": lambda x: torch.where(x < 0.1, (x + 0.02) / 0.12, half_cosine((x - 0.1).clamp(min=0), 0.9)),
+}
+DECAYS = ("cosine", "linear", "stable, then linear", "cosine", "warm-up, cosine")  # in turn, the cosine twice
+TOWARDS_HIGH = 0.6  # exponent of a uniform number, so that γ is more often in the upper part of its range
+
+
 @dataclass(frozen=True)
 class LocalTraining:
     """Local training of the workers of an unroll, and its start: all that a task distribution varies besides the task.
@@ -208,7 +219,8 @@ class LocalTraining:
         num_workers: Number of workers K >= 1.
         local_steps: Number of local steps H >= 1, or several, of which each window draws one.
         local_lr: Local learning rate γ > 0, or (low, high): each unroll draws one log-uniformly.
-        decay_share: Share in [0, 1] of the unrolls whose γ falls to 0 along a cosine.
+        decay_share: Share in [0, 1] of the unrolls whose γ falls to 0 along a cosine, or, of whole unrolls, by one of
+            several schedules (`draw_schedules`).
         optimizer: Optimizer of the workers; its state is kept from round to round of an unroll.
         initial_scale: Factor > 0 of initial matrices, or (low, high): each unroll draws one log-uniformly.
 
@@ -249,6 +261,29 @@ class LocalTraining:
         """Draw the first γ of an unroll, and whether it decays."""
         lr = _log_uniform(self.local_lr, generator)
         return lr, bool(torch.rand((), generator=generator) < self.decay_share)
+
+    def draw_schedules(self, num_runs: int, num_rounds: int, generator: torch.Generator) -> Tensor:
+        """Draw γ of several runs over all of their rounds, [R, T].
+
+        Of every two runs side by side, with the usual share of one half, one has a constant γ and the other decays by
+        one of `DECAYS`, each in turn.
+
+        Args:
+            num_runs: Number of runs R.
+            num_rounds: Number of rounds T.
+            generator: Generator on the CPU.
+        """
+        low, high = _range(self.local_lr)
+        rates = low * (high / low) ** (torch.rand(num_runs, generator=generator) ** TOWARDS_HIGH)
+        first = int(torch.randint(2 * len(DECAYS), (), generator=generator))
+        progress = torch.arange(num_rounds) / num_rounds
+        schedules = [SCHEDULES[self._schedule(first + run)] for run in range(num_runs)]
+        return torch.stack([rate * schedule(progress) for rate, schedule in zip(rates, schedules, strict=True)])
+
+    def _schedule(self, index: int) -> str:
+        """Name of a schedule; a share `decay_share` of the indices decays, evenly spread."""
+        before, after = int(index * self.decay_share), int((index + 1) * self.decay_share)
+        return "constant" if before == after else DECAYS[before % len(DECAYS)]
 
     def init(self, task: AbstractTask, generator: torch.Generator) -> Tensors:
         """Draw the parameters that an unroll starts from, {[1, *S]}."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -52,6 +52,32 @@ class Iterations:
         self._next = state["next"]
 
 
+def check_evaluations(evaluations: Sequence[Evaluation]) -> None:
+    """Raise a ValueError that names the evaluations whose names are the same."""
+    names = [evaluation.name for evaluation in evaluations]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(
+            f"Several evaluations have the name {sorted(twice)}, under which the log would hold the last one's "
+            "numbers alone. Give each a name of its own."
+        )
+
+
+def check_same_settings(found: Mapping[str, Any], ours: Mapping[str, Any], way_out: str) -> None:
+    """Raise a ValueError that names what a checkpoint's run had otherwise.
+
+    Args:
+        found: Settings of the checkpoint; those that it lacks count as ours.
+        ours: Settings of this run.
+        way_out: Advice, besides to resume with the same.
+    """
+    if other := [name for name, value in ours.items() if found.get(name, value) != value]:
+        theirs, mine = (", ".join(f"{name}={of[name]}" for name in other) for of in (found, ours))
+        raise ValueError(
+            f"The checkpoint is of a run with {theirs}, but this one has {mine}. Resume with the arguments of that "
+            f"run; or {way_out}."
+        )
+
+
 class MetaTraining(L.LightningModule):
     r"""Train a learned optimizer by persistent evolution strategies on simulated rounds.
 
@@ -96,7 +122,7 @@ class MetaTraining(L.LightningModule):
         seed: Seed of everything drawn.
 
     Raises:
-        TypeError: `network` is no `AdaMLP`.
+        TypeError: `network` is no `AdaMLP`, or `task` no task.
         ValueError: An argument out of its range, or two evaluations of the same name.
 
     Source: arXiv 2312.02204, section 4 and appendix; PES: arXiv 2112.13835.
@@ -139,7 +165,11 @@ class MetaTraining(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        tasks = [task] if isinstance(task, AbstractTask) else list(task)
+        tasks = list(task) if isinstance(task, Sequence) else [task]
+        if wrong := [each for each in tasks if not isinstance(each, AbstractTask | tuple)]:
+            raise TypeError(
+                f"task must be a task, as ImageMLP(images, labels) or ModuleTask(...), or several, not {wrong[0]!r}."
+            )
         if not tasks:
             raise ValueError("MetaTraining needs at least one task.")
         decay_share = 0.0 if isinstance(local_lr, (int, float)) else 0.5
@@ -200,12 +230,7 @@ class MetaTraining(L.LightningModule):
                 raise ValueError(f"{name} must be finite and at least 0, not {value}.")
         if self.max_window_norm is not None and not self.max_window_norm > 0:
             raise ValueError(f"max_window_norm must be positive or None, not {self.max_window_norm}.")
-        names = [evaluation.name for evaluation in self.evaluations]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(
-                f"Several evaluations have the name {sorted(twice)}, under which the log would hold the last one's "
-                "numbers alone. Give each a name of its own."
-            )
+        check_evaluations(self.evaluations)
 
     @property
     def start_iterations(self) -> int:
@@ -320,12 +345,7 @@ class MetaTraining(L.LightningModule):
                 f"The checkpoint is of a run that started at meta-iteration {start}, but this one starts at "
                 f"{self.start_iterations}. Resume with the same start as that run."
             )
-        found = {**self._settings, **checkpoint.get(SETTINGS_KEY, {})}  # older checkpoints do not say
-        if other := [name for name, value in self._settings.items() if found[name] != value]:
-            theirs, ours = (", ".join(f"{name}={of[name]}" for name in other) for of in (found, self._settings))
-            raise ValueError(
-                f"The checkpoint is of a run with {theirs}, but this one has {ours}. Resume with the arguments of that "
-                "run; or go on from its Export with others, and fresh particles."
-            )
+        found = checkpoint.get(SETTINGS_KEY, {})  # older checkpoints do not say
+        check_same_settings(found, self._settings, "go on from its Export with others, and fresh particles")
         for estimator, state in zip(self._estimators, states, strict=True):
             estimator.load_state_dict(state)

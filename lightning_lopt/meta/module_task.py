@@ -21,7 +21,7 @@ class ModuleTask(DataTask):
 
     .. math:: \ell(x) = \mathrm{loss}(\mathrm{module}_x(\text{inputs}), \text{targets})
 
-    The module runs in evaluation mode (dropout does nothing); its buffers are constants.
+    The module runs in evaluation mode (dropout does nothing); its buffers and frozen parameters are constants.
 
     Args:
         make: Function that builds the module with new parameters, from torch's global generator.
@@ -35,7 +35,7 @@ class ModuleTask(DataTask):
         name: Name in messages and checkpoints; default: that of the module's class.
 
     Shape:
-        Parameters of R replicas: those of the module by name, [R, *S].
+        Parameters of R replicas: those of the module that are not frozen, by name, [R, *S].
 
     Raises:
         TypeError: The data is something else.
@@ -67,7 +67,7 @@ class ModuleTask(DataTask):
         self._make = make
         self._loss = loss
         self._module = self._new_module(0)
-        self._buffers = dict(self._module.named_buffers())
+        self._buffers = _constants(self._module)
         self._name = name or type(self._module).__name__
         inputs = self.data[0]
         if inputs.is_floating_point() and inputs.dtype != self.dtype:
@@ -83,10 +83,9 @@ class ModuleTask(DataTask):
             )
 
     def __repr__(self) -> str:
-        count = sum(p.numel() for p in self._module.parameters())
-        return (
-            f"ModuleTask({self._name}, {len(self.data[0])} examples, {count} parameters, batch_size={self.batch_size})"
-        )
+        count = sum(p.numel() for p in _trained(self._module).values())
+        size = f"{len(self.data[0])} examples, {count} parameters, batch_size={self.batch_size}"
+        return f"{type(self).__name__}({self._name}, {size})"
 
     def _new_module(self, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -118,13 +117,13 @@ class ModuleTask(DataTask):
     @override
     def to(self, device: torch.device) -> Self:
         self._module.to(device)
-        self._buffers = dict(self._module.named_buffers())
+        self._buffers = _constants(self._module)
         return super().to(device)
 
     @override
     def init(self, num_replicas: int, generator: torch.Generator) -> Tensors:
         seeds = torch.randint(2**62, (num_replicas,), generator=generator).tolist()
-        replicas = [dict(self._new_module(seed).named_parameters()) for seed in seeds]
+        replicas = [_trained(self._new_module(seed)) for seed in seeds]
         return {name: torch.stack([params[name].detach() for params in replicas]) for name in replicas[0]}
 
     def _single(self, params: Tensors, batch: Batch) -> Tensor:
@@ -140,3 +139,12 @@ class ModuleTask(DataTask):
     def loss_and_grad(self, params: Tensors, batch: Batch) -> tuple[Tensor, Tensors]:
         grads, loss = vmap(grad_and_value(self._single))(params, batch)
         return loss, grads
+
+
+def _trained(module: nn.Module) -> Tensors:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def _constants(module: nn.Module) -> Tensors:
+    frozen = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
+    return {**dict(module.named_buffers()), **frozen}

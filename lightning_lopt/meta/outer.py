@@ -152,7 +152,8 @@ class ControlledStep:
     """
 
     def __init__(self, anchor: Tensors, settings: BlendedSettings, weights: ControllerWeights) -> None:
-        self._settings, self._weights = settings, weights
+        self._settings = settings
+        self._weights = ControllerWeights(*(tensor.to(settings.lr) for tensor in weights))
         self._decays = [LocalDecay()] * len(settings.lr)
         self.states = {
             n: ControlledState.zeros(tuple(a.shape[1:]), len(a), a.dtype, a.device) for n, a in anchor.items()
@@ -164,10 +165,31 @@ class ControlledStep:
         phase = LocalPhase.of(before, self._decays, training.local_steps, self._settings.lr)
 
         def step(tensors: list[ModelTensor[ControlledState]]) -> None:
-            inputs = [observe(tensor, phase) for tensor in tensors]
+            inputs = [self.observe(tensor, phase) for tensor in tensors]
             blended.step_model(tensors, [controlled(each, self._weights, self._settings) for each in inputs])
 
         step_anchors(anchor, training.workers, self.states, step, training.round_idx, **training.settings)
+
+    def observe(self, tensor: ModelTensor[ControlledState], phase: LocalPhase) -> Tensor:
+        """Compute the inputs of a tensor; arguments are those of `functional.control.observe`."""
+        return observe(tensor, phase)
+
+
+def base_step(anchor: Tensors) -> BlendedStep:
+    """Create the blended Nesterov step with the hyperparameters made by hand, from which a controller starts."""
+    some = next(iter(anchor.values()))
+    return BlendedStep(anchor, BlendedSettings.by_hand(len(some), some))
+
+
+def controlled_step(anchor: Tensors, weights: ControllerWeights) -> ControlledStep:
+    """Create that step under a controller.
+
+    Args:
+        anchor: Global parameters of the runs, {[P, *S]}.
+        weights: Meta-parameters of the controller of each run, or of one for all.
+    """
+    some = next(iter(anchor.values()))
+    return ControlledStep(anchor, BlendedSettings.by_hand(len(some), some), weights)
 
 
 def optimizer_step(optimizer: Optimizer) -> SimulatedOuterStep:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
+from lightning_lopt.functional.integers import as_integer
 from lightning_lopt.meta.base import CLIP, Batch, DataTask, Tensors
 
 
@@ -53,8 +54,8 @@ class ImageMLP(DataTask):
     ) -> None:
         images, labels = torch.as_tensor(images), torch.as_tensor(labels).long()
         check_images(images, labels, num_classes)
-        if any(width < 1 for width in hidden):
-            raise ValueError(f"hidden widths must be at least 1, not {tuple(hidden)}.")
+        if not isinstance(hidden, Sequence) or any(as_integer(width, least=1) is None for width in hidden):
+            raise ValueError(f"hidden must be widths of layers, integers >= 1, not {hidden!r}.")
         pixels = images.float() / 255 if images.dtype == torch.uint8 else images
         if size is not None:
             pixels = resize(pixels, size)

@@ -72,9 +72,9 @@ class BlendedNesterov(WholeModelOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1.1,
-        momentum: float = 0.85,
-        blend: Sequence[float] = (0.05, 0.45, 0.5),
+        lr: float = blended.LR,
+        momentum: float = blended.MOMENTUM,
+        blend: Sequence[float] = blended.BLEND,
         phase: float = 0.0,
     ) -> None:
         blended.check_settings(lr, momentum, blend)

@@ -66,9 +66,9 @@ class ControlledNesterov(WholeModelOptimizer):
         self,
         params: ParamsT,
         controller: Controller | str | Path | None = None,
-        lr: float = 1.1,
-        momentum: float = 0.85,
-        blend: Sequence[float] = (0.05, 0.45, 0.5),
+        lr: float = blended.LR,
+        momentum: float = blended.MOMENTUM,
+        blend: Sequence[float] = blended.BLEND,
     ) -> None:
         blended.check_settings(lr, momentum, blend)
         if controller is None:

@@ -103,12 +103,15 @@ def read_contract(optimizer: Optimizer) -> OuterContract:
     """Read the attributes of `OuterOptimizer`, or their defaults.
 
     Raises:
-        ValueError: The optimizer's step needs more than dense gradients.
+        TypeError: It is no torch optimizer.
+        ValueError: Its step needs more than dense gradients.
 
     Example:
         >>> read_contract(torch.optim.SGD([torch.zeros(1)], lr=0.7)).needs_whole_tensors
         False
     """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"outer_optimizer must return a torch.optim.Optimizer, not {optimizer!r}.")
     _check_step(optimizer)
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     return OuterContract(
@@ -118,6 +121,19 @@ def read_contract(optimizer: Optimizer) -> OuterContract:
         max_update_ratio=getattr(optimizer, "max_update_ratio", None),
         fingerprint=repr((type(optimizer).__name__, settings, getattr(optimizer, "fingerprint", None))),
     )
+
+
+def check_factory(factory: OuterFactory | None) -> None:
+    """Refuse an outer optimizer that is not a function that makes one; None is none.
+
+    Raises:
+        TypeError: The argument is something else, an optimizer of the user's own parameters for example.
+    """
+    if factory is not None and (not callable(factory) or isinstance(factory, Optimizer | torch.nn.Module)):
+        raise TypeError(
+            "outer_optimizer must make an optimizer from parameters, as partial(torch.optim.SGD, lr=0.7) does, not "
+            f"{factory!r}."
+        )
 
 
 def check_coordinatewise(factory: OuterFactory) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch.optim.optimizer import Optimizer, ParamsT
 from typing_extensions import override
 
+from lightning_lopt.functional.integers import as_number
 from lightning_lopt.functional.slow_momentum import slow_momentum
 
 
@@ -46,10 +47,10 @@ class SlowMomentum(Optimizer):
     """
 
     def __init__(self, params: ParamsT, lr: float = 1.0, momentum: float = 0.5) -> None:
-        if not 0 < lr < math.inf:
-            raise ValueError(f"SlowMomentum needs a finite lr > 0, not {lr}.")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"SlowMomentum needs momentum in [0, 1), not {momentum}.")
+        if not 0 < as_number(lr) < math.inf:
+            raise ValueError(f"SlowMomentum needs a finite lr > 0, not {lr!r}.")
+        if not 0 <= as_number(momentum) < 1:
+            raise ValueError(f"SlowMomentum needs momentum in [0, 1), not {momentum!r}.")
         super().__init__(params, {"lr": lr, "momentum": momentum, "local_lr": 1.0})
 
     @override

@@ -11,7 +11,6 @@ import atexit
 import copy
 import os
 import signal
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -421,7 +420,7 @@ def go_to_progress(trainer: pl.Trainer, progress: Mapping[str, Any]) -> None:
     loop.load_state_dict(dict(progress))
     loop.reset()
     if trainer.max_steps == -1:
-        loop.epoch_progress.current.completed = loop.epoch_progress.current.processed
+        loop.epoch_progress.current.completed = epochs_done(trainer)
 
 
 def reset_validation_progress(trainer: pl.Trainer) -> None:
@@ -653,15 +652,6 @@ def materialize(module: nn.Module, device: torch.device) -> None:
     Reason: the function is private.
     """
     _materialize_distributed_module(module, device)
-
-
-def has_fsdp1(module: nn.Module) -> bool:
-    """Whether a module has parts that FSDP1 wraps.
-
-    Reason: the class is public, but importing it takes long where it is not used.
-    """
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in module.modules())
 
 
 # -- callbacks and layers -----------------------------------------------------------------------------------------

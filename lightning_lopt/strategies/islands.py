@@ -14,8 +14,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
-from lightning_lopt.islands import has_dtensors
+from lightning_lopt.islands import foreign_sharding, has_dtensors
 from lightning_lopt.strategies import host
 
 NOT_AFTER_EXCEPTION = (
@@ -62,27 +63,47 @@ class WorkerMesh:
         rank = self._mesh.get_local_rank("data_parallel") * workers + self._mesh.get_local_rank("worker")
         return {"num_replicas": workers * size, "rank": rank}
 
+    def check_gradients(self, module: nn.Module) -> None:
+        """Refuse a sharded module of which some gradients are those of one rank's samples.
 
-def check_islands(trainer: pl.Trainer, virtual_workers: int) -> None:
+        Args:
+            module: Module that `configure_model` has sharded.
+
+        Raises:
+            MisconfigurationException: The mesh of a parameter in training lacks ranks that see other samples.
+        """
+        ranks = set(self._mesh["data_parallel"].mesh.flatten().tolist())
+        alone = [name for name, p in module.named_parameters() if p.requires_grad and not ranks <= _ranks_of(p)]
+        if len(ranks) > 1 and alone:
+            raise MisconfigurationException(
+                f"Nothing averages the gradients of {', '.join(alone)} over the ranks of a worker that see other "
+                "samples: shard over self.device_mesh['data_parallel'] all that trains, at the end by "
+                "`fully_shard(self, mesh=mesh)`, or freeze it."
+            )
+
+
+def check_islands(trainer: pl.Trainer, virtual_workers: int, tensor_parallel_size: int = 1) -> None:
     """Refuse what a sharded model does not allow.
 
     Args:
         trainer: Trainer whose module is configured.
         virtual_workers: Workers that share one process.
+        tensor_parallel_size: Number of ranks that share the matrices of a layer.
 
     Raises:
-        MisconfigurationException: The module is sharded by FSDP1, or it is sharded and there are virtual workers or a
-            callback that copies the module.
+        MisconfigurationException: The module is wrapped by FSDP1 or DeepSpeed, or it is sharded and there are virtual
+            workers or a callback that copies the module; or it is not sharded, and ranks should share its matrices.
     """
     module = trainer.lightning_module
-    if host.has_fsdp1(module):
-        raise MisconfigurationException(
-            "Found modules that are wrapped with FullyShardedDataParallel (FSDP1), whose flat parameters have neither "
-            "names nor rows. Use torch.distributed.fsdp.fully_shard (FSDP2) in configure_model: "
-            "`mesh = self.device_mesh['data_parallel']`, `for block in self.blocks: fully_shard(block, mesh=mesh)`, "
-            "`fully_shard(self, mesh=mesh)`."
-        )
+    if (reason := foreign_sharding(module)) is not None:
+        raise MisconfigurationException(reason)
     if not has_dtensors(module):
+        if tensor_parallel_size > 1:
+            raise MisconfigurationException(
+                f"tensor_parallel_size={tensor_parallel_size}, but configure_model shards nothing over "
+                "self.device_mesh['tensor_parallel']: each rank would train the whole model. Leave it out, or give "
+                "ranks_per_worker, and call torch.distributed.tensor.parallel.parallelize_module in configure_model."
+            )
         return
     if virtual_workers > 1:
         raise MisconfigurationException(
@@ -94,6 +115,11 @@ def check_islands(trainer: pl.Trainer, virtual_workers: int) -> None:
             raise MisconfigurationException(
                 f"{type(callback).__name__} copies the module, which a sharded one does not allow: leave it out."
             )
+
+
+def _ranks_of(parameter: torch.Tensor) -> set[int]:
+    """Ranks of the mesh of a parameter; none where it is not distributed."""
+    return {*parameter.device_mesh.mesh.flatten().tolist()} if isinstance(parameter, DTensor) else set()
 
 
 def full_state_dict(module: nn.Module) -> dict[str, Any]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.data import has_iterable_dataset
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_lopt.strategies import host
 from lightning_lopt.virtual.worker_batches import Wrapper, index_sampler, set_index_sampler
@@ -23,11 +26,17 @@ class IndexSampler(Wrapper):
 
     Attributes:
         wrapped: The loader's own index sampler.
+        rows: Rows that all workers together take in a step; None where the loader does not show it.
+        batch_ratio: Batches of this loader for one of the checkpoint's, where other workers wrote that; else None.
     """
 
     def __init__(self, loader: DataLoader, at_once: int = 1) -> None:
         super().__init__(index_sampler(loader))
         self.at_once = at_once
+        sizes = loader.batch_size, getattr(loader.sampler, "num_replicas", None)
+        known = isinstance(loader.sampler, DistributedSampler) and None not in sizes
+        self.rows: int | None = math.prod(sizes) if known else None
+        self.batch_ratio: Fraction | None = None
         generators = [loader.generator, getattr(loader.sampler, "generator", None)]
         self._generators = [g for i, g in enumerate(generators) if g is not None and g not in generators[:i]]
         self._start: dict[str, Any] | None = None
@@ -44,8 +53,7 @@ class IndexSampler(Wrapper):
         else:
             self._start = now
         indices = iter(self.wrapped)
-        for _ in range(skip):
-            next(indices)
+        next(islice(indices, skip, skip), None)
         if skip:
             self._set_random_state(now)
         yield from indices
@@ -65,11 +73,15 @@ class IndexSampler(Wrapper):
     def state_dict(self, consumed: int) -> dict[str, Any]:
         """Return the state with which `load_state_dict` goes on after the consumed indices of this epoch."""
         generators = [g.get_state() for g in self._generators]
-        return {"consumed": consumed, "start": self._start, "generators": generators}
+        return {"consumed": consumed, "rows": self.rows, "start": self._start, "generators": generators}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Begin the next epoch after the consumed indices."""
-        self._skip, self._start = state["consumed"] * self.at_once, state["start"]
+        """Begin the next epoch after the consumed indices, or, with `batch_ratio`, where other workers were."""
+        self.batch_ratio, rows = state.get("batch_ratio"), state.get("rows")
+        if self.batch_ratio is not None and rows and self.rows:
+            self.batch_ratio = Fraction(rows, self.rows)
+        consumed = int(state["consumed"] * (1 if self.batch_ratio is None else self.batch_ratio))
+        self._skip, self._start = consumed * self.at_once, state["start"]
 
 
 class ResumableLoaders:
@@ -114,6 +126,11 @@ class ResumableLoaders:
             if entry is not None and state is not None:
                 host.set_sampler_epoch(entry[0], epoch)
                 entry[1].load_state_dict(state)
+
+    def batch_ratio(self, otherwise: Fraction) -> Fraction:
+        """Batches of the first loader that can be rewound for one of the checkpoint's, which other workers wrote."""
+        ratios = [entry[1].batch_ratio for entry in self._loaders if entry is not None]
+        return next((ratio for ratio in ratios if ratio is not None), otherwise)
 
     def start(self) -> None:
         """Give the users' generators the states that they had: making an iterator has drawn from them."""

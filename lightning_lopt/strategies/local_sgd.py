@@ -28,10 +28,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_lopt.comm import Communicator, DisagreementError, Membership, digest
+from lightning_lopt.comm import Communicator, DisagreementError, Membership, check_timeout, digest
 from lightning_lopt.compression import Codec, LinearCodec
 from lightning_lopt.functional.merge import MergeRule
-from lightning_lopt.islands import has_dtensors, local_shard
+from lightning_lopt.islands import FULLY_SHARD, has_dtensors, local_shard
 from lightning_lopt.rounds import Rounds, check_combination, check_elastic
 from lightning_lopt.schedules import RoundInfo, as_schedule
 from lightning_lopt.selection import Selection
@@ -216,8 +216,14 @@ class LocalSGD(DDPStrategy):
       between the syncs.
 
     **Workers whose ranks share a model** (FSDP2, see `ranks_per_worker`) have checkpoints that resume with any numbers
-    of workers and ranks. With tensor parallelism torch neither clips by norm nor steps plain and distributed parameters
-    together: leave out the Trainer's `gradient_clip_val`, and give the local optimizer `foreach=False`.
+    of workers and ranks. A sync in flight goes on with other ranks, unless it sends random coordinates, is divided
+    (`sharded=True`) or LAgg-A's; with another number of workers none does. Its round then ends with a sync of its own,
+    and a warning says so. The checkpoint's weights are whole tensors under plain names, as `load_from_checkpoint`,
+    `ModelParallelStrategy` (in an evaluation) and `torch.load` read them. In bytes per parameter of float32, the host
+    of rank 0 needs 4 to save, which gathers tensor by tensor, and every rank 4 and its part to resume, with other ranks
+    a worker's whole state. With tensor parallelism torch neither clips by norm nor steps plain and distributed
+    parameters together: leave out the Trainer's `gradient_clip_val`, and give the local optimizer `foreach=False`.
+    Before torch 2.11 clipping by norm adds its 1e-6 to the norm of each rank's shards (pytorch#149768).
 
     Source: McMahan et al. 1602.05629; Stich 1805.09767.
 
@@ -268,11 +274,7 @@ class LocalSGD(DDPStrategy):
             start_method=start_method,
         )
         self._workers = workers_of_process(virtual_workers)
-        if outer_optimizer is not None and (not callable(outer_optimizer) or isinstance(outer_optimizer, Optimizer)):
-            raise TypeError(
-                "outer_optimizer must make an optimizer from parameters, as partial(torch.optim.SGD, lr=0.7) does, not "
-                f"{outer_optimizer!r}."
-            )
+        check_timeout(timeout)
         if eval_weights not in (None, "anchor", "mean"):
             raise ValueError(f"eval_weights must be 'anchor', 'mean' or None, not {eval_weights!r}.")
         self._schedule = as_schedule(local_steps)
@@ -294,7 +296,7 @@ class LocalSGD(DDPStrategy):
                 "virtual_workers, who are all in one process": virtual_workers > 1,
                 'eval_weights="mean", for which all would have to come together between syncs': eval_weights == "mean",
             }
-            check_elastic(self._options, worker_speeds, reasons)
+            check_elastic(elastic, self._options, worker_speeds, reasons)
             self._workers = ElasticWorker(elastic)
         self.elastic = elastic
         averages = outer_optimizer is None or self._options.effective_selection.partial
@@ -372,15 +374,14 @@ class LocalSGD(DDPStrategy):
         if isinstance(self.precision_plugin, FSDPPrecision | DeepSpeedPrecision):
             raise MisconfigurationException(
                 f"{type(self).__name__} cannot use {type(self.precision_plugin).__name__}: use Trainer(precision=...) "
-                "instead of that plugin. A model larger than a device is sharded by torch.distributed.fsdp.fully_shard "
-                "in configure_model; see ranks_per_worker."
+                f"instead of that plugin. {FULLY_SHARD}"
             )
         self._is_set_up, self._uneven = False, None
         super().setup_environment()
         if self._is_fitting:
             self._comm = Communicator(self.timeout, self._ranks_of_worker)
         module = self.lightning_module
-        if module is not None and self._ranks_of_worker > 1 and is_overridden("configure_model", module):
+        if module is not None and self._ranks_per_worker != 1 and is_overridden("configure_model", module):
             self._mesh = WorkerMesh(
                 self.root_device, self.num_workers, self._ranks_of_worker, self._tensor_parallel_size
             )
@@ -452,11 +453,13 @@ class LocalSGD(DDPStrategy):
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         self._loaders.forget()
-        check_islands(trainer, self._workers.number)
+        check_islands(trainer, self._workers.number, self._tensor_parallel_size)
         host.materialize(trainer.lightning_module, self.root_device)
         if trainer.state.fn != TrainerFn.FITTING and self.has_islands:
             self._set_up_evaluation(trainer)
             return
+        if self._mesh is not None and self.has_islands:
+            self._mesh.check_gradients(trainer.lightning_module)
         super().setup(trainer)  # configure_optimizers may set up the data
         if trainer.state.fn != TrainerFn.FITTING:
             return
@@ -553,7 +556,15 @@ class LocalSGD(DDPStrategy):
         self._loaders.forget()
         trainer = host.trainer_of(self.lightning_module)
         host.destroy_process_group_at_exit(trainer is not None and not trainer.interrupted)
-        super().teardown()
+        if self._mesh is None or self.model is not self.lightning_module:
+            super().teardown()
+            return
+        # As in `ModelParallelStrategy` a sharded model stays on its mesh; after an exception parts of it may still be
+        # gathered, and moving these would raise another one.
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        for part in (self.cluster_environment, self.precision_plugin, self.accelerator, self.checkpoint_io):
+            part.teardown()
 
     @property
     def optimizers(self) -> list[Optimizer]:

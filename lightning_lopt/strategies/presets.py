@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lightning_lopt.functional.integers import as_number
 from lightning_lopt.network import AdaMLP
 from lightning_lopt.optim import LearnedOptimizer, SlowMomentum
 from lightning_lopt.optim.learned import resolve_network
@@ -92,8 +93,8 @@ class DiLoCo(LocalSGD):
         **kwargs: Any,
     ) -> None:
         _refuse_outer_optimizer(self, kwargs)
-        if not (0 < outer_lr < math.inf and 0 <= momentum < 1):
-            raise ValueError(f"DiLoCo needs outer_lr > 0 and momentum in [0, 1), not {outer_lr} and {momentum}.")
+        if not (0 < as_number(outer_lr) < math.inf and 0 <= as_number(momentum) < 1):
+            raise ValueError(f"DiLoCo needs outer_lr > 0 and momentum in [0, 1), not {outer_lr!r} and {momentum!r}.")
         factory = partial(torch.optim.SGD, lr=outer_lr, momentum=momentum, nesterov=momentum > 0)
         super().__init__(local_steps=local_steps, outer_optimizer=factory, **kwargs)
 

@@ -34,6 +34,28 @@ class CompressedMean(NamedTuple):
     spread: Tensor
 
 
+def check_codec(codec: Codec, device: torch.device) -> None:
+    """Refuse a codec whose codes have a length that depends on the values: those of other workers would not fit.
+
+    Args:
+        codec: Codec to try, on a few values.
+        device: Device of the values.
+
+    Raises:
+        ValueError: The codes of different values differ in length, or are not bytes, or do not have as many values.
+    """
+    sizes = [192, 64]
+    values = torch.linspace(-1.0, 1.0, sum(sizes), device=device)
+    codes = [_encode(codec, values * scale, sizes) for scale in (0.0, 1.0)]
+    _decode(codec, codes[1], sizes)
+    if len(codes[0]) != len(codes[1]):
+        raise ValueError(
+            f"encode of {codec!r} returned about {len(codes[0])} bytes for zeros and {len(codes[1])} for other values: "
+            "the length of a code must depend on the sizes alone, as workers receive codes of the length of their own. "
+            "Keep a fixed number of values, as TopK does, or pad the code to the largest length."
+        )
+
+
 def average_compressed(
     comm: Communicator,
     flat_buffer: FlatBuffer,

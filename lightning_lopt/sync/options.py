@@ -9,7 +9,7 @@ from typing import Literal
 
 from lightning_lopt.comm import digest
 from lightning_lopt.compression import Codec, LinearCodec, as_codec
-from lightning_lopt.functional.integers import as_integer
+from lightning_lopt.functional.integers import as_integer, as_number
 from lightning_lopt.functional.merge import MergeRule
 from lightning_lopt.selection import Everything, RandomCoordinates, Selection
 from lightning_lopt.sync.rules import Rule, check_rules
@@ -158,7 +158,7 @@ class SyncOptions:
         """The selection that `selection` or `density` stands for."""
         if self.selection is not None:
             return self.selection
-        return Everything() if self.density == 1 else RandomCoordinates(self.density)
+        return Everything() if as_number(self.density) == 1 else RandomCoordinates(self.density)
 
     @property
     def codec(self) -> Codec | LinearCodec | None:

@@ -32,6 +32,35 @@ class OptimizerLike(Protocol):
     def state(self) -> MutableMapping[Any, Any]: ...
 
 
+def check_optimizer(model: NamedTensors, optimizer: OptimizerLike) -> None:
+    """Refuse a model and a local optimizer that do not belong together.
+
+    Tensors of the optimizer that are not the model's are synchronised, too, as long as it has some of the model's.
+
+    Raises:
+        TypeError: One of the two is something else.
+        ValueError: The optimizer has parameters, but none of the model's.
+
+    Example:
+        >>> model, copy = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+        >>> check_optimizer(model, torch.optim.SGD(copy.parameters(), lr=0.1))
+        Traceback (most recent call last):
+        ValueError: The local optimizer has none of the model's parameters. Make it of those of this very model: ...
+    """
+    if not hasattr(model, "named_parameters") or not hasattr(optimizer, "param_groups"):
+        raise TypeError(
+            "Rounds needs a model and its local optimizer, a torch.nn.Module and a torch.optim.Optimizer, not "
+            f"{type(model).__name__} and {type(optimizer).__name__}."
+        )
+    own = {id(p) for _, p in model.named_parameters()}
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    if held and own.isdisjoint(held):
+        raise ValueError(
+            "The local optimizer has none of the model's parameters. Make it of those of this very model: "
+            "torch.optim.SGD(model.parameters(), ...), after the model was copied or rebuilt."
+        )
+
+
 class Replica:
     """Parameters with their anchors, all other tensors of the model, and states of one worker's local optimizer.
 

@@ -133,9 +133,12 @@ def check_rules(patterns: Mapping[str, Rule]) -> None:
     Raises:
         ValueError: A rule is unknown.
     """
-    if wrong := {pattern: rule for pattern, rule in patterns.items() if rule not in get_args(Rule)}:
+    wrong: Any = patterns
+    if isinstance(patterns, Mapping):
+        wrong = {pattern: rule for pattern, rule in patterns.items() if rule not in get_args(Rule)}
+    if wrong:
         raise ValueError(
-            f"sync_rules must map patterns of names to {', '.join(map(repr, get_args(Rule)))}, not {wrong}."
+            f"sync_rules must map patterns of names to {', '.join(map(repr, get_args(Rule)))}, not {wrong!r}."
         )
 
 

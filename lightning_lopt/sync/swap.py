@@ -17,6 +17,9 @@ class Swap:
             another one.
         after: Function that is called after each change.
 
+    Attributes:
+        active: Whether values were put in and not undone.
+
     Example:
         >>> import torch
         >>> p, swap = torch.zeros(1), Swap()
@@ -30,13 +33,9 @@ class Swap:
 
     def __init__(self, *, copying: bool = False, after: Callable[[], object] = lambda: None) -> None:
         self._copying, self._after = copying, after
+        self.active = False
         self._aside: list[tuple[Tensor, Tensor]] = []
         self._versions: list[int] = []  # of the tensors as they show the other values; none while they show their own
-
-    @property
-    def active(self) -> bool:
-        """Whether values were put in and not undone."""
-        return bool(self._aside)
 
     def put(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Let each tensor show a value of its shape; nothing is copied where the types are the same.
@@ -48,6 +47,7 @@ class Swap:
             if id(target) not in shown:
                 self._aside.append((target, self._own(target)))
             self._show(target, value.to(target.dtype))
+        self.active = True  # also on a rank that holds none of the tensors
         self._note_versions()
         self._after()
 
@@ -61,7 +61,9 @@ class Swap:
             target.data = value
 
     def exchange(self) -> None:
-        """Exchange the values that are shown and those that are set aside."""
+        """Exchange the values that are shown and those that are set aside; do nothing where there are none."""
+        if not self.active:
+            return
         showed, self._versions = self._versions, []
         if showed and not self._copying:
             pairs = zip(self._aside, showed, strict=True)
@@ -79,4 +81,4 @@ class Swap:
     def undo(self) -> None:
         """Give the tensors their own values back."""
         self.exchange()
-        self._aside, self._versions = [], []
+        self.active, self._aside, self._versions = False, [], []

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,10 +24,11 @@ from lightning_lopt.comm import MODEL, CommonInteger, Communicator, digest
 from lightning_lopt.compression import Codec, LinearCodec
 from lightning_lopt.functional.merge import MergeRule, merge
 from lightning_lopt.functional.outliers import Norms, OutlierFilter
-from lightning_lopt.islands import has_dtensors, hold
+from lightning_lopt.islands import foreign_sharding, has_dtensors, hold
 from lightning_lopt.optim.outer import OuterFactory, check_coordinatewise
 from lightning_lopt.selection import Everything, Selection, drawn_ahead
 from lightning_lopt.sync.anchors import AnchoredParameter, training_checksum
+from lightning_lopt.sync.compressed import check_codec
 from lightning_lopt.sync.exchange import Exchange, Transport
 from lightning_lopt.sync.flat import ParameterSlice, choose
 from lightning_lopt.sync.options import SyncOptions
@@ -77,8 +78,8 @@ class Sync:
         fingerprint: Integer that differs for other models, options and outer optimizers.
 
     Raises:
-        ValueError: There is nothing to train, parameters are not dense and real, or the outer optimizer belongs to
-            another number of workers.
+        ValueError: There is nothing to train, parameters are not dense and real, or in wrappers of FSDP1 or DeepSpeed,
+            the length of a code depends on the values, or the outer optimizer belongs to another number of workers.
         DisagreementError: The workers' models differ.
     """
 
@@ -91,12 +92,16 @@ class Sync:
         options: SyncOptions,
     ) -> None:
         self._comm, self._options, self._codec = comm, options, options.codec
+        if (reason := foreign_sharding(model)) is not None:
+            raise ValueError(reason)
         if has_dtensors(model):
             if not comm.fixed:
                 raise ValueError("Workers that come and go must be of one rank each, with a model that is not sharded.")
             whole = options.sends_means_alone or _needs_whole_tensors(outer_optimizer)
             model = optimizer = hold(model, optimizer, comm, whole=whole)
         self.replica = Replica(model, optimizer, options.sync_rules)
+        if self._codec is not None and not isinstance(self._codec, LinearCodec):
+            check_codec(self._codec, self.device)
         self.worker_statuses: list[WorkerStatus] = []
         self.common = True
         self._exchange: Exchange | None = None  # launched and not finished
@@ -452,7 +457,12 @@ class Sync:
             weights: `"anchor"`, the last synced ones, needs no communication; `"mean"` averages the workers as they
                 are now, and all of them must call it.
             unstepped_alone: Whether the parameters in training are the global ones as they are.
+
+        Raises:
+            ValueError: There are no such weights.
         """
+        if weights not in get_args(EvalWeights):
+            raise ValueError(f"weights must be 'anchor' or 'mean', not {weights!r}.")
         if self.swap.active:
             return
         self.replica.pull()

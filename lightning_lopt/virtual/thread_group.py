@@ -29,6 +29,8 @@ class ThreadGroup:
 
     def __init__(self, num_workers: int, timeout: timedelta | None = None) -> None:
         self._items: list[Any] = [None] * num_workers
+        self._joins = [0] * num_workers  # of each worker
+        self._timeout = timeout
         self._combine: Callable[[list[Any]], Any] = list
         self._result: Any = None
         self._barrier = threading.Barrier(num_workers, self._act, None if timeout is None else timeout.total_seconds())
@@ -46,6 +48,7 @@ class ThreadGroup:
             combine: Function of all items by rank. It is called once for all, and must not keep the items themselves.
         """
         self._items[rank], self._combine = item, combine
+        self._joins[rank] += 1
         self._barrier.wait()
         return self._result  # the next join replaces it when all have come, and so have read this one
 
@@ -54,14 +57,26 @@ class ThreadGroup:
 
         Returns:
             Their results by rank; the first error is raised.
+
+        Raises:
+            TimeoutError: A worker did not come to a collective of the others in time.
         """
         futures = [self._pool.submit(self._guarded, function) for function in functions[1:]]
         first = self._guarded(functions[0])
         outcomes = [first, *(future.result() for future in futures)]
         errors = [error for _, error in outcomes if error is not None]
         if errors:
+            late = [rank for rank, count in enumerate(self._joins) if count < max(self._joins)]
+            self._joins = [0] * len(self._joins)
             self._barrier.reset()
-            raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+            for error in errors:
+                if not isinstance(error, threading.BrokenBarrierError):
+                    raise error
+            raise TimeoutError(
+                f"Virtual workers {late} did not come within {self._timeout} to where the others waited for them. All "
+                "must sync and evaluate after the same steps: check for what is done on some of them alone. If one is "
+                "only slow, raise the timeout."
+            )
         return [result for result, _ in outcomes]
 
     def _guarded(self, function: Callable[[], Any]) -> tuple[Any, BaseException | None]:

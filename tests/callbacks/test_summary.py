@@ -65,6 +65,8 @@ def test_few_rounds_are_no_trend():
 def test_what_was_sent():
     """Two workers would send all gradients in each of 256 steps, 256 times 1 MB; ours sent 4 MB."""
     assert "4 MB by each process, 1/64 of what DDP sends" in summarize(_history(), 1e6, num_workers=2)
+    assert "4 MB by each process, 2 times what DDP sends in as many steps\n" in summarize(_history(), 2e6 / 256, 2)
+    assert "what DDP sends in as many steps: the model is smaller than the mess" in summarize(_history(), 264.0, 2)
     assert "sent     0 MB by each process\n" in summarize(_history(bytes_sent=0.0), 1e6, num_workers=1)
 
 

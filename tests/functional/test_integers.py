@@ -1,4 +1,4 @@
-"""Integers in arguments."""
+"""Integers and other numbers in arguments."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_lopt import QSR, Constant, Fragments, SyncOptions
-from lightning_lopt.functional.integers import as_integer
+from lightning_lopt import QSR, BlendedNesterov, Constant, DiLoCo, Fragments, SlowMo, SyncOptions, TopK
+from lightning_lopt.functional.integers import as_integer, as_number
 
 ARGUMENTS = [
     lambda value: Constant(value).local_steps,
@@ -30,3 +30,28 @@ def test_anything_else_is_refused(make, value):
     assert as_integer(value, least=0) is None
     with pytest.raises(ValueError, match="integer"):
         make(value)
+
+
+NUMBERS = [
+    lambda value: SyncOptions(density=value),
+    lambda value: TopK(value),
+    lambda value: QSR(alpha=value, base_steps=4),
+    lambda value: SlowMo(outer_lr=value),
+    lambda value: SlowMo(momentum=value),
+    lambda value: DiLoCo(outer_lr=value),
+    lambda value: BlendedNesterov([torch.zeros(1)], momentum=value),
+]
+
+
+@pytest.mark.parametrize("make", NUMBERS)
+def test_numbers_of_any_type(make):
+    for value in 0.5, np.float32(0.5), torch.tensor(0.5):
+        assert as_number(value) == 0.5
+        make(value)
+
+
+@pytest.mark.parametrize("make", NUMBERS)
+def test_what_is_no_number_is_refused(make):
+    for value in "0.5", True, None, [0.5], -0.5:
+        with pytest.raises(ValueError, match=r"> 0|in [\[(]0, 1"):
+            make(value)

@@ -148,3 +148,22 @@ def test_bad_local_training_is_named(keywords, message):
 def test_bad_optimizers_are_named(keywords, message):
     with pytest.raises(ValueError, match=message):
         LocalOptimizer(**keywords)
+
+
+@pytest.mark.parametrize(("share", "constant"), [(0.0, 20), (0.5, 10), (1.0, 0)])
+def test_schedules_of_whole_unrolls(share, constant):
+    training = LocalTraining(local_lr=(0.1, 1.0), decay_share=share)
+    rates = training.draw_schedules(20, 50, torch.Generator().manual_seed(0))
+    assert rates.shape == (20, 50)
+    stays = (rates == rates[:, :1]).all(1)
+    assert int(stays.sum()) == constant
+    assert (rates.amax(1) >= 0.1).all()
+    assert (rates.amax(1) <= 1.0).all()
+    decays = rates[~stays] / rates[~stays].amax(1, keepdim=True)
+    if len(decays):
+        assert (decays[:, -1] < 0.1).all()
+        warm = decays[:, 0] < 0.5
+        assert int(warm.sum()) == len(decays) // 5
+        assert (decays[~warm].diff(dim=1) <= 0).all()
+        half = decays[:, 25].sort().values
+        torch.testing.assert_close(half[-1], torch.tensor(1.0))  # stable, then linear

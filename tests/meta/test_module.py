@@ -216,6 +216,8 @@ def test_bad_trainers_and_arguments_are_named():
     images = ImageMLP(torch.rand(20, 4).double(), torch.arange(20) % 2, hidden=(3,), batch_size=4)
     with pytest.raises(ValueError, match=r"computes in torch\.float64 but the network in torch\.float32"):
         MetaTraining(task=images, num_workers=2)
+    with pytest.raises(TypeError, match=r"task must be a task, .* not Linear"):
+        MetaTraining(task=torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="at least one task"):
         make(tasks=0)
     with pytest.raises(TypeError, match=r"network must be an AdaMLP, not 'nonsense'.* \['default'"):

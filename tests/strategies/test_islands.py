@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +18,11 @@ from lightning.pytorch.callbacks import OnExceptionCheckpoint, StochasticWeightA
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader
 
-from lightning_lopt import DiLoCo, LearnedLocalSGD, LocalSGD, PowerSGD, SlowMo
+from lightning_lopt import LOSCAR, AdaMLP, DiLoCo, LearnedLocalSGD, LocalSGD, PowerSGD, SlowMo
+from lightning_lopt.selection import Fragments
 from lightning_lopt.strategies.checkpoint import writing
 from lightning_lopt.strategies.errors import CheckpointError, WorkerLostError
 from lightning_lopt.strategies.islands import check_islands
@@ -33,13 +35,21 @@ STRATEGIES = {
     "learned": partial(LearnedLocalSGD, local_steps=3),
     "mean": partial(LocalSGD, local_steps=3, overlap_steps=1, compression=PowerSGD(1)),
     "shared out": partial(SlowMo, local_steps=3, momentum=0.5, sharded=True),
-    "in flight": partial(DiLoCo, local_steps=4, overlap_steps=2),
+    "in flight": partial(DiLoCo, local_steps=8, overlap_steps=2, selection=Fragments(2)),
     "learned, in flight": partial(LearnedLocalSGD, local_steps=4, overlap_steps=2),
+    "coordinates, in flight": partial(LOSCAR, local_steps=4, overlap_steps=2, density=0.5),
+    "shared out, in flight": partial(SlowMo, local_steps=4, overlap_steps=2, momentum=0.5, sharded=True),
+    "every worker's, in flight": partial(LearnedLocalSGD, local_steps=4, overlap_steps=2, network=AdaMLP(2, seed=0)),
 }
 CLIPPED = {"gradient_clip_val": 1.0}
 SAVED = (10, 11)  # steps
 MID_ROUND = ("diloco", "learned", "shared out")  # at step 10; the others are in flight at 11
 RESUMED = ("diloco", "mean", "shared out", "in flight", "learned, in flight")
+GIVEN_UP = {  # syncs in flight that other ranks cannot go on with, and a change that makes plain workers give them up
+    "coordinates, in flight": None,  # other coordinates for other ranks
+    "shared out, in flight": {"sharded": False},
+    "every worker's, in flight": {"sharded": True},
+}
 
 
 class _Module(pl.LightningModule):
@@ -156,11 +166,19 @@ def _fit(
     module = _seeded(make or (_Sharded if size > 1 else _Module))
     losses = _Losses()
     callbacks = [losses] if save is None else [losses, _Save(f"{folder}/{save}", steps)]
-    strategy = STRATEGIES[name](ranks_per_worker=size, **strategy or {})
+    strategy = STRATEGIES[name](**{"ranks_per_worker": size, **(strategy or {})})
     run = _trainer(strategy, num_workers, size, callbacks=callbacks, **CLIPPED | options)
     loaders = _loaders(size if make in (None, _Meta) else 1)
     run.fit(module, *loaders, ckpt_path=resume and f"{folder}/{resume}.ckpt")
     return _weights(run, folder), losses.values, run.global_step
+
+
+def _fit_and_hear(rank, *arguments, **options):
+    """The result of `_fit`, and the warning about what a resume drops."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = _fit(rank, *arguments, **options)
+    return result, [text for w in caught if "are dropped" in (text := str(w.message))]
 
 
 def _evaluate(rank, folder, size, resume):
@@ -174,14 +192,28 @@ def _evaluate(rank, folder, size, resume):
     return losses
 
 
-def _model_parallel(rank):
-    """The same module under the strategy that it was written for."""
+def _model_parallel(rank, folder, saved):
+    """The same module under the strategy that it was written for: steps, and the loss of a checkpoint of islands."""
     module = _seeded(_Sharded)
     module.float()
     torch.set_default_dtype(torch.float32)
-    run = trainer(ModelParallelStrategy(data_parallel_size=4, tensor_parallel_size=1), devices=4, max_epochs=1)
+    run, evaluation = (
+        trainer(ModelParallelStrategy(data_parallel_size=4, tensor_parallel_size=1), devices=4, max_epochs=1)
+        for _ in range(2)
+    )
     run.fit(module, _loaders(1)[0])
-    return run.global_step
+    (found,) = evaluation.validate(module, _loaders(4)[1], ckpt_path=f"{folder}/{saved}.ckpt", verbose=False)
+    return run.global_step, found["val"]
+
+
+def _loaded(rank, folder, saved):
+    """The loss of a checkpoint of islands in a module without a Trainer, and the types of its file."""
+    torch.set_default_dtype(torch.float64)
+    path = f"{folder}/{saved}.ckpt"
+    module = _Module.load_from_checkpoint(path).eval()
+    with torch.no_grad():
+        losses = [_loss(module.model, tokens).item() for tokens in _loaders(1)[1]]
+    return sum(losses) / len(losses), sorted(torch.load(path, weights_only=True))
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
@@ -191,6 +223,13 @@ class _FSDP1(_Module):
     def configure_model(self) -> None:
         if self.model is None:
             self.model = nn.Sequential(FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu")))
+
+
+class _DeepSpeed(_Module):
+    def configure_model(self) -> None:
+        super().configure_model()
+        for i, p in enumerate(self.parameters()):
+            p.ds_id = i  # as `deepspeed.zero.Init` numbers them
 
 
 def _fsdp1(rank):
@@ -206,6 +245,49 @@ def _virtual_or_averaged(rank):
         check_islands(SimpleNamespace(lightning_module=model, callbacks=[]), 2)
     with pytest.raises(MisconfigurationException, match="StochasticWeightAveraging copies the module"):
         check_islands(SimpleNamespace(lightning_module=model, callbacks=[StochasticWeightAveraging(0.1)]), 1)
+    return True
+
+
+class _Partly(_Module):
+    """Without the last line of `_shard`: what is outside of the blocks stays plain."""
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            super().configure_model()
+            for block in self.model.blocks:
+                fully_shard(block, mesh=self.device_mesh["data_parallel"])
+
+
+def _not_averaged(rank):
+    for make in (_Partly, _Matrices):  # the mesh of the matrices has one rank
+        with pytest.raises(MisconfigurationException, match=r"averages the gradients of .*model\.embed\.weight"):
+            _trainer(LocalSGD(3, ranks_per_worker=2), 2, 2).fit(_seeded(make), _loaders(2)[0])
+    return True
+
+
+def _not_split(rank):
+    for size in (1, 2):
+        strategy = LocalSGD(3, ranks_per_worker=size, tensor_parallel_size=2)
+        with pytest.raises(MisconfigurationException, match="=2, but configure_model shards nothing"):
+            _trainer(strategy, 4 // size, size).fit(_seeded(_Module), _loaders(size)[0])
+    return True
+
+
+def _fail(*_):
+    raise ArithmeticError
+
+
+class _FailsInside(_Sharded):
+    def training_step(self, tokens, batch_idx):
+        if batch_idx == 1:
+            self.model.blocks[1].register_forward_hook(_fail)
+        return super().training_step(tokens, batch_idx)
+
+
+def _exception_while_gathered(rank):
+    """It is the one that the user sees."""
+    with pytest.raises(ArithmeticError):
+        _trainer(LocalSGD(3, ranks_per_worker=2), 2, 2).fit(_seeded(_FailsInside), _loaders(2)[0])
     return True
 
 
@@ -225,7 +307,15 @@ def _after_an_exception(rank, folder):
 # -- all of it, in as few launches as the order allows ----------------------------------------------------------------
 
 FULL = [f"{name} {way}" for name in RESUMED for way in ("islands", "islands again", "from plain", "to plain")]
-RANKS = ["four", "four to two", "two to one", "one to four"]
+RANKS = ["one sharded", "four", "four to two", "two to one", "one to four"]
+REFUSED = [
+    "fsdp1",
+    "virtual or averaged",
+    "not averaged",
+    "not split",
+    "exception while gathered",
+    "after an exception",
+]
 OTHER_K = ["islands to one of two", "islands to one of four", "islands to four"]
 
 
@@ -233,6 +323,15 @@ def _case(rank, function, *arguments):
     if isinstance(arguments[-1], dict):
         return function(rank, *arguments[:-1], **arguments[-1])
     return function(rank, *arguments)
+
+
+def _launch(number, cases):
+    """Run cases in launches of a few: the process groups of each stay, and threads of gloo wake up for them."""
+    names, found = [*cases], {}
+    for start in range(0, len(names), 12):
+        few = {name: cases[name] for name in names[start : start + 12]}
+        found |= run_cases(_case, number, few, connect=False, limit=200)
+    return found
 
 
 def _step(name):
@@ -246,18 +345,19 @@ def results(tmp_path_factory):
     def fit(name, num_workers, size, save=None, resume=None, **options):
         return (_fit, folder, name, num_workers, size, {"save": save, "resume": resume, **options})
 
-    def launch(number, cases):
-        return run_cases(_case, number, cases, connect=False, limit=200)
-
     one = partial(fit, "learned, in flight", 1)
     plain = {f"{name} plain": fit(name, 2, 1, f"{name}-plain") for name in RESUMED}
+    plain |= {f"{name} plain": fit(name, 2, 1, f"{name}-plain") for name in GIVEN_UP}
     plain["matrices plain"] = fit("diloco", 2, 1, make=_Plain, gradient_clip_val=None)
-    found = launch(1, {"one": one(1, "one", max_epochs=1)}) | launch(2, plain)
+    alone = one(1, make=_Sharded, strategy={"ranks_per_worker": "node"}, max_epochs=1)
+    found = _launch(1, {"one": one(1, "one", max_epochs=1), "one sharded": alone}) | _launch(2, plain)
     cases = {}
     for name in RESUMED:
         cases[f"{name} islands"] = fit(name, 2, 2, f"{name}-islands")
         cases[f"{name} islands again"] = fit(name, 2, 2, None, f"{name}-islands-{_step(name)}")
         cases[f"{name} from plain"] = fit(name, 2, 2, None, f"{name}-plain-{_step(name)}")
+    for name in GIVEN_UP:
+        cases[name] = (_fit_and_hear, *fit(name, 2, 2, None, f"{name}-plain-{_step(name)}")[1:])
     cases |= {
         "meta": fit("diloco", 2, 2, "meta", make=_Meta),
         "meta again": fit("diloco", 2, 2, None, "diloco-islands-10", make=_Meta),
@@ -269,14 +369,22 @@ def results(tmp_path_factory):
         "islands to one of four": fit("diloco", 1, 4, None, "diloco-islands-10"),
         "islands to four": fit("diloco", 4, 1, None, "diloco-islands-10"),
         "plain to four": fit("diloco", 4, 1, None, "diloco-plain-10"),
+        "in flight to four": (_fit_and_hear, *fit("in flight", 4, 1, None, "in flight-islands-11")[1:]),
+        "plain in flight to four": (_fit_and_hear, *fit("in flight", 4, 1, None, "in flight-plain-11")[1:]),
         "evaluated": (_evaluate, folder, 2, "diloco-islands-10"),
-        "model parallel": (_model_parallel, {}),
+        "model parallel": (_model_parallel, folder, "diloco-islands-10"),
         "fsdp1": (_fsdp1, {}),
         "virtual or averaged": (_virtual_or_averaged, {}),
+        "not averaged": (_not_averaged, {}),
+        "not split": (_not_split, {}),
+        "exception while gathered": (_exception_while_gathered, {}),
         "after an exception": (_after_an_exception, folder, {}),
     }
-    found |= launch(4, cases)
+    found |= _launch(4, cases)
     again = {f"{name} to plain": fit(name, 2, 1, None, f"{name}-islands-{_step(name)}") for name in RESUMED}
+    for name, change in GIVEN_UP.items():
+        if change is not None:
+            again[f"{name} given up"] = fit(name, 2, 1, None, f"{name}-plain-{_step(name)}", strategy=change)
     again |= {
         "four to two": one(2, "two", "four-11", max_epochs=1),
         "islands to one of two": fit("diloco", 1, 2, None, "diloco-islands-10"),
@@ -284,16 +392,21 @@ def results(tmp_path_factory):
         "accumulated plain": fit("diloco", 2, 1, accumulate_grad_batches=2),
         "evaluated plain": (_evaluate, folder, 1, "diloco-plain-10"),
     }
-    found |= launch(2, again)
+    found |= _launch(2, again)
     last = {
         "two to one": one(1, None, "four-11", max_epochs=1),
         "plain to one": fit("diloco", 1, 1, None, "diloco-plain-10"),
+        "loaded": (_loaded, folder, "diloco-islands-10"),
     }
-    return found | launch(1, last)
+    return found | _launch(1, last)
 
 
 def _check_equal(found, expected, atol=1e-10):
-    (weights, losses, steps), (expected_weights, expected_losses, expected_steps) = found[0], expected[0]
+    _check_same(found[0], expected[0], atol)
+
+
+def _check_same(found, expected, atol=1e-10):
+    (weights, losses, steps), (expected_weights, expected_losses, expected_steps) = found, expected
     assert weights.keys() == expected_weights.keys()
     for key, value in expected_weights.items():
         torch.testing.assert_close(weights[key], value, rtol=0, atol=atol, msg=lambda m, key=key: f"{key}: {m}")
@@ -320,6 +433,24 @@ def test_one_worker_goes_on_in_flight_with_other_ranks(results, case):
 def test_other_numbers_of_workers_go_on_from_the_mean(results, case):
     """As they do from the checkpoint of plain workers at the same step."""
     _check_equal(results[case], results["plain to four" if case.endswith("to four") else "plain to one"])
+
+
+@pytest.mark.parametrize("name", GIVEN_UP)
+def test_syncs_in_flight_that_other_ranks_cannot_go_on_with(results, name):
+    """They are given up, which a warning says, and the round ends with a sync of its own."""
+    found, (said,) = results[name][0]
+    assert "so is a sync in flight: its round ends with one of its own" in said
+    expected = results.get(f"{name} given up", results[f"{name} plain"])[0]
+    _check_same(found, expected, 1e-10 if GIVEN_UP[name] else 0.05)
+
+
+def test_other_numbers_of_workers_give_up_a_sync_in_flight(results):
+    (found, (said,)), (expected, (said_of_plain,)) = (
+        results[name][0] for name in ("in flight to four", "plain in flight to four")
+    )
+    assert "so is a sync in flight" in said
+    assert "so is a sync in flight" in said_of_plain
+    _check_same(found, expected)
 
 
 def test_tensor_parallel_workers_train_as_plain_workers_do(results):
@@ -351,12 +482,27 @@ def test_evaluation_without_a_fit(results):
 
 
 def test_the_module_trains_under_model_parallel_strategy(results):
-    assert results["model parallel"] == [4] * 4
+    assert [steps for steps, _ in results["model parallel"]] == [4] * 4
 
 
-@pytest.mark.parametrize("case", ["fsdp1", "virtual or averaged", "after an exception"])
+def test_others_read_the_weights(results):
+    """`ModelParallelStrategy`, `load_from_checkpoint` and a loader of plain tensors."""
+    expected = results["evaluated plain"][0][2]
+    assert [loss for _, loss in results["model parallel"]] == pytest.approx([expected] * 4, abs=1e-5)
+    ((loss, keys),) = results["loaded"]
+    assert loss == pytest.approx(expected, abs=1e-10)
+    assert "state_dict" in keys
+    assert "optimizer_states" not in keys  # which would be those of rank 0 alone
+
+
+@pytest.mark.parametrize("case", REFUSED)
 def test_what_islands_cannot_do_is_refused(results, case):
     assert results[case] == [True] * 4
+
+
+def test_modules_of_deepspeed_are_refused():
+    with pytest.raises(MisconfigurationException, match=r"modules of DeepSpeed, .*fully_shard \(FSDP2\)"):
+        trainer(LocalSGD(3), 1, max_epochs=1).fit(_DeepSpeed(), _loaders(1)[0])
 
 
 # -- every K and R to every other --------------------------------------------------------------------------------------
@@ -377,7 +523,7 @@ def matrix(tmp_path_factory):
             for size in SIZES
             if size[0] * size[1] == number
         }
-        run_cases(_case, number, saved, connect=False, limit=900)
+        _launch(number, saved)
     for number in (1, 2, 4):
         resumed = {
             (name, size, source): (_fit, folder, name, *size, {"resume": f"{path(name, *source)}-5"})
@@ -386,7 +532,7 @@ def matrix(tmp_path_factory):
             for source in SIZES
             if size[0] * size[1] == number
         }
-        found |= run_cases(_case, number, resumed, connect=False, limit=900)
+        found |= _launch(number, resumed)
     return found
 
 

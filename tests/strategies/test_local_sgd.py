@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from dataclasses import fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.plugins import FSDPPrecision
+from lightning.pytorch.plugins import DeepSpeedPrecision, FSDPPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lightning_lopt import QSR, AdaMLP, DiLoCo, LearnedLocalSGD, LocalSGD, RoundMonitor, SlowMo, SyncOptions
@@ -315,6 +316,8 @@ def test_modules_that_are_refused(module, error, match):
         (lambda: LearnedLocalSGD(network="no/such/file"), FileNotFoundError, "no weights file"),
         (lambda: LearnedLocalSGD(network=3), TypeError, "must be an AdaMLP"),
         (lambda: LocalSGD(outer_optimizer="adam"), TypeError, "make an optimizer from parameters"),
+        (lambda: LocalSGD(timeout=60), ValueError, r"positive datetime.timedelta, as .* not 60"),
+        (lambda: LocalSGD(timeout=timedelta(0)), ValueError, "positive datetime.timedelta"),
         (lambda: SlowMo(momentum=1.0), ValueError, "momentum"),
         (lambda: DiLoCo(outer_lr=-1.0), ValueError, "outer_lr > 0"),
         (lambda: DiLoCo(momentum=math.nan), ValueError, r"momentum in \[0, 1\)"),
@@ -324,6 +327,13 @@ def test_modules_that_are_refused(module, error, match):
             ),
             MisconfigurationException,
             "FSDPPrecision",
+        ),
+        (
+            lambda: trainer(LocalSGD(precision_plugin=DeepSpeedPrecision("bf16-mixed")), 1, max_epochs=1).fit(
+                Classifier(), loader()
+            ),
+            MisconfigurationException,
+            r"cannot use DeepSpeedPrecision: use Trainer\(precision=...\) .* fully_shard \(FSDP2\)",
         ),
         (
             lambda: trainer("auto", 1, max_epochs=1, callbacks=[RoundMonitor()]).fit(Classifier(), loader()),

@@ -11,8 +11,21 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lopt import AdaMLP, LearnedLocalSGD, LocalSGD, RoundMonitor, SlowMo
-from tests.processes import run_workers
+from lightning_lopt import (
+    AdaMLP,
+    LearnedLocalSGD,
+    LearnedOptimizer,
+    LocalSGD,
+    PowerSGD,
+    RoundMonitor,
+    Rounds,
+    SlowMo,
+    SlowMomentum,
+    SyncOptions,
+    TopK,
+)
+from lightning_lopt.comm import Communicator
+from tests.processes import run_cases, run_workers
 from tests.strategies.support import Classifier, flat, loader, trainer
 
 STRATEGIES = {
@@ -110,3 +123,48 @@ def test_single_ranks_become_workers_of_two(tmp_path):
     assert torch.equal(weights[0], weights[1])
     assert torch.equal(weights[2], weights[3])
     assert not torch.equal(weights[0], weights[2])
+
+
+LAGG = partial(LearnedOptimizer, network=AdaMLP(2, seed=0))
+SENT = {  # outer optimizer and options, of all that is sent in different ways
+    "mean": (None, {}),
+    "momentum": (SlowMomentum, {}),
+    "learned": (LearnedOptimizer, {}),
+    "every worker's": (LAGG, {}),
+    "sharded": (LearnedOptimizer, {"sharded": True}),
+    "every worker's, sharded": (LAGG, {"sharded": True}),
+    "coordinates": (None, {"density": 0.5}),
+    "int8": (LearnedOptimizer, {"compression": "int8"}),
+    "top-k": (SlowMomentum, {"compression": TopK(0.3)}),
+    "every worker's, int8": (LAGG, {"compression": "int8"}),
+    "factors": (None, {"compression": PowerSGD(4)}),
+    "average": (None, {"local_state": "average"}),
+}
+
+
+def _bytes_of_a_sync(rank, name, ranks_per_worker):
+    """Bytes that this rank sends in the second sync, and the weights after it."""
+    outer, options = SENT[name]
+    comm = Communicator(ranks_per_worker=ranks_per_worker)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(61, 101), nn.Linear(101, 41, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    rounds = Rounds(model, optimizer, 1, outer, comm=comm, options=SyncOptions(**options))
+    for step in range(2):
+        torch.manual_seed(100 * step + comm.rank)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape)
+        optimizer.step()
+        rounds.step()
+    return rounds.last_report.bytes_sent, flat(model)
+
+
+def test_each_rank_of_a_worker_sends_its_share():
+    """Whatever the outer step and the options; the weights are bitwise those of workers of one rank."""
+    pairs = run_cases(_bytes_of_a_sync, 4, {name: (name, 2) for name in SENT})
+    singles = run_cases(_bytes_of_a_sync, 2, {name: (name, 1) for name in SENT})
+    for name, of_ranks in pairs.items():
+        for rank, (sent, weights) in enumerate(of_ranks):
+            (all_sent, expected), messages = singles[name][rank // 2], 600
+            assert abs(sent - all_sent / 2) < messages, (name, rank, sent, all_sent)
+            assert torch.equal(weights, expected), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -60,6 +61,28 @@ def test_the_mean_and_the_mean_residual_are_the_mean(means, codec, gather):
 def test_bytes_sent_by_one_of_three_workers(means, codec, per_coordinate):
     for *_, num_bytes in means[f"{codec} many"]:
         assert num_bytes == pytest.approx(300_000 * per_coordinate, rel=0.01)
+
+
+class _LargeOnes:
+    """As many values as there are above a limit."""
+
+    def __init__(self, sparse, limit):
+        self.sparse, self.limit = sparse, limit
+
+    def encode(self, values, sizes):
+        return torch.cat([values[values > self.limit], torch.zeros(2 * sum(sizes))]).view(torch.uint8)
+
+    def decode(self, code, sizes):
+        return torch.zeros(sum(sizes))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_codes_whose_length_depends_on_the_values_are_refused(sparse):
+    model = nn.Linear(3, 2)
+    make = partial(Rounds, model, torch.optim.SGD(model.parameters(), lr=0.1), 1)
+    with pytest.raises(ValueError, match=r"2048 bytes for zeros and .* the length of a code must depend on the sizes"):
+        make(options=SyncOptions(compression=_LargeOnes(sparse, 0.5)))
+    make(options=SyncOptions(compression=_LargeOnes(sparse, -2.0)))
 
 
 def _scaled(rank, make_comm, codec, scale):

@@ -47,6 +47,7 @@ from tests.processes import run_workers
         ({"merge": 1.5}, "merge must be"),
         ({"merge": True}, "merge must be"),
         ({"compression": "int4"}, "any Codec"),
+        ({"sync_rules": ["*queue*"]}, r"must map patterns of names to .* not \['\*queue\*'\]"),
         ({"merge": "overwrite"}, "without overlap_steps there are none"),
         ({"local_state": "drop"}, "local_state must be"),
         ({"local_state": "reset", "density": 0.5}, "needs whole tensors"),

@@ -116,3 +116,16 @@ def test_evaluating_in_flight_leaves_no_trace():
     (own, seen, after), (other, _, _) = run_threads(_evaluated, 2)
     torch.testing.assert_close(seen, (own + other) / 2, rtol=0, atol=1e-15)
     assert torch.equal(after, run_threads(_unevaluated, 2)[0])
+
+
+def test_nothing_changes_where_nothing_is_shown():
+    """Whatever follows a change, as writing into a sharded model what is held, must not follow none."""
+    calls = []
+    swap = Swap(after=lambda: calls.append(True))
+    swap.exchange()
+    swap.undo()
+    assert (calls, swap.active) == ([], False)
+    swap.put([])  # a rank of a worker that holds none of the tensors goes along with the others
+    assert swap.active
+    swap.undo()
+    assert len(calls) == 2

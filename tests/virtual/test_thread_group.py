@@ -39,6 +39,18 @@ def test_a_disagreement_is_an_error():
         run_threads(_disagree, 2)
 
 
+def _stay_away(rank, make_comm):
+    comm = make_comm()
+    comm.mean_(torch.zeros(1))
+    if rank != 1:
+        comm.mean_(torch.zeros(1))
+
+
+def test_one_that_does_not_come_is_named():
+    with pytest.raises(TimeoutError, match=r"Virtual workers \[1\] did not come within 0:00:00.2"):
+        run_threads(_stay_away, 3, limit=0.2)
+
+
 def _fail(rank, make_comm):
     comm = make_comm()
     if rank == 1:

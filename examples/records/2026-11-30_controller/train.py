@@ -7,6 +7,8 @@ perturbation for its whole unroll; half of the pairs keep γ constant. The diffe
 running root mean square on the task (at least 0.02) and clipped to ±2, are regressed on the perturbations of the sweep,
 and the slopes go into a step with momentum. Weights are of standardised inputs. OUT/state.safetensors holds all that is
 needed to go on after a kill: the same command does.
+
+Since then: python examples/meta_train.py --recipe controller.
 """
 
 import argparse

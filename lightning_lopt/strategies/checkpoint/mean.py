@@ -27,7 +27,8 @@ def mean_part(parts: Iterable[Mapping[str, Any]], batch_ratio: Fraction) -> dict
         batch_ratio: Number of batches per new worker that are together as many as one batch per old worker.
 
     Returns:
-        A part with one more entry, `batch_ratio`.
+        A part with one more entry, `batch_ratio`: the number of batches per new worker that are together as many as one
+        batch per old worker, if batches stay as large. The states of loaders have it, too.
 
     Example:
         >>> import torch
@@ -55,7 +56,7 @@ def mean_part(parts: Iterable[Mapping[str, Any]], batch_ratio: Fraction) -> dict
         "local": mean["local"],
         "random": None,
         "gradients": {},
-        "loaders": [s and {**s, "consumed": int(s["consumed"] * batch_ratio), "start": None} for s in first["loaders"]],
+        "loaders": [s and {**s, "batch_ratio": batch_ratio, "start": None} for s in first["loaders"]],
         "batch_ratio": batch_ratio,
     }
 

@@ -21,7 +21,7 @@ Boxes = Mapping[str, Box]
 
 
 class InFlight(NamedTuple):
-    """A sync in flight that sent whole tensors, all of them.
+    """A sync in flight that sent whole tensors, all of them or some.
 
     Attributes:
         tensors: Tensors by kind and name: of each that was sent, the `mean` that arrived, the worker's own value as it
@@ -42,6 +42,9 @@ class InFlight(NamedTuple):
     def of(cls, part: Mapping[str, Any], names: Sequence[str]) -> InFlight | None:
         """The sync in flight of a part; None if there is none, or one that cannot be put together or cut.
 
+        That is one of random coordinates, which are others for other pieces; of `sharded=True`, of which each worker
+        has the mean of its own tensors alone; and one that gathered every worker's values (LAgg-A).
+
         Args:
             part: Part of a rank, or of a worker of one rank.
             names: Names of the parameters that it holds.
@@ -49,11 +52,9 @@ class InFlight(NamedTuple):
         common, own = part["rounds"]["sync"]["exchange"], part["local"]["sync"]["exchange"]
         if common is None or own is None or own.get("sent") is None or common["flat_buffers"] is None:
             return None
-        anchored = {i for i, anchor in enumerate(part["rounds"]["sync"]["anchors"]) if anchor is not None}
-        sent: list[int] = own["sent"]
-        if not anchored <= {*sent} or any(b["worker_payloads"] is not None for b in common["flat_buffers"]):
+        if any(buffer["worker_payloads"] is not None for buffer in common["flat_buffers"]):
             return None
-        launched = dict(zip([names[i] for i in sent], own["launched"], strict=True))
+        launched = dict(zip([names[i] for i in own["sent"]], own["launched"], strict=True))
         tensors: dict[str, dict[str, Tensor]] = {"mean": {}, "launched": launched, "residual": {}, "codec_state": {}}
         for buffer, residual in zip(common["flat_buffers"], own["residuals"], strict=True):
             of_type = {n: y for n, y in launched.items() if state_dtype(y) == buffer["payload"].dtype}
@@ -105,14 +106,16 @@ def whole_part(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Put the parts of one worker's ranks together.
 
     Args:
-        parts: Parts of all ranks of the worker, in their order, with a `layout` each; or its only part, without one.
+        parts: Parts of all ranks of the worker, in their order, with `rounds` each, and a `layout`; or its only part,
+            without one.
 
     Returns:
-        A part like that of a worker of one rank; a sync in flight is in it if it sent whole tensors, all of them.
+        A part like that of a worker of one rank, with a sync in flight if that can be cut.
     """
     first = dict(parts[0])
     if first.get("layout") is None:
-        return first
+        names = [str(i) for i in range(len(first["rounds"]["sync"]["anchors"]))]
+        return first if InFlight.of(first, names) else without_flight(first)
     layouts = [Layout.from_state(part["layout"]) for part in parts]
     sizes, order = layouts[0].sizes, layouts[0].order
 
@@ -256,6 +259,14 @@ def cut_part(part: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
         in_flight=in_flight(),
         names=layout.held,
     )
+
+
+def without_flight(part: Mapping[str, Any]) -> dict[str, Any]:
+    """A part without its sync in flight."""
+    return {
+        **part,
+        **{key: {**part[key], "sync": {**part[key]["sync"], "exchange": None}} for key in ("rounds", "local")},
+    }
 
 
 def _flat(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

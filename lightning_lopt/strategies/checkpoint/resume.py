@@ -23,7 +23,7 @@ from lightning_lopt.islands import Layout, to_distributed
 from lightning_lopt.strategies import host
 from lightning_lopt.strategies.checkpoint.entry import CHECKPOINT_KEY, check_version, required
 from lightning_lopt.strategies.checkpoint.mean import mean_part
-from lightning_lopt.strategies.checkpoint.pieces import cut_part, whole_part
+from lightning_lopt.strategies.checkpoint.pieces import cut_part, whole_part, without_flight
 from lightning_lopt.strategies.checkpoint.worker_files import load_part
 from lightning_lopt.strategies.errors import CheckpointError, run_on_all
 from lightning_lopt.strategies.loaders import ResumableLoaders
@@ -101,24 +101,25 @@ class Resume:
         if same:
             return run_on_all(strategy, lambda: [load(number) for number in own], elsewhere)
         if saved_islands or islands:
-            rank_zero_warn(
-                f"The checkpoint holds {_count(*saved)}, there are {_count(*present)} now, and a model that is shared "
-                "by the ranks of a worker: random states, gradients that were accumulating and the states of loaders "
-                "that have their own are dropped"
-                + ("." if saved[1] == present[1] else "; all continue from the mean of the workers.")
-            )
-            return run_on_all(strategy, partial(self._put_together, entry, load, saved, present), elsewhere)
+            read = partial(self._put_together, entry, load, saved, present)
+            parts, gave_up = run_on_all(strategy, read, elsewhere)
+        else:
+            wanted = (load(number) for number in range(saved[0]))
+            batch_ratio = Fraction(max(saved), max(present))  # of shards of the data, which lost workers have, too
+            part = run_on_all(strategy, partial(mean_part, wanted, batch_ratio), elsewhere)
+            part["checkpoint"]["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
+            parts = [part, *(copy.deepcopy(part) for _ in own[1:])]
+            sync = required(entry, "rounds")["sync"]
+            gave_up, sync["exchange"] = sync["exchange"] is not None, None
+        means = not (saved_islands or islands) or saved[1] != present[1]
         rank_zero_warn(
-            f"The checkpoint holds {_count(*saved)}, there are {_count(*present)} now: all continue from the mean of "
-            "their weights, optimizer states and error feedback. Their random states, gradients that were accumulating "
-            "and the states of loaders that have their own are dropped."
+            f"The checkpoint holds {_count(*saved)}, there are {_count(*present)} now"
+            + (", and a model that is shared by the ranks of a worker" if saved_islands or islands else "")
+            + (": all continue from the mean of their weights, optimizer states and error feedback" if means else "")
+            + ". Random states, gradients that were accumulating and the states of loaders that have their own are "
+            "dropped" + (", and so is a sync in flight: its round ends with one of its own." if gave_up else ".")
         )
-        required(entry, "rounds")["sync"]["exchange"] = None
-        wanted = (load(number) for number in range(saved[0]))
-        batch_ratio = Fraction(max(saved), max(present))  # of shards of the data, which lost workers have, too
-        part = run_on_all(strategy, partial(mean_part, wanted, batch_ratio), elsewhere)
-        part["checkpoint"]["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
-        return [part, *(copy.deepcopy(part) for _ in own[1:])]
+        return parts
 
     def _put_together(
         self,
@@ -126,10 +127,8 @@ class Resume:
         load: Callable[[int], dict[str, Any]],
         saved: tuple[int, int],
         present: tuple[int, int],
-    ) -> list[dict[str, Any]]:
-        """Return parts of whole tensors for the workers of this process.
-
-        A worker's batch is taken to be as large as before, whatever its number of ranks.
+    ) -> tuple[list[dict[str, Any]], bool]:
+        """Return parts of whole tensors for the workers of this process, and whether a sync in flight is given up.
 
         Args:
             entry: Entry of the checkpoint.
@@ -137,12 +136,19 @@ class Resume:
             saved: Numbers of parts and of workers in the checkpoint.
             present: Numbers of parts and of workers now.
         """
-        size = saved[0] // saved[1]
+        size, gave_up = saved[0] // saved[1], False
 
         def whole(worker: int) -> dict[str, Any]:
+            nonlocal gave_up
             numbers = range(worker * size, (worker + 1) * size if entry.get("islands") else worker * size + 1)
-            part = whole_part([load(number) for number in numbers])
-            return {**part, "rounds": part.get("rounds") or copy.deepcopy(required(entry, "rounds"))}
+            parts = [load(number) for number in numbers]
+            if not entry.get("islands"):
+                parts[0]["rounds"] = copy.deepcopy(required(entry, "rounds"))
+            part, flew = whole_part(parts), parts[0]["rounds"]["sync"]["exchange"] is not None
+            if saved[1] != present[1]:
+                part = without_flight(part)
+            gave_up = flew and part["rounds"]["sync"]["exchange"] is None
+            return part
 
         def of(workers: Sequence[int], among: int) -> dict[str, Any]:
             first = whole(workers[0])
@@ -151,17 +157,14 @@ class Resume:
                 _complete(rounds, (whole(worker)["rounds"] for worker in range(saved[1])))
             part = mean_part(chain([first], (whole(w) for w in workers[1:])), Fraction(len(workers), among))
             part["checkpoint"]["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
-            if saved[1] == present[1]:
-                part["local"]["sync"]["exchange"] = exchange
-            else:
-                rounds["sync"]["exchange"] = None
+            part["local"]["sync"]["exchange"] = exchange
             return {**part, "rounds": rounds}
 
         own = [number * present[1] // present[0] for number in self._strategy.own_parts]
         if saved[1] == present[1]:
-            return [of([worker], 1) for worker in own]
+            return [of([worker], 1) for worker in own], gave_up
         part = of(range(saved[1]), present[1])
-        return [part, *(copy.deepcopy(part) for _ in own[1:])]
+        return [part, *(copy.deepcopy(part) for _ in own[1:])], gave_up
 
     def prepare(self, trainer: pl.Trainer, rounds: ProcessRounds, checkpoint: dict[str, Any]) -> None:
         """Give optimizer states the layout of a sharded model, before Lightning loads them.
@@ -246,7 +249,7 @@ class Resume:
                 p.grad = to_distributed(gradients[name].to(p.device), like=p)
         random = first.get("random")
         if random is None:  # there were other workers
-            _share_out_epoch(trainer, first.get("batch_ratio", Fraction(1)))
+            _share_out_epoch(trainer, self._loaders.batch_ratio(first.get("batch_ratio", Fraction(1))))
         else:
             host.set_random_state(random)  # not earlier: making an iterator of the loader draws a seed
         self._begin_epoch(trainer)

@@ -15,6 +15,9 @@ Sizes, in numbers per parameter of the model:
 | states of a `LinearCodec` | checkpoint | rank / n per matrix of n rows with `PowerSGD(rank)` |
 | values of a sync in flight, mean and own | checkpoint and each part | 1 and 1, or the share that is sent |
 | gradients that are accumulating | each part | 1 |
+
+Where ranks share a model, each writes the pieces that it holds into its part: anchors, outer state, and all that is
+local. The checkpoint has the global weights alone, as whole tensors, which rank 0 gathers one by one on its host.
 """
 
 from __future__ import annotations
@@ -90,16 +93,18 @@ class CheckpointWriter:
         if alone:  # the other workers may be gone: nothing of theirs can be saved
             write()
             return
+        with explain_lost_worker(strategy.timeout):
+            part = self._part(trainer, rounds, checkpoint, accumulating=accumulating)
+        if layout is not None:
+            del checkpoint["optimizer_states"]  # which are this rank's shards
         if not self._too_large_to_gather(trainer):
             with explain_lost_worker(strategy.timeout):
-                part = self._part(trainer, rounds, checkpoint, accumulating=accumulating)
                 gathered = comm.gather_objects(self._workers.parts(trainer, part))
             entry["parts"] = None if gathered is None else [part for parts in gathered for part in parts]
             self._write_on_all(path, write)
             return
         token, main = strategy.broadcast((uuid.uuid4().hex[:12], str(path)))
         entry["files"] = {"token": token}
-        part = self._part(trainer, rounds, checkpoint, accumulating=accumulating)
         own = {"token": token, "rank": strategy.global_rank, **part}
         file = part_file(main, token, strategy.global_rank)
         self._write_on_all(path, partial(strategy.part_io.save_checkpoint, own, file))

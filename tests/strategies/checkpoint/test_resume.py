@@ -7,6 +7,7 @@ import copy
 import multiprocessing
 import pickle
 import warnings
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -16,11 +17,12 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from torch.utils.data import DataLoader, WeightedRandomSampler
+from torch.utils.data import DataLoader, DistributedSampler, WeightedRandomSampler
 
 import lightning_lopt.strategies.checkpoint.writing as checkpoint_module
 from lightning_lopt import LOSCAR, QSR, AdaMLP, DiLoCo, Fragments, LearnedLocalSGD, LocalSGD, PowerSGD, SlowMo, TopK
 from lightning_lopt.strategies.checkpoint.atomic import AtomicCheckpointIO
+from lightning_lopt.strategies.loaders import ResumableLoaders
 from tests.processes import run_workers
 from tests.strategies.support import Classifier, flat, loader, trainer
 from tests.strategies.test_models import Accumulates, Gan
@@ -511,7 +513,8 @@ def test_another_number_of_workers(name, tmp_path):
         assert torch.equal(weights, results[0][0])
         assert (step, local_step) == (6, 2)
         assert steps > 8
-    assert f"holds 4 workers, there are {num_workers} workers now" in results[0][1][0]
+    (said,) = (text for text in results[0][1] if f"holds 4 workers, there are {num_workers} workers now" in text)
+    assert ("so is a sync in flight" in said) == name.endswith("in flight")
 
 
 def _rows_seen(rank, num_workers, folder, ckpt_paths):
@@ -541,6 +544,37 @@ def test_another_number_of_workers_sees_the_rest_of_the_epoch(num_workers, tmp_p
         batches = int(path.stem[:2])
         everything = [row for worker in before for row in worker[: 4 * batches]] + [row for own in rows for row in own]
         assert len(everything) == len(set(everything)) == 2 * 96, path.stem
+
+
+PLACES = {  # batch sizes and processes before and after, and batches left of 8 where 5 of 8 were done
+    "workers of larger batches": ((4, 4), (8, 2), 3),
+    "a script with the same batches per rank": ((4, 4), (4, 4), 3),
+    "fewer ranks": ((4, 4), (4, 2), 6),
+    "larger batches": ((4, 4), (16, 4), 1),
+    "hidden from the loader": (None, (16, 4), 0),  # 2 batches, of which 10 were done with twice the workers
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_a_place_in_the_data_is_that_of_all_rows(case):
+    """Whatever share of them a batch is now."""
+    before, after, left = PLACES[case]
+
+    def loaders(batch_size, replicas):
+        own = ResumableLoaders()
+        data = DataLoader(range(128), batch_size, sampler=DistributedSampler(range(128), replicas, 0, shuffle=False))
+        return own, data
+
+    own, data = loaders(*before or (4, 4))
+    own.wrap(data, 0)
+    (state,) = own.state_dicts(5, cycle=False)
+    if before is None:
+        del state["rows"]
+    other, data = loaders(*after)
+    list_of_all = list(data)
+    other.load_state_dicts([{**state, "batch_ratio": Fraction(2), "start": None}], 0)
+    other.wrap(data, 0)
+    assert [batch.tolist() for batch in data] == [batch.tolist() for batch in list_of_all][len(list_of_all) - left :]
 
 
 def test_lagg_with_another_number_of_workers_says_the_way_out(tmp_path):
