@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -72,7 +73,7 @@ class Elastic:
     * To go on after all have died, load a checkpoint of any worker (`Rounds.state_dict(alone=True)`,
       `Rounds.local_state()`, the local optimizer's) before `Rounds.meet`: those who have an older one, or none, take
       over from the furthest. A worker that comes before the others' last meeting ends with them; one that comes later,
-      without a checkpoint, begins a new run.
+      without a checkpoint, begins a new run. After a resume the first round waits for nobody.
 
     **Network.** A worker listens at `host` alone, with gloo and a `torch.distributed.TCPStore`; the lighthouse where
     its `--bind` says. Nothing is encrypted and nobody is asked for a password: whoever reaches these ports can join,
@@ -89,11 +90,12 @@ class Elastic:
         host: Name or address of this machine by which the other workers reach it, on whose interface it listens.
         start_seconds: Seconds for which the first round waits for the last workers.
         timeout: Time for which a worker waits for the others, in a sync or for their next round, before it gives up;
-            longer than a round.
+            longer than a round and than `start_seconds`.
 
     Raises:
         ModuleNotFoundError: torchft is not installed.
-        ValueError: A number is out of its range, or `timeout` is not a positive `timedelta`.
+        ValueError: A number is out of its range, `timeout` is not a positive `timedelta` longer than `start_seconds`,
+            or `lighthouse` does not begin with "http".
 
     Source: torchft (github.com/meta-pytorch/torchft); pseudo-gradients of those who are there: arXiv 2311.08105.
 
@@ -123,6 +125,10 @@ class Elastic:
                 "There must be 0 <= worker_id < max_workers and 1 <= min_workers <= max_workers, not worker_id="
                 f"{worker_id!r}, max_workers={max_workers!r}, min_workers={min_workers!r}."
             )
+        if not lighthouse.startswith("http"):
+            raise ValueError(f'The address of the lighthouse is like "http://10.0.0.1:29510", not {lighthouse!r}.')
+        if start_seconds >= timeout.total_seconds():
+            raise ValueError(f"timeout={timeout} must be longer than start_seconds={start_seconds!r}.")
         self._make_client = _client_class()
         self.lighthouse, self.worker_id, self.host = lighthouse, worker_id, host
         self.max_workers, self.min_workers = max_workers, min_workers
@@ -214,7 +220,7 @@ class Elastic:
         Returns:
             Its workers, in the order of their numbers, and a text that no other quorum has.
         """
-        end = time.monotonic() + self._timeout.total_seconds()
+        start, warned = time.monotonic(), False
 
         def ask() -> Any:
             client = self._make_client(self.lighthouse, timedelta(seconds=1))
@@ -234,10 +240,18 @@ class Elastic:
                 quorum = _interruptible(ask)
                 break
             except Exception as error:
-                if time.monotonic() > end:
+                waited = time.monotonic() - start
+                if waited > self._timeout.total_seconds():
                     raise TimeoutError(
-                        f"No quorum by the lighthouse {self.lighthouse} within {self._timeout}."
+                        f"No quorum by the lighthouse {self.lighthouse} within {self._timeout}: {error}"
                     ) from error
+                if waited > CONNECT_SECONDS and not warned:
+                    warned = True
+                    warnings.warn(
+                        f"The lighthouse {self.lighthouse} does not answer; this worker asks again, for up to "
+                        f"{self._timeout}: {error}",
+                        stacklevel=2,
+                    )
                 time.sleep(PAUSE_SECONDS)
         members = [Candidate(**{**m.data, "group": tuple(m.data["group"])}) for m in quorum.participants]
         key = f"{quorum.quorum_id}.{quorum.created.seconds}.{quorum.created.nanos}"

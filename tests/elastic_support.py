@@ -387,7 +387,7 @@ def _lighthouse(port: int) -> None:
     server.shutdown()
 
 
-def torchft_member(worker: int, port: int, start_seconds: float = 30) -> Elastic:
+def torchft_member(worker: int, port: int, start_seconds: float = 19) -> Elastic:
     """One of three workers on the lighthouse at a port."""
     limit = timedelta(seconds=20)
     return Elastic(f"http://127.0.0.1:{port}", worker, 3, start_seconds=start_seconds, timeout=limit)

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -385,6 +386,30 @@ def test_states_of_others_are_not_unpickled():
 def test_wrong_numbers(worker, most, least):
     with pytest.raises(ValueError, match="0 <= worker_id < max_workers"):
         Elastic("http://127.0.0.1:1", worker, most, least)
+
+
+@pytest.mark.parametrize(
+    ("lighthouse", "seconds", "problem"),
+    [("10.0.0.1:29510", 60, "is like"), ("http://10.0.0.1:29510", 600, "must be longer than start_seconds")],
+)
+def test_wrong_addresses_and_times(lighthouse, seconds, problem):
+    with pytest.raises(ValueError, match=problem):
+        Elastic(lighthouse, 0, 3, start_seconds=seconds)
+
+
+def test_a_lighthouse_that_does_not_answer_is_named_with_the_cause(monkeypatch):
+    def refuse(address, timeout):
+        raise RuntimeError("connection refused")
+
+    monkeypatch.setattr("lightning_lopt.elastic._client_class", lambda: refuse)
+    monkeypatch.setattr("lightning_lopt.elastic.CONNECT_SECONDS", 0.1)
+    alone = Elastic("http://127.0.0.1:1", 0, 3, start_seconds=0, timeout=timedelta(seconds=0.3))
+    with (
+        pytest.warns(UserWarning, match=r"127.0.0.1:1 does not answer.*connection refused"),
+        pytest.raises(TimeoutError, match=r"No quorum by the lighthouse http://127.0.0.1:1 .*connection refused"),
+    ):
+        alone.meet(-1, fingerprint=0, repeats=False, leaves=False)
+    alone.close()
 
 
 def test_without_torchft_the_error_says_where_it_exists(monkeypatch):

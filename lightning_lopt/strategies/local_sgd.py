@@ -207,7 +207,8 @@ class LocalSGD(DDPStrategy):
       `max_time`, data of unknown length) leaves the others, and ends with the last synced weights. After SIGTERM or
       SLURM's requeue signal it first ends its round, which must be shorter than the time until SIGKILL.
     * Each worker has its own loggers, callbacks and checkpoints: give it a `default_root_dir` of its own, and the same
-      `seed_everything` as the others. `fit(ckpt_path="last")` matters only where all have died.
+      `seed_everything` as the others. `fit(ckpt_path="last")` matters where all have died or ended: without it, a
+      worker that is started after the others' end trains a whole new run alone.
     * Validation sees the last synced weights (`eval_weights="anchor"`) and all of the data, the same on all workers.
     * Refused are `sharded`, `overlap_steps`, `density` and selections, a number as `merge`, `worker_speeds`,
       `virtual_workers`, `ranks_per_worker`, networks for a fixed number of workers (LAgg-A), `sync_dist=True` in
