@@ -107,6 +107,18 @@ class Layout:
         return cls(state["groups"], {n: torch.Size(size) for n, size in state["sizes"].items()}, boxes, shards)
 
 
+def reshard(module: nn.Module) -> None:
+    """Let a module free its gathered parameters.
+
+    FSDP keeps some of them after a forward pass without a backward pass. They would be out of date once the shards are
+    written, and they hide the DTensors from `named_parameters`.
+    """
+    for part in module.modules():
+        method = getattr(part, "reshard", None)
+        if callable(method):
+            method()
+
+
 class Held:
     """Tensors of a worker's model that one rank holds, under the names of a module and in the groups of an optimizer.
 
@@ -124,21 +136,10 @@ class Held:
 
     def __init__(self, module: nn.Module, optimizer: Any, comm: Communicator) -> None:
         self._module, self._optimizer, self._comm = module, optimizer, comm
-        self.reshard()
+        reshard(module)
         self._names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         self.device = next(iter(self._names)).device
         self.held: dict[Tensor, nn.Parameter] = {}
-
-    def reshard(self) -> None:
-        """Let the module free its gathered parameters.
-
-        FSDP keeps some of them after a forward pass without a backward pass. They would be out of date once the shards
-        are written, and they hide the DTensors from `named_parameters`.
-        """
-        for module in self._module.modules():
-            reshard = getattr(module, "reshard", None)
-            if callable(reshard):
-                reshard()
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for parameter, held in self.held.items():
@@ -200,7 +201,7 @@ class LocalShards(Held):
                 held.data = local
 
     def push(self) -> None:
-        self.reshard()
+        reshard(self._module)
 
 
 class WholeTensors(Held):
@@ -233,7 +234,7 @@ class WholeTensors(Held):
 
     @torch.no_grad()
     def push(self) -> None:
-        self.reshard()
+        reshard(self._module)
         ranks = range(len(self._owned))
         outgoing = [[self._box(rank, p).of_whole(held.data) for p, held in self.held.items()] for rank in ranks]
         incoming = [[(p, local_shard(p).shape) for p in owned] for owned in self._owned]

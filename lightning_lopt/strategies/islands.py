@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from lightning_lopt.islands import foreign_sharding, has_dtensors
+from lightning_lopt.islands import foreign_sharding, has_dtensors, reshard
 from lightning_lopt.strategies import host
 
 NOT_AFTER_EXCEPTION = (
@@ -129,4 +129,5 @@ def full_state_dict(module: nn.Module) -> dict[str, Any]:
 
 def load_full_state_dict(module: nn.Module, state: dict[str, Any], *, strict: bool) -> None:
     """Load whole tensors, which every rank has, into a sharded module."""
+    reshard(module)
     set_model_state_dict(module, state, options=StateDictOptions(full_state_dict=True, strict=strict))

@@ -31,7 +31,7 @@ from typing_extensions import override
 from lightning_lopt.comm import Communicator, DisagreementError, Membership, check_timeout, digest
 from lightning_lopt.compression import Codec, LinearCodec
 from lightning_lopt.functional.merge import MergeRule
-from lightning_lopt.islands import FULLY_SHARD, has_dtensors, local_shard
+from lightning_lopt.islands import FULLY_SHARD, has_dtensors, local_shard, reshard
 from lightning_lopt.rounds import Rounds, check_combination, check_elastic
 from lightning_lopt.schedules import RoundInfo, as_schedule
 from lightning_lopt.selection import Selection
@@ -558,8 +558,8 @@ class LocalSGD(DDPStrategy):
         if self._mesh is None or self.model is not self.lightning_module:
             super().teardown()
             return
-        # As in `ModelParallelStrategy` a sharded model stays on its mesh; after an exception parts of it may still be
-        # gathered, and moving these would raise another one.
+        # As in `ModelParallelStrategy` a sharded model stays on its mesh; parts of it may still be gathered.
+        reshard(self.lightning_module)
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         for part in (self.cluster_environment, self.precision_plugin, self.accelerator, self.checkpoint_io):
