@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from itertools import islice
@@ -33,9 +32,10 @@ class IndexSampler(Wrapper):
     def __init__(self, loader: DataLoader, at_once: int = 1) -> None:
         super().__init__(index_sampler(loader))
         self.at_once = at_once
-        sizes = loader.batch_size, getattr(loader.sampler, "num_replicas", None)
-        known = isinstance(loader.sampler, DistributedSampler) and None not in sizes
-        self.rows: int | None = math.prod(sizes) if known else None
+        size, sampler = loader.batch_size, loader.sampler
+        self.rows: int | None = None
+        if isinstance(sampler, DistributedSampler) and size is not None:
+            self.rows = size * sampler.num_replicas
         self.batch_ratio: Fraction | None = None
         generators = [loader.generator, getattr(loader.sampler, "generator", None)]
         self._generators = [g for i, g in enumerate(generators) if g is not None and g not in generators[:i]]

@@ -555,11 +555,11 @@ class LocalSGD(DDPStrategy):
         self._loaders.forget()
         trainer = host.trainer_of(self.lightning_module)
         host.destroy_process_group_at_exit(trainer is not None and not trainer.interrupted)
-        if self._mesh is None or self.model is not self.lightning_module:
+        if self._mesh is None or self.model is None or self.model is not self.lightning_module:
             super().teardown()
             return
         # As in `ModelParallelStrategy` a sharded model stays on its mesh; parts of it may still be gathered.
-        reshard(self.lightning_module)
+        reshard(self.model)
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         for part in (self.cluster_environment, self.precision_plugin, self.accelerator, self.checkpoint_io):

@@ -54,7 +54,7 @@ class InFlight(NamedTuple):
             return None
         if any(buffer["worker_payloads"] is not None for buffer in common["flat_buffers"]):
             return None
-        launched = dict(zip([names[i] for i in own["sent"]], own["launched"], strict=True))
+        launched = dict(zip([names[int(i)] for i in own["sent"]], own["launched"], strict=True))
         tensors: dict[str, dict[str, Tensor]] = {"mean": {}, "launched": launched, "residual": {}, "codec_state": {}}
         for buffer, residual in zip(common["flat_buffers"], own["residuals"], strict=True):
             of_type = {n: y for n, y in launched.items() if state_dtype(y) == buffer["payload"].dtype}
