@@ -85,7 +85,7 @@ class Elastic:
         lighthouse: Address of the lighthouse, like `"http://10.0.0.1:29510"`.
         worker_id: Number of this worker, 0 <= `worker_id` < `max_workers`, the same whenever it is started.
         max_workers: Number of workers >= 1 that there can be. The first round waits for all of them, up to
-            `start_seconds`.
+            `start_seconds`; after a resume it does not.
         min_workers: Number of workers >= 1 without which a round does not begin: with fewer, they wait.
         host: Name or address of this machine by which the other workers reach it, on whose interface it listens.
         start_seconds: Seconds for which the first round waits for the last workers.
@@ -264,8 +264,9 @@ class Elastic:
         if own.worker in [c.worker for c in admitted]:
             raise DisagreementError(f"There is a worker {own.worker} already: give each its own worker_id.")
         raise DisagreementError(
-            f"The other workers, {[c.worker for c in admitted]}, train another model, or with other settings: give all "
-            "the same model, Rounds, min_workers and max_workers."
+            f"The other workers, {[c.worker for c in admitted]}, train another model, for another number of steps, or "
+            "with other settings: give all the same model, Rounds (or strategy), max_steps or max_epochs, min_workers "
+            "and max_workers."
         )
 
     # -- the group ------------------------------------------------------------------------------------------------

@@ -527,7 +527,7 @@ class Rounds:
         while True:
             members = self._membership.meet(
                 self.round_idx if self._has_met or self.resumed else -1,
-                fingerprint=digest(f"{self.sync.fingerprint} {self._given}"),
+                fingerprint=digest(f"{self.sync.fingerprint} {self._given} {self.total_steps}"),
                 repeats=repeats,
                 leaves=self._leaves and not repeats,
             )

@@ -29,7 +29,7 @@ from lightning_lopt import (
     SlowMomentum,
     SyncOptions,
 )
-from lightning_lopt.comm import Communicator
+from lightning_lopt.comm import Communicator, Members
 from lightning_lopt.elastic import Candidate, Elastic, GlooCollectives, _all_listen, _interruptible, admit, is_complete
 from lightning_lopt.rounds import _from_bytes
 from tests.elastic_support import (
@@ -310,6 +310,37 @@ def test_a_checkpoint_of_one_worker_is_enough():
         assert log.begins == [3]
         assert all(torch.equal(a, b) for a, b in zip(log.start, logs[0].anchors[2], strict=True))
         assert all(torch.equal(a, b) for a, b in zip(log.anchors[4], again[0].anchors[4], strict=True))
+
+
+class _Alone:
+    """A membership without others, which remembers what it was asked."""
+
+    worker_id, max_workers = 0, 2
+
+    def meet(self, round_idx, *, fingerprint, repeats, leaves):
+        self.fingerprint = fingerprint
+        return Members((0,), (round_idx,), None)
+
+    def disconnect(self):
+        pass
+
+    close = disconnect
+
+
+@pytest.mark.parametrize(
+    ("changed", "differs"),
+    [({}, False), ({"total_steps": 11}, True), ({"local_steps": 3}, True), ({"outer_optimizer": SlowMomentum}, True)],
+)
+def test_workers_of_another_run_do_not_meet(changed, differs):
+    """Those that end elsewhere, in particular: they would sync at other steps, and take the others with them."""
+    fingerprints = []
+    for arguments in ({}, changed):
+        model, optimizer = make(0)
+        membership = _Alone()
+        rounds = Rounds(model, optimizer, **{"local_steps": 2, "total_steps": 10, **arguments}, elastic=membership)
+        rounds.meet()
+        fingerprints.append(membership.fingerprint)
+    assert (len({*fingerprints}) == 2) == differs
 
 
 def test_the_first_step_needs_a_meeting():
@@ -630,6 +661,6 @@ def test_it_listens_at_one_interface_and_strangers_are_turned_away(run):
     results = [receive.recv() for receive in found]
     errors = [error for error, _ in results if error is not None]
     assert sorted("already" in error for error in errors) == [False, True]
-    assert any("with other settings" in error for error in errors)
+    assert any("other settings" in error for error in errors)
     addresses = [listening for error, listening in results if error is None]
     assert addresses == [{"0100007F"}] * 2

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_lopt.comm import Communicator, Membership
@@ -90,6 +91,7 @@ class ElasticWorker(ProcessWorkers):
             rounds.leave()
         rounds.meet()
         if rounds.left and signals.noted:
+            rank_zero_info(f"Worker {self._membership.worker_id} leaves the others after round {rounds.round_idx - 1}.")
             signals.run_noted_actions()
             host.stop_after_batch(self._trainer)  # also after a requeue: without the others there is no further step
 
