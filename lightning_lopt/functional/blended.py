@@ -93,8 +93,8 @@ def nesterov(grad: Tensor, momentum: Tensor, complement: Tensor) -> Tensor:
     return torch.addcmul(grad, (1 - keep) / keep, momentum)
 
 
-def base_forms(step: Tensor, state: BaseState, factors: Factoring, like: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Compute the forms of a Nesterov step: as it is, orthogonalised (a vector as it is) and whitened.
+def base_forms(step: Tensor, state: BaseState, factors: Factoring, like: Tensor) -> Tensor:
+    """Stack a Nesterov step as it is, orthogonalised (a vector as it is) and whitened.
 
     Args:
         step: Nesterov step, [P, 1, B, a, b].
@@ -103,43 +103,30 @@ def base_forms(step: Tensor, state: BaseState, factors: Factoring, like: Tensor)
         like: Tensor of the parameter's shape, [P, *S].
 
     Returns:
-        Forms of the step, all of one norm, each [P, 1, B, a, b], and that norm, [P, 1, ...].
+        Forms of the step, all of one norm, [P, 3, B, a, b].
     """
     whole = factors.restore(step, like)
     size = norm(whole)
     orthogonal = factors.matrices(orthogonalise(whole, size)) if factors.factored else step
-    return (step, orthogonal, factors.matrices(whiten(whole, state, size))), size
+    return torch.cat([step, orthogonal, factors.matrices(whiten(whole, state, size))], 1)
 
 
-def blended_forms(weights: Tensor, forms: Sequence[Tensor]) -> Tensor:
-    """Add up forms of a step with their weights.
-
-    Args:
-        weights: Weights, [P, N, *].
-        forms: Forms, each [P, 1, *].
-    """
-    first, *others = weights.split(1, 1)
-    step = first * forms[0]
-    for weight, form in zip(others, forms[1:], strict=True):
-        step.addcmul_(weight, form)
-    return step
-
-
-def zero_where_unused(step: Tensor, nesterov_step: Tensor) -> Tensor:
+def zero_where_unused(step: Tensor, forms: Tensor) -> Tensor:
     """Set a step to 0 where the Nesterov step is 0: the pseudo-gradient of such a coordinate is and was exactly 0.
 
     Args:
-        step: Step made of the forms of the Nesterov step; overwritten.
-        nesterov_step: Nesterov step, of the same shape.
+        step: Step made of the forms, [P, 1, B, a, b]; overwritten.
+        forms: Result of `base_forms`, of which the first one is the Nesterov step, [P, N, B, a, b].
 
     Returns:
         The step.
 
     Example:
-        >>> zero_where_unused(torch.ones(2), torch.tensor([0.0, 2.0]))
+        >>> forms = torch.tensor([0.0, 2.0]).view(1, 1, 1, 1, 2)
+        >>> zero_where_unused(torch.ones(1, 1, 1, 1, 2), forms).flatten()
         tensor([0., 1.])
     """
-    return step.masked_fill_(nesterov_step == 0, 0)
+    return step.masked_fill_(forms[:, :1] == 0, 0)
 
 
 class BlendedSettings(NamedTuple):
@@ -224,7 +211,7 @@ def _step(tensor: ModelTensor[BaseState], settings: BlendedSettings, factor: Ten
     update_grams(state, grad)
     matrices = factors.matrices(grad)
     state.momentum.mul_(shrink.view(-1, 1, 1, 1, 1)).lerp_(matrices, complement[..., None, None, None])
-    forms, _ = base_forms(nesterov(matrices, state.momentum, complement), state, factors, param)
+    forms = base_forms(nesterov(matrices, state.momentum, complement), state, factors, param)
     weights = (settings.lr[:, None] * settings.blend)[..., None, None, None]
-    step = zero_where_unused(blended_forms(weights, forms), forms[0])
+    step = zero_where_unused((weights * forms).sum(1, keepdim=True), forms)
     param.sub_(factors.restore(step, param))

@@ -49,12 +49,15 @@ class Moments(NamedTuple):
 
     Attributes:
         features: Sums of squares of the per-coordinate features, in the order of the network, [P, G + 15].
+        base: Sum of squares of the base step, [P, 1]; [P, 0] for an update with neither a base step nor features of
+            kind "tensor".
         products: Sums of g², g m_1, g m_2, g m_3, [P, 4], from which features of kind "tensor" are made; [P, 0] for an
             update without them.
         numel: Number of coordinates.
     """
 
     features: Tensor
+    base: Tensor
     products: Tensor
     numel: int
 

@@ -201,26 +201,25 @@ def accumulate(operands: _Operands, network: FoldedNetwork, plan: _Plan) -> Mome
             ada.update_moments(x.momentum, x.second, x.grad, network.decays)
             views = workspace.features(x)
             features = torch.linalg.vector_norm(views.flat_coordinate, dim=-1).square_()
-            if "tensor" in network.update.feature_kinds:
-                grads, momenta = x.grad.flatten(2), views.momentum.flatten(2)
-                products = [torch.bmm(factors, grads.mT).squeeze(2) for factors in (grads, momenta)]
-                features = torch.cat([features, *products], 1)
-            sums.append(features)
+            sums.append(torch.cat([features, *network.update.block_sums(x.grad, views.momentum, network.decays)], 1))
         return sums
 
     parts = in_threads(work, operands.blocks(plan.block), operands.grad.device)
     sums = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-    return Moments(sums[:, :count], sums[:, count:], operands.grad[0].numel())
+    return Moments(sums[:, :count], sums[:, count : count + 1], sums[:, count + 1 :], operands.grad[0].numel())
 
 
-def apply(operands: _Operands, layers: Layers, update: Update, base: Base | None, plan: _Plan) -> None:
+def apply(
+    operands: _Operands, layers: Layers, moments: Moments, update: Update, forms: Tensor | None, plan: _Plan
+) -> None:
     """Run the network over all coordinates and move `operands.param`, in place.
 
     Args:
         operands: Operands of the tensor.
         layers: Result of `layers.separate`.
+        moments: Result of `accumulate`.
         update: Kind of update.
-        base: Its base step; None for an update without one.
+        forms: Forms of its base step, [P, N, B, a, b]; None for an update without one.
         plan: Plan of the blocks.
     """
     *hidden_weights, last_weight = layers.weights
@@ -230,9 +229,9 @@ def apply(operands: _Operands, layers: Layers, update: Update, base: Base | None
         constants = layers.tiled.expand(-1, -1, *grid), *constants[1:]
     constant_blocks = list(zip(*(split_blocks(tensor, grid, block) for tensor in constants), strict=True))
     bases = [None] * len(constant_blocks)
-    if base is not None:
-        parts = zip(*(split_blocks(form, grid, block) for form in base.forms), strict=True)
-        bases = [Base(forms, base.rms) for forms in parts]
+    if forms is not None:
+        base_rms = (moments.base / moments.numel).sqrt_()[..., None, None, None]
+        bases = [Base(part, base_rms) for part in split_blocks(forms, grid, block)]
 
     def work(blocks: Sequence[tuple[_Operands, Base | None, tuple[Tensor, ...]]]) -> list[None]:
         workspace = plan.whole or _Workspace(plan)
@@ -312,8 +311,8 @@ def _step(tensor: ModelTensor[AdaState], network: FoldedNetwork, damping: Tensor
     operands = _Operands.of(param, grad, worker_grads, state, eps, factors)
     plan = _Plan(operands, network)
     moments = accumulate(operands, network, plan)
-    base = update.base_step(operands.grad, state, network.decays, factors, param)
-    apply(operands, separate(network, state, moments, eps, factors), update, base, plan)
+    forms = update.base_forms(operands.grad, state, network.decays, factors, param)
+    apply(operands, separate(network, state, moments, eps, factors), moments, update, forms, plan)
     if operands.param.data_ptr() != param.data_ptr():  # the permuted view was a copy
         param.copy_(factors.restore(operands.param, param))
 

@@ -53,26 +53,27 @@ def orthogonalise(step: Tensor, size: Tensor | None = None) -> Tensor:
 def _by_steps(x: Tensor) -> Tensor:
     """Iterate matrices [P, n, m], n <= m."""
     for _ in range(ITERATIONS):
-        x = product(polynomial(symmetric_product(x, x.mT)), x)
+        x = product(_higher_terms(symmetric_product(x, x.mT)), x, x, beta=COEFFICIENTS[0])
     return x
 
 
 def _by_grams(x: Tensor) -> Tensor:
     """Take the iterations of `_by_steps`, most of them on the Gram matrices [P, n, n]."""
+    linear = COEFFICIENTS[0]
     for iterations in RESTARTS:
         gram = symmetric_product(x, x.mT)
-        factor = step = polynomial(gram)
+        higher = _higher_terms(gram)
+        factor = higher.clone()
+        factor.diagonal(dim1=1, dim2=2).add_(linear)
         for _ in range(iterations - 1):
-            gram = symmetric_product(symmetric_product(gram, step), step)
-            step = polynomial(gram)
-            factor = symmetric_product(step, factor)
+            half = symmetric_product(gram, higher, gram, beta=linear)
+            gram = symmetric_product(half, higher, half, beta=linear)
+            higher = _higher_terms(gram)
+            factor = symmetric_product(higher, factor, factor, beta=linear)
         x = product(factor, x)
     return x
 
 
-def polynomial(gram: Tensor) -> Tensor:
-    """Compute a I + b G + c G² of symmetric matrices G, [P, n, n]."""
-    linear, cubic, quintic = COEFFICIENTS
-    result = symmetric_product(gram, gram, gram, beta=cubic, alpha=quintic)
-    result.diagonal(dim1=1, dim2=2).add_(linear)
-    return result
+def _higher_terms(gram: Tensor) -> Tensor:
+    """Compute b G + c G² of Gram matrices G, [P, n, n]."""
+    return symmetric_product(gram, gram, gram, beta=COEFFICIENTS[1], alpha=COEFFICIENTS[2])

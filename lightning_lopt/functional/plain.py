@@ -13,6 +13,7 @@ from lightning_lopt.functional import ada
 from lightning_lopt.functional.ada import AdaState, Epsilons, Factoring
 from lightning_lopt.functional.damping import damped
 from lightning_lopt.functional.layers import Network
+from lightning_lopt.functional.updates import Base
 
 
 def features(
@@ -124,6 +125,7 @@ def step(
     if "tensor" in update.feature_kinds:
         context = tensor_features(p, g, state, network, round_idx, factors)
         seen = torch.cat([seen, context[:, :, None, None, None].expand(-1, -1, *g.shape[2:])], 1)
-    base = update.base_step(g, state, decays, factors, param)
+    forms = update.base_forms(g, state, decays, factors, param)
+    base = None if forms is None else Base(forms, forms[:, :1].square().mean((2, 3, 4), keepdim=True).sqrt())
     change = update.step(evaluate(seen, network), base)
     param.copy_(factors.restore(p - change, param))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -11,8 +10,7 @@ from torch import Tensor
 from lightning_lopt.functional.ada import SUM_BLOCK
 from lightning_lopt.functional.blocks import in_threads
 
-TILE = (96, 512)  # of a product, at least
-MOST_ROWS = 16  # of tiles: those of a long matrix are higher
+TILE = (64, 512)  # of a product
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
@@ -23,8 +21,6 @@ def as_matrix(tensor: Tensor) -> Tensor:
 def product(left: Tensor, right: Tensor, plus: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
     r"""Compute :math:`\beta P + \alpha L R`; on a CPU in tiles, each of which one thread takes.
 
-    The result lies in memory as R does, by rows or by columns.
-
     Args:
         left: Left factors L, [P, a, b].
         right: Right factors R, [P, b, c].
@@ -32,31 +28,23 @@ def product(left: Tensor, right: Tensor, plus: Tensor | None = None, beta: float
         beta: Factor β of the summands.
         alpha: Factor α of the products.
     """
-    if right.stride(1) == 1 < right.stride(2):
-        return _tiled(right.mT, left.mT, None if plus is None else plus.mT, beta, alpha).mT
-    return _tiled(left, right, plus, beta, alpha)
-
-
-def _tiled(left: Tensor, right: Tensor, plus: Tensor | None, beta: float, alpha: float) -> Tensor:
-    height, width = TILE[0] * -(-left.shape[1] // (TILE[0] * MOST_ROWS)), TILE[1]
+    height, width = TILE
     one_tile = torch.get_num_threads() == 1 and left.shape[1] <= height and right.shape[2] <= width
     if left.device.type != "cpu" or one_tile:
         return _product(left, right, plus, beta, alpha)
     result = left.new_empty(*left.shape[:2], right.shape[2])
-    rows, columns = left.split(height, 1), right.split(width, 2)
-    targets = _cut(result, height, width)
-    summands = [None] * len(targets) if plus is None else _cut(plus, height, width)
     tiles = [
-        (row, column, summand, target)
-        for (row, column), summand, target in zip(itertools.product(rows, columns), summands, targets, strict=True)
+        (
+            left[:, row : row + height],
+            right[..., column : column + width],
+            None if plus is None else plus[:, row : row + height, column : column + width],
+            result[:, row : row + height, column : column + width],
+        )
+        for row in range(0, left.shape[1], height)
+        for column in range(0, right.shape[2], width)
     ]
     _fill(tiles, beta, alpha)
     return result
-
-
-def _cut(matrices: Tensor, height: int, width: int) -> list[Tensor]:
-    """Cut matrices [P, a, b] into tiles, in row-major order."""
-    return [tile for row in matrices.split(height, 1) for tile in row.split(width, 2)]
 
 
 def symmetric_product(
@@ -75,15 +63,22 @@ def symmetric_product(
     if left.device.type != "cpu" or side <= height:
         return product(left, right, plus, beta, alpha)
     result = left.new_empty(left.shape[0], side, side)
-    starts, strips = range(0, side, height), result.split(height, 1)
-    summands = [None] * len(starts) if plus is None else plus.split(height, 1)
-    tiles = [
-        (factor, right[..., row:], None if summand is None else summand[..., row:], strip[..., row:])
-        for row, factor, summand, strip in zip(starts, left.split(height, 1), summands, strips, strict=True)
-    ]
-    _fill(tiles, beta, alpha)
-    for row, strip in zip(starts, strips[:-1], strict=False):
-        result[:, row + height :, row : row + height] = strip[..., row + height :].mT
+    starts = range(0, side, height)
+    _fill(
+        [
+            (
+                left[:, row : row + height],
+                right[..., row:],
+                None if plus is None else plus[:, row : row + height, row:],
+                result[:, row : row + height, row:],
+            )
+            for row in starts
+        ],
+        beta,
+        alpha,
+    )
+    for row in starts:
+        result[:, row + height :, row : row + height] = result[:, row : row + height, row + height :].mT
     return result
 
 
@@ -104,11 +99,6 @@ def _fill(tiles: Sequence[_Tile], beta: float, alpha: float) -> None:
 def _product(
     left: Tensor, right: Tensor, plus: Tensor | None, beta: float, alpha: float, out: Tensor | None = None
 ) -> Tensor:
-    if len(left) == 1:  # on a CPU faster than a batch of one
-        summand, result = (None if x is None else x[0] for x in (plus, out))
-        if summand is None:
-            return torch.mm(left[0], right[0], out=result).unsqueeze(0)
-        return torch.addmm(summand, left[0], right[0], beta=beta, alpha=alpha, out=result).unsqueeze(0)
     if plus is None:
         assert alpha == 1
         return torch.bmm(left, right, out=out)
@@ -131,5 +121,5 @@ def norm(matrices: Tensor) -> Tensor:
 
 
 def grafted(step: Tensor, size: Tensor) -> Tensor:
-    """Scale a step [P, *S] to a norm [P, 1, ...], in place; 0 where the step is 0."""
-    return step.mul_(size / norm(step).clamp_(min=torch.finfo(step.dtype).tiny))
+    """Scale a step [P, *S] to a norm [P, 1, ...]; 0 where the step is 0."""
+    return step * (size / norm(step).clamp_(min=torch.finfo(step.dtype).tiny))

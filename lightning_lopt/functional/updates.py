@@ -5,7 +5,7 @@ over `UPDATES` take it up. The methods are independent choices: a rule may have 
 of the whole tensor without a base step.
 
 `Update.step` sees the outputs of the network and the base step, neither the pseudo-gradient nor the parameter. A rule
-that needs one of them, or a norm, brings it in through `Update.base_step`: a form of the base step may be any tensor
+that needs one of them, or a norm, brings it in through `Update.base_forms`: a form of the base step may be any tensor
 of the parameter's shape, the pseudo-gradient itself for example, and the root mean square of the first one comes along.
 
 A change of a rule that moves parameters otherwise is a new rule with a new name, and the former name stays, since
@@ -14,7 +14,6 @@ weights files and saved runs hold it: `FORMER_UPDATES` tells which name a new on
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
@@ -26,7 +25,6 @@ from typing_extensions import override
 from lightning_lopt.functional.ada import AdaState, Decays, Epsilons, Factoring, epsilons, sum_in_blocks
 from lightning_lopt.functional.blended import (
     base_forms,
-    blended_forms,
     complement_of_round,
     damp_model,
     nesterov,
@@ -46,11 +44,11 @@ class Base(NamedTuple):
     """A hand-made step that an update starts from, on a tensor or a block of it.
 
     Attributes:
-        forms: Forms of the step, each [P, 1, B, a, b].
+        forms: Forms of the step, [P, N, B, a, b].
         rms: Root mean square of the first form over the whole tensor, [P, 1, 1, 1, 1].
     """
 
-    forms: Sequence[Tensor]
+    forms: Tensor
     rms: Tensor
 
 
@@ -111,8 +109,25 @@ class Update(ABC):
         """Choose the terms added before roots and divisions, from accumulators already advanced."""
 
     @abstractmethod
-    def base_step(self, grad: Tensor, state: AdaState, decays: Decays, factors: Factoring, like: Tensor) -> Base | None:
-        """Compute the base step.
+    def block_sums(self, grad: Tensor, momentum: Tensor, decays: Decays) -> list[Tensor]:
+        """Sum over a block what the root mean square of the base step and features of kind "tensor" are made of.
+
+        Args:
+            grad: Averaged pseudo-gradient g of the block, [P, 1, B, a, b].
+            momentum: Momenta m_i of the block, already advanced, [P, 3, B, a, b].
+            decays: Decays of the round.
+
+        Returns:
+            Sum of the squares of the base step's first form, [P, 1], then sums of g², g m_1, g m_2, g m_3, [P, 4]. The
+            second entry may be left out by a rule without features of kind "tensor"; the first is 0 for a rule that
+            has them but no base step. Empty for a rule with neither.
+        """
+
+    @abstractmethod
+    def base_forms(
+        self, grad: Tensor, state: AdaState, decays: Decays, factors: Factoring, like: Tensor
+    ) -> Tensor | None:
+        """Compute the forms of the base step.
 
         Args:
             grad: Averaged pseudo-gradient, [P, 1, B, a, b].
@@ -122,7 +137,7 @@ class Update(ABC):
             like: Tensor of the parameter's shape, [P, *S].
 
         Returns:
-            Base step, of any number of forms >= 1; None for a rule without one.
+            Forms [P, N, B, a, b], in any number N >= 1; None without a base step.
         """
 
     @abstractmethod
@@ -171,7 +186,13 @@ class PublishedUpdate(Update):
         return epsilons(state, relative=False)
 
     @override
-    def base_step(self, grad: Tensor, state: AdaState, decays: Decays, factors: Factoring, like: Tensor) -> Base | None:
+    def block_sums(self, grad: Tensor, momentum: Tensor, decays: Decays) -> list[Tensor]:
+        return []
+
+    @override
+    def base_forms(
+        self, grad: Tensor, state: AdaState, decays: Decays, factors: Factoring, like: Tensor
+    ) -> Tensor | None:
         return None
 
     @override
@@ -220,10 +241,16 @@ class BlendedNesterovUpdate(Update):
         return epsilons(state, relative=True)
 
     @override
-    def base_step(self, grad: Tensor, state: AdaState, decays: Decays, factors: Factoring, like: Tensor) -> Base:
+    def block_sums(self, grad: Tensor, momentum: Tensor, decays: Decays) -> list[Tensor]:
+        base = nesterov(grad, momentum[:, :1], decays.momentum[:, :1]).flatten(1)
+        grads = grad.flatten(2)
+        products = torch.bmm(torch.cat([grads, momentum.flatten(2)], 1), grads.mT).squeeze(2)
+        return [torch.linalg.vector_norm(base, dim=-1, keepdim=True).square_(), products]
+
+    @override
+    def base_forms(self, grad: Tensor, state: AdaState, decays: Decays, factors: Factoring, like: Tensor) -> Tensor:
         step = nesterov(grad, state.momentum[:, :1], decays.momentum[:, :1])
-        forms, size = base_forms(step, state.base, factors, like)
-        return Base(forms, size.view(-1, 1, 1, 1, 1) / math.sqrt(step[0].numel()))
+        return base_forms(step, state.base, factors, like)
 
     @override
     def step(self, output: Tensor, base: Base | None) -> Tensor:
@@ -238,7 +265,7 @@ class BlendedNesterovUpdate(Update):
         assert base is not None
         correction, gate, logits = output.split([1, 1, 2], dim=1)
         blend = torch.cat([torch.zeros_like(gate), logits], 1).softmax(1)
-        step = blended_forms(blend, base.forms)
+        step = blend.mul_(base.forms).sum(1, keepdim=True)
         correction.clamp_(-MAX_CORRECTION, MAX_CORRECTION).mul_(base.rms)
         return correction.add_(gate.clamp_(*GATE_RANGE).exp_().mul_(step))
 
@@ -254,7 +281,7 @@ class MaskedBlendedNesterovUpdate(BlendedNesterovUpdate):
             + \mathrm{rms}(b)\,\lambda_1 d\Big)
         """
         assert base is not None
-        return zero_where_unused(super().step(output, base), base.forms[0])
+        return zero_where_unused(super().step(output, base), base.forms)
 
 
 UPDATES: dict[str, Update] = {

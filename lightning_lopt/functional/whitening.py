@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import reduce
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_lopt.functional.ada import BaseState
-from lightning_lopt.functional.orthogonal import polynomial
+from lightning_lopt.functional.orthogonal import COEFFICIENTS
 from lightning_lopt.functional.products import as_matrix, grafted, norm, product, symmetric_product
 
 KEEP = 0.7  # of the Gram matrices, from round to round
@@ -32,10 +32,10 @@ def update_grams(state: BaseState, grad: Tensor) -> None:
     """
     matrix = as_matrix(grad)
     for gram, side in ((state.left_gram, matrix), (state.right_gram, matrix.mT)):
-        for blocks, rows in _blocks(gram, side):
-            flat = rows.flatten(0, 1)
-            squares = flat.square() if flat.shape[1:] == (1, 1) else symmetric_product(flat, flat.mT)
-            torch.add(squares.view_as(blocks), blocks, alpha=KEEP, out=blocks)
+        if gram.numel():
+            blocks = _row_blocks(side, gram)
+            squares = blocks.square() if blocks.shape[1:] == (1, 1) else symmetric_product(blocks, blocks.mT)
+            torch.add(squares.view_as(gram), gram, alpha=KEEP, out=gram)
 
 
 def whiten(step: Tensor, state: BaseState, size: Tensor | None = None) -> Tensor:
@@ -72,36 +72,26 @@ def whiten(step: Tensor, state: BaseState, size: Tensor | None = None) -> Tensor
     return grafted(matrix.reshape(step.shape), norm(step) if size is None else size)
 
 
-def _blocks(gram: Tensor, matrix: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Pair blocks of a Gram matrix with their rows, [P, N, n, n] and [P, N, n, m]: those of one size, and the last."""
-    side = gram.shape[2]
-    whole, rest = divmod(matrix.shape[1], side) if gram.numel() else (0, 0)
-    blocks, pairs = matrix[:, : whole * side].unflatten(1, (whole, side)), []
-    if whole:
-        pairs.append((gram[:, :whole], blocks))
-    if rest:
-        pairs.append((gram[:, whole:, :rest, :rest], matrix[:, whole * side :].unsqueeze(1)))
-    return pairs
+def _row_blocks(matrix: Tensor, gram: Tensor) -> Tensor:
+    """Split rows by the blocks of a Gram matrix: [P, n, m] to [P * number, side, m], the last one padded."""
+    _, number, side, _ = gram.shape
+    missing = number * side - matrix.shape[1]
+    padded = F.pad(matrix, (0, 0, 0, missing)) if missing else matrix
+    return padded.reshape(-1, side, matrix.shape[2])
 
 
 def _conditioned(matrix: Tensor, gram: Tensor) -> Tensor:
     """Multiply each block of rows with the inverse root of its Gram matrix."""
-    shrink = norm(gram).clamp_(min=torch.finfo(gram.dtype).tiny).reciprocal_()
-    if gram.shape[2] == 1:
-        return (gram.flatten(1) * shrink.flatten(1)).add_(FLOOR).rsqrt_().unsqueeze(2) * matrix
-    count, result = max(1, GROUP.get(gram.device.type, GROUP["other"]) // gram.shape[2] ** 2), torch.empty_like(matrix)
-    for (blocks, rows), (_, target) in zip(_blocks(gram, matrix), _blocks(gram, result), strict=True):
-        for part, to, *operands in _groups(count, rows, target, blocks, shrink.expand(-1, blocks.shape[1], -1, -1)):
-            grams = torch.mul(*operands).flatten(0, 1)
-            to.copy_(times_inverse_root(grams, part.flatten(0, 1)).view_as(part))
-    return result
-
-
-def _groups(count: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Split tensors [P, N, *] into groups of at most `count` blocks of the P * N."""
-    for several in zip(*(tensor.split(count) for tensor in tensors), strict=True):
-        size = max(1, count // len(several[0]))
-        yield from zip(*(tensor.split(size, dim=1) for tensor in several), strict=True)
+    shrink = norm(gram).clamp_(min=torch.finfo(gram.dtype).tiny).reciprocal_().expand(-1, gram.shape[1], -1, -1)
+    blocks, side = _row_blocks(matrix, gram), gram.shape[2]
+    if side == 1:
+        rows = (gram * shrink).add_(FLOOR).rsqrt_().flatten(0, 1) * blocks
+    else:
+        count = max(1, GROUP.get(gram.device.type, GROUP["other"]) // side**2)
+        parts = (tensor.split(count) for tensor in (gram.flatten(0, 1), shrink.flatten(0, 1), blocks))
+        whitened = [times_inverse_root(part * factor, rows) for part, factor, rows in zip(*parts, strict=True)]
+        rows = torch.cat(whitened) if len(whitened) > 1 else whitened[0]
+    return rows.view(matrix.shape[0], -1, matrix.shape[2])[:, : matrix.shape[1]]
 
 
 def times_inverse_root(grams: Tensor, rows: Tensor) -> Tensor:
@@ -114,18 +104,27 @@ def times_inverse_root(grams: Tensor, rows: Tensor) -> Tensor:
         grams: Symmetric matrices A with eigenvalues in [0, 1], [P, n, n]; overwritten.
         rows: Factors S, [P, n, m].
     """
+    side, width = rows.shape[1:]
     grams.diagonal(dim1=1, dim2=2).add_(FLOOR)
-    if rows.shape[2] < rows.shape[1]:
-        for factor in _factors_of_root(grams):
-            rows = product(factor, rows)
-        return rows
-    return product(reduce(symmetric_product, _factors_of_root(grams)), rows)
+    if width < side:
+        return _times_roots(grams, rows, product)
+    return product(_times_roots(grams, None, symmetric_product), rows)
 
 
-def _factors_of_root(x: Tensor) -> Iterator[Tensor]:
-    """Yield the polynomials q(X_0), q(X_1), ... of the coupled iteration."""
+def _times_roots(x: Tensor, rows: Tensor | None, times: Callable[..., Tensor]) -> Tensor:
+    """Apply the polynomials of the coupled iteration to `rows`; None for the identity matrix."""
+    linear, cubic, quintic = COEFFICIENTS
     for remaining in reversed(range(ITERATIONS)):
-        factor = polynomial(x)
-        yield factor
+        if rows is not None and not remaining:  # nothing else needs the polynomial itself
+            return times(x, times(x, rows, rows, beta=cubic, alpha=quintic), rows, beta=linear)
+        higher = symmetric_product(x, x, x, beta=cubic, alpha=quintic)
+        if rows is None:
+            rows = higher.clone()
+            rows.diagonal(dim1=1, dim2=2).add_(linear)
+        else:
+            rows = times(higher, rows, rows, beta=linear)
         if remaining:
-            x = symmetric_product(symmetric_product(x, factor), factor)
+            half = symmetric_product(x, higher, x, beta=linear)
+            x = symmetric_product(half, higher, half, beta=linear)
+    assert rows is not None
+    return rows

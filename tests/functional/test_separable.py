@@ -12,7 +12,7 @@ from lightning_lopt.functional import ada, blocks, learned, plain
 from lightning_lopt.functional.damping import FORGET, GROWTH
 from lightning_lopt.functional.features import ALL_KINDS
 from lightning_lopt.functional.orthogonal import orthogonalise
-from lightning_lopt.functional.updates import FORMER_UPDATES, UPDATES, Base, PublishedUpdate
+from lightning_lopt.functional.updates import FORMER_UPDATES, UPDATES, PublishedUpdate
 from lightning_lopt.functional.whitening import update_grams, whiten
 
 SHAPES = {
@@ -70,18 +70,25 @@ def test_separable_equals_plain_with_worker_inputs(shape):
 class GradUpdate(PublishedUpdate):
     """A multiple of the pseudo-gradient, which is the only form of the base step, and a correction."""
 
-    def base_step(self, grad, state, decays, factors, like):
-        return Base([grad.clone()], grad.square().mean((2, 3, 4), keepdim=True).sqrt())
+    def block_sums(self, grad, momentum, decays):
+        return [grad.flatten(1).square().sum(1, keepdim=True)]
+
+    def base_forms(self, grad, state, decays, factors, like):
+        return grad.clone()
 
     def step(self, output, base):
         correction, gate = output.split(1, dim=1)
-        return gate.exp() * base.forms[0] + base.rms * correction
+        return gate.exp() * base.forms + base.rms * correction
 
 
 class TensorUpdate(PublishedUpdate):
     """The published update with features of the whole tensor, without a base step."""
 
     feature_kinds = ALL_KINDS
+
+    def block_sums(self, grad, momentum, decays):
+        products = torch.cat([grad, momentum], 1).mul(grad).flatten(2).sum(2)
+        return [torch.zeros_like(products[:, :1]), products]
 
 
 @pytest.mark.parametrize("update", [GradUpdate(), TensorUpdate()], ids=["base step", "tensor features"])

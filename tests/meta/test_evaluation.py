@@ -8,7 +8,6 @@ import torch
 
 from lightning_lopt import AdaMLP
 from lightning_lopt.functional import updates
-from lightning_lopt.functional.products import norm
 from lightning_lopt.meta import Evaluation, ImageMLP, LocalOptimizer, LocalTraining
 from tests.meta.test_module import make, trainer
 
@@ -26,7 +25,7 @@ def evaluation(name: str = "small", **keywords) -> Evaluation:
 @pytest.fixture
 def diloco(monkeypatch) -> AdaMLP:
     """The base step, undamped, always plain, and with a momentum that stays: Nesterov 0.9, rate 0.7."""
-    monkeypatch.setattr(updates, "base_forms", lambda step, *_: ([step] * 3, norm(step)))
+    monkeypatch.setattr(updates, "base_forms", lambda step, *_: torch.cat([step] * 3, 1))
     monkeypatch.setattr(updates, "complement_of_round", lambda complement, *_: complement)
     monkeypatch.setattr(updates, "norm_ratio", lambda state, squared: torch.ones_like(squared))
     monkeypatch.setattr(updates, "damp_model", lambda *args: None)
