@@ -132,7 +132,8 @@ def test_the_mean_of_workers():
         "exchange": None,
     }
     assert mean["checkpoint"]["optimizer_states"][0]["state"] == {0: _adam(3.0, 5.0)}
-    assert mean["loaders"] == [{"consumed": 9, "start": None, "generators": []}, None]
+    loader = {"consumed": 6, "batch_ratio": Fraction(3, 2), "start": None, "generators": []}
+    assert mean["loaders"] == [loader, None]  # the loader goes to 9
     assert mean["random"] is None
 
 
