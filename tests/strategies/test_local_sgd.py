@@ -333,7 +333,7 @@ def test_modules_that_are_refused(module, error, match):
                 Classifier(), loader()
             ),
             MisconfigurationException,
-            r"cannot use DeepSpeedPrecision: use Trainer\(precision=...\) .* fully_shard \(FSDP2\)",
+            r"cannot use DeepSpeedPrecision: use Trainer\(precision=...\) .*fully_shard \(FSDP2\)",
         ),
         (
             lambda: trainer("auto", 1, max_epochs=1, callbacks=[RoundMonitor()]).fit(Classifier(), loader()),
