@@ -303,7 +303,7 @@ class Communicator:
             receive: Length of the slice from each rank.
         """
         if self._island is None:
-            return flat
+            return flat.clone()
         received = flat.new_empty(sum(receive))
         self._dist.all_to_all_single(received, flat, list(receive), list(send), group=self._island)
         return received
@@ -369,7 +369,7 @@ class Communicator:
 
     def _gather(self, flat: Tensor) -> Tensor:
         if self._column is None:
-            return flat.unsqueeze(0)
+            return flat.unsqueeze(0).clone()
         stacked = flat.new_empty(self.num_workers, *flat.shape)
         if len(flat):
             self._count(flat, self.num_workers - 1)
@@ -405,7 +405,7 @@ class Communicator:
 
     def _all_to_all(self, flat: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         if self._column is None:
-            return flat
+            return flat.clone()  # what arrives is the caller's, as from others
         received = flat.new_empty(sum(receive))
         self._count(flat, 1 - send[self.rank] / max(1, len(flat)))
         if self._dist is dist and flat.device.type == "cpu":

@@ -83,13 +83,15 @@ def test_any_callable_is_a_schedule():
     assert seen == [(0, 0, 7, 1.0), (1, 1, 7, 1.0), (2, 3, 7, 1.0), (3, 6, 7, 1.0)]
 
 
-def _train(rank, num_workers, outer, local_steps=4, num_steps=12, lr=0.1, dtype=torch.float64, whole=False):
+def _train(
+    rank, num_workers, outer, local_steps=4, num_steps=12, lr=0.1, dtype=torch.float64, whole=False, options=None
+):
     """A small net on random data, each worker on its own rows (`whole`: everybody on all rows)."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
     x, y = torch.randn(num_steps, 4 * num_workers, 5, dtype=dtype), torch.randint(0, 3, (num_steps, 4 * num_workers))
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    rounds = Rounds(model, optimizer, local_steps, outer) if local_steps else None
+    rounds = Rounds(model, optimizer, local_steps, outer, options=options) if local_steps else None
     rows = slice(None) if whole else slice(4 * rank, 4 * rank + 4)
     for inputs, labels in zip(x, y, strict=True):
         nn.functional.cross_entropy(model(inputs[rows]), labels[rows]).backward()
@@ -127,6 +129,26 @@ def test_one_local_step_is_data_parallel_sgd():
 def test_one_worker_is_no_strategy(dtype):
     for a, b in zip(_train(0, 1, None, dtype=dtype), _train(0, 1, None, None, dtype=dtype), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("overlap_steps", [0, 1])
+@pytest.mark.parametrize("outer", [None, _nesterov(1.0, 0.0)], ids=["mean", "SGD"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"sharded": True},
+        {"density": 0.5},
+        {"selection": Fragments(2), "sharded": True},
+        {"compression": TopK(1.0)},
+        {"compression": PowerSGD(9)},
+    ],
+    ids=str,
+)
+def test_one_worker_is_no_strategy_with_any_options(options, outer, overlap_steps):
+    options = SyncOptions(overlap_steps=overlap_steps, **options)
+    found = _train(0, 1, outer, options=options)
+    torch.testing.assert_close(found, _train(0, 1, None, None), rtol=0, atol=1e-6)  # TopK sends float32
 
 
 def _lines(function):
