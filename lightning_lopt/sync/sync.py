@@ -289,8 +289,9 @@ class Sync:
         self._meet(status, equal)
 
     def _meet(self, own: WorkerStatus, equal: Mapping[CommonInteger, int | Sequence[str] | None] | None = None) -> None:
-        unchanged = self.replica.unstepped.unchanged
-        gather_status(self._comm, self.device, equal or {}, own, unchanged, self._settings())
+        unstepped = self.replica.unstepped
+        unchanged = [False] * len(unstepped.followed())
+        gather_status(self._comm, self.device, equal or {}, own, unchanged, self._settings(), unstepped.num_pieces)
 
     # -- weights from outside -------------------------------------------------------------------------------------
 
@@ -344,9 +345,10 @@ class Sync:
         """
         unstepped = self.replica.unstepped
         self._comm.agree(self.device, {UNSTEPPED: unstepped.described()})
-        own = unstepped.checksums()
-        largest = self._comm.agree(self.device, {}, [*own, *(-c for c in own)])
-        unstepped.adopt([a == -b for a, b in zip(largest[: len(own)], largest[len(own) :], strict=True)])
+        own, num_pieces = unstepped.checksums()
+        bounds = [bound for checksum in own for bound in (checksum, -checksum)]
+        largest = self._comm.agree(self.device, {}, bounds, 2 * num_pieces)
+        unstepped.adopt([a == -b for a, b in zip(largest[::2], largest[1::2], strict=True)])
 
     # -- parts of a sync ------------------------------------------------------------------------------------------
 
