@@ -291,7 +291,7 @@ def test_what_needs_all_workers_between_syncs_is_refused(module, callbacks, reas
 
 def test_one_without_contact_for_rounds_is_told_to_start_again(undisturbed):
     place = undisturbed.trainers[0].strategy.rounds.companions[0]
-    with pytest.raises(RuntimeError, match="start it again"):
+    with pytest.raises(RuntimeError, match="start this one again"):
         place.load_state_dict(place.state_dict())
 
 
