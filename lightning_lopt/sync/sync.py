@@ -131,7 +131,8 @@ class Sync:
         outer = None if self._outer_step is None else self._outer_step.contract.fingerprint
         equal = {OUTER_OPTIMIZER: digest(repr(outer)), OPTIONS: options.fingerprint}
         comm.agree(self.device, equal)
-        model = f"{len(named)} tensors, digest {digest(str(model_lines)):x}"
+        values = sum(t.numel() for _, t in named)
+        model = f"{len(named)} tensors of {values} values, digest {digest(str(model_lines)):x}"
         self.settings = {"model": model, "outer optimizer": str(outer)}
 
     @property
