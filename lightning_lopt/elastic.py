@@ -149,6 +149,7 @@ class Elastic:
         Raises:
             DisagreementError: The others train another model or have other settings, or one has this `worker_id`.
             TimeoutError: There are too few workers, or no lighthouse, for as long as `timeout`.
+            ValueError: `host` is no address of this machine.
         """
         if self._ended.is_set():
             raise RuntimeError("This worker has left. To come back, make a new Elastic and new Rounds.")

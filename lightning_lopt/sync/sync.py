@@ -132,8 +132,8 @@ class Sync:
         equal = {OUTER_OPTIMIZER: digest(repr(outer)), OPTIONS: options.fingerprint}
         comm.agree(self.device, equal)
         values = sum(t.numel() for _, t in named)
-        model = f"{len(named)} tensors of {values} values, digest {digest(str(model_lines)):x}"
-        self.settings = {"model": model, "outer optimizer": str(outer)}
+        held = f"{len(named)} tensors of {values} values, digest {digest(str(model_lines)):x}"
+        self.settings = {"model": held, "outer optimizer": str(outer)}
 
     @property
     def device(self) -> torch.device:
