@@ -83,7 +83,7 @@ class ElasticWorker(ProcessWorkers):
         self._report_workers()
         if self._rounds.round_idx == 0 and len(self._present) == 1 < self._membership.max_workers:
             rank_zero_warn(
-                f"Worker {self._membership.worker_id} begins a new run alone, and others may join it. If they have ended theirs "
+                f"Worker {self._membership.worker_id} begins a new run alone; others may join it. If theirs has ended "
                 'already, stop it: fit(ckpt_path="last") goes on from a checkpoint, not from the beginning.'
             )
 
