@@ -50,12 +50,12 @@ class Membership(Protocol):
         """Number of workers that there can be."""
         ...
 
-    def meet(self, round_idx: int, *, fingerprint: int, repeats: bool, leaves: bool) -> Members:
+    def meet(self, round_idx: int, *, settings: Mapping[str, str], repeats: bool, leaves: bool) -> Members:
         """Wait for all workers that are there, and return those that take part from here on.
 
         Args:
             round_idx: Number of finished rounds of this worker; -1 for one that has just begun.
-            fingerprint: Integer that is the same on all workers of a run.
+            settings: Texts by their names that are the same on all workers of a run.
             repeats: Whether a sync broke and is to be repeated, so that nobody may join.
             leaves: Whether this worker leaves.
         """

@@ -199,17 +199,21 @@ class LocalSGD(DDPStrategy):
 
     **Workers that come and go.** With ``elastic=Elastic("http://10.0.0.1:29510", worker_id=0, max_workers=3)`` the
     script is started once per worker, with `Trainer(devices=1)` and another `worker_id`, and started again when it has
-    died, by ``torchrun --standalone --nproc-per-node 1 --max-restarts 100`` for example. `Elastic` says what is kept,
-    what is lost, and what listens where. Rounds are the clock: a worker joins at the end of a batch with which a round
-    ends, and goes to the others' step, epoch and learning rates, and to the batches of its own share of the data that
-    belong there; its share rests while it is away.
+    died, by one ``torchrun --standalone --nproc-per-node 1 --max-restarts 100 script.py`` per worker for example.
+    `Elastic` says what is kept, what is lost, and what listens where. Rounds are the clock: a worker joins at the end
+    of a batch with which a round ends, and goes to the others' step, epoch and learning rates, and to the batches of
+    its own share of the data that belong there; its share rests while it is away. Each worker prints who comes and
+    goes.
 
     * `max_steps` or `max_epochs` tell all workers where the run ends. A Trainer that stops elsewhere (early stopping,
-      `max_time`, data of unknown length) leaves the others, and ends with the last synced weights. After SIGTERM or
-      SLURM's requeue signal it first ends its round, which must be shorter than the time until SIGKILL.
+      `max_time`, data of unknown length) leaves the others, and ends with the last synced weights. After SIGTERM, of
+      itself or its torchrun, or SLURM's requeue signal it first ends its round, which must be shorter than the time
+      until SIGKILL, with torchrun 30 s. After SIGKILL of its torchrun a worker lives on: end it before another takes
+      its `worker_id`.
     * Each worker has its own loggers, callbacks and checkpoints: give it a `default_root_dir` of its own, and the same
       `seed_everything` as the others. `fit(ckpt_path="last")` matters where all have died or ended: without it, a
-      worker that is started after the others' end trains a whole new run alone.
+      worker that is started after the others' end trains a whole new run alone, and `ModelCheckpoint(save_last=True)`
+      writes last-v1.ckpt beside the last.ckpt of an earlier life, unless `enable_version_counter=False`.
     * Validation sees the last synced weights (`eval_weights="anchor"`) and all of the data, the same on all workers.
     * Refused are `sharded`, `overlap_steps`, `density` and selections, a number as `merge`, `worker_speeds`,
       `virtual_workers`, `ranks_per_worker`, networks for a fixed number of workers (LAgg-A), `sync_dist=True` in

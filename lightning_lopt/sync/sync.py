@@ -75,7 +75,7 @@ class Sync:
         replica: This worker's parameters with their anchors, other tensors and local optimizer states.
         worker_statuses: Status of every worker at the last sync, or when all waited at the same point.
         common: Whether all workers held the same weights after the last sync.
-        fingerprint: Integer that differs for other models, options and outer optimizers.
+        settings: Texts that differ for other models and outer optimizers.
 
     Raises:
         ValueError: There is nothing to train, parameters are not dense and real, or in wrappers of FSDP1 or DeepSpeed,
@@ -131,7 +131,9 @@ class Sync:
         outer = None if self._outer_step is None else self._outer_step.contract.fingerprint
         equal = {OUTER_OPTIMIZER: digest(repr(outer)), OPTIONS: options.fingerprint}
         comm.agree(self.device, equal)
-        self.fingerprint = digest("\n".join([*model_lines, *map(str, equal.values())]))
+        values = sum(t.numel() for _, t in named)
+        held = f"{len(named)} tensors of {values} values, digest {digest(str(model_lines)):x}"
+        self.settings = {"model": held, "outer optimizer": str(outer)}
 
     @property
     def device(self) -> torch.device:
