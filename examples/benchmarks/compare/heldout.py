@@ -26,9 +26,11 @@ from examples.benchmarks.compare.methods import Setting
 from examples.benchmarks.compare.plot import smooth
 from examples.benchmarks.compare.simulate import Experiment, groups, simulate
 from examples.benchmarks.report import append_rows, machine, read_rows
+from lightning_lopt.controller import Controller
 from lightning_lopt.costs import table
+from lightning_lopt.functional.blended import BlendedSettings
+from lightning_lopt.functional.control import controlled
 from lightning_lopt.meta.local import LocalOptimizer, OptimizerKind
-from lightning_lopt.network import AdaMLP
 from lightning_lopt.optim.learned import resolve_network
 
 
@@ -72,7 +74,7 @@ HELD_OUT: dict[str, tuple[HeldOut, ...]] = {
         HeldOut("diabetes", "sgd", 0.3, 4, 32, 40),
         HeldOut("digits_halves", "momentum", 0.03, 8, 4, 80),
         HeldOut("digits_diffusion", "adamw", 0.01, 4, 16, 50),
-        HeldOut("flower_factors", "adamw", 0.1, 16, 8, 60),
+        HeldOut("flower_factors", "adamw", 0.3, 16, 8, 60),
         HeldOut("fashion_mnist_distilled", "sgd", 0.3, 2, 64, 40),
         HeldOut("fashion_mnist_residual", "momentum", 0.03, 4, 8, 50),
         HeldOut("cifar10_masked", "adamw", 0.01, 2, 16, 40),
@@ -81,8 +83,6 @@ HELD_OUT: dict[str, tuple[HeldOut, ...]] = {
         HeldOut("shakespeare_recurrent", "muon", 0.1, 4, 8, 50),
     ),
 }
-# What the bundled controller sets where each input has its mean: without these inputs nothing is left of it but this.
-CONSTANTS: dict[str, Any] = {"lr": 1.4107, "momentum": 0.8136, "blend": (0.0456, 0.3336, 0.6208)}
 OPTIONS: dict[str, tuple[str, Mapping[str, Any]]] = {  # method and options of the outer optimizer, by name
     "local_sgd": ("local_sgd", {}),
     "diloco": ("diloco", {"lr": 0.7, "momentum": 0.9}),
@@ -90,9 +90,17 @@ OPTIONS: dict[str, tuple[str, Mapping[str, Any]]] = {  # method and options of t
     "phase": ("base_step", {"phase": 0.5}),
     "learned": ("learned", {}),
     "controlled": ("controlled", {}),
-    "its constants": ("base_step", CONSTANTS),
+    "its constants": ("base_step", {}),  # those of `constants`
 }
 SCHEDULES = {"constant": False, "decaying": True}
+
+
+def constants(controller: Controller) -> dict[str, Any]:
+    """Settings of a controller where each input has its mean, the middle of its ends: what is left without inputs."""
+    weights = controller.weights()
+    mean = (weights.low + weights.high) / 2
+    lr, momentum, blend = controlled(mean, weights, BlendedSettings.by_hand(1, mean.double()))
+    return {"lr": lr.item(), "momentum": momentum.item(), "blend": tuple(blend[0].tolist())}
 
 
 def final_loss(row: Mapping[str, Any]) -> float:
@@ -170,6 +178,7 @@ def run(held_out: HeldOut, args: argparse.Namespace, done: set[tuple[str, str, s
     if not any(todo.values()):
         return
     task = load_task(held_out.task, args.data)
+    controller = Controller.load(args.controller) if args.controller else Controller.bundled()
     for (schedule, name), seeds in todo.items():
         if not seeds:
             continue
@@ -181,10 +190,11 @@ def run(held_out: HeldOut, args: argparse.Namespace, done: set[tuple[str, str, s
             LocalOptimizer(held_out.optimizer),
             SCHEDULES[schedule],
         )
-        network = resolve_network(args.network) if method == "learned" else AdaMLP()
+        options = constants(controller) if name == "its constants" else options
+        weights = resolve_network(args.network) if method == "learned" else controller
         setting = Setting(method, held_out.local_lr, options)
         for group in groups(task, [setting], held_out.num_workers * len(seeds)):
-            runs = simulate(Shared(task), group, seeds, experiment, network)
+            runs = simulate(Shared(task), group, seeds, experiment, weights)
             rows = [
                 {
                     **asdict(held_out),
@@ -192,6 +202,7 @@ def run(held_out: HeldOut, args: argparse.Namespace, done: set[tuple[str, str, s
                     "name": name,
                     "options": dict(options),
                     "network": args.network if method == "learned" else None,
+                    "controller": str(args.controller) if args.controller and method == "controlled" else None,
                     "seed": seed,
                     "max_loss": task.max_loss,
                     "left_out": left_out,
@@ -216,6 +227,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--methods", nargs="+", choices=list(OPTIONS), default=["base_step", "learned"])
     add("--reference", choices=list(OPTIONS), default="base_step", help="method that the others are compared with")
     add("--network", help="network of the method learned: a name or a file (default: the bundled default)")
+    add("--controller", type=Path, help="file of the controller (default: the bundled one); each needs its own out")
     add("--seeds", nargs="+", type=int, default=list(range(10)))
     add("--threads", type=int, default=1, help="threads of torch")
 

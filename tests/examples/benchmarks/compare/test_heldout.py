@@ -7,9 +7,12 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 
 from examples.benchmarks import __main__ as bench
 from examples.benchmarks.compare import heldout
+from lightning_lopt import Controller
+from lightning_lopt.functional.blended import BLEND, LR, MOMENTUM
 
 
 @pytest.mark.parametrize("name", heldout.HELD_OUT)
@@ -22,6 +25,19 @@ def test_a_list_covers_what_users_differ_in(name):
     assert min(kinds.values()) >= 2
     assert {min(each.local_steps for each in tasks), max(each.local_steps for each in tasks)} == {4, 64}
     assert {min(each.num_workers for each in tasks), max(each.num_workers for each in tasks)} == {2, 16}
+
+
+def test_constants_are_the_settings_at_mean_inputs():
+    controller = Controller()
+    controller.low.fill_(1.0)
+    controller.high.fill_(3.0)
+    with torch.no_grad():
+        controller.weight[:, 0] = 0.1
+        controller.bias.fill_(-0.2)
+    found = heldout.constants(controller)
+    assert found["lr"] == pytest.approx(LR)
+    assert found["momentum"] == pytest.approx(MOMENTUM)
+    assert found["blend"] == pytest.approx(BLEND)
 
 
 def test_ratios_are_paired_by_seed():
@@ -46,9 +62,9 @@ def test_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
     out = tmp_path / "rows.jsonl"
     for seeds in (["0"], ["0", "1"]):
         bench.main(
-            ["heldout", str(out), "--data", str(tmp_path), "--methods", "base_step", "local_sgd", "--seeds", *seeds]
+            ["heldout", str(out), "--data", str(tmp_path), "--methods", "base_step", "its constants", "--seeds", *seeds]
         )
     assert len(out.read_text().splitlines()) == 2 * 2 * 2
     printed = capsys.readouterr().out
-    assert "breast_cancer, decaying: local_sgd, 1 seeds" in printed
+    assert "breast_cancer, decaying: its constants, 1 seeds" in printed
     assert "mean of 1 tasks" in printed
