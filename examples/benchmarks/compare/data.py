@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
+import re
+from collections import Counter
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_lopt.meta import DataTask, ImageMLP, ModuleTask, image_conv, image_vit, language_model
+from examples.benchmarks.compare import objectives
+from lightning_lopt.meta import DataTask, ImageMLP, image_conv, image_vit, language_model
+from lightning_lopt.meta.tasks import resize
 
 TASKS = (
     "digits",
@@ -40,6 +44,16 @@ TASKS = (
     "photograph",
     "breast_cancer",
     "friedman",
+    "diabetes",
+    "digits_halves",
+    "digits_diffusion",
+    "flower_factors",
+    "fashion_mnist_distilled",
+    "fashion_mnist_residual",
+    "cifar10_masked",
+    "three_texts",
+    "novels_words",
+    "shakespeare_recurrent",
 )
 ALPHABET = "abcdefghijklmnopqrstuvwxyz .,'\n"  # all other characters are one more
 FASHION_MNIST: dict[str, tuple[int | None, tuple[int, ...], int]] = {  # size in pixels, hidden widths, batch
@@ -88,6 +102,27 @@ def load_task(name: str, data: Path | None = None, split: Literal["train", "test
     ``breast_cancer``              scikit-learn's table of 569 tumours; MLP 30-16-2                 16
     ``friedman``                   scikit-learn's regression Friedman #1 with noise 1;              16
                                    MLP 10-32-32-1, squared error
+    ``diabetes``                   scikit-learn's table of 442 patients; MLP 10-64-64-1, squared    16
+                                   error
+    ``digits_halves``              the digits' upper and lower halves; two MLPs 32-64-32 that tell  32
+                                   which belong together
+    ``digits_diffusion``           the digits with Gaussian noise of 20 draws; MLP 65-288-288-64,   32
+                                   squared error of the noise
+    ``flower_factors``             brightness of scikit-learn's flower.jpg by row and column;       128
+                                   factors of rank 16, squared error
+    ``fashion_mnist_distilled``    Fashion-MNIST resized to 14×14; MLP 196-48-10 that learns the    16
+                                   output of a trained MLP 196-128-10
+    ``fashion_mnist_residual``     Fashion-MNIST resized to 14×14; 3×3 convolutions, five of 12     16
+                                   channels with group norms in residual blocks
+    ``cifar10_masked``             20,000 images of CIFAR-10 resized to 16×16, half of the patches  16
+                                   of 4 masked; transformer of width 32 with 2 blocks, squared
+                                   error of these patches
+    ``three_texts``                24 characters of Python's `help()`, a tinyshakespeare.txt or a   16
+                                   train.txt: of which? transformer of width 24 with 1 block
+    ``novels_words``               next word from the four before it, in a train.txt, among the     64
+                                   1,000 most frequent; embeddings and MLP 192-48-1000
+    ``shakespeare_recurrent``      a tinyshakespeare.txt; gated recurrent unit of width 48 on 20    8
+                                   characters
     ============================== ================================================================ =====
 
     Args:
@@ -136,7 +171,7 @@ def load_task(name: str, data: Path | None = None, split: Literal["train", "test
         return image_vit(*fashion_mnist("train", data), width=24, batch_size=16, size=16)
     if name == "fashion_mnist_autoencoder":
         pixels = fashion_mnist("train", data)[0].flatten(1)
-        return _regression((784, 64, 784), pixels, pixels.float() / 255, batch_size=16, name=name)
+        return objectives.regression((784, 64, 784), pixels, pixels.float() / 255, batch_size=16, name=name)
     if name == "cifar10_narrow":
         return ImageMLP(*_images(_rows(data), "img"), hidden=(128, 64), batch_size=32, size=16)
     if name == "shakespeare":
@@ -146,7 +181,7 @@ def load_task(name: str, data: Path | None = None, split: Literal["train", "test
     if name == "novels":
         return ImageMLP(*_characters(_text(name, data)), hidden=(64,), batch_size=32)
     if name == "photograph":
-        return _regression((32, 64, 64, 3), *_photograph(), batch_size=64, name=name)
+        return objectives.regression((32, 64, 64, 3), *_photograph(), batch_size=64, name=name)
     if name == "breast_cancer":
         from sklearn.datasets import load_breast_cancer  # an extra
 
@@ -156,7 +191,41 @@ def load_task(name: str, data: Path | None = None, split: Literal["train", "test
         from sklearn.datasets import make_friedman1  # an extra
 
         inputs, targets = map(torch.as_tensor, make_friedman1(2000, noise=1.0, random_state=0))
-        return _regression((10, 32, 32, 1), _standardised(inputs), _standardised(targets[:, None]), 16, name)
+        return objectives.regression((10, 32, 32, 1), _standardised(inputs), _standardised(targets[:, None]), 16, name)
+    if name == "diabetes":
+        from sklearn.datasets import load_diabetes  # an extra
+
+        inputs, targets = map(torch.as_tensor, load_diabetes(return_X_y=True))
+        inputs, targets = _standardised(inputs), _standardised(targets[:, None])
+        return objectives.regression((10, 64, 64, 1), inputs, targets, 16, name)
+    if name.startswith("digits_"):
+        from sklearn.datasets import load_digits  # an extra
+
+        images = torch.as_tensor(load_digits(return_X_y=True)[0]).float() / 16
+        if name == "digits_halves":
+            return objectives.contrastive(images, 32, name)
+        return objectives.diffusion(2 * images - 1, 288, 20, 32, name)
+    if name == "flower_factors":
+        from sklearn.datasets import load_sample_image  # an extra
+
+        picture = torch.tensor(load_sample_image("flower.jpg"))
+        return objectives.factorisation(picture.float().mean(2), 16, 128, name)
+    if name in ("fashion_mnist_distilled", "fashion_mnist_residual"):
+        images, labels = fashion_mnist("train", data)
+        images, labels = resize(images.float() / 255, 14), labels.long()
+        if name == "fashion_mnist_distilled":
+            return objectives.distillation(images.flatten(1), labels, 48, 16, name)
+        return objectives.residual(images, labels, 12, 16, name)
+    if name == "cifar10_masked":
+        images = _images(islice(_rows(data), 20_000), "img")[0]
+        return objectives.masked_patches(resize(images.float() / 255, 16), 4, 32, 16, name)
+    if name == "three_texts":
+        codes = [_codes(_text(each, data)) for each in ("help_lm", "shakespeare", "novels")]
+        return objectives.which_text(codes, len(ALPHABET) + 1, 16, name)
+    if name == "novels_words":
+        return objectives.next_word(_words(_text(name, data), 1000), 1000, 48, 64, name)
+    if name == "shakespeare_recurrent":
+        return objectives.recurrent(_codes(_text(name, data)), len(ALPHABET) + 1, 20, 48, 8, name)
     raise ValueError(f"The task must be one of {TASKS}, not {name!r}.")
 
 
@@ -228,6 +297,13 @@ def _codes(text: str) -> Tensor:
     return torch.tensor([table.get(ord(character), len(ALPHABET)) for character in text])
 
 
+def _words(text: str, vocabulary: int) -> Tensor:
+    """Numbers of the words of a text by frequency; the last number is that of all rarer ones."""
+    words = re.findall("[a-z']+", text)
+    table = {word: number for number, (word, _) in enumerate(Counter(words).most_common(vocabulary - 1))}
+    return torch.tensor([table.get(word, vocabulary - 1) for word in words])
+
+
 def _characters(text: str) -> tuple[Tensor, Tensor]:
     """One-hot contexts [N, CONTEXT, 32] and next characters [N], from evenly spaced positions."""
     codes = _codes(text)
@@ -250,13 +326,3 @@ def _photograph() -> tuple[Tensor, Tensor]:
     waves = 2 * torch.pi * 3 * torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
     phases = torch.stack([rows, columns], -1).flatten(0, 1) @ waves
     return torch.cat([phases.sin(), phases.cos()], 1), _standardised(picture.flatten(0, 1).double())
-
-
-def _regression(sizes: Sequence[int], inputs: Tensor, targets: Tensor, batch_size: int, name: str) -> ModuleTask:
-    """A ReLU MLP fits targets [N, n] by mean squared error."""
-
-    def make() -> nn.Module:
-        layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
-        return nn.Sequential(*layers[:-1])
-
-    return ModuleTask(make, (inputs, targets), F.mse_loss, batch_size, name=name)

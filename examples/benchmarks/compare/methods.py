@@ -121,26 +121,28 @@ class Parallel:
         self._optimizer.apply(self._anchor, mean, local_lr, self._state)
 
 
-def outer(particles: Sequence[Setting], anchor: Tensors, network: AdaMLP) -> SimulatedOuterStep:
+def outer(particles: Sequence[Setting], anchor: Tensors, weights: AdaMLP | Controller) -> SimulatedOuterStep:
     """Make the outer step of a method.
 
     Args:
         particles: Settings of the method, one per particle.
         anchor: Anchors that the step moves in place, {[P, *S]}.
-        network: Network of the method ``"learned"``.
+        weights: Network of the method ``"learned"``, or controller of the method ``"controlled"``.
     """
     method = particles[0].method
     if method == "local_sgd":
         return average_anchors
     if method == "learned":
-        return learned_step(anchor, [network])
+        assert isinstance(weights, AdaMLP)
+        return learned_step(anchor, [weights])
     if method in ("base_step", "controlled"):
         like = next(iter(anchor.values()))
         options: list[dict[str, Any]] = [dict(setting.options) for setting in particles]
         own = [BlendedNesterov([torch.empty(0)], **each).param_groups[0] for each in options]
         chosen = BlendedSettings(*(like.new_tensor([each[name] for each in own]) for name in BlendedSettings._fields))
         if method == "controlled":
-            return ControlledStep(anchor, chosen, Controller.bundled().to(like).weights())
+            assert isinstance(weights, Controller)
+            return ControlledStep(anchor, chosen, weights.to(like).weights())
         return BlendedStep(anchor, chosen, [each["phase"] for each in own])
     groups = [
         {"params": params, "local_lr": setting.local_lr, **setting.options}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from examples.benchmarks.compare.clients import Shared
 from examples.benchmarks.compare.methods import PARALLEL, Method, Parallel, Setting, outer
+from lightning_lopt.controller import Controller
 from lightning_lopt.meta.base import Batch, DataTask, Tensors
 from lightning_lopt.meta.local import LocalOptimizer, half_cosine
 from lightning_lopt.meta.simulation import Simulation
@@ -69,12 +70,12 @@ class Runs(NamedTuple):
 
 
 def _method(
-    particles: Sequence[Setting], task: DataTask, anchor: Tensors, experiment: Experiment, network: AdaMLP
+    particles: Sequence[Setting], task: DataTask, anchor: Tensors, experiment: Experiment, weights: AdaMLP | Controller
 ) -> Method:
     name = particles[0].method
     if name in PARALLEL:
         return Parallel(task, anchor, PARALLEL[name])
-    return Simulation(task, anchor, experiment.num_workers, outer(particles, anchor, network), experiment.optimizer)
+    return Simulation(task, anchor, experiment.num_workers, outer(particles, anchor, weights), experiment.optimizer)
 
 
 @torch.no_grad()
@@ -83,7 +84,7 @@ def simulate(
     group: Sequence[Setting],
     seeds: Sequence[int],
     experiment: Experiment,
-    network: AdaMLP,
+    weights: AdaMLP | Controller,
     test: DataTask | None = None,
 ) -> Runs:
     """Train with every setting and seed; a seed fixes the initial weights and the data for all settings.
@@ -93,7 +94,7 @@ def simulate(
         group: Settings of one method.
         seeds: Seeds of the runs.
         experiment: Settings that all methods share.
-        network: Network of the method ``"learned"``.
+        weights: Network of the method ``"learned"``, or controller of the method ``"controlled"``.
         test: Test data of the task.
     """
     task, num_workers = data.task, experiment.num_workers
@@ -102,7 +103,7 @@ def simulate(
     anchor = {name: _tile([start[name] for start in starts], len(group)) for name in starts[0]}
     particles = [setting for setting in group for _ in seeds]
     rates = torch.tensor([setting.local_lr for setting in particles], dtype=task.dtype, device=task.device)
-    method = _method(particles, task, anchor, experiment, network)
+    method = _method(particles, task, anchor, experiment, weights)
 
     def batches() -> Iterator[Batch]:
         drawn = [data.draw(experiment.local_steps, num_workers, generator) for generator in generators]

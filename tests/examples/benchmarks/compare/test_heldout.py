@@ -7,19 +7,37 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 
 from examples.benchmarks import __main__ as bench
 from examples.benchmarks.compare import heldout
+from lightning_lopt import Controller
+from lightning_lopt.functional.blended import BLEND, LR, MOMENTUM
 
 
-def test_the_list_covers_what_users_differ_in():
-    tasks = heldout.HELD_OUT
-    assert len({each.task for each in tasks}) == len(tasks) == 10
+@pytest.mark.parametrize("name", heldout.HELD_OUT)
+def test_a_list_covers_what_users_differ_in(name):
+    tasks = heldout.HELD_OUT[name]
+    others = {each.task for other in heldout.HELD_OUT.keys() - {name} for each in heldout.HELD_OUT[other]}
+    assert len({each.task for each in tasks} - others) == len(tasks) == 10
     kinds = Counter(each.optimizer for each in tasks)
     assert kinds.keys() == {"sgd", "momentum", "adamw", "muon"}
     assert min(kinds.values()) >= 2
     assert {min(each.local_steps for each in tasks), max(each.local_steps for each in tasks)} == {4, 64}
     assert {min(each.num_workers for each in tasks), max(each.num_workers for each in tasks)} == {2, 16}
+
+
+def test_constants_are_the_settings_at_mean_inputs():
+    controller = Controller()
+    controller.low.fill_(1.0)
+    controller.high.fill_(3.0)
+    with torch.no_grad():
+        controller.weight[:, 0] = 0.1
+        controller.bias.fill_(-0.2)
+    found = heldout.constants(controller)
+    assert found["lr"] == pytest.approx(LR)
+    assert found["momentum"] == pytest.approx(MOMENTUM)
+    assert found["blend"] == pytest.approx(BLEND)
 
 
 def test_ratios_are_paired_by_seed():
@@ -39,14 +57,14 @@ def test_ratios_are_paired_by_seed():
 
 
 def test_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
-    tasks = [replace(each, num_rounds=2, local_steps=2) for each in heldout.HELD_OUT if each.task == "breast_cancer"]
-    monkeypatch.setattr(heldout, "HELD_OUT", tasks)
+    tasks = [replace(each, num_rounds=2, local_steps=2) for each in heldout.HELD_OUT["first"]]
+    monkeypatch.setattr(heldout, "HELD_OUT", {"second": [each for each in tasks if each.task == "breast_cancer"]})
     out = tmp_path / "rows.jsonl"
     for seeds in (["0"], ["0", "1"]):
         bench.main(
-            ["heldout", str(out), "--data", str(tmp_path), "--methods", "base_step", "local_sgd", "--seeds", *seeds]
+            ["heldout", str(out), "--data", str(tmp_path), "--methods", "base_step", "its constants", "--seeds", *seeds]
         )
     assert len(out.read_text().splitlines()) == 2 * 2 * 2
     printed = capsys.readouterr().out
-    assert "breast_cancer, decaying: local_sgd, 1 seeds" in printed
+    assert "breast_cancer, decaying: its constants, 1 seeds" in printed
     assert "mean of 1 tasks" in printed

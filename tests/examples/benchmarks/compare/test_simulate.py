@@ -13,7 +13,7 @@ from examples.benchmarks.compare import methods, plot, simulate
 from examples.benchmarks.compare.clients import Shared
 from examples.benchmarks.compare.methods import Setting
 from examples.benchmarks.compare.simulate import Experiment
-from lightning_lopt import AdaMLP, BlendedNesterov, ControlledNesterov
+from lightning_lopt import AdaMLP, BlendedNesterov, ControlledNesterov, Controller
 from lightning_lopt.meta.local import LocalOptimizer
 from lightning_lopt.meta.outer import SimulatedRound
 from lightning_lopt.meta.tasks import ImageMLP
@@ -104,7 +104,7 @@ def test_the_base_step_is_that_of_its_optimizer(task, method, optimizer, options
     start = task.init(2, torch.Generator().manual_seed(0))
     settings = [Setting(method, 0.1, each) for each in options]
     anchor = {name: p.clone() for name, p in start.items()}
-    outer = methods.outer(settings, anchor, AdaMLP())
+    outer = methods.outer(settings, anchor, Controller.bundled())
     twins = [[torch.nn.Parameter(p[i].clone()) for p in start.values()] for i in range(2)]
     optimizers = [optimizer(twin, **each) for twin, each in zip(twins, options, strict=True)]
     generator = torch.Generator().manual_seed(1)
