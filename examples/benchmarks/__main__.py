@@ -6,8 +6,10 @@ import argparse
 from collections.abc import Sequence
 
 from examples.benchmarks.compare import finetune, heldout, paper, plot, qsr, run, tune
+from examples.benchmarks.report import UsageError
 from examples.benchmarks.speed import meta_speed, outer_step, overhead
 from examples.benchmarks.wire import peers, wire
+from lightning_lopt import WeightsError
 
 COMMANDS = {
     "paper": paper,
@@ -43,4 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (UsageError, WeightsError, OSError) as error:  # a wrong argument, or a file or name that is not there
+        raise SystemExit(str(error)) from error

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from examples.benchmarks.report import UsageError
 from lightning_lopt.meta import DataTask, ImageMLP, ModuleTask, image_conv, image_vit, language_model
 
 TASKS = (
@@ -106,7 +107,7 @@ def load_task(name: str, data: Path | None = None, split: Literal["train", "test
         ImageMLP(1797 images, 64-32-10, batch_size=32)
     """
     if split == "test" and name not in FASHION_MNIST:
-        raise ValueError(f"There is no test data of {name!r}, only of {[*FASHION_MNIST]}.")
+        raise UsageError(f"There is no test data of {name!r}, only of {[*FASHION_MNIST]}.")
     if name == "digits":
         from sklearn.datasets import load_digits  # an extra
 
@@ -157,7 +158,7 @@ def load_task(name: str, data: Path | None = None, split: Literal["train", "test
 
         inputs, targets = map(torch.as_tensor, make_friedman1(2000, noise=1.0, random_state=0))
         return _regression((10, 32, 32, 1), _standardised(inputs), _standardised(targets[:, None]), 16, name)
-    raise ValueError(f"The task must be one of {TASKS}, not {name!r}.")
+    raise UsageError(f"The task must be one of {TASKS}, not {name!r}.")
 
 
 def fashion_mnist(split: str, data: Path | None) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from examples.benchmarks.compare.data import find
 from examples.benchmarks.report import append_rows, machine, read_rows
 from lightning_lopt import LearnedOptimizer, LocalSGD, Rounds, SlowMomentum
-from lightning_lopt.costs import DDP, Link, Method, data_parallel, round_seconds, table
+from lightning_lopt.costs import DDP, Link, Method, count, data_parallel, positive, round_seconds, table
 
 CLASSES = ("Burnett", "Doyle", "Gissing", "Stevenson")  # whose books are in two of the files
 AUTHORS = {  # of the books in each file, in order
@@ -398,14 +398,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("out", type=Path, help="file that a line per run is appended to; runs that it holds are not repeated")
     add("--model", help="name or folder of a pre-trained encoder of transformers; none: only report the file")
     add("--data", type=Path, help="folder with the novels: train.txt, valid.txt and test.txt, at any depth")
-    add("--num-workers", nargs="+", type=int, default=[2], help="the search takes the first")
-    add("--local-steps", nargs="+", type=int, default=[16], help="the search takes the first")
-    add("--passages", type=int, default=1024, help="passages of all workers together; half of them in the search")
+    add("--num-workers", nargs="+", type=count, default=[2], help="the search takes the first")
+    add("--local-steps", nargs="+", type=count, default=[16], help="the search takes the first")
+    add("--passages", type=count, default=1024, help="passages of all workers together; half of them in the search")
     add("--methods", nargs="+", choices=METHODS, default=METHODS)
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    add("--eval-steps", type=int, default=32, help="local steps between evaluations, at least H")
-    add("--threads", type=int, default=1, help="threads of torch")
-    add("--mbit", type=float, default=100.0, help="rate of the modelled link of each worker, in Mbit/s")
+    add("--eval-steps", type=count, default=32, help="local steps between evaluations, at least H")
+    add("--threads", type=count, default=1, help="threads of torch")
+    add("--mbit", type=positive, default=100.0, help="rate of the modelled link of each worker, in Mbit/s")
     add("--png", type=Path, help="file for the plot")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -37,3 +38,20 @@ def test_an_unknown_command_is_an_error(capsys):
     with pytest.raises(SystemExit):
         bench.main(["nothing"])
     assert "invalid choice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plot", "nowhere.jsonl"], "No such file or directory: 'nowhere.jsonl'"),
+        (["run", "rows.jsonl", "--seeds", "0", "0"], "repeats a seed"),
+        (["run", "rows.jsonl", "--task", "cifar10", "--data", "."], "There is no train\\*.parquet under \\."),
+        (["run", "rows.jsonl", "--methods", "learned", "--network", "nowhere"], "nowhere"),
+        (["outer-step", "--model", "nowhere"], "Unknown model nowhere"),
+    ],
+)
+def test_wrong_arguments_end_in_a_message(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
+    with pytest.raises(SystemExit, match=message):
+        runpy.run_module("examples.benchmarks", run_name="__main__", alter_sys=True)
