@@ -177,9 +177,9 @@ def main() -> None:
     args = set_up(parser, steps=192, lr=3e-3, pretrained_lr=5e-5)
     if args.lora is not None and args.model is None:
         parser.error("--lora needs --model.")
-    if args.model is None:
-        pretrained, tokenizer = pretrain(args), None
-    else:
+    pretrained: LanguageModel | None = None
+    tokenizer = None
+    if args.model is not None:
         need("transformers", *["peft"] * (args.lora is not None))
         from transformers import AutoTokenizer
 
@@ -188,6 +188,8 @@ def main() -> None:
             tokenizer = partial(AutoTokenizer.from_pretrained(args.model), add_special_tokens=False, verbose=False)
     with reading("--data", args.data, TEXTS):
         text = windows(load_text(args.data), tokenizer)
+    if pretrained is None:
+        pretrained = pretrain(args)
 
     curves = {}
     for method in (LocalSGD, SlowMo, DiLoCo, LearnedLocalSGD):

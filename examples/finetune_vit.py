@@ -51,14 +51,14 @@ def load_images(dataset: str | None, source: str | None, size: int) -> list[Tens
 
         to_image = v2.Compose([v2.RGB(), v2.Resize((size, size)), v2.ToImage()])
         data = load_dataset(source)
-        if len(data) == 1:
-            data = data["train"].train_test_split(test_size=0.1, seed=0)
         columns = data["train"].features.items()
         image = next((name for name, column in columns if isinstance(column, Image)), None)
         label = next((name for name, column in columns if isinstance(column, ClassLabel) or name == "label"), None)
+        if image is None or label is None:
+            raise ValueError(f"there are no columns of images and labels, but {[*data['train'].features]}")
+        if len(data) == 1:
+            data = data["train"].train_test_split(test_size=0.1, seed=0)
         held_out = "test" if "test" in data else "validation"
-        if image is None or label is None or held_out not in data:
-            raise ValueError(f"no images with a label in the parts train and test or validation, but {data}")
         splits = [zip(data[name][image], data[name][label], strict=True) for name in ("train", held_out)]
     datasets = []
     for split in splits:

@@ -121,6 +121,10 @@ def report(curves: dict[str, Curve], metrics: Sequence[str], file: Path) -> None
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogFormatter, MaxNLocator
 
+    class PlainNumbers(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
     columns = ["rounds", "MB sent", "seconds", *metrics]
     rows = [["method", *columns], *([name, *(f"{c[-1][k]:.4g}" for k in columns)] for name, c in curves.items())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -136,7 +140,7 @@ def report(curves: dict[str, Curve], metrics: Sequence[str], file: Path) -> None
         ax.set(xlabel="MB sent per worker" if x == "MB sent" else x, ylabel=y)
         if "loss" in y:
             ax.set_yscale("log")
-            ax.yaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())
+            ax.yaxis.set(major_formatter=PlainNumbers(), minor_formatter=PlainNumbers())
         ax.set_xlim(left=0)
         ax.xaxis.set_major_locator(MaxNLocator(integer=x == "rounds"))
         ax.grid(alpha=0.3)

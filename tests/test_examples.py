@@ -190,7 +190,7 @@ WRONG = {  # arguments: what the message begins with, and a reason that it gives
     "a network without a head": (["finetune_vit.py", "--model", "hf:images"], "--model hf:images could not be read"),
     "no such timm model": (["finetune_vit.py", "--model", "timm:nothing"], "Unknown model (nothing)"),
     "no such torchvision model": (["finetune_vit.py", "--model", "torchvision:nothing"], "Unknown model nothing"),
-    "no images": (["finetune_vit.py", "--data", "texts"], "no images with a label"),
+    "no images": (["finetune_vit.py", "--data", "texts"], "there are no columns of images and labels"),
     "no such images": (["finetune_vit.py", "--data", "nowhere"], "--data nowhere could not be read. It takes a folder"),
     "no idx files": (["meta_train.py", "--data", "images"], "--data images could not be read. It takes a folder with"),
     "no such task": (["meta_train.py", "--recipe", "own", "--task", "nowhere.py"], "there is none at nowhere.py"),
