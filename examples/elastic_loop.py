@@ -20,7 +20,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from report import need
+from report import need, warn_briefly
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -103,6 +103,7 @@ class Digits(L.LightningModule):
 
 def train_by_trainer(args: argparse.Namespace) -> None:
     """Train as `train` does: the Trainer shards the data, and takes SIGTERM for a leave."""
+    warn_briefly()
     torch.set_num_threads(1)
     strategy = SlowMo(args.local_steps, momentum=0.5, elastic=make_elastic(args))
     trainer = L.Trainer(

@@ -38,7 +38,7 @@ from controllers import FILE, train_controller, train_own
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from recipes import RECIPES, scale_last_layer
-from report import reading
+from report import reading, warn_briefly
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from typing_extensions import override
 
@@ -183,23 +183,26 @@ def draw(out: Path, evaluation: Evaluation, before: AdaMLP, after: AdaMLP, first
     """Draw the curves of a task, and how the losses over Local SGD's went down; print the ends of the curves."""
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    found = ratios(out)
+    panels = 2 if found else 1  # a run that is shorter than `EVERY` has no evaluation
+    figure, (axes,) = plt.subplots(1, panels, figsize=(5.5 * panels, 4.5), squeeze=False, layout="constrained")
     curves = {**evaluation.baselines, "before meta-training": evaluation.losses(before)}
     curves["learned"] = evaluation.losses(after)
     for name, losses in curves.items():
-        left.plot(losses.mean(1), label=name)
+        axes[0].plot(losses.mean(1), label=name)
         print(f"{name:20s} final loss {evaluation.final(losses):.4f}")
-    left.set(yscale="log", xlabel="round", ylabel="training loss of the global weights", title=evaluation.name)
-    for name, points in ratios(out).items():
-        steps, values = zip(*((first + step, value) for step, value in points), strict=True)
-        if "/" not in name:
-            right.plot(steps, values, label=name)
-        elif name.endswith("over_averaging"):
-            right.plot(steps, values, color="0.8", lw=0.7, zorder=1)
-    right.axhline(1, color="black", lw=0.5, label="baseline")
-    right.set(yscale="log", xlabel="meta-iteration", title="final loss over the baseline's (grey: by task)")
-    for axes in (left, right):
-        axes.legend()
+    axes[0].set(yscale="log", xlabel="round", ylabel="training loss of the global weights", title=evaluation.name)
+    for right in axes[1:]:
+        for name, points in found.items():
+            steps, values = zip(*((first + step, value) for step, value in points), strict=True)
+            if "/" not in name:
+                right.plot(steps, values, label=name)
+            elif name.endswith("over_averaging"):
+                right.plot(steps, values, color="0.8", lw=0.7, zorder=1)
+        right.axhline(1, color="black", lw=0.5, label="baseline")
+        right.set(yscale="log", xlabel="meta-iteration", title="final loss over the baseline's (grey: by task)")
+    for each in axes:
+        each.legend()
     figure.savefig(out / "curves.png", dpi=150)
 
 
@@ -217,6 +220,7 @@ def main_of_controllers(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse_args()
+    warn_briefly()
     torch.set_num_threads(1)  # the tensors are small; and the numbers do not depend on the machine's cores
     if args.recipe in CONTROLLERS:
         return main_of_controllers(args)
@@ -261,7 +265,7 @@ def main() -> None:
     mean.save(meta.network)
 
     draw(args.out, meta.evaluations[0], start_weights, meta.network, meta.start_iterations)
-    print(f"Weights and plot are in {args.out}/. Use them: LearnedLocalSGD(network=AdaMLP.load(...)).")
+    print(f'Plot: {args.out / "curves.png"}. Use the weights: LearnedLocalSGD(network="{args.out / NETWORK}")')
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def report(curves: dict[str, Curve], metrics: Sequence[str], file: Path) -> None
 
     Args:
         curves: Curve of each method, by name.
-        metrics: Metrics in the table; all are plotted over rounds, the first over megabytes, too.
+        metrics: Metrics in the table; all are plotted over rounds, the first over megabytes, too, if any were sent.
         file: Path of the plot.
     """
     import matplotlib.pyplot as plt
@@ -132,8 +132,12 @@ def report(curves: dict[str, Curve], metrics: Sequence[str], file: Path) -> None
     for name, *cells in rows:
         print("  ".join([name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:], strict=True))]))
 
-    panels = [("rounds", metrics[0]), ("MB sent", metrics[0]), *(("rounds", metric) for metric in metrics[1:])]
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6), layout="constrained")
+    panels = [("rounds", metric) for metric in metrics]
+    if any(curve[-1]["MB sent"] for curve in curves.values()):  # one worker sends nothing
+        panels.insert(1, ("MB sent", metrics[0]))
+    figure, (axes,) = plt.subplots(
+        1, len(panels), figsize=(4.5 * len(panels), 3.6), squeeze=False, layout="constrained"
+    )
     for ax, (x, y) in zip(axes, panels, strict=True):
         for name, curve in curves.items():
             ax.plot([point[x] for point in curve], [point[y] for point in curve], marker=".", label=name)

@@ -221,6 +221,19 @@ def test_errors_of_defaults_are_not_the_users(monkeypatch):
         _ = 1 / 0
 
 
+@pytest.mark.parametrize("megabytes", [0.0, 1.0])
+def test_a_plot_has_plain_labels_and_no_panel_of_nothing(tmp_path, monkeypatch, megabytes):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    figures = []
+    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
+    curve = [{"rounds": i, "MB sent": i * megabytes, "seconds": i, "train loss": 4.0 / 10**i} for i in range(1, 4)]
+    _functions("report.py", monkeypatch)["report"]({"one": curve}, ["train loss"], tmp_path / "plot.png")
+    axes = figures[0].axes
+    assert [panel.get_xlabel() for panel in axes] == ["rounds", "MB sent per worker"][: 2 if megabytes else 1]
+    labels = {label.get_text() for label in axes[0].get_yticklabels()}
+    assert {"0.1", "0.01"} <= labels
+
+
 def test_texts_are_files_or_data_sets(tmp_path, monkeypatch):
     load_text = _functions("finetune_lm.py", monkeypatch)["load_text"]
     file = tmp_path / "train.txt"
