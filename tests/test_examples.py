@@ -184,7 +184,8 @@ def test_what_an_extra_brings_is_named_where_it_is_missing(monkeypatch):
 
 WRONG = {  # arguments: what the message begins with, and a reason that it gives
     "no such data": (["finetune_lm.py", "--data", "nowhere"], "--data nowhere could not be read. It takes a text file"),
-    "no text": (["finetune_lm.py", "--init", "gpt.pt", "--data", "images"], "--init gpt.pt could not be read"),
+    "no text": (["finetune_lm.py", "--data", "images"], "--data images could not be read. It takes a text file"),
+    "no weights": (["finetune_lm.py", "--init", "gpt.pt"], "--init gpt.pt could not be read. It takes the weights"),
     "a short text": (["pretrain_islands.py", "--data", "short.txt"], "4 bytes or tokens are too few"),
     "no such model": (["finetune_lm.py", "--model", "./nowhere"], "--model ./nowhere could not be read. It takes"),
     "a network without a head": (["finetune_vit.py", "--model", "hf:images"], "--model hf:images could not be read"),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
+
+from typing_extensions import override
 
 from examples.benchmarks.compare import finetune, heldout, paper, plot, qsr, run, tune
 from examples.benchmarks.report import UsageError
@@ -27,6 +30,22 @@ COMMANDS = {
 }
 
 
+class Command(argparse.ArgumentParser):
+    """Parser whose help has the choices and the default of each option."""
+
+    @override
+    def add_argument(self, *names: Any, help: str | None = None, **options: Any) -> argparse.Action:
+        notes = [help] if help else []
+        if "choices" in options:
+            options["metavar"] = names[-1].strip("-").upper()
+            notes.append(f"of {', '.join(map(repr, options['choices']))}")
+        default = options.get("default")
+        if default not in (None, argparse.SUPPRESS) and "default" not in (help or ""):
+            several = isinstance(default, Sequence) and not isinstance(default, str)
+            notes.append(f"default: {', '.join(map(repr, default)) if several else default}")
+        return super().add_argument(*names, help="; ".join(notes), **options)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one benchmark.
 
@@ -34,10 +53,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: Arguments of the command line; by default those of the process.
     """
     parser = argparse.ArgumentParser(prog="python -m examples.benchmarks", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="command")
+    commands = parser.add_subparsers(required=True, metavar="command", parser_class=Command)
     for name, module in COMMANDS.items():
-        summary = (module.__doc__ or "").splitlines()[0]
-        command = commands.add_parser(name, help=summary, description=summary)
+        description = module.__doc__ or ""
+        command = commands.add_parser(
+            name,
+            help=description.splitlines()[0],
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         module.add_arguments(command)
         command.set_defaults(main=module.main)
     args = parser.parse_args(argv)

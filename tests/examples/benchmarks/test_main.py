@@ -34,6 +34,15 @@ def test_every_command_has_a_summary(command, capsys, monkeypatch):
     assert bench.COMMANDS[command].__doc__.splitlines()[0] in printed
 
 
+def test_the_help_has_choices_and_defaults(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    with pytest.raises(SystemExit, match="0"):
+        bench.main(["heldout", "--help"])
+    printed = capsys.readouterr().out
+    assert "of 'constant', 'decaying'; default: 'constant', 'decaying'" in printed
+    assert "threads of torch; default: 1" in printed
+
+
 def test_an_unknown_command_is_an_error(capsys):
     with pytest.raises(SystemExit):
         bench.main(["nothing"])
