@@ -270,5 +270,6 @@ def main(args: argparse.Namespace) -> None:
         if args.png:
             path = args.png.with_name(f"{args.png.stem}_{key.file_name}{args.png.suffix}")
             draw(tuned, str(key), path, bytes_per_round(rows[0]))
+    print(f"Losses and rounds of the tables are those of the mean over {FINAL_ROUNDS} rounds; figures show each round.")
     if args.json:
         write_json(args.json, tables)

@@ -157,4 +157,4 @@ def main(args: argparse.Namespace) -> None:
         raise UsageError(f"{args.best_of} has no settings of {missing}. Give its methods: --methods {' '.join(best)}.")
     for method in args.methods:
         runner.run(best.get(method, []) if args.best_of else settings(method, args.local_lr), args.seeds)
-    print(f"{args.out}: {machine()}")
+    print(f"{args.out}: {machine()}\nTables and figures: python -m examples.benchmarks plot {args.out}")
