@@ -180,7 +180,8 @@ def find(folder: Path | None, pattern: str) -> list[Path]:
     """
     found = sorted(folder.rglob(pattern)) if folder else []
     if not found:
-        raise FileNotFoundError(f"There is no {pattern} under {folder}: point --data at a folder that holds it.")
+        where = f"under {folder}" if folder else "without --data"
+        raise FileNotFoundError(f"There is no {pattern} {where}: point --data at a folder that holds it.")
     return found
 
 

@@ -333,7 +333,7 @@ def summary(rows: Sequence[Mapping[str, Any]], mbit: float) -> list[dict[str, An
                     "K": num_workers,
                     "H": local_steps,
                     "method": method,
-                    "setting": f"lr={runs[0]['local_lr']:g} {options}".strip(),
+                    "setting": f"local_lr={runs[0]['local_lr']:g} {options}".strip(),
                     "seeds": len(runs),
                     **{name: _show([point[name] for point in last]) for name in METRICS},
                     "rounds": last[0]["rounds"],
@@ -387,7 +387,7 @@ def draw(rows: Sequence[Mapping[str, Any]], mbit: float, path: Path) -> None:
         of_shape[0].set(title=f"{num_workers} workers, H = {local_steps}", ylabel="accuracy")
         of_shape[1].set_xlabel("MB sent by each worker")
         of_shape[2].set_xlabel(f"seconds at {mbit:g} Mbit/s, modelled")
-    panels[0, 0].legend()
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(METHODS))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 

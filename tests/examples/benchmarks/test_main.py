@@ -55,6 +55,7 @@ def test_an_unknown_command_is_an_error(capsys):
         (["plot", "nowhere.jsonl"], "No such file or directory: 'nowhere.jsonl'"),
         (["run", "rows.jsonl", "--seeds", "0", "0"], "repeats a seed"),
         (["run", "rows.jsonl", "--task", "cifar10", "--data", "."], "There is no train\\*.parquet under \\."),
+        (["run", "rows.jsonl", "--task", "cifar10"], "There is no train\\*.parquet without --data: point --data"),
         (["run", "rows.jsonl", "--methods", "learned", "--network", "nowhere"], "nowhere"),
         (["outer-step", "--model", "nowhere"], "Unknown model nowhere"),
     ],
