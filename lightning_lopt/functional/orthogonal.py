@@ -10,10 +10,8 @@ from lightning_lopt.functional.products import as_matrix, grafted, norm, product
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x³ and x⁵: the slope at 0 is as large as it can be
 ITERATIONS = 5
 WIDE = 1.5  # ratio of the sides from which on the Gram matrix is iterated
-RESTARTS = (
-    3,
-    2,
-)  # iterations of each Gram matrix: in float32 a fourth one would magnify its rounding beyond the step's
+# Iterations of each Gram matrix: in float32 a fourth one would magnify its rounding beyond the step's.
+RESTARTS = (3, 2)
 
 
 def orthogonalise(step: Tensor, size: Tensor | None = None) -> Tensor:
