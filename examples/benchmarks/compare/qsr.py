@@ -169,6 +169,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Start the workers, and print the table."""
     setup = Setup(**{field: getattr(args, field) for field in asdict(Setup("", ""))})
+    fashion_mnist("t10k", Path(setup.data))  # where it is missing, no worker starts
     run_local(["-m", "examples.benchmarks.compare.qsr", json.dumps(asdict(setup))], setup.num_workers)
     print(summary(read_rows(setup.out, ("schedule", "accuracy"))))
     print(machine())
