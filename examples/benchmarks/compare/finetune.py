@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from examples.benchmarks.compare.data import find
 from examples.benchmarks.report import append_rows, machine, read_rows
+from examples.report import reading
 from lightning_lopt import LearnedOptimizer, LocalSGD, Rounds, SlowMomentum
 from lightning_lopt.costs import DDP, Link, Method, count, data_parallel, positive, round_seconds, table
 
@@ -112,7 +113,8 @@ def load_passages(model: str, folder: Path) -> dict[str, TensorDataset]:
     """
     from transformers import AutoTokenizer  # an extra
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    with reading("--model", model, "the name or folder of a pre-trained encoder of transformers"):
+        tokenizer = AutoTokenizer.from_pretrained(model)
     texts: dict[tuple[bool, str], str] = defaultdict(str)
     for file, names in AUTHORS.items():
         books = find(folder, f"{file}.txt")[0].read_text().strip().split("\n\n")

@@ -57,6 +57,7 @@ def test_an_unknown_command_is_an_error(capsys):
         (["run", "rows.jsonl", "--task", "cifar10", "--data", "."], "There is no train\\*.parquet under \\."),
         (["run", "rows.jsonl", "--task", "cifar10"], "There is no train\\*.parquet without --data: point --data"),
         (["run", "rows.jsonl", "--methods", "learned", "--network", "nowhere"], "nowhere"),
+        (["finetune", "rows.jsonl", "--model", "./nowhere", "--data", "."], "--model ./nowhere could not be read"),
         (["qsr", "rows.jsonl", "--data", "nowhere"], "There is no t10k-images-idx3-ubyte.gz under nowhere"),
         (["outer-step", "--model", "nowhere"], "Unknown model nowhere"),
     ],
