@@ -66,4 +66,4 @@ def test_wrong_arguments_end_in_a_message(tmp_path, monkeypatch, arguments, mess
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
     with pytest.raises(SystemExit, match=message):
-        runpy.run_module("examples.benchmarks", run_name="__main__", alter_sys=True)
+        runpy.run_path(bench.__file__, run_name="__main__")
