@@ -6,6 +6,11 @@ kill PID                                       # it leaves after its round
 python examples/elastic_loop.py --worker 2     # starts it again: it takes part in the next round
 python examples/elastic_loop.py --trainer      # the same with Lightning's Trainer; to start one again, add --worker 2
 
+To have workers started again by themselves, start the lighthouse once, and each worker by a torchrun of its own:
+
+torchft_lighthouse --bind 127.0.0.1:29510 --min_replicas 1 --heartbeat_timeout_ms 2000 --join_timeout_ms 60000
+torchrun --standalone --nproc-per-node 1 --max-restarts 100 examples/elastic_loop.py --trainer --worker 0  # and 1, 2
+
 Needs `pip install '.[examples,elastic]'`. A worker trains on its own share of the data, which rests while it is
 away. Everything listens at 127.0.0.1.
 """

@@ -50,12 +50,12 @@ class Membership(Protocol):
         """Number of workers that there can be."""
         ...
 
-    def meet(self, round_idx: int, *, fingerprint: int, repeats: bool, leaves: bool) -> Members:
+    def meet(self, round_idx: int, *, settings: Mapping[str, str], repeats: bool, leaves: bool) -> Members:
         """Wait for all workers that are there, and return those that take part from here on.
 
         Args:
             round_idx: Number of finished rounds of this worker; -1 for one that has just begun.
-            fingerprint: Integer that is the same on all workers of a run.
+            settings: Texts by their names that are the same on all workers of a run.
             repeats: Whether a sync broke and is to be repeated, so that nobody may join.
             leaves: Whether this worker leaves.
         """
@@ -78,6 +78,20 @@ def check_timeout(timeout: timedelta | None) -> None:
     """
     if timeout is not None and not (isinstance(timeout, timedelta) and timeout > timedelta(0)):
         raise ValueError(f"timeout must be a positive datetime.timedelta, as timedelta(minutes=5) is, not {timeout!r}.")
+
+
+def count_workers(num_processes: int, ranks_per_worker: int) -> int:
+    """The number of workers K.
+
+    Raises:
+        ValueError: `ranks_per_worker` does not divide the number of processes.
+    """
+    if ranks_per_worker < 1 or num_processes % ranks_per_worker:
+        raise ValueError(
+            f"{num_processes} processes cannot be workers of {ranks_per_worker} ranks each: ranks_per_worker must "
+            "divide their number."
+        )
+    return num_processes // ranks_per_worker
 
 
 class CommonInteger(NamedTuple):
@@ -168,12 +182,7 @@ class Communicator:
         world, rank = 1, 0
         if backend is not None and dist.is_available() and backend.is_initialized():
             world, rank = backend.get_world_size(), backend.get_rank()
-        if ranks_per_worker < 1 or world % ranks_per_worker:
-            raise ValueError(
-                f"{world} processes cannot be workers of {ranks_per_worker} ranks each: ranks_per_worker must divide "
-                "their number."
-            )
-        self.num_workers = world // ranks_per_worker
+        self.num_workers = count_workers(world, ranks_per_worker)
         self.rank = rank // ranks_per_worker
         self.workers = tuple(range(self.num_workers))
         self.fixed = backend is not None
@@ -339,19 +348,19 @@ class Communicator:
         """Average each of several tensors of one device over the workers, in one all-reduce of their common type."""
         return jointly(tensors, self.mean_) if tensors else []
 
-    def sum_(self, values: Tensor) -> None:
-        """Replace a contiguous tensor by its sum over the workers, and over the parts of each."""
-        self._reduce(values, dist.ReduceOp.SUM)
+    def sum_(self, values: Tensor, *, inside: bool = True) -> None:
+        """Replace a contiguous tensor by its sum over the workers, and over the parts of each unless told otherwise."""
+        self._reduce(values, dist.ReduceOp.SUM, inside)
 
-    def max_(self, values: Tensor) -> None:
-        """Replace a contiguous tensor by its maximum over the workers, and over the parts of each."""
-        self._reduce(values, dist.ReduceOp.MAX)
+    def max_(self, values: Tensor, *, inside: bool = True) -> None:
+        """Replace a contiguous tensor by its maximum over the workers, and over their parts unless told otherwise."""
+        self._reduce(values, dist.ReduceOp.MAX, inside)
 
-    def _reduce(self, values: Tensor, op: Any) -> None:
+    def _reduce(self, values: Tensor, op: Any, inside: bool) -> None:
         if self._group is not None:
             self._count(values, 2 * (self.num_workers - 1) / self.num_workers)
             self._dist.all_reduce(values, op=op, group=self._group)
-            if self._island is not None:
+            if self._island is not None and inside:
                 self._dist.all_reduce(values, op=op, group=self._island)
         if self._inside is not None:
             self._share_inside([values])
@@ -482,6 +491,7 @@ class Communicator:
         device: torch.device,
         equal: Mapping[CommonInteger, int | Sequence[str] | None],
         largest: Sequence[int] = (),
+        num_own: int = 0,
     ) -> list[int]:
         """Check that all workers pass the same integers; return the largest of others, of each over the workers.
 
@@ -493,11 +503,13 @@ class Communicator:
                 equal to any.
             largest: Integers of which the maximum is wanted, as many on all workers; flags among them are combined by
                 "or".
+            num_own: Number of these, the last ones, that belong to what only this rank of a worker holds: the maximum
+                is over the same rank of the other workers.
 
         Raises:
             DisagreementError: One of the integers differs; on every worker.
         """
-        differences, values = self.compare(device, equal, largest)
+        differences, values = self.compare(device, equal, largest, num_own)
         if differences:
             raise DisagreementError(self.explain(differences))
         return values
@@ -507,6 +519,7 @@ class Communicator:
         device: torch.device,
         equal: Mapping[CommonInteger, int | Sequence[str] | None],
         largest: Sequence[int] = (),
+        num_own: int = 0,
     ) -> tuple[list[Difference], list[int]]:
         """Find the integers that differ between the workers; see `agree`.
 
@@ -526,9 +539,10 @@ class Communicator:
         differ = [a not in (_ANY, -b) for a, b in zip(high, low, strict=True)]
         rest = values[2 * len(own) :]
         if self._island is not None:  # parts are compared with the same parts; all ranks find the same
-            verdict = torch.tensor([*differ, *rest], dtype=torch.int64, device=device)
+            common = len(rest) - num_own
+            verdict = torch.tensor([*differ, *rest[:common]], dtype=torch.int64, device=device)
             self._dist.all_reduce(verdict, op=dist.ReduceOp.MAX, group=self._island)
-            differ, rest = verdict[: len(own)].tolist(), verdict[len(own) :].tolist()
+            differ, rest = verdict[: len(own)].tolist(), [*verdict[len(own) :].tolist(), *rest[common:]]
         rows = zip(equal.items(), high, low, differ, strict=True)
         return [Difference(integer, value, -b, a) for (integer, value), a, b, found in rows if found], rest
 

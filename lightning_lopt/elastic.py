@@ -10,10 +10,11 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -142,24 +143,25 @@ class Elastic:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.lighthouse!r}, {self.worker_id}, {self.max_workers}, {self.min_workers})"
 
-    def meet(self, round_idx: int, *, fingerprint: int, repeats: bool, leaves: bool) -> Members:
+    def meet(self, round_idx: int, *, settings: Mapping[str, str], repeats: bool, leaves: bool) -> Members:
         """Wait for all workers that are there: see `Membership`.
 
         Raises:
             DisagreementError: The others train another model or have other settings, or one has this `worker_id`.
             TimeoutError: There are too few workers, or no lighthouse, for as long as `timeout`.
+            ValueError: `host` is no address of this machine.
         """
         if self._ended.is_set():
             raise RuntimeError("This worker has left. To come back, make a new Elastic and new Rounds.")
         store = self._store = self._store or self._open()
-        start, again = time.monotonic(), False
+        start, again, warned = time.monotonic(), False, False
         while True:
             waited = time.monotonic() - start
             own = Candidate(
                 name=self._name,
                 worker=self.worker_id,
                 round_idx=round_idx,
-                run=f"{fingerprint:x} {self.min_workers} {self.max_workers}",
+                run={**settings, "min_workers": str(self.min_workers), "max_workers": str(self.max_workers)},
                 leaves=leaves,
                 store=f"{self.host}:{store.port}",
                 group=self._group,
@@ -172,14 +174,17 @@ class Elastic:
             if leaves and own.name not in [c.name for c in admitted]:
                 self.close()
                 return Members((), (), None)
-            self._check_admitted(own, candidates, admitted)
-            if is_complete(candidates, admitted, self.min_workers, self.max_workers) and self._connect(admitted, key):
+            if (
+                self._is_let_in(own, candidates, admitted)
+                and is_complete(candidates, admitted, self.min_workers, self.max_workers)
+                and self._connect(admitted, key)
+            ):
                 break
+            if waited > CONNECT_SECONDS and not warned:
+                warned = True
+                warnings.warn(self._explain_waiting(admitted), stacklevel=2)
             if waited > self._timeout.total_seconds():
-                raise TimeoutError(
-                    f"There were fewer than min_workers={self.min_workers} workers for {self._timeout}, or they could "
-                    "not connect to one another."
-                )
+                raise TimeoutError(f"No round began for {self._timeout}. {self._explain_waiting(admitted)}")
             again = True
             time.sleep(PAUSE_SECONDS)
         return Members([c.worker for c in admitted], [c.round_idx for c in admitted], self._collectives)
@@ -199,7 +204,13 @@ class Elastic:
 
     def _open(self) -> TCPStore:
         """Listen, and give signs of life from now on."""
-        listener = socket.create_server((self.host, 0))  # torch's own would listen at all interfaces
+        try:
+            listener = socket.create_server((self.host, 0))  # torch's own would listen at all interfaces
+        except OSError as error:
+            raise ValueError(
+                f"host must be the name or address of this machine by which the others reach it, not {self.host!r}: "
+                f"{error}"
+            ) from error
         port = listener.getsockname()[1]
         store = TCPStore(self.host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
         thread = threading.Thread(target=self._beat, daemon=True)
@@ -257,16 +268,32 @@ class Elastic:
         key = f"{quorum.quorum_id}.{quorum.created.seconds}.{quorum.created.nanos}"
         return sorted(members, key=lambda c: (c.worker, -c.round_idx, c.name)), key
 
-    def _check_admitted(self, own: Candidate, candidates: Sequence[Candidate], admitted: Sequence[Candidate]) -> None:
+    def _explain_waiting(self, there: Sequence[Candidate]) -> str:
+        present = ", ".join(f"worker {c.worker} at {c.store}" for c in there)
+        return (
+            f"Worker {self.worker_id} waits for a round to begin. There are {present}; min_workers={self.min_workers} "
+            f"are needed, for the first round max_workers={self.max_workers} or start_seconds={self._start_seconds}, "
+            "and all must reach one another at these addresses (host=...)."
+        )
+
+    def _is_let_in(self, own: Candidate, candidates: Sequence[Candidate], admitted: Sequence[Candidate]) -> bool:
+        """Whether this worker takes part, and need not wait until an earlier life of it has left."""
         if own.name in [c.name for c in admitted]:
-            return
+            return True
+        if any(c.worker == own.worker and c.run == own.run and c.leaves for c in candidates):
+            return False
         self.close()
-        if own.worker in [c.worker for c in admitted]:
-            raise DisagreementError(f"There is a worker {own.worker} already: give each its own worker_id.")
+        run, names = admitted[0].run, dict.fromkeys([*admitted[0].run, *own.run])
+        unlike = [f"{k}: {run.get(k)}, here {own.run.get(k)}" for k in names if run.get(k) != own.run.get(k)]
+        if unlike:
+            raise DisagreementError(
+                f"The other workers, {[c.worker for c in admitted]}, have other settings than this one ("
+                f"{'; '.join(unlike)}): give all the same model and optimizers, Rounds (or strategy), total_steps (or "
+                "max_steps, max_epochs and batches), min_workers and max_workers."
+            )
         raise DisagreementError(
-            f"The other workers, {[c.worker for c in admitted]}, train another model, for another number of steps, or "
-            "with other settings: give all the same model, Rounds (or strategy), max_steps or max_epochs, min_workers "
-            "and max_workers."
+            f"There is a worker {own.worker} already: give each its own worker_id. If it is an earlier life of this "
+            "one, end it: a process outlives a torchrun that is killed."
         )
 
     # -- the group ------------------------------------------------------------------------------------------------
@@ -296,7 +323,7 @@ class Candidate(NamedTuple):
         name: Name of this life of the worker.
         worker: Number of the worker.
         round_idx: Number of finished rounds, -1 for a worker that has just begun.
-        run: Text that is the same on all workers of a run.
+        run: Settings that are the same on all workers of a run.
         leaves: Whether it leaves.
         store: Address of its store.
         group: Names of its present group.
@@ -308,7 +335,7 @@ class Candidate(NamedTuple):
     name: str
     worker: int
     round_idx: int = -1
-    run: str = ""
+    run: Mapping[str, str] = MappingProxyType({})
     leaves: bool = False
     store: str = ""
     group: tuple[str, ...] = ()
@@ -327,7 +354,8 @@ def admit(candidates: Sequence[Candidate]) -> list[Candidate]:
         candidates: Workers that are there, by number.
 
     Example:
-        >>> there = [Candidate("a", 0, 5, "x"), Candidate("b", 1, -1, "y"), Candidate("c", 2, -1, "x")]
+        >>> run, other = {"total_steps": "100"}, {"total_steps": "200"}
+        >>> there = [Candidate("a", 0, 5, run), Candidate("b", 1, -1, other), Candidate("c", 2, -1, run)]
         >>> [c.name for c in admit(there)]
         ['a', 'c']
     """

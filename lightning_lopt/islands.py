@@ -23,12 +23,13 @@ from torch.distributed.tensor import DTensor
 
 from lightning_lopt.comm import Communicator
 from lightning_lopt.functional.balance import least_loaded
+from lightning_lopt.functional.precision import state_dtype
 
 SUMS_SINCE = "2.8"  # set_force_sum_reduction_for_comms
 FULLY_SHARD = (
     "For a model larger than a device use torch.distributed.fsdp.fully_shard (FSDP2) in configure_model: "
     "`mesh = self.device_mesh['data_parallel']`, `for block in self.blocks: fully_shard(block, mesh=mesh)`, "
-    "`fully_shard(self, mesh=mesh)`; see ranks_per_worker."
+    "`fully_shard(self, mesh=mesh)`, if self(...) is what the steps call; see ranks_per_worker."
 )
 
 
@@ -107,6 +108,18 @@ class Layout:
         return cls(state["groups"], {n: torch.Size(size) for n, size in state["sizes"].items()}, boxes, shards)
 
 
+def unwrapped(name: str) -> str:
+    """The name of a tensor in a model of which no part is compiled or checkpoints its activations.
+
+    So a checkpoint of either model resumes with the other.
+
+    Example:
+        >>> unwrapped("blocks.0._checkpoint_wrapped_module.weight")
+        'blocks.0.weight'
+    """
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
 def reshard(module: nn.Module) -> None:
     """Let a module free its gathered parameters.
 
@@ -137,17 +150,17 @@ class Held:
     def __init__(self, module: nn.Module, optimizer: Any, comm: Communicator) -> None:
         self._module, self._optimizer, self._comm = module, optimizer, comm
         reshard(module)
-        self._names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
+        self._names: dict[Tensor, str] = {p: unwrapped(name) for name, p in module.named_parameters()}
         self.device = next(iter(self._names)).device
         self.held: dict[Tensor, nn.Parameter] = {}
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for parameter, held in self.held.items():
-            held.requires_grad_(parameter.requires_grad)
             yield self._names[parameter], held
 
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self._module.named_buffers()
+        for name, buffer in self._module.named_buffers():
+            yield unwrapped(name), buffer
 
     def get_submodule(self, target: str) -> nn.Module:
         return self._module.get_submodule(target)
@@ -172,13 +185,43 @@ class Held:
         return Layout(
             [[self._names[p] for p in group["params"]] for group in self._optimizer.param_groups],
             {name: p.shape for p, name in self._names.items()},
-            {self._names[p]: shards[self._names[p]] if self.shares_memory else Box.whole(p) for p in self.held},
+            {self._names[p]: self._box_of_held(p) for p in self.held},
             shards,
         )
 
+    def _box_of_held(self, parameter: Tensor) -> Box:
+        return Box.of(parameter) if self.shares_memory else Box.whole(parameter)
+
+    def changed_inside(self, names: set[str]) -> set[str]:
+        """Names of tensors of which this rank's part has changed, or that of another rank that holds the same ones.
+
+        Args:
+            names: Names of those that have changed on this rank; all ranks of the worker must call it.
+        """
+        return names
+
+    def whole(self, name: str, piece: Tensor | None) -> Tensor | None:
+        """Put a tensor together from the pieces of the worker's ranks, all of which must call it.
+
+        Args:
+            name: Name of a parameter.
+            piece: Values of what this rank holds of it, None if it has none.
+
+        Returns:
+            The whole tensor, None if no rank has a piece.
+        """
+        if not self._comm.any_inside(piece is not None, self.device):
+            return None
+        parameter = next(p for p, own in self._names.items() if own == name)
+        whole = torch.zeros(parameter.shape, dtype=state_dtype(parameter), device=self.device)
+        if piece is not None:
+            self._box_of_held(parameter).of_whole(whole).copy_(piece)
+        return self._comm.inside_total(whole)
+
     def pull(self) -> None:
         """Bring what is held up to date with the module."""
-        raise NotImplementedError
+        for parameter, held in self.held.items():
+            held.requires_grad_(parameter.requires_grad)
 
     def push(self) -> None:
         """Write what is held into the module."""
@@ -195,6 +238,7 @@ class LocalShards(Held):
         self.held = {p: nn.Parameter(local_shard(p), p.requires_grad) for p in self._names}
 
     def pull(self) -> None:
+        super().pull()
         for parameter, held in self.held.items():
             local = local_shard(parameter)
             if held.data_ptr() != local.data_ptr():  # FSDP or a load put another tensor in its place
@@ -202,6 +246,12 @@ class LocalShards(Held):
 
     def push(self) -> None:
         reshard(self._module)
+
+    def changed_inside(self, names: set[str]) -> set[str]:
+        own = [*self._names.values()]
+        flags = torch.tensor([name in names for name in own], dtype=torch.int64, device=self.device)
+        anywhere = self._comm.inside_total(flags).tolist()
+        return names | {name for name, number in zip(own, anywhere, strict=True) if number}
 
 
 class WholeTensors(Held):
@@ -226,6 +276,7 @@ class WholeTensors(Held):
 
     @torch.no_grad()
     def pull(self) -> None:
+        super().pull()
         outgoing = [[local_shard(p) for p in owned] for owned in self._owned]
         incoming = [[(p, self._box(rank, p).shape) for p in self.held] for rank in range(len(self._owned))]
         for rank, pieces in enumerate(self._exchange(outgoing, incoming)):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_lopt.comm import Communicator, GroupBrokenError, Membership, digest
+from lightning_lopt.comm import Communicator, GroupBrokenError, Membership
 from lightning_lopt.functional.balance import even_bounds
 from lightning_lopt.functional.integers import as_integer
 from lightning_lopt.optim.outer import OuterFactory, check_coordinatewise, check_factory, check_needs_mean_alone
@@ -88,7 +88,8 @@ class Rounds:
         listeners: Functions that are called with each `RoundReport`, at once.
         left: Whether this worker has left the others.
         companions: Objects of which a worker that joins takes over the state, with that of the local optimizer:
-            learning rate schedules, for example.
+            learning rate schedules, for example. All workers must have the same; one that consists of others says by
+            its attribute `kind` of which.
         meets_at_once: Whether workers that come and go meet as soon as a round ends; otherwise call `meet` before the
             next local step.
 
@@ -527,7 +528,7 @@ class Rounds:
         while True:
             members = self._membership.meet(
                 self.round_idx if self._has_met or self.resumed else -1,
-                fingerprint=digest(f"{self.sync.fingerprint} {self._given} {self.total_steps}"),
+                settings=self._settings(),
                 repeats=repeats,
                 leaves=self._leaves and not repeats,
             )
@@ -536,6 +537,16 @@ class Rounds:
             if self.left or not _breaks(partial(self._heal, members.rounds, repeats=repeats)):
                 self._has_met, self._must_meet = True, False
                 return self.round_idx != before
+
+    def _settings(self) -> dict[str, str]:
+        """Settings that all workers of a run have, of which one may take over the state of another."""
+        return {
+            **self._given,
+            "total_steps": str(self.total_steps),
+            "local optimizer": f"{type(self._optimizer).__name__} of {len(self._optimizer.param_groups)} groups",
+            "companions": ", ".join(getattr(c, "kind", type(c).__name__) for c in self.companions),
+            **self.sync.settings,
+        }
 
     def _heal(self, rounds: Sequence[int], *, repeats: bool) -> None:
         """Bring those who are behind up to the others."""

@@ -8,7 +8,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -170,7 +170,7 @@ class FakeMembership:
     def close(self) -> None:
         self.lighthouse.bury(self.worker_id)
 
-    def meet(self, round_idx: int, *, fingerprint: int, repeats: bool, leaves: bool) -> Members:
+    def meet(self, round_idx: int, *, settings: Mapping[str, str], repeats: bool, leaves: bool) -> Members:
         group, rounds = self.lighthouse.meet(self.worker_id, Call(round_idx, repeats, leaves))
         if group is None:
             return Members((), (), None)

@@ -15,6 +15,7 @@ import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -317,8 +318,8 @@ class _Alone:
 
     worker_id, max_workers = 0, 2
 
-    def meet(self, round_idx, *, fingerprint, repeats, leaves):
-        self.fingerprint = fingerprint
+    def meet(self, round_idx, *, settings, repeats, leaves):
+        self.settings = settings
         return Members((0,), (round_idx,), None)
 
     def disconnect(self):
@@ -327,20 +328,35 @@ class _Alone:
     close = disconnect
 
 
+def _settings_of(companion, make_optimizer=torch.optim.SGD, width=6, **arguments):
+    model, membership = nn.Linear(4, width), _Alone()
+    optimizer = make_optimizer(model.parameters(), lr=0.1)
+    rounds = Rounds(model, optimizer, **{"local_steps": 2, "total_steps": 10, **arguments}, elastic=membership)
+    rounds.companions = [companion(optimizer, 3)]
+    rounds.meet()
+    return membership.settings
+
+
+_StepLR, _ExponentialLR = torch.optim.lr_scheduler.StepLR, torch.optim.lr_scheduler.ExponentialLR
+
+
 @pytest.mark.parametrize(
-    ("changed", "differs"),
-    [({}, False), ({"total_steps": 11}, True), ({"local_steps": 3}, True), ({"outer_optimizer": SlowMomentum}, True)],
+    ("changed", "names"),
+    [
+        ({}, set()),
+        ({"total_steps": 11}, {"total_steps"}),  # they would sync at other steps, and take the others with them
+        ({"local_steps": 3}, {"local_steps"}),
+        ({"outer_optimizer": SlowMomentum}, {"outer optimizer"}),
+        ({"width": 7}, {"model"}),
+        ({"make_optimizer": torch.optim.Adam}, {"local optimizer"}),
+        ({"companion": _ExponentialLR}, {"companions"}),
+        ({"options": SyncOptions(compression="int8")}, {"compression"}),
+    ],
+    ids=str,
 )
-def test_workers_of_another_run_do_not_meet(changed, differs):
-    """Those that end elsewhere, in particular: they would sync at other steps, and take the others with them."""
-    fingerprints = []
-    for arguments in ({}, changed):
-        model, optimizer = make(0)
-        membership = _Alone()
-        rounds = Rounds(model, optimizer, **{"local_steps": 2, "total_steps": 10, **arguments}, elastic=membership)
-        rounds.meet()
-        fingerprints.append(membership.fingerprint)
-    assert (len({*fingerprints}) == 2) == differs
+def test_workers_of_another_run_differ_in_a_setting(changed, names):
+    own, other = (_settings_of(**{"companion": _StepLR, **arguments}) for arguments in ({}, changed))
+    assert {name for name in own if own[name] != other[name]} == names
 
 
 def test_the_first_step_needs_a_meeting():
@@ -381,7 +397,7 @@ def test_what_cannot_work_is_refused_with_the_reason(arguments, reason):
         ([Candidate("a", 0, 5, leaves=True), Candidate("b", 1, -1)], "ab"),  # who else would have the weights?
         ([Candidate("a", 0, 5, leaves=True), Candidate("b", 1, 5, leaves=True)], ""),
         ([Candidate("a", 0, 5), Candidate("b", 0, -1)], "a"),  # twins
-        ([Candidate("a", 0, -1, "other"), Candidate("b", 1, 5)], "b"),
+        ([Candidate("a", 0, -1, {"total_steps": "1"}), Candidate("b", 1, 5)], "b"),
     ],
 )
 def test_who_is_let_in(there, expected):
@@ -434,13 +450,81 @@ def test_a_lighthouse_that_does_not_answer_is_named_with_the_cause(monkeypatch):
 
     monkeypatch.setattr("lightning_lopt.elastic._client_class", lambda: refuse)
     monkeypatch.setattr("lightning_lopt.elastic.CONNECT_SECONDS", 0.1)
-    alone = Elastic("http://127.0.0.1:1", 0, 3, start_seconds=0, timeout=timedelta(seconds=0.3))
     with (
         pytest.warns(UserWarning, match=r"127.0.0.1:1 does not answer.*connection refused"),
         pytest.raises(TimeoutError, match=r"No quorum by the lighthouse http://127.0.0.1:1 .*connection refused"),
     ):
-        alone.meet(-1, fingerprint=0, repeats=False, leaves=False)
-    alone.close()
+        _meet_alone()
+
+
+def _meet_alone(settings=None, **arguments):
+    alone = Elastic("http://127.0.0.1:1", 0, 3, start_seconds=0, timeout=timedelta(seconds=0.3), **arguments)
+    try:
+        return alone.meet(-1, settings=settings or {}, repeats=False, leaves=False).workers
+    finally:
+        alone.close()
+
+
+def _with_others(monkeypatch, *quorums):
+    """Let the lighthouse answer with these candidates, each time with the next ones, and with who asks."""
+    answers = iter(quorums)
+
+    class Client:
+        def __init__(self, address, timeout):
+            pass
+
+        def heartbeat(self, name, timeout):
+            pass
+
+        def quorum(self, name, timeout, *, data, **_):
+            others = [candidate._asdict() for candidate in next(answers, quorums[-1])]
+            return SimpleNamespace(
+                participants=[SimpleNamespace(data=json.loads(json.dumps(d))) for d in (data, *others)],
+                quorum_id=1,
+                created=SimpleNamespace(seconds=0, nanos=0),
+            )
+
+    monkeypatch.setattr("lightning_lopt.elastic._client_class", lambda: Client)
+    monkeypatch.setattr("lightning_lopt.elastic.PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("lightning_lopt.elastic.CONNECT_SECONDS", 0.05)
+
+
+RUN = {"total_steps": "100", "min_workers": "1", "max_workers": "3"}
+
+
+def test_a_setting_that_differs_is_named_with_both_values(monkeypatch):
+    _with_others(monkeypatch, [Candidate("b", 1, 4, {**RUN, "companions": "StepLR"})])
+    with pytest.raises(
+        DisagreementError, match=r"\[1\], .*\(total_steps: 100, here 50; companions: StepLR, here None\)"
+    ):
+        _meet_alone({"total_steps": "50"})
+
+
+def test_a_second_one_of_a_number_is_refused(monkeypatch):
+    _with_others(monkeypatch, [Candidate("b", 0, 4, RUN)])
+    with pytest.raises(
+        DisagreementError, match=r"a worker 0 already: give each its own worker_id\. If it is an earlier"
+    ):
+        _meet_alone({"total_steps": "100"})
+
+
+def test_one_that_comes_before_its_earlier_life_has_left_waits_for_that(monkeypatch):
+    """Another worker makes the earlier life free to go; then this one is alone, so that it need not connect."""
+    _with_others(monkeypatch, [Candidate("b", 0, 4, RUN, leaves=True), Candidate("c", 1, 4, RUN)], [])
+    assert _meet_alone({"total_steps": "100"}) == [0]
+
+
+def test_one_that_waits_says_for_whom_and_where_they_are(monkeypatch):
+    _with_others(monkeypatch, [])
+    said = r"worker 0 at 127.0.0.1:\d+; min_workers=2 are needed, .* \(host=\.\.\.\)"
+    with pytest.warns(UserWarning, match=said), pytest.raises(TimeoutError, match=f"No round began .*{said}"):
+        _meet_alone(min_workers=2)
+
+
+def test_a_host_that_is_none_of_this_machine_is_named(monkeypatch):
+    _with_others(monkeypatch, [])
+    with pytest.raises(ValueError, match=r"address of this machine .*, not '192\.0\.2\.1'"):
+        _meet_alone(host="192.0.2.1")
 
 
 def test_without_torchft_the_error_says_where_it_exists(monkeypatch):

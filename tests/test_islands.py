@@ -12,16 +12,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.parametrizations import spectral_norm
 
 from lightning_lopt import AdaMLP, LearnedOptimizer, PowerSGD, Rounds, SlowMomentum, SyncOptions, TopK
 from lightning_lopt.comm import Communicator, DisagreementError
-from lightning_lopt.islands import LocalShards, WholeTensors, hold
+from lightning_lopt.islands import Box, LocalShards, WholeTensors, hold, local_shard
 from lightning_lopt.selection import Fragments
+from lightning_lopt.strategies.islands import full_state_dict, load_full_state_dict
 from tests.optim.test_outer import Norm
 from tests.processes import run_cases
 
@@ -96,7 +99,7 @@ def _train(model, optimizer, rounds, worker, part=0, parts=1, clip=True, change=
         optimizer.zero_grad()
         loss.backward()
         if clip:
-            _clip([*model.parameters()])
+            _clip([p for p in model.parameters() if p.grad is not None])
         optimizer.step()
         spoil(step)
         if rounds.step():
@@ -147,6 +150,13 @@ CASES = {
     "learned, written": (LearnedOptimizer, {}),
     "matrices": (DILOCO, {}),
     "learned, matrices": (LearnedOptimizer, {}),
+    "singular vectors": (DILOCO, {}),
+    "learned, singular vectors": (LearnedOptimizer, {}),
+    "teacher": (DILOCO, {}),
+    "learned, teacher": (LearnedOptimizer, {}),
+    "teacher of the first": (DILOCO, {"sync_rules": {"teacher.*": "first"}}),
+    "frozen later": (DILOCO, {}),
+    "learned, frozen later": (LearnedOptimizer, {}),
 }
 LOSSY = {"density": 0.05, "bf16": 1e-3, "int8": 1e-3, "top-k": 0.05}  # other coordinates and blocks than of the whole
 
@@ -156,6 +166,10 @@ def _run(rank, name, islands):
     torch.set_default_dtype(torch.float64)
     matrices = "matrices" in name
     model, comm, part, parts, worker = _Model(8 if matrices else 9), Communicator(), 0, 1, rank
+    if "singular" in name:
+        spectral_norm(model.head)
+    if "teacher" in name:
+        model.teacher = copy.deepcopy(model.head).requires_grad_(False)
     if islands:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("worker", "shard"))
         worker = mesh.get_local_rank("worker")
@@ -165,7 +179,8 @@ def _run(rank, name, islands):
             _shard(model, mesh["shard"])
             part, parts = mesh.get_local_rank("shard"), 2
         comm = Communicator(ranks_per_worker=2, by_column=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=not matrices)  # it takes one kind of tensor
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, foreach=not matrices)  # it takes one kind of tensor
     rounds = Rounds(model, optimizer, H, outer, options=SyncOptions(**options), comm=comm, total_steps=STEPS)
     comm.bytes_sent = 0
 
@@ -174,7 +189,14 @@ def _run(rank, name, islands):
             with torch.no_grad():
                 model.scale.add_(1)
 
+        if "frozen" in name and step == H + 1:
+            model.blocks[0].requires_grad_(False)
+
     def spoil(step):
+        if "teacher" in name:
+            with torch.no_grad():
+                for own, p in zip(model.teacher.parameters(), model.head.parameters(), strict=True):
+                    own.lerp_(p, 0.1)
         if "spoiled" in name and worker == 1 and step == 2 * H - 1:
             weight = model.head.weight.to_local() if islands else model.head.weight
             if rank == (3 if islands else 1):
@@ -359,6 +381,29 @@ def _whole_tensors(rank, kind):
     return differences, total.item() == sum(p.numel() for p in model.parameters())
 
 
+def _names_of_wrapped(rank):
+    """Compiled blocks, and those that checkpoint activations, have the names of the module in files, and their own."""
+    (model, mesh), plain = _model_of((1, 4)), _Model()
+    comm = Communicator(ranks_per_worker=4, by_column=True)
+    wrapped = _Model()
+    for own in (wrapped, plain):
+        own.blocks[0], own.blocks[1] = torch.compile(own.blocks[0]), checkpoint_wrapper(own.blocks[1])
+    _shard(wrapped, mesh["shard"])
+    full = full_state_dict(wrapped)
+    wrapped.mean += 1  # of which it has a copy
+    layouts = [LocalShards(m, torch.optim.SGD(m.parameters(), lr=0.1), comm).layout() for m in (model, wrapped)]
+    with torch.no_grad():
+        for p in wrapped.parameters():
+            p.zero_()
+    expected = plain.state_dict()
+    load_full_state_dict(wrapped, expected, strict=True)
+    loaded = all(torch.equal(local_shard(p), Box.of(p).of_whole(expected[n])) for n, p in wrapped.state_dict().items())
+    with pytest.raises(RuntimeError, match=r"Missing key.*head\.bias"):
+        load_full_state_dict(wrapped, {n: v for n, v in expected.items() if n != "head.bias"}, strict=True)
+    same = [*full] == ([*expected] if rank == 0 else []) and not full.get("mean", torch.zeros(1)).any()
+    return same, layouts[0] == layouts[1], loaded
+
+
 def _kinds_held(rank):
     """What is held for the mean: shards, but whole tensors where several ranks have the same."""
     comm = Communicator(ranks_per_worker=4, by_column=True)
@@ -380,6 +425,7 @@ SET_UP = {
     "another anchor": (_another_anchor,),
     "groups": (_groups,),
     "kinds held": (_kinds_held,),
+    "names": (_names_of_wrapped,),
     "sums": (_sums_silently, True),
     "sums, old torch": (_sums_silently, False),
     **{f"whole {kind}": (_whole_tensors, kind) for kind in ("both", "replicas", "columns", "few")},
@@ -438,6 +484,10 @@ def test_modules_of_deepspeed_are_refused(wrap, monkeypatch):
 
 def test_a_sync_has_process_groups_of_its_own(set_up):
     assert set_up["groups"] == [True] * 4
+
+
+def test_wrapped_blocks_change_no_names_in_files(set_up):
+    assert set_up["names"] == [(True, True, True)] * 4
 
 
 def test_gradients_are_means_where_the_backend_sums(set_up):

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_lopt.comm import Communicator, Membership
@@ -34,6 +34,7 @@ class ElasticWorker(ProcessWorkers):
     def __init__(self, membership: Membership) -> None:
         self._membership = membership
         self._fit: tuple[pl.Trainer, Rounds] | None = None  # the present one
+        self._present: tuple[int, ...] = ()  # workers after the last meeting
 
     @property
     def _trainer(self) -> pl.Trainer:
@@ -78,6 +79,13 @@ class ElasticWorker(ProcessWorkers):
         self._rounds.companions = [place]
         self._rounds.meet()
         place.at_start = False
+        self._present = ()
+        self._report_workers()
+        if self._rounds.round_idx == 0 and len(self._present) == 1 < self._membership.max_workers:
+            rank_zero_warn(
+                f"Worker {self._membership.worker_id} begins a new run alone; others may join it. If theirs has ended "
+                'already, stop it: fit(ckpt_path="last") goes on from a checkpoint, not from the beginning.'
+            )
 
     @override
     def act(self, signals: Signals, step: int | None) -> None:
@@ -94,6 +102,19 @@ class ElasticWorker(ProcessWorkers):
             rank_zero_info(f"Worker {self._membership.worker_id} leaves the others after round {rounds.round_idx - 1}.")
             signals.run_noted_actions()
             host.stop_after_batch(self._trainer)  # also after a requeue: without the others there is no further step
+        elif not rounds.left:
+            self._report_workers()
+
+    def _report_workers(self) -> None:
+        """Say which workers begin a round, where others have begun the last one."""
+        before, self._present = self._present, self._rounds.comm.workers
+        if self._present != before:
+            gone, new = sorted({*before} - {*self._present}), sorted({*self._present} - {*before})
+            changes = [f"{w} is gone" for w in gone] + [f"{w} joins" for w in new if before]
+            rank_zero_info(
+                f"Round {self._rounds.round_idx} begins with workers {[*self._present]}"
+                + (f": {', '.join(changes)}." if changes else ".")
+            )
 
 
 class Place:
@@ -108,11 +129,15 @@ class Place:
 
     Attributes:
         at_start: Whether the first batch is yet to come.
+        kind: Kinds of local optimizers, learning rate schedules and precision, which all workers must have.
     """
 
     def __init__(self, trainer: pl.Trainer, resume: Resume) -> None:
         self._trainer, self._resume = trainer, resume
         self.at_start = True
+        schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
+        parts = [*trainer.optimizers, *schedules, trainer.precision_plugin]
+        self.kind = ", ".join(type(part).__name__ for part in parts)
 
     def state_dict(self) -> dict[str, Any]:
         """Return counters, and the states of learning rate schedules and of mixed precision."""
@@ -130,8 +155,8 @@ class Place:
         """
         if not self.at_start:
             raise WorkerLostError(
-                "The others have lost contact with this worker, and gone on without it for more than a round: start it "
-                "again, and it will join them."
+                "The others have lost contact with this worker and gone on without it for more than a round, or one of "
+                "them has come from a later checkpoint: start this one again, and it will join them."
             )
         if state["loops"] is None:
             return

@@ -646,6 +646,14 @@ def set_device_mesh(module: pl.LightningModule, mesh: DeviceMesh) -> None:
     module._device_mesh = mesh
 
 
+def configure_model(trainer: pl.Trainer) -> None:
+    """Let a module build and shard its layers, before callbacks are set up.
+
+    Reason: Lightning does so after it.
+    """
+    call._call_configure_model(trainer)
+
+
 def materialize(module: nn.Module, device: torch.device) -> None:
     """Give tensors on the meta device memory, and initialise them, as `ModelParallelStrategy` does.
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    set_model_state_dict,
-)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from lightning_lopt.islands import foreign_sharding, has_dtensors, reshard
+from lightning_lopt.islands import Box, foreign_sharding, has_dtensors, reshard, to_distributed
 from lightning_lopt.strategies import host
 
 NOT_AFTER_EXCEPTION = (
@@ -92,7 +90,8 @@ def check_islands(trainer: pl.Trainer, virtual_workers: int, tensor_parallel_siz
 
     Raises:
         MisconfigurationException: The module is wrapped by FSDP1 or DeepSpeed, or it is sharded and there are virtual
-            workers or a callback that copies the module; or it is not sharded, and ranks should share its matrices.
+            workers, `sync_batchnorm=True` or a callback that copies the module; or it is not sharded, and ranks should
+            share its matrices.
     """
     module = trainer.lightning_module
     if (reason := foreign_sharding(module)) is not None:
@@ -110,10 +109,18 @@ def check_islands(trainer: pl.Trainer, virtual_workers: int, tensor_parallel_siz
             "virtual_workers take turns in one module, which cannot be sharded over processes: use "
             "Trainer(devices=K * R) with ranks_per_worker=R."
         )
+    if host.has_synced_batch_norm(trainer):
+        raise MisconfigurationException(
+            "sync_batchnorm=True replaces layers of which FSDP already holds the parameters. Leave it out, and convert "
+            "them in configure_model before fully_shard: `torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model, "
+            "self.device_mesh['data_parallel'].get_group())` takes statistics over the ranks of a worker."
+        )
     for callback in host.callbacks_of(trainer):
         if host.averages_weights(callback):
             raise MisconfigurationException(
-                f"{type(callback).__name__} copies the module, which a sharded one does not allow: leave it out."
+                f"{type(callback).__name__} copies the module, which a sharded one does not allow: leave it out. An "
+                "average of weights can be a second model that configure_model shards like the first, and that "
+                "on_train_batch_end moves toward it (under torch.no_grad): every sync averages it, too."
             )
 
 
@@ -123,11 +130,43 @@ def _ranks_of(parameter: torch.Tensor) -> set[int]:
 
 
 def full_state_dict(module: nn.Module) -> dict[str, Any]:
-    """Whole tensors on the CPU of rank 0, nothing on the other ranks; all ranks of a worker must call it."""
-    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    """Copies of whole tensors, under the names of `module.state_dict()`, on the CPU of rank 0; nothing on other ranks.
+
+    All ranks must call it; they gather one tensor at a time.
+    """
+    reshard(module)
+    whole = {}
+    for name, value in module.state_dict().items():
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        if dist.get_rank() == 0:
+            whole[name] = value.to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+    return whole
 
 
-def load_full_state_dict(module: nn.Module, state: dict[str, Any], *, strict: bool) -> None:
+def load_full_state_dict(module: nn.Module, state: Mapping[str, Any], *, strict: bool) -> None:
     """Load whole tensors, which every rank has, into a sharded module."""
     reshard(module)
-    set_model_state_dict(module, state, options=StateDictOptions(full_state_dict=True, strict=strict))
+    own = module.state_dict()
+    module.load_state_dict({name: _shard_of(value, own.get(name)) for name, value in state.items()}, strict=strict)
+
+
+def _shard_of(value: Any, like: Any) -> Any:
+    """This rank's shard of a whole tensor; what is not sharded, or has another shape, as it is."""
+    if not isinstance(like, DTensor) or value.shape != like.shape:
+        return value
+    return to_distributed(Box.of(like).of_whole(value), like)
+
+
+@contextmanager
+def explain_shards() -> Iterator[None]:
+    """Say what to shard where a layer meets its shards in place of its parameters."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "mixed torch.Tensor and DTensor" not in str(error):
+            raise
+        raise MisconfigurationException(
+            "A layer was called while its parameters were in shards: FSDP gathers them when the very module is called "
+            "that was given to fully_shard. End configure_model with `fully_shard(self.model, mesh=mesh)` where the "
+            "steps call self.model(...), and with `fully_shard(self, mesh=mesh)` where they call self(...)."
+        ) from error

@@ -28,7 +28,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_lopt.comm import Communicator, DisagreementError, Membership, check_timeout, digest
+from lightning_lopt.comm import Communicator, DisagreementError, Membership, check_timeout, count_workers, digest
 from lightning_lopt.compression import Codec, LinearCodec
 from lightning_lopt.functional.merge import MergeRule
 from lightning_lopt.islands import FULLY_SHARD, has_dtensors, local_shard, reshard
@@ -50,6 +50,7 @@ from lightning_lopt.strategies.islands import (
     NOT_AFTER_EXCEPTION,
     WorkerMesh,
     check_islands,
+    explain_shards,
     full_state_dict,
     load_full_state_dict,
 )
@@ -198,17 +199,21 @@ class LocalSGD(DDPStrategy):
 
     **Workers that come and go.** With ``elastic=Elastic("http://10.0.0.1:29510", worker_id=0, max_workers=3)`` the
     script is started once per worker, with `Trainer(devices=1)` and another `worker_id`, and started again when it has
-    died, by ``torchrun --standalone --nproc-per-node 1 --max-restarts 100`` for example. `Elastic` says what is kept,
-    what is lost, and what listens where. Rounds are the clock: a worker joins at the end of a batch with which a round
-    ends, and goes to the others' step, epoch and learning rates, and to the batches of its own share of the data that
-    belong there; its share rests while it is away.
+    died, by one ``torchrun --standalone --nproc-per-node 1 --max-restarts 100 script.py`` per worker for example.
+    `Elastic` says what is kept, what is lost, and what listens where. Rounds are the clock: a worker joins at the end
+    of a batch with which a round ends, and goes to the others' step, epoch and learning rates, and to the batches of
+    its own share of the data that belong there; its share rests while it is away. Each worker prints who comes and
+    goes.
 
     * `max_steps` or `max_epochs` tell all workers where the run ends. A Trainer that stops elsewhere (early stopping,
-      `max_time`, data of unknown length) leaves the others, and ends with the last synced weights. After SIGTERM or
-      SLURM's requeue signal it first ends its round, which must be shorter than the time until SIGKILL.
+      `max_time`, data of unknown length) leaves the others, and ends with the last synced weights. After SIGTERM, of
+      itself or its torchrun, or SLURM's requeue signal it first ends its round, which must be shorter than the time
+      until SIGKILL, with torchrun 30 s. After SIGKILL of its torchrun a worker lives on: end it before another takes
+      its `worker_id`.
     * Each worker has its own loggers, callbacks and checkpoints: give it a `default_root_dir` of its own, and the same
       `seed_everything` as the others. `fit(ckpt_path="last")` matters where all have died or ended: without it, a
-      worker that is started after the others' end trains a whole new run alone.
+      worker that is started after the others' end trains a whole new run alone, and `ModelCheckpoint(save_last=True)`
+      writes last-v1.ckpt beside the last.ckpt of an earlier life, unless `enable_version_counter=False`.
     * Validation sees the last synced weights (`eval_weights="anchor"`) and all of the data, the same on all workers.
     * Refused are `sharded`, `overlap_steps`, `density` and selections, a number as `merge`, `worker_speeds`,
       `virtual_workers`, `ranks_per_worker`, networks for a fixed number of workers (LAgg-A), `sync_dist=True` in
@@ -223,7 +228,11 @@ class LocalSGD(DDPStrategy):
     of rank 0 needs 4 to save, which gathers tensor by tensor, and every rank 4 and its part to resume, with other ranks
     a worker's whole state. With tensor parallelism torch neither clips by norm nor steps plain and distributed
     parameters together: leave out the Trainer's `gradient_clip_val`, and give the local optimizer `foreach=False`.
-    Before torch 2.11 clipping by norm adds its 1e-6 to the norm of each rank's shards (pytorch#149768).
+    Before torch 2.11 clipping by norm adds its 1e-6 to the norm of each rank's shards (pytorch#149768). In
+    `configure_model` wrap blocks for activation checkpointing first, then compile them, then shard them; tied
+    parameters belong to one call of `fully_shard`. BatchNorm takes the statistics of a rank's own samples, unless it is
+    converted before (`SyncBatchNorm.convert_sync_batchnorm` with the group of the mesh): `sync_batchnorm=True` and
+    callbacks that average weights are refused.
 
     Source: McMahan et al. 1602.05629; Stich 1805.09767.
 
@@ -366,7 +375,9 @@ class LocalSGD(DDPStrategy):
 
     @override
     def set_world_ranks(self) -> None:  # called by the Trainer's constructor, before any process is started
-        self._workers.check_processes(self.num_nodes * self.num_processes)
+        num_processes = self.num_nodes * self.num_processes
+        self._workers.check_processes(num_processes)
+        count_workers(num_processes, self._ranks_of_worker)
         super().set_world_ranks()
 
     @override
@@ -386,6 +397,10 @@ class LocalSGD(DDPStrategy):
                 self.root_device, self.num_workers, self._ranks_of_worker, self._tensor_parallel_size
             )
             host.set_device_mesh(module, self._mesh.of_worker)
+            trainer = self._trainer
+            if self._is_fitting and any(map(host.averages_weights, host.callbacks_of(trainer))):
+                host.configure_model(trainer)  # they copy it, and would be the first to find it sharded
+                check_islands(trainer, self._workers.number, self._tensor_parallel_size)
 
     @override
     def setup_distributed(self) -> None:
@@ -634,10 +649,34 @@ class LocalSGD(DDPStrategy):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         self._stepped = False
-        output = self._workers.training_step(partial(super().training_step, **kwargs), self._trainer, args)
+        with explain_shards():
+            output = self._workers.training_step(partial(super().training_step, **kwargs), self._trainer, args)
         if self._stepped and not self._trainer.lightning_module.automatic_optimization:
             self._end_step()  # once per batch, however many optimizers stepped
         return output
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with explain_shards():
+            return super().validation_step(*args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        with explain_shards():
+            return super().test_step(*args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        with explain_shards():
+            return super().predict_step(*args, **kwargs)
+
+    @override
+    def post_backward(self, closure_loss: Tensor) -> None:
+        super().post_backward(closure_loss)
+        if self._comm is not None and self._comm.inside_size > 1:
+            # Parts without gradients are still gathered: `parameters()` would not be those that an optimizer has.
+            assert self.model is not None
+            reshard(self.model)
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:

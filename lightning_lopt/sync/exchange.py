@@ -197,9 +197,9 @@ class Exchange:
     def _run(self) -> None:
         start, bytes_before = time.perf_counter(), self._comm.bytes_sent
         own = replace(self._own_status, norm=math.sqrt(self._inside_total(self.squared_norm())))
-        equal = {**self._equal, UNSTEPPED: self.unstepped.described}
+        equal, changed = {**self._equal, UNSTEPPED: self.unstepped.described}, [*self.unstepped.changed.values()]
         self.status = gather_status(
-            self._comm, self._device, equal, own, [*self.unstepped.changed.values()], self._settings
+            self._comm, self._device, equal, own, changed, self._settings, self.unstepped.num_pieces
         )
         self.left_out = self._outlier_filter.outliers(self.status.norms)
         if not self.status.all_wait and not self.skipped:
@@ -222,7 +222,7 @@ class Exchange:
                     self._leave_out(flat_buffer)
         others = [name for name in sent if name not in averaged]
         combined = combine([sent[name] for name in others], self._comm, self.left_out)
-        self._average_inside(list(averaged.values()))
+        self._average_inside([mean for name, mean in averaged.items() if not sent[name].is_piece])
         self.arrived = {name: sent[name].settled(mean) for name, mean in averaged.items()}
         self.arrived |= zip(others, combined, strict=True)
 

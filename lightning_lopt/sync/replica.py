@@ -347,12 +347,13 @@ class Replica:
 
         Args:
             arrived: Values as they are combined, by name.
-            weights: Global values of parameters.
+            weights: Global values of parameters, as far as this rank holds them.
         """
 
         def get_weight(name: str) -> Tensor | None:
             held = self._held.get(id(named[name])) if name in named else None
-            return None if held is None else weights.get(held)
+            own = None if held is None else weights.get(held)
+            return own if self._held_copy is None else self._held_copy.whole(name, own)
 
         if not any(self._rules.stated(name) == "unit_mean" for name in arrived):
             return dict(arrived)

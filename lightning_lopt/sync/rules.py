@@ -19,6 +19,8 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import partial
+from itertools import product
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
@@ -149,11 +151,13 @@ class Contribution(NamedTuple):
         rule: The rule.
         value: Present values.
         synced: Values at the last sync, None where there was none.
+        is_piece: Whether the worker's other ranks hold other parts of the tensor.
     """
 
     rule: Rule
     value: Tensor
     synced: Tensor | None = None
+    is_piece: bool = False
 
     @property
     def averaged(self) -> bool:
@@ -197,7 +201,7 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def combine(items: Sequence[Contribution], comm: Communicator, left_out: Sequence[int] = ()) -> list[Tensor]:
-    """Combine the workers' values of tensors by their rules, in at most four small collectives.
+    """Combine the workers' values of tensors by their rules, in at most four small collectives of each rank.
 
     Args:
         items: Contributions of this worker, of the same rules, shapes and types on all workers.
@@ -210,15 +214,14 @@ def combine(items: Sequence[Contribution], comm: Communicator, left_out: Sequenc
     """
     kept = [k for k in range(comm.num_workers) if k not in left_out]
     results: dict[int, Tensor] = {}
-    for largest in (True, False):
-        for dtype in (torch.int64, torch.float64):
-            chosen = [i for i, item in enumerate(items) if _way(item) == (largest, dtype)]
-            if not chosen:
-                continue
-            sent = [_sent(items[i], comm, kept) for i in chosen]
-            received = jointly(sent, comm.max_ if largest else comm.sum_)
-            for i, value in zip(chosen, received, strict=True):
-                results[i] = _received(items[i], value, len(kept) * comm.inside_size)
+    for largest, dtype, is_piece in product((True, False), (torch.int64, torch.float64), (False, True)):
+        chosen = [i for i, item in enumerate(items) if (*_way(item), item.is_piece) == (largest, dtype, is_piece)]
+        if not chosen:
+            continue
+        sent = [_sent(items[i], comm, kept) for i in chosen]
+        received = jointly(sent, partial(comm.max_ if largest else comm.sum_, inside=not is_piece))
+        for i, value in zip(chosen, received, strict=True):
+            results[i] = _received(items[i], value, len(kept) * (1 if is_piece else comm.inside_size))
     return [results[i] for i in range(len(items))]
 
 
@@ -236,7 +239,7 @@ def _sent(item: Contribution, comm: Communicator, kept: Sequence[int]) -> Tensor
             lowest = -torch.inf if dtype.is_floating_point else torch.iinfo(dtype).min
             return torch.full_like(value, lowest)
         return -value if item.rule == "min" else value
-    if rank not in kept or (item.rule == "first" and (rank != kept[0] or comm.inside_rank)):
+    if rank not in kept or (item.rule == "first" and (rank != kept[0] or (comm.inside_rank and not item.is_piece))):
         return torch.zeros_like(value)
     if item.rule == "sum_of_changes" and item.synced is not None:
         return value - as_real(item.synced).to(dtype)

@@ -217,6 +217,7 @@ def gather_status(
     own: WorkerStatus,
     changed: Sequence[bool] = (),
     settings: LocalSettings | None = None,
+    num_pieces: int = 0,
 ) -> GroupStatus:
     """Check that the workers agree, and learn the status of each, in one small integer all-reduce.
 
@@ -229,6 +230,7 @@ def gather_status(
         own: Status of this worker.
         changed: Whether this worker changed each unstepped tensor that all follow; as many on all workers.
         settings: Settings of this worker's local optimizer; as many groups on all workers.
+        num_pieces: Number of the unstepped tensors, the last ones, of which the worker's other ranks hold other parts.
 
     Raises:
         DisagreementError: One of the integers differs, or workers wait at different points.
@@ -250,12 +252,12 @@ def gather_status(
     known = len(settings.lrs) - settings.num_new  # or the message would be longer than that of others
     values = [*settings.lrs[:known], *settings.momenta[:known]]
     common = {integer: equal.get(integer) for integer in COMMON} | {GROUPS: len(settings.lrs)}
-    largest = [*rows, *map(int, changed), *map(to_integer, values)]
-    differences, largest = comm.compare(device, common, largest)
+    largest = [*rows, *map(to_integer, values), *map(int, changed)]
+    differences, largest = comm.compare(device, common, largest, num_pieces)
     received = iter(largest)
     columns = [[next(received) for _ in range(num_workers)] for _ in range(NUM_ROWS)]
-    by_someone = [i for i in range(len(changed)) if next(received)]
-    maxima = _decode(received)
+    maxima = _decode(next(received) for _ in values)
+    by_someone = [i for i, flag in enumerate(received) if flag]
     for k, (last, first) in enumerate(zip(columns[1], columns[2], strict=True)):
         if last + first != len(points):  # not the same on all ranks of a worker
             places = f"{points[len(points) - first].value} and the {points[last].value}"

@@ -75,7 +75,7 @@ class Sync:
         replica: This worker's parameters with their anchors, other tensors and local optimizer states.
         worker_statuses: Status of every worker at the last sync, or when all waited at the same point.
         common: Whether all workers held the same weights after the last sync.
-        fingerprint: Integer that differs for other models, options and outer optimizers.
+        settings: Texts that differ for other models and outer optimizers.
 
     Raises:
         ValueError: There is nothing to train, parameters are not dense and real, or in wrappers of FSDP1 or DeepSpeed,
@@ -131,7 +131,9 @@ class Sync:
         outer = None if self._outer_step is None else self._outer_step.contract.fingerprint
         equal = {OUTER_OPTIMIZER: digest(repr(outer)), OPTIONS: options.fingerprint}
         comm.agree(self.device, equal)
-        self.fingerprint = digest("\n".join([*model_lines, *map(str, equal.values())]))
+        values = sum(t.numel() for _, t in named)
+        held = f"{len(named)} tensors of {values} values, digest {digest(str(model_lines)):x}"
+        self.settings = {"model": held, "outer optimizer": str(outer)}
 
     @property
     def device(self) -> torch.device:
@@ -289,8 +291,9 @@ class Sync:
         self._meet(status, equal)
 
     def _meet(self, own: WorkerStatus, equal: Mapping[CommonInteger, int | Sequence[str] | None] | None = None) -> None:
-        unchanged = self.replica.unstepped.unchanged
-        gather_status(self._comm, self.device, equal or {}, own, unchanged, self._settings())
+        unstepped = self.replica.unstepped
+        unchanged = [False] * len(unstepped.followed())
+        gather_status(self._comm, self.device, equal or {}, own, unchanged, self._settings(), unstepped.num_pieces)
 
     # -- weights from outside -------------------------------------------------------------------------------------
 
@@ -344,9 +347,10 @@ class Sync:
         """
         unstepped = self.replica.unstepped
         self._comm.agree(self.device, {UNSTEPPED: unstepped.described()})
-        own = unstepped.checksums()
-        largest = self._comm.agree(self.device, {}, [*own, *(-c for c in own)])
-        unstepped.adopt([a == -b for a, b in zip(largest[: len(own)], largest[len(own) :], strict=True)])
+        own, num_pieces = unstepped.checksums()
+        bounds = [bound for checksum in own for bound in (checksum, -checksum)]
+        largest = self._comm.agree(self.device, {}, bounds, 2 * num_pieces)
+        unstepped.adopt([a == -b for a, b in zip(largest[::2], largest[1::2], strict=True)])
 
     # -- parts of a sync ------------------------------------------------------------------------------------------
 

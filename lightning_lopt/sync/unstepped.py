@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_lopt.islands import Held
 from lightning_lopt.sync.rules import Contribution, HasSubmodules, Rules, scaled_to_1, warn_if_spoiled, wide
 from lightning_lopt.sync.watch import Watch, checksums
 
@@ -30,11 +31,13 @@ class Snapshot:
         changed: Whether the worker changed each tensor whose value at the last sync is known, by name; the other items
             are new.
         described: Name, shape and type of every unstepped tensor, the same on all workers.
+        num_pieces: Number of the last ones of `changed` of which the worker's other ranks hold other parts.
     """
 
     items: dict[str, Contribution]
     changed: dict[str, bool]
     described: list[str]
+    num_pieces: int = 0
 
     def sent(self, changed: Iterable[int]) -> dict[str, Contribution]:
         """The tensors to send: those that some worker changed, and those that are new.
@@ -72,15 +75,20 @@ class UnsteppedTensors:
 
     def __init__(self, model: NamedTensors, rules: Rules, is_stepped: Callable[[Tensor], bool]) -> None:
         self._model, self._rules, self._is_stepped = model, rules, is_stepped
+        self._held = model if isinstance(model, Held) else None
         self._synced: dict[str, Tensor] = {}
         self._changed: set[str] = set()  # for the first time: those whose value at the last sync is not known
         self._judged: set[str] = set()  # looked at for a warning
         self._watch = Watch({})
 
+    def _pieces(self) -> set[str]:
+        """Names of those of which the worker's other ranks hold other parts: of a sharded model the parameters."""
+        return set() if self._held is None else {name for name, _ in self._held.named_parameters()}
+
     @property
-    def unchanged(self) -> list[bool]:
-        """The flags of `Snapshot.changed` for a worker that has nothing to send."""
-        return [False] * len(self._synced)
+    def num_pieces(self) -> int:
+        """Number of those whose value at the last sync is known, and of which other ranks hold other parts."""
+        return len(self._pieces() & self._synced.keys())
 
     def present(self) -> dict[str, Tensor]:
         """All unstepped tensors by name, except those that stay each worker's own."""
@@ -100,9 +108,10 @@ class UnsteppedTensors:
         """Name, shape and type of each."""
         return _described(self.present())
 
-    def checksums(self) -> list[int]:
-        """A checksum of the present value of each."""
-        return checksums(self.present().values())
+    def checksums(self) -> tuple[list[int], int]:
+        """A checksum of the present value of each, and the number of those, the last ones, that are pieces."""
+        present = self.present()
+        return checksums(present.values()), len(self._pieces() & present.keys())
 
     def adopt(self, common: Sequence[bool] | None = None) -> None:
         """Take the present values as those of the last sync.
@@ -124,21 +133,24 @@ class UnsteppedTensors:
 
     def snapshot(self) -> Snapshot:
         """A snapshot of the present values, which later changes do not affect; unchanged ones are not copied."""
-        present = self.present()
+        present, pieces = self.present(), self._pieces()
         new = self._first_changes(present)
-        changed = {n: n in present and not _same(present[n], synced) for n, synced in self._synced.items()}
+        followed = sorted(self._synced, key=pieces.__contains__)
+        changed = {n: n in present and not _same(present[n], self._synced[n]) for n in followed}
         items = {}
         for name in [n for n in self._synced if n in present] + new:
             synced, own = self._synced.get(name), present[name]
             value = own.detach().clone() if synced is None or changed[name] else synced
             before = synced if synced is not None and synced.shape == own.shape else None
-            items[name] = Contribution(self._rules.of(name, own), value, before)
-        return Snapshot(items, changed, _described(present, new))
+            items[name] = Contribution(self._rules.of(name, own), value, before, name in pieces)
+        return Snapshot(items, changed, _described(present, new), len(pieces & changed.keys()))
 
     def _first_changes(self, present: Mapping[str, Tensor]) -> list[str]:
         """Names of the tensors that changed or were added since the last sync, and have no synced value yet."""
         others = {n: t for n, t in present.items() if n not in self._synced}
         self._changed.update(self._watch.changed(others))
+        if self._held is not None and not self._pieces().isdisjoint(present):
+            self._changed = self._held.changed_inside(self._changed)
         return [n for n in others if n in self._changed]
 
     def merge(self, launched: Snapshot, arrived: Mapping[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import time
+from collections import Counter
 from contextlib import suppress
 from functools import partial
 from itertools import groupby
@@ -185,11 +186,20 @@ def _signal(run):
     run.trainers[2].strategy.signals._note_sigterm(15, None)
 
 
-def test_a_signal_is_a_leave_after_the_round():
+def test_a_signal_is_a_leave_after_the_round_and_the_others_say_so(monkeypatch):
+    said = []
+    monkeypatch.setattr("lightning_lopt.strategies.elastic.rank_zero_info", said.append)
     run = Run({(2, 1, 1): _signal, (0, 3, 1): lambda run: run.let_in(2)})
     run.run()
     run.check_end()
     assert run.reports == {r: SOME if 2 <= r <= 3 else ALL for r in range(6)}
+    assert Counter(said) == {
+        "Round 0 begins with workers [0, 1, 2].": 3,
+        "Worker 2 leaves the others after round 1.": 1,
+        "Round 2 begins with workers [0, 1]: 2 is gone.": 2,
+        "Round 4 begins with workers [0, 1, 2]: 2 joins.": 2,
+        "Round 4 begins with workers [0, 1, 2].": 1,  # itself
+    }
 
 
 def _stop(run):
@@ -289,9 +299,20 @@ def test_what_needs_all_workers_between_syncs_is_refused(module, callbacks, reas
         run.fit(module(0), _loader(), _validation())
 
 
+def test_one_that_begins_alone_is_told_that_others_may_have_ended():
+    run = trainer(LocalSGD(H, elastic=_membership()), 1, max_steps=2)
+    with pytest.warns(UserWarning, match="Worker 0 begins a new run alone"):
+        run.fit(Follower(0), _loader())
+
+
+def test_other_optimizers_and_schedules_are_another_setting(undisturbed):
+    place = undisturbed.trainers[0].strategy.rounds.companions[0]
+    assert place.kind == "SGD, StepLR, StepLR, Precision"
+
+
 def test_one_without_contact_for_rounds_is_told_to_start_again(undisturbed):
     place = undisturbed.trainers[0].strategy.rounds.companions[0]
-    with pytest.raises(RuntimeError, match="start it again"):
+    with pytest.raises(RuntimeError, match="start this one again"):
         place.load_state_dict(place.state_dict())
 
 

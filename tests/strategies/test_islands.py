@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import signal
@@ -14,7 +15,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import OnExceptionCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, OnExceptionCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -112,6 +113,67 @@ class _Plain(_Module):
     hidden, foreach = 8, False
 
 
+class _Follows(_Module):
+    """With a frozen block, and a copy of the head that follows it and weighs the loss; no optimizer has these."""
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            super().configure_model()
+            self.model.blocks[0].requires_grad_(False)
+            self.teacher = copy.deepcopy(self.model.head).requires_grad_(False)
+            if self.device_mesh is not None:
+                _shard(self.model, self.device_mesh["data_parallel"])
+                fully_shard(self.teacher, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, tokens, batch_idx):
+        with torch.no_grad():
+            weight = self.teacher(torch.ones(1, 5)).square().mean()
+        return (1 + weight) * super().training_step(tokens, batch_idx)
+
+    def on_before_optimizer_step(self, *_):  # a callback that saves comes before the module's hook of a batch's end
+        with torch.no_grad():
+            for own, p in zip(self.teacher.parameters(), self.model.head.parameters(), strict=True):
+                own.lerp_(p, 0.1)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-2)
+
+
+class _Gan(_Module):
+    """Two optimizers by hand, of which the second steps in every other batch: each sees the other's model frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            torch.manual_seed(0)
+            generator, critic = (nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, n)) for n in (6, 1))
+            self.model = nn.ModuleDict({"generator": generator, "critic": critic})
+            if self.device_mesh is not None:
+                for part in self.model.values():
+                    fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, tokens, batch_idx):
+        real = tokens.double()
+        generator, critic = self.model.values()
+        losses = [lambda: -critic(generator(real)).mean(), lambda: (critic(generator(real)) - critic(real)).mean()]
+        for optimizer, loss in zip(self.optimizers(), losses[: 1 + batch_idx % 2], strict=False):
+            self.toggle_optimizer(optimizer)
+            optimizer.zero_grad()
+            self.manual_backward(loss())
+            self.clip_gradients(optimizer, gradient_clip_val=1.0)
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+    def validation_step(self, tokens, _):
+        self.log("val", self.model["critic"](tokens.double()).mean(), sync_dist=True)
+
+    def configure_optimizers(self):
+        return [torch.optim.AdamW(part.parameters(), lr=1e-2) for part in self.model.values()]
+
+
 class _Save(pl.Callback):
     """Saves at given steps, and may run a function of its own before."""
 
@@ -168,7 +230,7 @@ def _fit(
     callbacks = [losses] if save is None else [losses, _Save(f"{folder}/{save}", steps)]
     strategy = STRATEGIES[name](**{"ranks_per_worker": size, **(strategy or {})})
     run = _trainer(strategy, num_workers, size, callbacks=callbacks, **CLIPPED | options)
-    loaders = _loaders(size if make in (None, _Meta) else 1)
+    loaders = _loaders(1 if make in (_Matrices, _Plain) else size)
     run.fit(module, *loaders, ckpt_path=resume and f"{folder}/{resume}.ckpt")
     return _weights(run, folder), losses.values, run.global_step
 
@@ -243,8 +305,17 @@ def _virtual_or_averaged(rank):
     _shard(model, init_device_mesh("cpu", (4,)))
     with pytest.raises(MisconfigurationException, match=r"use Trainer\(devices=K \* R\) with ranks_per_worker=R"):
         check_islands(SimpleNamespace(lightning_module=model, callbacks=[]), 2)
+    strategy = LocalSGD(3)
     with pytest.raises(MisconfigurationException, match="StochasticWeightAveraging copies the module"):
-        check_islands(SimpleNamespace(lightning_module=model, callbacks=[StochasticWeightAveraging(0.1)]), 1)
+        check_islands(
+            SimpleNamespace(lightning_module=model, callbacks=[StochasticWeightAveraging(0.1)], strategy=strategy), 1
+        )
+    return True
+
+
+def _norms_replaced(rank):
+    with pytest.raises(MisconfigurationException, match="convert them in configure_model before fully_shard"):
+        _trainer(LocalSGD(3, ranks_per_worker=2), 2, 2, sync_batchnorm=True).fit(_seeded(_Sharded), _loaders(2)[0])
     return True
 
 
@@ -270,6 +341,28 @@ def _not_split(rank):
         strategy = LocalSGD(3, ranks_per_worker=size, tensor_parallel_size=2)
         with pytest.raises(MisconfigurationException, match="=2, but configure_model shards nothing"):
             _trainer(strategy, 4 // size, size).fit(_seeded(_Module), _loaders(size)[0])
+    return True
+
+
+def _averaged(rank):
+    run = _trainer(LocalSGD(3, ranks_per_worker=2), 2, 2, callbacks=[EMAWeightAveraging()])
+    with pytest.raises(MisconfigurationException, match="EMAWeightAveraging copies the module"):
+        run.fit(_seeded(_Sharded), _loaders(2)[0])
+    return True
+
+
+class _WholeModule(_Module):
+    """Sharded as one with the model, of which the steps call a part."""
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            super().configure_model()
+            fully_shard(self, mesh=self.device_mesh["data_parallel"])
+
+
+def _part_called(rank):
+    with pytest.raises(MisconfigurationException, match=r"fully_shard\(self\.model, mesh=mesh\)` where the steps call"):
+        _trainer(LocalSGD(3, ranks_per_worker=2), 2, 2).fit(_seeded(_WholeModule), _loaders(2)[0])
     return True
 
 
@@ -313,6 +406,9 @@ REFUSED = [
     "virtual or averaged",
     "not averaged",
     "not split",
+    "norms replaced",
+    "averaged",
+    "part called",
     "exception while gathered",
     "after an exception",
 ]
@@ -348,6 +444,8 @@ def results(tmp_path_factory):
     one = partial(fit, "learned, in flight", 1)
     plain = {f"{name} plain": fit(name, 2, 1, f"{name}-plain") for name in RESUMED}
     plain |= {f"{name} plain": fit(name, 2, 1, f"{name}-plain") for name in GIVEN_UP}
+    plain["follows plain"] = fit("learned", 2, 1, "follows-plain", make=_Follows)
+    plain["gan plain"] = fit("diloco", 2, 1, make=_Gan, gradient_clip_val=None)
     plain["matrices plain"] = fit("diloco", 2, 1, make=_Plain, gradient_clip_val=None)
     alone = one(1, make=_Sharded, strategy={"ranks_per_worker": "node"}, max_epochs=1)
     found = _launch(1, {"one": one(1, "one", max_epochs=1), "one sharded": alone}) | _launch(2, plain)
@@ -363,6 +461,9 @@ def results(tmp_path_factory):
         "meta again": fit("diloco", 2, 2, None, "diloco-islands-10", make=_Meta),
         "matrices": fit("diloco", 2, 2, make=_Matrices, strategy={"tensor_parallel_size": 2}, gradient_clip_val=None),
         "bf16": fit("learned", 2, 2, precision="bf16-true"),
+        "follows": fit("learned", 2, 2, "follows-islands", make=_Follows),
+        "follows from plain": fit("learned", 2, 2, None, "follows-plain-10", make=_Follows),
+        "gan": fit("diloco", 2, 2, make=_Gan, gradient_clip_val=None),
         "accumulated": fit("diloco", 2, 2, accumulate_grad_batches=2),
         "four": one(4, "four", max_epochs=1),
         "one to four": one(4, None, "one-11", max_epochs=1),
@@ -377,6 +478,9 @@ def results(tmp_path_factory):
         "virtual or averaged": (_virtual_or_averaged, {}),
         "not averaged": (_not_averaged, {}),
         "not split": (_not_split, {}),
+        "norms replaced": (_norms_replaced, {}),
+        "averaged": (_averaged, {}),
+        "part called": (_part_called, {}),
         "exception while gathered": (_exception_while_gathered, {}),
         "after an exception": (_after_an_exception, folder, {}),
     }
@@ -389,6 +493,7 @@ def results(tmp_path_factory):
         "four to two": one(2, "two", "four-11", max_epochs=1),
         "islands to one of two": fit("diloco", 1, 2, None, "diloco-islands-10"),
         "bf16 plain": fit("learned", 2, 1, precision="bf16-true"),
+        "follows to plain": fit("learned", 2, 1, None, "follows-islands-10", make=_Follows),
         "accumulated plain": fit("diloco", 2, 1, accumulate_grad_batches=2),
         "evaluated plain": (_evaluate, folder, 1, "diloco-plain-10"),
     }
@@ -455,6 +560,16 @@ def test_other_numbers_of_workers_give_up_a_sync_in_flight(results):
 
 def test_tensor_parallel_workers_train_as_plain_workers_do(results):
     _check_equal(results["matrices"], results["matrices plain"])
+
+
+@pytest.mark.parametrize("case", ["follows", "follows from plain", "follows to plain"])
+def test_parameters_that_no_optimizer_steps(results, case):
+    """They are frozen, or follow others; each rank has its part of them."""
+    _check_equal(results[case], results["follows plain"])
+
+
+def test_optimizers_that_take_turns(results):
+    _check_equal(results["gan"], results["gan plain"])
 
 
 def test_accumulated_gradients(results):

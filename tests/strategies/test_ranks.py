@@ -99,6 +99,11 @@ def test_wrong_arguments(ranks):
         LocalSGD(ranks_per_worker=ranks)
 
 
+def test_ranks_that_do_not_divide_are_refused_before_any_process_starts():
+    with pytest.raises(ValueError, match="4 processes cannot be workers of 3 ranks each"):
+        trainer(LocalSGD(ranks_per_worker=3), devices=4)
+
+
 def _other_ranks(rank, ranks_per_worker, folder, ckpt_path):
     saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
     run = trainer(

@@ -69,6 +69,7 @@ def _connect(switch: subprocess.Popen, worker: subprocess.Popen, rank: int, mbit
     _run(switch, _limit(f"port{rank}", mbit))
     _run(worker, "ip link set lo up")
     _run(worker, f"ip addr add 10.77.0.{rank + 1}/24 dev {INTERFACE}")
+    _run(worker, f"ip link set {INTERFACE} gso_max_segs 1")  # packets of the MTU with their headers, as on a wire
     _run(worker, f"ip link set {INTERFACE} up")
     _run(worker, _limit(INTERFACE, mbit))
 

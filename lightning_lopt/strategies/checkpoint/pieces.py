@@ -158,7 +158,8 @@ def whole_part(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             yield _by_number(joined, states[0]["param_groups"], own)
 
     def join_unstepped(named: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        together = {name: [values[name] for values in named if name in values] for name in named[0]}
+        names = dict.fromkeys(name for values in named for name in values)
+        together = {name: [values[name] for values in named if name in values] for name in names}
         return {
             name: _mean(values) if name not in sizes else join(name, [v.get(name) for v in named], held)
             for name, values in together.items()
@@ -189,6 +190,7 @@ def whole_part(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         outer=outer_state(),
         params=join_lists(lambda part: part["local"]["sync"]["params"]),
         residuals=join_lists(lambda part: part["local"]["sync"]["residuals"]),
+        synced=join_unstepped([part["rounds"]["sync"]["unstepped"] for part in parts]),
         tensors=join_unstepped([part["local"]["sync"]["unstepped"]["tensors"] for part in parts]),
         optimizers=list(optimizer_states()),
         in_flight=in_flight(),
@@ -203,9 +205,10 @@ def cut_part(part: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
         part: Part with whole tensors.
         layout: Pieces of the rank.
     """
+    sizes = layout.sizes
 
     def cut(name: str, value: Any, boxes: Boxes) -> Any:
-        if isinstance(value, Tensor) and name in boxes and value.shape == torch.Size(layout.sizes[name]):
+        if isinstance(value, Tensor) and name in boxes and value.shape == torch.Size(sizes[name]):
             return boxes[name].of_whole(value).clone()
         return value
 
@@ -231,7 +234,7 @@ def cut_part(part: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
             yield _by_number(named, state["param_groups"], own)
 
     def cut_unstepped(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: cut(name, value, layout.boxes) for name, value in named.items()}
+        return {n: cut(n, value, layout.boxes) for n, value in named.items() if n in layout.boxes or n not in sizes}
 
     def in_flight() -> InFlight | None:
         whole = InFlight.of(part, layout.order)
@@ -254,6 +257,7 @@ def cut_part(part: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
         outer=outer_state(),
         params=cut_list(part["local"]["sync"]["params"]),
         residuals=cut_list(part["local"]["sync"]["residuals"]),
+        synced=cut_unstepped(part["rounds"]["sync"]["unstepped"]),
         tensors=cut_unstepped(part["local"]["sync"]["unstepped"]["tensors"]),
         optimizers=list(optimizer_states()),
         in_flight=in_flight(),
@@ -290,6 +294,7 @@ def _with(
     outer: Any,
     params: list[Any],
     residuals: list[Any],
+    synced: dict[str, Tensor],
     tensors: dict[str, Tensor],
     optimizers: list[dict[str, Any]],
     in_flight: InFlight | None,
@@ -309,6 +314,7 @@ def _with(
         **rounds["sync"],
         "anchors": anchors,
         "codec_states": codec_states,
+        "unstepped": synced,
         "outer": outer,
         "exchange": common_exchange,
     }
