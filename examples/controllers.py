@@ -17,7 +17,6 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from recipes import Images, controller_tasks
-from report import warn_briefly
 from torch import Tensor
 from typing_extensions import override
 
@@ -166,7 +165,6 @@ def compare(evaluation: Evaluation, candidates: dict[str, Method]) -> str:
 
 def train_own(args: argparse.Namespace, card: Callable[[int], dict[str, Any]]) -> None:
     """Fit the bundled controller to a user's task, compare it on fresh seeds, and say which outer step to use."""
-    warn_briefly()
     task, training = load_own(args.task)
     print(f"{task}, {training}")
     minutes, pairs = args.minutes or 15, args.pairs or PAIRS

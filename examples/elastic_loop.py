@@ -11,7 +11,7 @@ To have workers started again by themselves, start the lighthouse once, and each
 torchft_lighthouse --bind 127.0.0.1:29510 --min_replicas 1 --heartbeat_timeout_ms 2000 --join_timeout_ms 60000
 torchrun --standalone --nproc-per-node 1 --max-restarts 100 examples/elastic_loop.py --trainer --worker 0  # and 1, 2
 
-Needs `pip install 'lightning-lopt[elastic]'`. A worker trains on its own share of the data, which rests while it is
+Needs `pip install '.[examples,elastic]'`. A worker trains on its own share of the data, which rests while it is
 away. Everything listens at 127.0.0.1.
 """
 
@@ -25,12 +25,14 @@ from typing import Any
 
 import lightning as L
 import torch
+from report import need, warn_briefly
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lopt import Elastic, Rounds, SlowMo, SlowMomentum
+from lightning_lopt.costs import count, not_negative
 
 BATCH_SIZE = 32  # per worker
 HEARTBEAT_SECONDS = 2.0  # without a sign of life for so long a worker counts as dead
@@ -106,6 +108,7 @@ class Digits(L.LightningModule):
 
 def train_by_trainer(args: argparse.Namespace) -> None:
     """Train as `train` does: the Trainer shards the data, and takes SIGTERM for a leave."""
+    warn_briefly()
     torch.set_num_threads(1)
     strategy = SlowMo(args.local_steps, momentum=0.5, elastic=make_elastic(args))
     trainer = L.Trainer(
@@ -168,13 +171,16 @@ def start_all(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", type=int, help="number of this worker; without it, start everything")
-    parser.add_argument("--workers", type=int, default=3, help="number of workers at most (default: %(default)s)")
+    parser.add_argument("--workers", type=count, default=3, help="number of workers at most (default: %(default)s)")
     parser.add_argument("--trainer", action="store_true", help="train by Lightning's Trainer")
-    parser.add_argument("--rounds", type=int, default=200, help="rounds of the run (default: %(default)s)")
-    parser.add_argument("--local-steps", type=int, default=16, help="local steps per round (default: %(default)s)")
-    parser.add_argument("--pause", type=float, default=0.05, help="seconds after each step (default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=200, help="rounds of the run (default: %(default)s)")
+    parser.add_argument("--local-steps", type=count, default=16, help="local steps per round (default: %(default)s)")
+    parser.add_argument("--pause", type=not_negative, default=0.05, help="seconds per step (default: %(default)s)")
     parser.add_argument("--lighthouse", default="127.0.0.1:29510", help="its address (default: %(default)s)")
     args = parser.parse_args()
+    if args.worker is not None and not 0 <= args.worker < args.workers:
+        parser.error(f"--worker must be from 0 to {args.workers - 1}, not {args.worker}.")
+    need("torchft", extra="elastic")
     os.environ.setdefault("RUST_LOG", "error")  # the lighthouse is talkative
     if args.worker is None:
         start_all(args)

@@ -23,17 +23,19 @@ from pydoc_data.topics import topics
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from report import BRIEF, NUM_WORKERS, Curve, CurveRecorder, need, print_once, report, save_once, set_up
+from report import BRIEF, NUM_WORKERS, Curve, CurveRecorder, need, print_once, reading, report, save_once, set_up
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchmetrics.text import Perplexity
 
 from lightning_lopt import DiLoCo, LearnedLocalSGD, LocalSGD, RoundMonitor, SlowMo
+from lightning_lopt.costs import count
 
 CONTEXT = 64  # bytes or tokens
 BATCH_SIZE = 16  # windows per worker
 EVAL_WINDOWS = 512  # of the training and of the validation text, after every round
+TEXTS = "a text file, or a folder or name for `datasets` with a column `text`"
 
 
 def load_text(source: str | None) -> str:
@@ -50,6 +52,8 @@ def load_text(source: str | None) -> str:
 def windows(text: str, tokenizer: Callable[[str], Mapping[str, list[int]]] | None = None) -> list[TensorDataset]:
     """Windows of CONTEXT + 1 bytes, or tokens, of the text's first nine tenths, for training, and of the rest."""
     data = torch.tensor(list(text.encode()) if tokenizer is None else tokenizer(text)["input_ids"])
+    if len(data) < 10 * (CONTEXT + 2):
+        raise ValueError(f"{len(data)} bytes or tokens are too few: the last tenth must hold a window of {CONTEXT + 1}")
     return [TensorDataset(t.unfold(0, CONTEXT + 1, CONTEXT)) for t in data.split(len(data) * 9 // 10 + 1)]
 
 
@@ -152,7 +156,8 @@ def pretrain(args: argparse.Namespace) -> GPT:
     """Phase 1: a small GPT that knows source code."""
     model = GPT(args.lr)
     if args.init is not None:
-        model.load_state_dict(torch.load(args.init, weights_only=True))
+        with reading("--init", args.init, "the weights of such a network, as phase 1 saves them"):
+            model.load_state_dict(torch.load(args.init, weights_only=True))
         return model
     print_once("\nPhase 1: pre-training on source code")
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
@@ -164,23 +169,27 @@ def pretrain(args: argparse.Namespace) -> GPT:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="text to fine-tune on: a file, or a name or folder for `datasets`")
+    parser.add_argument("--data", help=f"text to fine-tune on: {TEXTS}")
     parser.add_argument("--model", help="name or folder of a causal language model of transformers")
-    parser.add_argument("--lora", type=int, metavar="RANK", help="train low-rank factors of the --model alone")
+    parser.add_argument("--lora", type=count, metavar="RANK", help="train low-rank factors of the --model alone")
     parser.add_argument("--init", type=Path, help="fine-tune the network in this file, which phase 1 has saved")
-    parser.add_argument("--workers", type=int, default=NUM_WORKERS, help="worker processes (default: %(default)s)")
+    parser.add_argument("--workers", type=count, default=NUM_WORKERS, help="worker processes (default: %(default)s)")
     args = set_up(parser, steps=192, lr=3e-3, pretrained_lr=5e-5)
     if args.lora is not None and args.model is None:
         parser.error("--lora needs --model.")
-    if args.model is None:
-        pretrained, tokenizer = pretrain(args), None
-    else:
+    pretrained: LanguageModel | None = None
+    tokenizer = None
+    if args.model is not None:
         need("transformers", *["peft"] * (args.lora is not None))
         from transformers import AutoTokenizer
 
-        pretrained = PretrainedLM(args.model, args.lr, args.lora)
-        tokenizer = partial(AutoTokenizer.from_pretrained(args.model), add_special_tokens=False, verbose=False)
-    text = windows(load_text(args.data), tokenizer)
+        with reading("--model", args.model, "the name or folder of a causal language model with its tokenizer"):
+            pretrained = PretrainedLM(args.model, args.lr, args.lora)
+            tokenizer = partial(AutoTokenizer.from_pretrained(args.model), add_special_tokens=False, verbose=False)
+    with reading("--data", args.data, TEXTS):
+        text = windows(load_text(args.data), tokenizer)
+    if pretrained is None:
+        pretrained = pretrain(args)
 
     curves = {}
     for method in (LocalSGD, SlowMo, DiLoCo, LearnedLocalSGD):

@@ -20,7 +20,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from report import BRIEF, NUM_WORKERS, Curve, CurveRecorder, need, print_once, report, save_once, set_up
+from report import BRIEF, NUM_WORKERS, Curve, CurveRecorder, need, print_once, reading, report, save_once, set_up
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
@@ -30,6 +30,7 @@ from torchvision.models import VisionTransformer, get_model, get_model_weights
 from torchvision.transforms import v2
 
 from lightning_lopt import DiLoCo, LearnedLocalSGD, LocalSGD, RoundMonitor, SlowMo
+from lightning_lopt.costs import count
 
 BATCH_SIZE = 32  # per worker
 EVAL_IMAGES = 1024  # of the training and of the validation images, after every round
@@ -50,11 +51,13 @@ def load_images(dataset: str | None, source: str | None, size: int) -> list[Tens
 
         to_image = v2.Compose([v2.RGB(), v2.Resize((size, size)), v2.ToImage()])
         data = load_dataset(source)
+        columns = data["train"].features.items()
+        image = next((name for name, column in columns if isinstance(column, Image)), None)
+        label = next((name for name, column in columns if isinstance(column, ClassLabel) or name == "label"), None)
+        if image is None or label is None:
+            raise ValueError(f"there are no columns of images and labels, but {[*data['train'].features]}")
         if len(data) == 1:
             data = data["train"].train_test_split(test_size=0.1, seed=0)
-        columns = data["train"].features.items()
-        image = next(name for name, column in columns if isinstance(column, Image))
-        label = next(name for name, column in columns if isinstance(column, ClassLabel) or name == "label")
         held_out = "test" if "test" in data else "validation"
         splits = [zip(data[name][image], data[name][label], strict=True) for name in ("train", held_out)]
     datasets = []
@@ -89,7 +92,8 @@ def build_backbone(model: str | None, image_size: int) -> tuple[nn.Module, int, 
     else:
         network = VisionTransformer(image_size, image_size // 4, 4, 4, hidden_dim=64, mlp_dim=128)
     linear = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-    assert linear, f"{model} does not end with a linear layer."
+    if not linear:
+        raise ValueError("the network has no linear layer at its end")
     last, head = linear[-1]
     network.set_submodule(last, nn.Identity())
     scale = v2.ToDtype(torch.float32, scale=True)
@@ -154,7 +158,7 @@ def main() -> None:
     parser.add_argument("--data", help="folder of images or of a data set, or a name for `datasets`")
     parser.add_argument("--model", help="pretrained network: timm:NAME, hf:NAME or torchvision:NAME")
     parser.add_argument("--init", type=Path, help="fine-tune the backbone in this file, which phase 1 has saved")
-    parser.add_argument("--workers", type=int, default=NUM_WORKERS, help="worker processes (default: %(default)s)")
+    parser.add_argument("--workers", type=count, default=NUM_WORKERS, help="worker processes (default: %(default)s)")
     args = set_up(parser, steps=256, lr=0.1, pretrained_lr=0.01)
     if args.dataset is not None and args.data is None:
         parser.error("--dataset needs --data FOLDER; torchvision downloads what is not there.")
@@ -163,11 +167,15 @@ def main() -> None:
         if args.model.partition(":")[0] not in packages:
             parser.error(f"--model must be timm:NAME, hf:NAME or torchvision:NAME, not {args.model}.")
         need(packages[args.model.partition(":")[0]])
-    splits = load_images(args.dataset, args.data, size=32 if args.model is None else 224)
+    images = f"torchvision's files of {args.dataset}" if args.dataset else "train/CLASS/*.png, or a name for `datasets`"
+    with reading("--data", args.data, f"a folder of {images}"):
+        splits = load_images(args.dataset, args.data, size=32 if args.model is None else 224)
     num_classes = int(splits[0].tensors[1].max()) + 1
-    backbone, num_features, preprocess = build_backbone(args.model, splits[0].tensors[0].shape[-1])
+    with reading("--model", args.model, "the name or folder of a pre-trained network that ends in a linear layer"):
+        backbone, num_features, preprocess = build_backbone(args.model, splits[0].tensors[0].shape[-1])
     if args.init is not None:
-        backbone.load_state_dict(torch.load(args.init, weights_only=True))
+        with reading("--init", args.init, "the backbone of such a network, as phase 1 saves it"):
+            backbone.load_state_dict(torch.load(args.init, weights_only=True))
     elif args.model is None:
         print_once("\nPhase 1: pre-training on half of the classes")
         half = [TensorDataset(*(t[s.tensors[1] < num_classes // 2] for t in s.tensors)) for s in splits]

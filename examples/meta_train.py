@@ -33,16 +33,17 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import matplotlib.pyplot as plt
 import torch
 from controllers import FILE, train_controller, train_own
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from recipes import RECIPES, scale_last_layer
+from report import reading, warn_briefly
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from typing_extensions import override
 
 from lightning_lopt import AdaMLP
+from lightning_lopt.costs import count, positive
 from lightning_lopt.meta import Evaluation, Export, Exporting, MetaTraining
 
 CONTROLLERS = ("controller", "own")
@@ -95,21 +96,23 @@ def load_images(folder: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
 
         digits: Any = load_digits()
         return torch.tensor(digits.images, dtype=torch.float32) / 16, torch.tensor(digits.target)
-    if files := sorted(map(str, folder.glob("train*.parquet"))):
+    files = sorted(map(str, folder.glob("train*.parquet")))
+    if not files and not folder.exists() and "fashion" not in folder.name.lower():
+        raise SystemExit(
+            f"There is no folder {folder}. Give one with CIFAR-10's train*.parquet or torchvision's FashionMNIST. That "
+            "one is downloaded, too, into a folder that exists or has 'fashion' in its name."
+        )
+    with reading("--data", folder, "a folder with CIFAR-10's train*.parquet, or torchvision's FashionMNIST"):
+        if not files:
+            from torchvision.datasets import FashionMNIST
+
+            data = FashionMNIST(str(folder), train=True, download=True)
+            return data.data, data.targets
         from datasets import load_dataset
         from torchvision.transforms.functional import pil_to_tensor
 
         data = load_dataset("parquet", data_files={"train": files})["train"]
         return torch.cat([pil_to_tensor(image.convert("L")) for image in data["img"]]), torch.tensor(data["label"])
-    if not folder.exists() and "fashion" not in folder.name.lower():
-        raise SystemExit(
-            f"There is no folder {folder}. Give one with CIFAR-10's train*.parquet or torchvision's FashionMNIST. That "
-            "one is downloaded, too, into a folder that exists or has 'fashion' in its name."
-        )
-    from torchvision.datasets import FashionMNIST
-
-    data = FashionMNIST(str(folder), train=True, download=True)
-    return data.data, data.targets
 
 
 def parse_args() -> argparse.Namespace:
@@ -120,9 +123,13 @@ def parse_args() -> argparse.Namespace:
     add("--recipe", choices=recipes, default="quick", help="see examples/recipes.py (default: %(default)s)")
     add("--task", type=Path, help="file of a task of yours, for --recipe own")
     add("--constants", action="store_true", help="with --recipe own: fit the constants of the controller alone")
-    add("--pairs", type=int, help="pairs of a sweep on each task, of the recipes controller (default: 32) and own (8)")
-    add("--steps", type=int, help="meta-iterations, those before --init included where the schedule counts them")
-    add("--minutes", type=float, help="stop after this time, even if --steps are not done; of recipe own: in all (15)")
+    add("--pairs", type=count, help="pairs of a sweep on each task, of recipe controller (default: 32) or own (8)")
+    add("--steps", type=count, help="meta-iterations, those before --init included where the schedule counts them")
+    add(
+        "--minutes",
+        type=positive,
+        help="stop after this time, even before --steps; of recipe own: in all (15)",
+    )
     add("--resume", type=Path, help="checkpoint to go on from, e.g. OUT/checkpoints/step=40.ckpt")
     add("--init", type=Path, help="export to go on from, with fresh unrolls")
     add("--init-scale", type=float, default=1.0, help="factor of the last layer of that network (default: %(default)s)")
@@ -139,14 +146,11 @@ def parse_args() -> argparse.Namespace:
         parser.error("--recipe own needs the file of a task, and no other takes one: --recipe own --task FILE.py.")
     if args.init and args.recipe in CONTROLLERS:
         parser.error(f"--recipe {args.recipe} has no export: its checkpoints are small. Use --resume.")
-    if args.pairs is not None and args.pairs < 1:
-        parser.error(f"--pairs must be at least 1, not {args.pairs}.")
     if args.init_scale != 1 and not args.init:
         parser.error("--init-scale is of the network of --init, which is not given.")
-    if args.steps is not None and args.steps < 1:
-        parser.error(f"--steps must be at least 1, not {args.steps}.")
-    if args.minutes is not None and not args.minutes > 0:
-        parser.error(f"--minutes must be positive, not {args.minutes}.")
+    for name in ("resume", "init", "task"):
+        if (file := getattr(args, name)) and not file.is_file():
+            parser.error(f"--{name} takes a file, but there is none at {file}.")
     return args
 
 
@@ -177,23 +181,28 @@ def ratios(out: Path) -> dict[str, list[tuple[int, float]]]:
 
 def draw(out: Path, evaluation: Evaluation, before: AdaMLP, after: AdaMLP, first: int) -> None:
     """Draw the curves of a task, and how the losses over Local SGD's went down; print the ends of the curves."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    import matplotlib.pyplot as plt
+
+    found = ratios(out)
+    panels = 2 if found else 1  # a run that is shorter than `EVERY` has no evaluation
+    figure, (axes,) = plt.subplots(1, panels, figsize=(5.5 * panels, 4.5), squeeze=False, layout="constrained")
     curves = {**evaluation.baselines, "before meta-training": evaluation.losses(before)}
     curves["learned"] = evaluation.losses(after)
     for name, losses in curves.items():
-        left.plot(losses.mean(1), label=name)
+        axes[0].plot(losses.mean(1), label=name)
         print(f"{name:20s} final loss {evaluation.final(losses):.4f}")
-    left.set(yscale="log", xlabel="round", ylabel="training loss of the global weights", title=evaluation.name)
-    for name, points in ratios(out).items():
-        steps, values = zip(*((first + step, value) for step, value in points), strict=True)
-        if "/" not in name:
-            right.plot(steps, values, label=name)
-        elif name.endswith("over_averaging"):
-            right.plot(steps, values, color="0.8", lw=0.7, zorder=1)
-    right.axhline(1, color="black", lw=0.5, label="baseline")
-    right.set(yscale="log", xlabel="meta-iteration", title="final loss over the baseline's (grey: by task)")
-    for axes in (left, right):
-        axes.legend()
+    axes[0].set(yscale="log", xlabel="round", ylabel="training loss of the global weights", title=evaluation.name)
+    for right in axes[1:]:
+        for name, points in found.items():
+            steps, values = zip(*((first + step, value) for step, value in points), strict=True)
+            if "/" not in name:
+                right.plot(steps, values, label=name)
+            elif name.endswith("over_averaging"):
+                right.plot(steps, values, color="0.8", lw=0.7, zorder=1)
+        right.axhline(1, color="black", lw=0.5, label="baseline")
+        right.set(yscale="log", xlabel="meta-iteration", title="final loss over the baseline's (grey: by task)")
+    for each in axes:
+        each.legend()
     figure.savefig(out / "curves.png", dpi=150)
 
 
@@ -211,12 +220,14 @@ def main_of_controllers(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse_args()
+    warn_briefly()
     torch.set_num_threads(1)  # the tensors are small; and the numbers do not depend on the machine's cores
     if args.recipe in CONTROLLERS:
         return main_of_controllers(args)
     recipe = RECIPES[args.recipe]([*map(load_images, args.data)], args.seed)
     start_weights = copy.deepcopy(recipe.network)
-    start = Export.load(args.init) if args.init else None
+    with reading("--init", args.init, "the export.safetensors of a run"):
+        start = Export.load(args.init) if args.init else None
     if start:
         scale_last_layer(start.network, args.init_scale)
     evaluations = [Evaluation(f"task {i}", *pair) for i, pair in enumerate(recipe.tasks)]
@@ -254,7 +265,7 @@ def main() -> None:
     mean.save(meta.network)
 
     draw(args.out, meta.evaluations[0], start_weights, meta.network, meta.start_iterations)
-    print(f"Weights and plot are in {args.out}/. Use them: LearnedLocalSGD(network=AdaMLP.load(...)).")
+    print(f'Plot: {args.out / "curves.png"}. Use the weights: LearnedLocalSGD(network="{args.out / NETWORK}")')
 
 
 if __name__ == "__main__":

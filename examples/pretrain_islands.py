@@ -19,12 +19,13 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from finetune_lm import BATCH_SIZE, EVAL_WINDOWS, GPT, load_text, windows
-from report import BRIEF, Curve, CurveRecorder, print_once, report, set_up
+from finetune_lm import BATCH_SIZE, EVAL_WINDOWS, GPT, TEXTS, load_text, windows
+from report import BRIEF, Curve, CurveRecorder, print_once, reading, report, set_up
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_lopt import DiLoCo, LearnedLocalSGD, LocalSGD, RoundMonitor
+from lightning_lopt.costs import count
 
 
 class ShardedGPT(GPT):
@@ -62,23 +63,28 @@ def fit(strategy: LocalSGD, splits: list[TensorDataset], args: argparse.Namespac
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="text file to train on (default: Python's source code)")
+    parser.add_argument("--data", help=f"text to train on: {TEXTS} (default: Python's source code)")
     parser.add_argument("--ranks", default="2", help="ranks of a worker, or 'node' (default: %(default)s)")
     devices = int(os.environ.get("LOCAL_WORLD_SIZE", "4"))
-    parser.add_argument("--devices", type=int, default=devices, help="ranks per node (default: %(default)s)")
-    parser.add_argument("--width", type=int, default=64, help="of the transformer (default: %(default)s)")
-    parser.add_argument("--depth", type=int, default=3, help="its blocks (default: %(default)s)")
-    parser.add_argument("--num-heads", type=int, default=4, help="of its attention (default: %(default)s)")
+    parser.add_argument("--devices", type=count, default=devices, help="ranks per node (default: %(default)s)")
+    parser.add_argument("--width", type=count, default=64, help="of the transformer (default: %(default)s)")
+    parser.add_argument("--depth", type=count, default=3, help="its blocks (default: %(default)s)")
+    parser.add_argument("--num-heads", type=count, default=4, help="of its attention (default: %(default)s)")
     args = set_up(parser, steps=128, lr=3e-3)
     args.nodes = int(os.environ.get("WORLD_SIZE", str(args.devices))) // args.devices
-    ranks = args.devices if args.ranks == "node" else int(args.ranks)
+    world_size = args.devices * args.nodes
+    ranks = args.devices if args.ranks == "node" else int(args.ranks) if args.ranks.isdigit() else 0
+    if ranks < 1 or world_size % ranks:
+        parser.error(f"--ranks must be 'node' or divide the {world_size} ranks of all nodes, not {args.ranks}.")
+    if args.width % args.num_heads:
+        parser.error(f"--num-heads must divide --width {args.width}, not be {args.num_heads}.")
     if args.data is None:
         files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
         splits = windows("".join(file.read_text(encoding="utf-8") for file in files))
     else:
-        splits = windows(load_text(args.data))
+        with reading("--data", args.data, TEXTS):
+            splits = windows(load_text(args.data))
 
-    world_size = args.devices * args.nodes
     print_once(f"\n{world_size // ranks} workers of {ranks} ranks")
     curves = {}
     for method in (DiLoCo, LearnedLocalSGD):

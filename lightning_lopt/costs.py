@@ -533,19 +533,27 @@ PowerSGD, whose bytes depend on the shapes of the tensors, is not here: see `syn
 RoundMonitor measures all of it: rounds/transfer_seconds, rounds/outer_seconds, rounds/sync_share."""
 
 
-def _positive(text: str) -> float:
+def positive(text: str) -> float:
+    """Positive number of a command line, for `argparse`."""
     with suppress(ValueError):
         if 0 < float(text) < math.inf:
             return float(text)
     raise argparse.ArgumentTypeError(f"{text} is not a positive number, such as 16, 0.5 or 5.4e6")
 
 
-def _not_negative(text: str) -> float:
-    return 0.0 if text.strip("0.") == "" else _positive(text)
+def not_negative(text: str) -> float:
+    """Number of a command line that may be 0, for `argparse`."""
+    return 0.0 if text.strip("0.") == "" else positive(text)
 
 
-def _count(text: str) -> int:
-    number = _positive(text)
+def count(text: str) -> int:
+    """Positive integer of a command line, for `argparse`.
+
+    Example:
+        >>> count("5.4e6")
+        5400000
+    """
+    number = positive(text)
     if number != int(number):
         raise argparse.ArgumentTypeError(f"{text} is not an integer")
     return int(number)
@@ -561,16 +569,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m lightning_lopt.costs",
         description="Bytes and seconds of each method on a link, and which H pays.",
     )
-    parser.add_argument("--params", type=_count, required=True, help="number of parameters in training")
-    parser.add_argument("--mbit", type=_positive, required=True, help="rate of each worker's link, in Mbit/s")
-    parser.add_argument("--step-seconds", type=_positive, required=True, help="seconds of a local step")
-    parser.add_argument("--workers", type=_count, required=True, help="number of workers, K")
-    parser.add_argument("--latency", type=_not_negative, default=0.0, help="seconds from one worker to another; 0")
-    parser.add_argument("--local-steps", type=_count, nargs="+", default=[16], help="numbers H of local steps; 16")
-    parser.add_argument("--outer-seconds", type=_not_negative, default=0.0, help="seconds of an outer step; 0")
-    parser.add_argument("--gradient-bytes", type=_count, default=4, help="bytes per gradient that DDP sends; 4")
+    parser.add_argument("--params", type=count, required=True, help="number of parameters in training")
+    parser.add_argument("--mbit", type=positive, required=True, help="rate of each worker's link, in Mbit/s")
+    parser.add_argument("--step-seconds", type=positive, required=True, help="seconds of a local step")
+    parser.add_argument("--workers", type=count, required=True, help="number of workers, K")
+    parser.add_argument("--latency", type=not_negative, default=0.0, help="seconds from one worker to another; 0")
+    parser.add_argument("--local-steps", type=count, nargs="+", default=[16], help="numbers H of local steps; 16")
+    parser.add_argument("--outer-seconds", type=not_negative, default=0.0, help="seconds of an outer step; 0")
+    parser.add_argument("--gradient-bytes", type=count, default=4, help="bytes per gradient that DDP sends; 4")
     parser.add_argument(
-        "--progress", type=_positive, default=1.0, help="steps of DDP that lower the loss as much as a local step; 1"
+        "--progress", type=positive, default=1.0, help="steps of DDP that lower the loss as much as a local step; 1"
     )
     parser.add_argument("--png", type=Path, help="file for a plot of the seconds per local step over H")
     args = parser.parse_args(argv)

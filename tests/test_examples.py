@@ -182,6 +182,59 @@ def test_what_an_extra_brings_is_named_where_it_is_missing(monkeypatch):
         need("torch", "no_such_package")
 
 
+WRONG = {  # arguments: what the message begins with, and a reason that it gives
+    "no such data": (["finetune_lm.py", "--data", "nowhere"], "--data nowhere could not be read. It takes a text file"),
+    "no text": (["finetune_lm.py", "--data", "images"], "--data images could not be read. It takes a text file"),
+    "no weights": (["finetune_lm.py", "--init", "gpt.pt"], "--init gpt.pt could not be read. It takes the weights"),
+    "a short text": (["pretrain_islands.py", "--data", "short.txt"], "4 bytes or tokens are too few"),
+    "no such model": (["finetune_lm.py", "--model", "./nowhere"], "--model ./nowhere could not be read. It takes"),
+    "a network without a head": (["finetune_vit.py", "--model", "hf:images"], "--model hf:images could not be read"),
+    "no such timm model": (["finetune_vit.py", "--model", "timm:nothing"], "Unknown model (nothing)"),
+    "no such torchvision model": (["finetune_vit.py", "--model", "torchvision:nothing"], "Unknown model nothing"),
+    "no images": (["finetune_vit.py", "--data", "texts"], "there are no columns of images and labels"),
+    "no such images": (["finetune_vit.py", "--data", "nowhere"], "--data nowhere could not be read. It takes a folder"),
+    "no idx files": (["meta_train.py", "--data", "images"], "--data images could not be read. It takes a folder with"),
+    "no such task": (["meta_train.py", "--recipe", "own", "--task", "nowhere.py"], "there is none at nowhere.py"),
+    "no such checkpoint": (["meta_train.py", "--resume", "run/checkpoints/a.ckpt"], "there is none at run/checkpoints"),
+    "ranks that do not fit": (["pretrain_islands.py", "--ranks", "3"], "--ranks must be 'node' or divide the 4 ranks"),
+    "a worker too many": (["elastic_loop.py", "--worker", "3"], "--worker must be from 0 to 2, not 3"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG)
+def test_what_cannot_be_read_is_named_with_what_was_expected(tmp_path, monkeypatch, capsys, arguments, message):
+    _save_images(tmp_path / "images")
+    (tmp_path / "texts").mkdir()
+    for name in ("texts/train.txt", "short.txt"):
+        (tmp_path / name).write_text("text")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("urllib.request.urlopen", None)  # nothing is downloaded
+    with pytest.raises(SystemExit) as error:
+        run_here(*arguments)
+    assert message in f"{error.value} {capsys.readouterr().err}"
+
+
+def test_errors_of_defaults_are_not_the_users(monkeypatch):
+    reading = _functions("report.py", monkeypatch)["reading"]
+    with pytest.raises(ZeroDivisionError), reading("--data", None, "numbers"):
+        _ = 1 / 0
+
+
+@pytest.mark.parametrize("megabytes", [0.0, 1.0])
+def test_a_plot_has_plain_labels_and_no_panel_of_nothing(tmp_path, monkeypatch, megabytes):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    figures = []
+    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
+    curve = [{"rounds": i, "MB sent": i * megabytes, "seconds": i, "train loss": 4.0 / 10**i} for i in range(1, 4)]
+    _functions("report.py", monkeypatch)["report"]({"one": curve}, ["train loss"], tmp_path / "plot.png")
+    axes = figures[0].axes
+    assert [panel.get_xlabel() for panel in axes] == ["rounds", "MB sent per worker"][: 2 if megabytes else 1]
+    labels = {label.get_text() for label in axes[0].get_yticklabels()}
+    assert {"0.1", "0.01"} <= labels
+
+
 def test_texts_are_files_or_data_sets(tmp_path, monkeypatch):
     load_text = _functions("finetune_lm.py", monkeypatch)["load_text"]
     file = tmp_path / "train.txt"
@@ -243,7 +296,7 @@ def test_meta_training_goes_on_from_an_export_and_overwrites_nothing(tmp_path: P
     assert export.read_bytes() == content
     (second / "checkpoints").mkdir(exist_ok=True)
     assert "holds the weights of another run" in refused("--out", first, "--resume", second / "checkpoints/step=1.ckpt")
-    assert "--steps must be at least 1" in refused("--out", tmp_path / "third", "--steps", 0)
+    assert "--steps: 0 is not a positive number" in refused("--out", tmp_path / "third", "--steps", 0)
     third = "--out", tmp_path / "third", "--init"
     assert "has 1 meta-iterations already" in refused(*third, export, "--steps", 1)
     assert "is not a file that fits here" in refused(*third, first / "network.safetensors")
@@ -381,9 +434,9 @@ def test_the_tasks_of_the_controller_are_of_all_kinds(monkeypatch):
         assert task.loss(training.init(task, generator), task.batch(1, generator)).isfinite().all()
 
 
-@pytest.mark.parametrize("argument", ["--steps", "--local-steps", "--workers"])
+@pytest.mark.parametrize("argument", ["--steps", "--local-steps", "--workers", "--lora", "--lr"])
 def test_counts_are_positive(tmp_path, capsys, argument):
     with pytest.raises(SystemExit):
         run_here("finetune_lm.py", argument, 0, "--out", tmp_path / "out")
-    assert f"{argument} must be at least 1" in capsys.readouterr().err
+    assert f"{argument}: 0 is not a positive number" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -16,6 +16,10 @@ import lightning_lopt
 Row = Mapping[str, Any]
 
 
+class UsageError(ValueError):
+    """An argument or a file that a benchmark cannot take; the message gives the fault and the remedy."""
+
+
 def machine() -> dict[str, Any]:
     """Versions, threads and processor, on which a measurement depends besides the code."""
     return {
@@ -54,14 +58,14 @@ def read_rows(path: str | Path, needed: Collection[str] = ()) -> list[dict[str, 
             if row is None and not line.endswith("\n"):
                 _note(path, "and is not read")
             elif row is None or not row.keys() >= set(needed):
-                raise ValueError(
+                raise UsageError(
                     f"{path}, line {number}, is not a row of this benchmark: {line.strip()[:60]!r}. Remove it, or give "
                     "the file that the benchmark wrote."
                 )
             else:
                 rows.append(row)
     if not rows:
-        raise ValueError(f"{path} holds no rows. Give a file to which a benchmark has written some.")
+        raise UsageError(f"{path} holds no rows. Give a file to which a benchmark has written some.")
     return rows
 
 

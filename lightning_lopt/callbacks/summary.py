@@ -157,7 +157,7 @@ def draw(history: History, gradient_bytes: float, num_workers: int, path: Path) 
     norms.set(yscale="log")
     sent.plot(rounds, [x / 1e6 for x in column["rounds/bytes_sent"]], label="sent")
     sent.plot(rounds, [ddp_bytes(x, gradient_bytes, num_workers) / 1e6 for x in steps], "--", label="DDP")
-    sent.set(yscale="log", ylabel="MB by each process")
+    sent.set(yscale="log" if column["rounds/bytes_sent"][-1] else "linear", ylabel="MB by each process")
     syncs, waited, outer = (column[f"rounds/{name}_seconds"] for name in ("sync", "waited", "outer"))
     local = [whole - sync for whole, sync in zip(column["rounds/seconds"], syncs, strict=True)]
     rest = [max(0.0, sync - w - o) for sync, w, o in zip(syncs, waited, outer, strict=True)]
@@ -169,6 +169,7 @@ def draw(history: History, gradient_bytes: float, num_workers: int, path: Path) 
     lengths.set(ylim=(0, None))
     for axes in (norms, sent, times, lengths):
         axes.set(xlabel="round")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import pytest
 
-from lightning_lopt.callbacks.summary import advise, growth, summarize
+from lightning_lopt.callbacks.summary import advise, draw, growth, summarize
 
 
 def _history(num_rounds: int = 16, **changes):
@@ -76,3 +77,12 @@ def test_a_worker_without_data():
 
 def test_overlapped_transfers_take_no_time():
     assert "10 % of the time: waiting 0 %" in summarize(_history(waited_seconds=0.0), 1e6, 2)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_plot_of_one_worker_that_sends_nothing(tmp_path, num_workers):
+    history = _history(8, round=lambda i: i + 1.0, bytes_sent=4e6 * (num_workers - 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # an empty logarithmic axis warns
+        draw(history, 1e6, num_workers, tmp_path / "rounds.png")
+    assert (tmp_path / "rounds.png").read_bytes().startswith(b"\x89PNG")

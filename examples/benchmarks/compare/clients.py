@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from examples.benchmarks.report import UsageError
 from lightning_lopt.meta.base import DataTask
 
 
@@ -58,12 +59,12 @@ class Clients(Shared):
 
     def __init__(self, task: DataTask, num_clients: int, alpha: float, num_workers: int, seed: int = 0) -> None:
         if num_clients < 1 or not alpha > 0:
-            raise ValueError(f"num_clients must be at least 1 and alpha positive, not {num_clients} and {alpha}.")
+            raise UsageError(f"num_clients must be at least 1 and alpha positive, not {num_clients} and {alpha}.")
         generator = torch.Generator().manual_seed(seed)
         parts = _split(task.data[-1].cpu(), num_clients, alpha, generator)
         parts = [part for part in parts if len(part) >= task.batch_size]
         if len(parts) < num_workers:
-            raise ValueError(
+            raise UsageError(
                 f"Only {len(parts)} clients have a batch of {task.batch_size} examples, fewer than {num_workers} "
                 "workers. Take fewer clients, a larger alpha or a smaller batch."
             )

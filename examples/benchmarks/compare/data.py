@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from examples.benchmarks.compare import objectives
+from examples.benchmarks.report import UsageError
 from lightning_lopt.meta import DataTask, ImageMLP, image_conv, image_vit, language_model
 from lightning_lopt.meta.tasks import resize
 
@@ -141,7 +142,7 @@ def load_task(name: str, data: Path | None = None, split: Literal["train", "test
         ImageMLP(1797 images, 64-32-10, batch_size=32)
     """
     if split == "test" and name not in FASHION_MNIST:
-        raise ValueError(f"There is no test data of {name!r}, only of {[*FASHION_MNIST]}.")
+        raise UsageError(f"There is no test data of {name!r}, only of {[*FASHION_MNIST]}.")
     if name == "digits":
         from sklearn.datasets import load_digits  # an extra
 
@@ -226,7 +227,7 @@ def load_task(name: str, data: Path | None = None, split: Literal["train", "test
         return objectives.next_word(_words(_text(name, data), 1000), 1000, 48, 64, name)
     if name == "shakespeare_recurrent":
         return objectives.recurrent(_codes(_text(name, data)), len(ALPHABET) + 1, 20, 48, 8, name)
-    raise ValueError(f"The task must be one of {TASKS}, not {name!r}.")
+    raise UsageError(f"The task must be one of {TASKS}, not {name!r}.")
 
 
 def fashion_mnist(split: str, data: Path | None) -> tuple[Tensor, Tensor]:
@@ -248,7 +249,8 @@ def find(folder: Path | None, pattern: str) -> list[Path]:
     """
     found = sorted(folder.rglob(pattern)) if folder else []
     if not found:
-        raise FileNotFoundError(f"There is no {pattern} under {folder}: point --data at a folder that holds it.")
+        where = f"under {folder}" if folder else "without --data"
+        raise FileNotFoundError(f"There is no {pattern} {where}: point --data at a folder that holds it.")
     return found
 
 

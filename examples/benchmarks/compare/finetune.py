@@ -31,8 +31,9 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from examples.benchmarks.compare.data import find
 from examples.benchmarks.report import append_rows, machine, read_rows
+from examples.report import reading
 from lightning_lopt import LearnedOptimizer, LocalSGD, Rounds, SlowMomentum
-from lightning_lopt.costs import DDP, Link, Method, data_parallel, round_seconds, table
+from lightning_lopt.costs import DDP, Link, Method, count, data_parallel, positive, round_seconds, table
 
 CLASSES = ("Burnett", "Doyle", "Gissing", "Stevenson")  # whose books are in two of the files
 AUTHORS = {  # of the books in each file, in order
@@ -112,7 +113,8 @@ def load_passages(model: str, folder: Path) -> dict[str, TensorDataset]:
     """
     from transformers import AutoTokenizer  # an extra
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    with reading("--model", model, "the name or folder of a pre-trained encoder of transformers"):
+        tokenizer = AutoTokenizer.from_pretrained(model)
     texts: dict[tuple[bool, str], str] = defaultdict(str)
     for file, names in AUTHORS.items():
         books = find(folder, f"{file}.txt")[0].read_text().strip().split("\n\n")
@@ -333,7 +335,7 @@ def summary(rows: Sequence[Mapping[str, Any]], mbit: float) -> list[dict[str, An
                     "K": num_workers,
                     "H": local_steps,
                     "method": method,
-                    "setting": f"lr={runs[0]['local_lr']:g} {options}".strip(),
+                    "setting": f"local_lr={runs[0]['local_lr']:g} {options}".strip(),
                     "seeds": len(runs),
                     **{name: _show([point[name] for point in last]) for name in METRICS},
                     "rounds": last[0]["rounds"],
@@ -387,7 +389,7 @@ def draw(rows: Sequence[Mapping[str, Any]], mbit: float, path: Path) -> None:
         of_shape[0].set(title=f"{num_workers} workers, H = {local_steps}", ylabel="accuracy")
         of_shape[1].set_xlabel("MB sent by each worker")
         of_shape[2].set_xlabel(f"seconds at {mbit:g} Mbit/s, modelled")
-    panels[0, 0].legend()
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(METHODS))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 
@@ -398,14 +400,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("out", type=Path, help="file that a line per run is appended to; runs that it holds are not repeated")
     add("--model", help="name or folder of a pre-trained encoder of transformers; none: only report the file")
     add("--data", type=Path, help="folder with the novels: train.txt, valid.txt and test.txt, at any depth")
-    add("--num-workers", nargs="+", type=int, default=[2], help="the search takes the first")
-    add("--local-steps", nargs="+", type=int, default=[16], help="the search takes the first")
-    add("--passages", type=int, default=1024, help="passages of all workers together; half of them in the search")
+    add("--num-workers", nargs="+", type=count, default=[2], help="the search takes the first")
+    add("--local-steps", nargs="+", type=count, default=[16], help="the search takes the first")
+    add("--passages", type=count, default=1024, help="passages of all workers together; half of them in the search")
     add("--methods", nargs="+", choices=METHODS, default=METHODS)
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    add("--eval-steps", type=int, default=32, help="local steps between evaluations, at least H")
-    add("--threads", type=int, default=1, help="threads of torch")
-    add("--mbit", type=float, default=100.0, help="rate of the modelled link of each worker, in Mbit/s")
+    add("--eval-steps", type=count, default=32, help="local steps between evaluations, at least H")
+    add("--threads", type=count, default=1, help="threads of torch")
+    add("--mbit", type=positive, default=100.0, help="rate of the modelled link of each worker, in Mbit/s")
     add("--png", type=Path, help="file for the plot")
 
 

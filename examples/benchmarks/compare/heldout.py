@@ -25,9 +25,9 @@ from examples.benchmarks.compare.data import load_task
 from examples.benchmarks.compare.methods import Setting
 from examples.benchmarks.compare.plot import smooth
 from examples.benchmarks.compare.simulate import Experiment, groups, simulate
-from examples.benchmarks.report import append_rows, machine, read_rows
+from examples.benchmarks.report import UsageError, append_rows, machine, read_rows
 from lightning_lopt.controller import Controller
-from lightning_lopt.costs import table
+from lightning_lopt.costs import count, table
 from lightning_lopt.functional.blended import BlendedSettings
 from lightning_lopt.functional.control import controlled
 from lightning_lopt.meta.local import LocalOptimizer, OptimizerKind
@@ -138,7 +138,7 @@ def summary(rows: Sequence[Mapping[str, Any]], reference: str) -> list[dict[str,
     """
     losses = {(row["task"], row["schedule"], row["name"], row["seed"]): final_loss(row) for row in rows}
     if reference not in {row["name"] for row in rows}:
-        raise ValueError(f"There is no run of {reference} to compare with: add it to --methods.")
+        raise UsageError(f"There is no run of {reference} to compare with: add it to --methods.")
     ratios: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for (task, schedule, name, seed), loss in losses.items():
         own = losses.get((task, schedule, reference, seed))
@@ -229,7 +229,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--network", help="network of the method learned: a name or a file (default: the bundled default)")
     add("--controller", type=Path, help="file of the controller (default: the bundled one); each needs its own out")
     add("--seeds", nargs="+", type=int, default=list(range(10)))
-    add("--threads", type=int, default=1, help="threads of torch")
+    add("--threads", type=count, default=1, help="threads of torch")
 
 
 def main(args: argparse.Namespace) -> None:

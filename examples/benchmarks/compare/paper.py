@@ -19,8 +19,8 @@ from examples.benchmarks.compare.data import load_task
 from examples.benchmarks.compare.methods import GRIDS, Setting, settings
 from examples.benchmarks.compare.plot import smooth
 from examples.benchmarks.compare.run import Runner, add_experiment
-from examples.benchmarks.report import machine, read_rows
-from lightning_lopt.costs import table
+from examples.benchmarks.report import UsageError, machine, read_rows
+from lightning_lopt.costs import count, positive, table
 from lightning_lopt.meta.base import DataTask
 
 BASELINES = ("local_sgd", "slowmo", "parallel_adam", "parallel_sgd", "diloco")
@@ -33,12 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(task="fashion_mnist", rounds=1000)
     parser.add_argument("--methods", nargs="*", choices=[m for m in GRIDS if m != "learned"], default=BASELINES)
     parser.add_argument("--networks", nargs="*", default=["default"], help="names of bundled weights, or files")
-    parser.add_argument("--network-lr", type=float, default=0.5, help="gamma of the networks")
+    parser.add_argument("--network-lr", type=positive, default=0.5, help="gamma of the networks")
     parser.add_argument("--shares", nargs="+", type=float, default=[0.1, 0.3, 1.0], help="of the rounds, by rung")
-    parser.add_argument("--keep", nargs="+", type=int, default=[100, 12], help="settings that enter the later rungs")
+    parser.add_argument("--keep", nargs="+", type=count, default=[100, 12], help="settings that enter the later rungs")
     parser.add_argument("--tuning-seeds", nargs="+", type=int, default=[1000, 1001, 1002], help="of the last rung")
     parser.add_argument("--seeds", nargs="+", type=int, default=[*range(10)], help="fresh ones")
-    parser.add_argument("--marks", nargs="+", type=int, default=[100, 300, 1000], help="rounds to report")
+    parser.add_argument("--marks", nargs="+", type=count, default=[100, 300, 1000], help="rounds to report")
 
 
 def setting_of(row: Mapping[str, Any]) -> Setting:
@@ -175,9 +175,9 @@ def summary(runs: Mapping[str, Rows], marks: Sequence[int]) -> list[dict[str, An
 def main(args: argparse.Namespace) -> None:
     """Tune the baselines, run the winners and the networks, and print how they compare."""
     if len(args.keep) != len(args.shares) - 1:
-        raise ValueError(f"--keep needs one number for each rung after the first, not {args.keep} for {args.shares}.")
+        raise UsageError(f"--keep needs one number for each rung after the first, not {args.keep} for {args.shares}.")
     if overlap := {*args.seeds} & {*args.tuning_seeds}:
-        raise ValueError(f"--seeds must be fresh, but {sorted(overlap)} are among --tuning-seeds.")
+        raise UsageError(f"--seeds must be fresh, but {sorted(overlap)} are among --tuning-seeds.")
     book, test = Book(args), load_task(args.task, args.data, "test")
     runs = {}
     for method in args.methods:

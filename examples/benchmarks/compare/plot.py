@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from examples.benchmarks.report import read_rows, write_json
+from examples.benchmarks.report import UsageError, read_rows, write_json
 from lightning_lopt.costs import all_reduce, table
 from lightning_lopt.meta.evaluation import FINAL_ROUNDS
 
@@ -71,7 +71,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """
     rows = [row for row in read_rows(path, ("method", "losses")) if row.get("stage", "final") == "final"]
     if not rows:
-        raise ValueError(f"{path} holds nothing of the last stage of `tune`, which was killed earlier. Start it again.")
+        raise UsageError(f"{path} holds nothing of the last stage of `tune`, which was killed earlier. Start it again.")
     return rows
 
 
@@ -94,7 +94,7 @@ def tune(rows: Sequence[Mapping[str, Any]]) -> list[Tuned]:
     """
     candidates = _candidates(rows)
     if "local_sgd" not in candidates:
-        raise ValueError(
+        raise UsageError(
             f"There is no run of local_sgd to compare {', '.join(sorted(candidates))} with: run local_sgd, too."
         )
     baseline = min(_complete(candidates.pop("local_sgd")), key=lambda c: c.final_loss)
@@ -270,5 +270,6 @@ def main(args: argparse.Namespace) -> None:
         if args.png:
             path = args.png.with_name(f"{args.png.stem}_{key.file_name}{args.png.suffix}")
             draw(tuned, str(key), path, bytes_per_round(rows[0]))
+    print(f"Losses and rounds of the tables are those of the mean over {FINAL_ROUNDS} rounds; figures show each round.")
     if args.json:
         write_json(args.json, tables)

@@ -28,7 +28,7 @@ from examples.benchmarks.compare.data import fashion_mnist
 from examples.benchmarks.report import append_rows, machine, read_rows
 from examples.benchmarks.wire.namespaces import run_local
 from lightning_lopt.callbacks import BatchNormReestimation
-from lightning_lopt.costs import table
+from lightning_lopt.costs import count, table
 from lightning_lopt.schedules import QSR, Constant, RoundInfo
 from lightning_lopt.strategies import LocalSGD
 
@@ -154,11 +154,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = Setup("", "")
     parser.add_argument("out", help="file that rows are appended to")
     parser.add_argument("--data", required=True, help="folder with Fashion-MNIST's idx.gz files")
-    parser.add_argument("--num-workers", type=int, default=default.num_workers)
-    parser.add_argument("--steps", type=int, default=default.steps, help="number of local steps")
-    parser.add_argument("--batch-size", type=int, default=default.batch_size, help="examples per worker")
+    parser.add_argument("--num-workers", type=count, default=default.num_workers)
+    parser.add_argument("--steps", type=count, default=default.steps, help="number of local steps")
+    parser.add_argument("--batch-size", type=count, default=default.batch_size, help="examples per worker")
     parser.add_argument(
-        "--num-batches", type=int, default=default.num_batches, help="batches for re-estimated statistics of BatchNorm"
+        "--num-batches",
+        type=count,
+        default=default.num_batches,
+        help="batches for new statistics of BatchNorm",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=default.seeds)
 
@@ -166,6 +169,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Start the workers, and print the table."""
     setup = Setup(**{field: getattr(args, field) for field in asdict(Setup("", ""))})
+    fashion_mnist("t10k", Path(setup.data))  # where it is missing, no worker starts
     run_local(["-m", "examples.benchmarks.compare.qsr", json.dumps(asdict(setup))], setup.num_workers)
     print(summary(read_rows(setup.out, ("schedule", "accuracy"))))
     print(machine())

@@ -16,7 +16,8 @@ from examples.benchmarks.compare.data import TASKS, load_task
 from examples.benchmarks.compare.methods import GRIDS, Setting, settings
 from examples.benchmarks.compare.plot import read, tune
 from examples.benchmarks.compare.simulate import Experiment, groups, simulate
-from examples.benchmarks.report import append_rows, machine
+from examples.benchmarks.report import UsageError, append_rows, machine
+from lightning_lopt.costs import count, positive
 from lightning_lopt.meta.base import DataTask
 from lightning_lopt.meta.local import LocalOptimizer, OptimizerKind
 from lightning_lopt.network import AdaMLP
@@ -29,18 +30,18 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=TASKS, default="digits")
     parser.add_argument("--data", type=Path, help="folder with images or texts, for the tasks that need them")
     parser.add_argument(
-        "--local-lr", nargs="+", type=float, default=[1.0, 0.5, 0.3, 0.1], help="grid of local learning rates"
+        "--local-lr", nargs="+", type=positive, default=[1.0, 0.5, 0.3, 0.1], help="grid of local learning rates"
     )
     parser.add_argument("--local-optimizer", choices=get_args(OptimizerKind), default="sgd")
     parser.add_argument("--decay", action="store_true", help="lower the local learning rate to 0 along a cosine")
-    parser.add_argument("--num-workers", type=int, default=8)
-    parser.add_argument("--local-steps", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--clients", type=int, help="number of clients among whom the data is split, K per round")
-    parser.add_argument("--alpha", type=float, default=0.1, help="concentration of the split among clients")
+    parser.add_argument("--num-workers", type=count, default=8)
+    parser.add_argument("--local-steps", type=count, default=4)
+    parser.add_argument("--rounds", type=count, default=200)
+    parser.add_argument("--clients", type=count, help="number of clients among whom the data is split, K per round")
+    parser.add_argument("--alpha", type=positive, default=0.1, help="concentration of the split among clients")
     parser.add_argument("--network", help="name of bundled weights, or a file (default: the bundled default)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--threads", type=count, help="threads of torch")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,10 +70,8 @@ class Runner:
         self.experiment = Experiment(
             args.num_workers, args.local_steps, args.rounds, LocalOptimizer(args.local_optimizer), args.decay
         )
-        if not all(lr > 0 for lr in args.local_lr):
-            raise ValueError(f"--local-lr must be positive, not {args.local_lr}.")
         if len(set(args.seeds)) < len(args.seeds):
-            raise ValueError(f"--seeds {args.seeds} repeats a seed, which would count as two runs.")
+            raise UsageError(f"--seeds {args.seeds} repeats a seed, which would count as two runs.")
         self._network, self._out = args.network, args.out
         self._common = {
             "task": args.task,
@@ -116,7 +115,7 @@ class Runner:
         method = grid[0].method
         network = resolve_network(self._network).to(self.data.task.device) if method == "learned" else AdaMLP()
         if network.num_inputs not in (1, experiment.num_workers):
-            raise ValueError(
+            raise UsageError(
                 f"{self._network} is made for {network.num_inputs} workers, not for {experiment.num_workers}."
             )
         print(f"{self.data.task}: {method}, {len(grid)} settings, {len(seeds)} seeds", flush=True)
@@ -155,7 +154,7 @@ def main(args: argparse.Namespace) -> None:
     runner = Runner(args)
     best = _best(args.best_of) if args.best_of else {}
     if args.best_of and (missing := [method for method in args.methods if method not in best]):
-        raise ValueError(f"{args.best_of} has no settings of {missing}. Give its methods: --methods {' '.join(best)}.")
+        raise UsageError(f"{args.best_of} has no settings of {missing}. Give its methods: --methods {' '.join(best)}.")
     for method in args.methods:
         runner.run(best.get(method, []) if args.best_of else settings(method, args.local_lr), args.seeds)
-    print(f"{args.out}: {machine()}")
+    print(f"{args.out}: {machine()}\nTables and figures: python -m examples.benchmarks plot {args.out}")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from examples.benchmarks.compare.clients import Shared
 from examples.benchmarks.compare.methods import PARALLEL, Method, Parallel, Setting, outer
+from examples.benchmarks.report import UsageError
 from lightning_lopt.controller import Controller
 from lightning_lopt.meta.base import Batch, DataTask, Tensors
 from lightning_lopt.meta.local import LocalOptimizer, half_cosine
@@ -47,7 +48,7 @@ class Experiment:
     def __post_init__(self) -> None:
         for name in ("num_workers", "local_steps", "num_rounds"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}.")
 
     def factor(self, round_idx: int) -> float:
         """Factor of γ in a round."""

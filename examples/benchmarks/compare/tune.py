@@ -16,8 +16,8 @@ from typing import Any
 from examples.benchmarks.compare import plot
 from examples.benchmarks.compare.methods import GRIDS, Setting, settings
 from examples.benchmarks.compare.run import Runner, add_experiment
-from examples.benchmarks.report import machine
-from lightning_lopt.costs import table
+from examples.benchmarks.report import UsageError, machine
+from lightning_lopt.costs import count, positive, table
 
 BASELINES = [method for method in GRIDS if method != "learned"]
 
@@ -28,9 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", nargs="+", choices=BASELINES, default=BASELINES, help="baselines, with local_sgd")
     parser.add_argument("--tuning-seed", type=int, default=1000, help="seed of the first two stages")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of the last stage")
-    parser.add_argument("--share", type=float, default=0.3, help="fraction of the rounds in the first stage")
-    parser.add_argument("--keep", type=int, default=16, help="settings of each baseline in the second stage")
-    parser.add_argument("--best", type=int, default=3, help="settings of all baselines in the last stage")
+    parser.add_argument("--share", type=positive, default=0.3, help="fraction of the rounds in the first stage")
+    parser.add_argument("--keep", type=count, default=16, help="settings of each baseline in the second stage")
+    parser.add_argument("--best", type=count, default=3, help="settings of all baselines in the last stage")
 
 
 def ranked(rows: Sequence[Mapping[str, Any]]) -> list[Setting]:
@@ -62,7 +62,7 @@ def halve(runner: Runner, args: argparse.Namespace) -> list[Setting]:
 def main(args: argparse.Namespace) -> None:
     """Tune the baselines on one task, and print the table with the learned optimizer."""
     if "local_sgd" not in args.methods:
-        raise ValueError("--methods must include local_sgd: the learned optimizer runs at its best learning rate.")
+        raise UsageError("--methods must include local_sgd: the learned optimizer runs at its best learning rate.")
     start = time.perf_counter()
     runner = Runner(args)
     chosen: dict[str, list[Setting]] = defaultdict(list)

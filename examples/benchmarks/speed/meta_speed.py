@@ -24,7 +24,7 @@ import torch
 
 from examples.benchmarks.report import machine, write_json
 from examples.benchmarks.speed.outer_step import FLOP_PER_PARAMETER, sgemm_flops
-from lightning_lopt.costs import table
+from lightning_lopt.costs import count, table
 from lightning_lopt.functional import learned
 from lightning_lopt.meta import ImageMLP, LocalOptimizer, LocalTraining, LogUniform, outer, simulation
 from lightning_lopt.meta.estimator import Estimator
@@ -185,10 +185,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", nargs="+", choices=list(WORKS), default=["paper", "8x8"], help="sizes of the task")
     parser.add_argument("--local-optimizer", choices=get_args(OptimizerKind), default="sgd")
     parser.add_argument("--update", default="published", help="kind of update of the network, see AdaMLP")
-    parser.add_argument("--repeats", type=int, default=3, help="timed meta-iterations")
-    parser.add_argument("--rounds", type=int, default=50, help="rounds of a meta-iteration")
+    parser.add_argument("--repeats", type=count, default=3, help="timed meta-iterations")
+    parser.add_argument("--rounds", type=count, default=50, help="rounds of a meta-iteration")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--threads", type=count, help="threads of torch")
     parser.add_argument("--json", type=Path, help="file for the numbers")
 
 

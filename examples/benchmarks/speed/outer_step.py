@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, AdamW, Optimizer
 
-from examples.benchmarks.report import machine, write_json
+from examples.benchmarks.report import UsageError, machine, write_json
 from examples.benchmarks.speed.memory import extra_bytes
-from lightning_lopt.costs import table
+from lightning_lopt.costs import count, table
 from lightning_lopt.functional import plain
 from lightning_lopt.functional.ada import AdaState
 from lightning_lopt.network import AdaMLP
@@ -194,14 +194,17 @@ def _torchvision(name: str) -> Shapes:
     from torchvision.models import get_model  # an extra, and slow to import
 
     with torch.device("meta"):
-        return [tuple(p.shape) for p in get_model(name).parameters()]
+        try:
+            return [tuple(p.shape) for p in get_model(name).parameters()]
+        except ValueError as error:
+            raise UsageError(f"--model must be one of {sorted(MODELS)} or a torchvision model: {error}.") from error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command line."""
     parser.add_argument("--model", default="vit_b_16", help=f"one of {sorted(MODELS)}, or a torchvision model")
-    parser.add_argument("--threads", type=int, help="threads of torch")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each optimizer")
+    parser.add_argument("--threads", type=count, help="threads of torch")
+    parser.add_argument("--repeats", type=count, default=5, help="timed steps of each optimizer")
     parser.add_argument("--json", type=Path, help="file for the numbers")
 
 

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from examples.benchmarks.report import machine, write_json
 from lightning_lopt.callbacks import RoundMonitor
-from lightning_lopt.costs import table
+from lightning_lopt.costs import count, table
 from lightning_lopt.rounds import Rounds
 from lightning_lopt.strategies import LearnedLocalSGD, LocalSGD
 from lightning_lopt.sync import Sync
@@ -226,9 +226,9 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command line."""
-    parser.add_argument("--num-workers", type=int, default=8, help="worker processes")
-    parser.add_argument("--local-steps", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=30, help="timed rounds")
+    parser.add_argument("--num-workers", type=count, default=8, help="worker processes")
+    parser.add_argument("--local-steps", type=count, default=16)
+    parser.add_argument("--rounds", type=count, default=30, help="timed rounds")
     parser.add_argument("--json", type=Path, help="file for the numbers")
 
 

@@ -50,7 +50,7 @@ class Method(costs.Method):
         )
 
 
-def _lopt(num_workers: int) -> Any:
+def _learned(num_workers: int) -> Any:
     return partial(LearnedOptimizer, network=AdaMLP.bundled())
 
 
@@ -68,7 +68,7 @@ METHODS = {
     "PowerSGD": Method({"compression": PowerSGD(4)}),
     "overlap": Method(overlap=5 / 8),
     "LOSCAR": Method(_SPARSE, overlap=1 / 4),
-    "LOpt-A": Method(outer=_lopt),
+    "LearnedLocalSGD": Method(outer=_learned),
     "LAgg-A, sharded": Method({"sharded": True}, worker_grads=True, outer=_lagg),
 }
 FOR_UNEQUAL_SPEEDS = {
@@ -82,6 +82,7 @@ FOR_UNEQUAL_SPEEDS = {
 USUAL = [DDP, *METHODS]
 METHODS |= FOR_UNEQUAL_SPEEDS
 NAMES = [DDP, *METHODS]
+METHODS["LOpt-A"] = METHODS["LearnedLocalSGD"]  # its name in files of earlier versions
 
 
 def round_of(

@@ -29,7 +29,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from examples.benchmarks.report import append_rows, machine, read_rows
 from examples.benchmarks.wire.namespaces import run_linked, run_local, why_not
-from lightning_lopt.costs import table
+from lightning_lopt.costs import count, not_negative, positive, table
 from lightning_lopt.elastic import Elastic
 from lightning_lopt.rounds import Rounds
 
@@ -235,11 +235,11 @@ def report(path: Path) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command line."""
     default = Setup()
-    parser.add_argument("--mbit", type=float, default=default.mbit, help="rate of each link, in Mbit/s; 0: loopback")
-    parser.add_argument("--tensors", type=int, default=default.tensors, help="number of tensors of the model")
-    parser.add_argument("--parameters", type=float, default=default.parameters, help="number of parameters, about")
-    parser.add_argument("--local-steps", type=int, default=default.local_steps)
-    parser.add_argument("--rounds", type=int, default=default.rounds, help="timed rounds")
+    parser.add_argument("--mbit", type=not_negative, default=default.mbit, help="Mbit/s of each link; 0: loopback")
+    parser.add_argument("--tensors", type=count, default=default.tensors, help="number of tensors of the model")
+    parser.add_argument("--parameters", type=positive, default=default.parameters, help="number of parameters, about")
+    parser.add_argument("--local-steps", type=count, default=default.local_steps)
+    parser.add_argument("--rounds", type=count, default=default.rounds, help="timed rounds")
     parser.add_argument("--elastic", action="store_true", help="let our workers come and go, too: Rounds(elastic=...)")
     parser.add_argument("--out", type=Path, default=Path("peers.jsonl"), help="file for the rows")
     parser.add_argument("--report", action="store_true", help="train nothing, and report the rows in the file")

@@ -19,16 +19,19 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from examples.benchmarks.report import machine, read_rows
+from examples.benchmarks.report import UsageError, machine, read_rows
 from examples.benchmarks.wire.methods import DDP, FOR_UNEQUAL_SPEEDS, NAMES, USUAL, round_of
 from examples.benchmarks.wire.namespaces import run_linked, run_local, why_not
 from examples.benchmarks.wire.worker import Setup, ViT, load
 from lightning_lopt.costs import (
     Parameters,
     Round,
+    count,
     hidden_share,
     local_steps_that_pay,
+    not_negative,
     number_of,
+    positive,
     rate_where_equal,
     round_seconds,
     table,
@@ -166,7 +169,7 @@ def read(path: Path) -> tuple[Setup, list[Measured]]:
     """
     header, *rows = read_rows(path)
     if "setup" not in header or not rows:
-        raise ValueError(f"{path} does not hold a setup and then rounds. Give a file that `wire` wrote.")
+        raise UsageError(f"{path} does not hold a setup and then rounds. Give a file that `wire` wrote.")
     setup = Setup(**header["setup"])
     by_method = defaultdict(list)
     for row in rows:
@@ -221,15 +224,15 @@ def draw(methods: Sequence[Measured], targets: Sequence[float], path: Path) -> N
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command line."""
     default = Setup([])
-    parser.add_argument("--mbit", type=float, default=default.mbit, help="rate of each worker's link, in Mbit/s")
-    parser.add_argument("--latency", type=float, default=default.latency, help="seconds from one worker to another")
+    parser.add_argument("--mbit", type=positive, default=default.mbit, help="rate of each worker's link, in Mbit/s")
+    parser.add_argument("--latency", type=not_negative, default=default.latency, help="seconds between two workers")
     parser.add_argument("--methods", nargs="+", choices=NAMES, default=USUAL)
-    parser.add_argument("--num-workers", type=int, default=default.num_workers)
-    parser.add_argument("--local-steps", type=int, default=default.local_steps)
-    parser.add_argument("--seconds", type=float, default=default.seconds, help="training time per method and seed")
-    parser.add_argument("--ddp-steps", type=int, default=default.ddp_steps, help="steps of DDP that stand for a round")
-    parser.add_argument("--batch-size", type=int, default=default.batch_size, help="examples per worker")
-    parser.add_argument("--local-lr", type=float, default=default.local_lr, help="learning rate of AdamW")
+    parser.add_argument("--num-workers", type=count, default=default.num_workers)
+    parser.add_argument("--local-steps", type=count, default=default.local_steps)
+    parser.add_argument("--seconds", type=positive, default=default.seconds, help="training time per method and seed")
+    parser.add_argument("--ddp-steps", type=count, default=default.ddp_steps, help="steps of DDP in place of a round")
+    parser.add_argument("--batch-size", type=count, default=default.batch_size, help="examples per worker")
+    parser.add_argument("--local-lr", type=positive, default=default.local_lr, help="learning rate of AdamW")
     parser.add_argument(
         "--step-seconds",
         nargs="+",
@@ -238,8 +241,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="least time of a local step, reached by sleeping: one number for all workers or one for each",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=default.seeds)
-    parser.add_argument("--width", type=int, default=default.width, help="width of the transformer")
-    parser.add_argument("--depth", type=int, default=default.depth, help="blocks of the transformer")
+    parser.add_argument("--width", type=count, default=default.width, help="width of the transformer")
+    parser.add_argument("--depth", type=count, default=default.depth, help="blocks of the transformer")
     parser.add_argument("--data", help="folder with Fashion-MNIST's idx.gz files; default: scikit-learn's digits")
     parser.add_argument("--target", type=float, help="target loss; default: the last loss of the first method")
     parser.add_argument("--out", type=Path, default=Path("wire.jsonl"), help="file for the rows")
