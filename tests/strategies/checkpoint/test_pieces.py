@@ -15,10 +15,11 @@ def _part(names, layout):
     tensors = [torch.full(SIZES[name], float(ord(name))) for name in names]
     states = [None if name == "b" else torch.full((SIZES[name][1], 1), float(ord(name))) for name in names]
     own = {"params": tensors, "residuals": [None] * len(names), "unstepped": {"tensors": {}}, "exchange": None}
+    common = {"anchors": tensors, "codec_states": states, "unstepped": {}, "outer": None, "exchange": None}
     return {
         "layout": layout,
         "local": {"sync": own},
-        "rounds": {"sync": {"anchors": tensors, "codec_states": states, "outer": None, "exchange": None}},
+        "rounds": {"sync": common},
         "checkpoint": {"optimizer_states": []},
     }
 
