@@ -160,7 +160,7 @@ class UnsteppedTensors:
             launched: Snapshot at the launch of the sync.
             arrived: Global values by name.
         """
-        present = self.present()
+        present = self.present() if arrived else {}
         for name, value in arrived.items():
             self._synced[name] = value.detach().clone()
             self._changed.discard(name)
