@@ -1,4 +1,4 @@
-"""Small models with objectives of many kinds, for the second list of held-out tasks."""
+"""Small models with objectives of many kinds, for the held-out tasks."""
 
 from __future__ import annotations
 
