@@ -26,7 +26,7 @@ from lightning_lopt.meta.base import Tensors
 from lightning_lopt.meta.outer import SimulatedOuterStep, average_anchors, base_step, controlled_step, learned_step
 
 FILE = "controller.safetensors"
-SWEEPS, EVERY = 60, 10  # of the recipe `controller`; sweeps between its evaluations
+SWEEPS, LR, EVERY = 30, 0.036, 10  # of the recipe `controller`; sweeps between its evaluations
 ROUNDS, PAIRS, RUNS = 30, 8, 8  # of the recipe `own`: rounds of an unroll, pairs of a sweep, runs of the comparison
 FITTING = 0.6  # of the minutes of `own`; the rest is for the comparison
 FRESH = 1_000_003  # seed of the comparison, of which the fit knows nothing
@@ -78,7 +78,7 @@ def train_controller(data: list[Images], args: argparse.Namespace, card: Callabl
         for kind, share in (("constant", 0.0), ("decaying", 1.0)):
             fixed = replace(training, local_lr=math.sqrt(low * high), decay_share=share)
             evaluations.append(Evaluation(f"{kind} {i}", task, fixed, num_rounds=50, seed=FRESH))
-    meta = ControllerTraining(tasks, num_pairs=args.pairs or 32, evaluations=evaluations, seed=args.seed)
+    meta = ControllerTraining(tasks, num_pairs=args.pairs or 16, lr=LR, evaluations=evaluations, seed=args.seed)
     fit(meta, args.steps or SWEEPS, args, card)
     print(f"The controller is in {args.out / FILE}. Use it: ControlledNesterov(controller=...).")
 

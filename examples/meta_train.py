@@ -123,7 +123,7 @@ def parse_args() -> argparse.Namespace:
     add("--recipe", choices=recipes, default="quick", help="see examples/recipes.py (default: %(default)s)")
     add("--task", type=Path, help="file of a task of yours, for --recipe own")
     add("--constants", action="store_true", help="with --recipe own: fit the constants of the controller alone")
-    add("--pairs", type=count, help="pairs of a sweep on each task, of recipe controller (default: 32) or own (8)")
+    add("--pairs", type=count, help="pairs of a sweep on each task, of recipe controller (default: 16) or own (8)")
     add("--steps", type=count, help="meta-iterations, those before --init included where the schedule counts them")
     add(
         "--minutes",
