@@ -8,7 +8,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from examples.benchmarks.compare import finetune, heldout, paper, plot, qsr, run, tune
+from examples.benchmarks.compare import finetune, heldout, paper, plot, qsr, regret, run, tune
 from examples.benchmarks.report import UsageError
 from examples.benchmarks.speed import meta_speed, outer_step, overhead
 from examples.benchmarks.wire import peers, wire
@@ -21,6 +21,7 @@ COMMANDS = {
     "plot": plot,
     "qsr": qsr,
     "heldout": heldout,
+    "regret": regret,
     "finetune": finetune,
     "wire": wire,
     "peers": peers,
