@@ -213,7 +213,7 @@ def draw(found: Mapping[Cell, Mapping[str, Result]], name: str, path: Path) -> N
                     values[y, x] = each[name].regret(each[BASELINE])
                     mark = f"{values[y, x]:+.2f}" if each[name].trains(each[AVERAGING]) else "lost"
                     panel.text(x, y, mark, ha="center", va="center", fontsize=7)
-            image = panel.imshow(values, cmap="RdBu_r", vmin=-0.5, vmax=0.5, origin="lower", aspect="auto")
+            image = panel.imshow(values.numpy(), cmap="RdBu_r", vmin=-0.5, vmax=0.5, origin="lower", aspect="auto")
             panel.set_title(f"{optimizer}, γ {schedule}", fontsize=9)
             panel.set_xticks(range(len(columns)), [str(h) for h in columns])
             panel.set_yticks(range(len(lines)), [f"K {k}, {share:g} of the edge" for k, share in lines], fontsize=7)
