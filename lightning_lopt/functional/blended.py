@@ -16,7 +16,7 @@ from lightning_lopt.functional.integers import as_number
 from lightning_lopt.functional.model import ModelTensor, groups_of_one_shape, step_together
 from lightning_lopt.functional.orthogonal import orthogonalise
 from lightning_lopt.functional.products import norm
-from lightning_lopt.functional.whitening import update_grams, whiten
+from lightning_lopt.functional.whitening import POLYNOMIALS, Polynomials, update_grams, whiten
 
 MOMENTUM_WARMUP = 2.0
 LR, MOMENTUM, BLEND = 1.1, 0.85, (0.05, 0.45, 0.5)  # made by hand
@@ -93,7 +93,9 @@ def nesterov(grad: Tensor, momentum: Tensor, complement: Tensor) -> Tensor:
     return torch.addcmul(grad, (1 - keep) / keep, momentum)
 
 
-def base_forms(step: Tensor, state: BaseState, factors: Factoring, like: Tensor) -> Tensor:
+def base_forms(
+    step: Tensor, state: BaseState, factors: Factoring, like: Tensor, polynomials: Polynomials = POLYNOMIALS
+) -> Tensor:
     """Stack a Nesterov step as it is, orthogonalised (a vector as it is) and whitened.
 
     Args:
@@ -101,6 +103,7 @@ def base_forms(step: Tensor, state: BaseState, factors: Factoring, like: Tensor)
         state: Memory of the parameter, already advanced.
         factors: Factoring of the parameter.
         like: Tensor of the parameter's shape, [P, *S].
+        polynomials: Coefficients of the roots with which the step is whitened.
 
     Returns:
         Forms of the step, all of one norm, [P, 3, B, a, b].
@@ -108,7 +111,7 @@ def base_forms(step: Tensor, state: BaseState, factors: Factoring, like: Tensor)
     whole = factors.restore(step, like)
     size = norm(whole)
     orthogonal = factors.matrices(orthogonalise(whole, size)) if factors.factored else step
-    return torch.cat([step, orthogonal, factors.matrices(whiten(whole, state, size))], 1)
+    return torch.cat([step, orthogonal, factors.matrices(whiten(whole, state, size, polynomials))], 1)
 
 
 def zero_where_unused(step: Tensor, forms: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from lightning_lopt.functional.blended import (
 from lightning_lopt.functional.damping import Total, local_total
 from lightning_lopt.functional.features import ALL_KINDS, PUBLISHED_KINDS, FeatureKind
 from lightning_lopt.functional.model import ModelTensor
-from lightning_lopt.functional.whitening import update_grams
+from lightning_lopt.functional.whitening import FORMER_POLYNOMIALS, POLYNOMIALS, Polynomials, update_grams
 
 GATE_RANGE = (-4.0, 0.5)  # of a gate's exponent: it damps more than it pushes
 MAX_CORRECTION = 1.0  # in units of the base step
@@ -208,10 +208,14 @@ class BlendedNesterovUpdate(Update):
     No feature of the network changes with the scale of the pseudo-gradients. The correction also moves coordinates
     whose pseudo-gradient is and was exactly 0: `MaskedBlendedNesterovUpdate` has taken the place of this rule, which is
     kept for weights and runs that were saved with it.
+
+    Attributes:
+        polynomials: Coefficients of the roots with which the step is whitened.
     """
 
     num_outputs = 4
     feature_kinds = ALL_KINDS
+    polynomials: ClassVar[Polynomials] = FORMER_POLYNOMIALS
 
     @override
     def init_state(
@@ -250,7 +254,7 @@ class BlendedNesterovUpdate(Update):
     @override
     def base_forms(self, grad: Tensor, state: AdaState, decays: Decays, factors: Factoring, like: Tensor) -> Tensor:
         step = nesterov(grad, state.momentum[:, :1], decays.momentum[:, :1])
-        return base_forms(step, state.base, factors, like)
+        return base_forms(step, state.base, factors, like, self.polynomials)
 
     @override
     def step(self, output: Tensor, base: Base | None) -> Tensor:
@@ -271,7 +275,12 @@ class BlendedNesterovUpdate(Update):
 
 
 class MaskedBlendedNesterovUpdate(BlendedNesterovUpdate):
-    """The update `BlendedNesterovUpdate`, but 0 for coordinates whose pseudo-gradient is and was exactly 0."""
+    """The update `BlendedNesterovUpdate`, but 0 for coordinates whose pseudo-gradient is and was exactly 0.
+
+    And its roots are nearer, from fewer products.
+    """
+
+    polynomials = POLYNOMIALS
 
     @override
     def step(self, output: Tensor, base: Base | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -12,7 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_lopt import ControlledNesterov, Controller
+from lightning_lopt.functional import blended
 from lightning_lopt.functional.control import INPUTS
+from lightning_lopt.functional.whitening import FORMER_POLYNOMIALS
 from lightning_lopt.meta import (
     ControllerTraining,
     Evaluation,
@@ -45,7 +48,8 @@ def make(controller: Controller | None = None, count: int = 2, **keywords) -> Co
 
 
 def test_the_first_sweep_is_that_of_the_records_script(monkeypatch):
-    """Its inputs and slopes, of the random numbers of its seeds."""
+    """Its inputs and slopes, of the random numbers of its seeds, and with the roots of its time."""
+    monkeypatch.setattr(blended, "base_forms", partial(blended.base_forms, polynomials=FORMER_POLYNOMIALS))
     seeds = {(0, "inputs"): 99, (0, "inputs", 0): 1000, (0, "inputs", 1): 1001, (0, 0): 10_000}
     seeds |= {(0, 0, 0): 7_000_000, (0, 0, 1): 7_000_001}
     monkeypatch.setattr(controller_training, "seeded", lambda *key: torch.Generator().manual_seed(seeds[key]))
