@@ -75,6 +75,17 @@ GRIDS: dict[str, Callable[[float], Iterator[dict[str, float]]]] = {
     "parallel_sgd": lambda local_lr: iter([{}]),
     "parallel_adam": lambda local_lr: iter([{}]),
 }
+NAMES = {  # as users know them
+    "local_sgd": "Local SGD",
+    "learned": "LearnedLocalSGD",
+    "slowmo": "SlowMo",
+    "diloco": "DiLoCo",
+    "fedadam": "FedAdam",
+    "base_step": "BlendedNesterov",
+    "controlled": "ControlledNesterov",
+    "parallel_sgd": "data-parallel SGD",
+    "parallel_adam": "data-parallel Adam",
+}
 PARALLEL = {"parallel_sgd": LocalOptimizer("sgd"), "parallel_adam": LocalOptimizer("adamw")}
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from examples.benchmarks.compare.methods import NAMES
 from examples.benchmarks.report import UsageError, read_rows, write_json
 from lightning_lopt.costs import all_reduce, table
 from lightning_lopt.meta.evaluation import FINAL_ROUNDS
@@ -185,9 +186,8 @@ def draw(tuned: Sequence[Tuned], title: str, path: Path, bytes_per_round: float 
     for method in tuned:
         curves = list(zip(*method.curves.values(), strict=True))
         means, lows, highs = ([*map(of, curves)] for of in (statistics.fmean, min, max))
-        label = " ".join(
-            [method.method, f"gamma={method.local_lr:g}", *(f"{k}={v:.3g}" for k, v in method.options.items())]
-        )
+        options = [f"γ {method.local_lr:g}", *(f"{key} {value:.3g}" for key, value in method.options.items())]
+        label = f"{NAMES.get(method.method, method.method)}: {', '.join(options)}"
         for axes, end in zip(panels, (len(curves) - 1, method.seconds or 0.0), strict=False):
             positions = np.linspace(0, end, len(curves))
             (line,) = axes.plot(positions, means, label=label)
