@@ -20,6 +20,7 @@ from lightning_lopt.functional.whitening import POLYNOMIALS, Polynomials, update
 
 MOMENTUM_WARMUP = 2.0
 LR, MOMENTUM, BLEND = 1.1, 0.85, (0.05, 0.45, 0.5)  # made by hand
+ADAM_POWER = 2.0  # made by hand
 
 
 def retained_momentum(momentum: float, local_steps: int) -> float:
@@ -34,6 +35,18 @@ def retained_momentum(momentum: float, local_steps: int) -> float:
         (0.6561, 0.0, 0.0)
     """
     return min(momentum, 1.0) ** local_steps if momentum > 0 and local_steps else 0.0
+
+
+def momentum_of_adam(beta: float) -> float:
+    """Compute the heavy-ball momentum β1² that counts as retained for Adam's first moment with decay β1.
+
+    Source: ours; the power was chosen by hand, among 0 (none), 1 and 2.
+
+    Example:
+        >>> round(momentum_of_adam(0.9), 2)
+        0.81
+    """
+    return beta**ADAM_POWER
 
 
 def norm_ratio(state: BaseState, squared: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from lightning_lopt.functional.blended import retained_momentum
+from lightning_lopt.functional.blended import momentum_of_adam, retained_momentum
 from lightning_lopt.meta.base import AbstractTask, Batch, Tensors, column
 
 OptimizerKind = Literal["sgd", "momentum", "adamw", "muon"]
@@ -91,7 +91,7 @@ class LocalOptimizer:
 
     def retained_momentum(self, local_steps: int) -> float:
         """Compute the share of the momentum that is left of it after a round; 0 for optimizers without."""
-        momenta = {"momentum": MOMENTUM, "muon": MUON_MOMENTUM}
+        momenta = {"momentum": MOMENTUM, "muon": MUON_MOMENTUM, "adamw": momentum_of_adam(BETAS[0])}
         return retained_momentum(momenta.get(self.kind, 0.0), local_steps)
 
     @torch.no_grad()

@@ -8,7 +8,8 @@ Before each step a sync writes into every parameter group, which mirrors a group
 * ``round_idx``: index of the round, from 0;
 * ``local_steps``: H, the largest number of local steps that a worker took in the round;
 * ``local_lr``: learning rate of the local optimizer's group, NaN if it has none;
-* ``local_momentum``: heavy-ball momentum of that group which lasts from one sync of a tensor to the next, 0 if none.
+* ``local_momentum``: heavy-ball momentum of that group which lasts from one sync of a tensor to the next, 0 if none; if
+  it has ``betas``, the square of the first one.
 
 Where random coordinates are sent (`density` < 1), the step sees these alone, as 1-D tensors. States of a parameter's
 shape must then begin with 0, or be made in the constructor. All else is optional: see `OuterOptimizer`.

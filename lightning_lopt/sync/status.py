@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lightning_lopt.comm import CommonInteger, Communicator, Difference, DisagreementError
+from lightning_lopt.functional.blended import momentum_of_adam
 
 NUM_ROWS = 9  # integers per worker
 
@@ -115,13 +116,14 @@ class LocalSettings:
 
     Attributes:
         lrs: Learning rates, NaN where a group has none.
-        momenta: Heavy-ball momenta that last from one sync of a tensor to the next, in [0, 1].
+        momenta: Heavy-ball momenta that last from one sync of a tensor to the next, in [0, 1]; of Adam and others with
+            `betas` that of `momentum_of_adam`.
         num_new: Number of the last groups that are new, so that other workers may not have them. They are sent when all
             workers are known to have them.
 
     Example:
-        >>> LocalSettings.of([{"lr": 0.1, "momentum": 0.9}, {"lr": None}])
-        LocalSettings(lrs=[0.1, nan], momenta=[0.9, 0.0], num_new=0)
+        >>> LocalSettings.of([{"lr": 0.1, "momentum": 0.9}, {"lr": 0.1, "betas": (0.8, 0.999)}, {"lr": None}])
+        LocalSettings(lrs=[0.1, 0.1, nan], momenta=[0.9, 0.64, 0.0], num_new=0)
     """
 
     lrs: list[float] = field(default_factory=list)
@@ -140,7 +142,7 @@ class LocalSettings:
         lrs = [group.get("lr") for group in groups]
         return cls(
             lrs=[math.nan if lr is None else float(lr) for lr in lrs],
-            momenta=[_momentum(group.get("momentum")) ** momentum_power for group in groups],
+            momenta=[_momentum(group) ** momentum_power for group in groups],
         )
 
 
@@ -298,8 +300,16 @@ def from_integer(integer: int) -> float:
     return struct.unpack("<d", struct.pack("<q", integer))[0]
 
 
-def _momentum(value: Any) -> float:
-    """A momentum in [0, 1]; 0 for a setting that is not a number, as some optimizers have."""
+def _momentum(group: Mapping[str, Any]) -> float:
+    """A group's momentum, as a heavy-ball momentum in [0, 1]."""
+    if group.get("momentum") is not None:
+        return _number(group["momentum"])
+    betas = group.get("betas")
+    return momentum_of_adam(_number(betas[0])) if isinstance(betas, (tuple, list)) and betas else 0.0
+
+
+def _number(value: Any) -> float:
+    """A setting in [0, 1]; 0 for one that is not a number, as some optimizers have."""
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -138,13 +138,15 @@ def test_a_state_of_another_outer_optimizer():
     ("momentum", "options", "wanted"),
     [
         (0.9, SyncOptions(), 0.9),
-        (None, SyncOptions(), 0.0),
+        (0.0, SyncOptions(), 0.0),
+        (None, SyncOptions(), 0.81),
+        (None, SyncOptions(local_state="reset"), 0.0),
         (0.9, SyncOptions(local_state="reset"), 0.0),
         (0.9, SyncOptions(selection=Fragments(2)), 0.81),
     ],
 )
 def test_the_outer_optimizer_is_told_the_local_momentum(momentum, options, wanted):
-    """Of fragments each has twice the steps for it to fade."""
+    """Of fragments each has twice the steps for it to fade; None is AdamW, whose first moment is one, too."""
     model, made = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)), []
     if momentum is None:
         local: torch.optim.Optimizer = torch.optim.AdamW(model.parameters())

@@ -24,7 +24,7 @@ import torch
 from examples.benchmarks.compare.clients import Shared
 from examples.benchmarks.compare.data import TASKS, load_task
 from examples.benchmarks.compare.heldout import OPTIONS, SCHEDULES
-from examples.benchmarks.compare.methods import GRIDS, Setting
+from examples.benchmarks.compare.methods import GRIDS, NAMES, Setting
 from examples.benchmarks.compare.plot import smooth
 from examples.benchmarks.compare.simulate import Experiment, groups, simulate
 from examples.benchmarks.report import UsageError, append_rows, machine, read_rows
@@ -36,12 +36,13 @@ from lightning_lopt.network import AdaMLP
 
 RATES = [1.5**i for i in range(-25, 10)]  # 4e-5 to 38
 BASELINE, AVERAGING = "diloco", "local_sgd"
+LIMIT = 0.5  # of the colours
 METHODS = [name for name in OPTIONS if name not in (BASELINE, "its constants")]
 KEYS = ("optimizer", "local_steps", "num_workers", "schedule", "share")
 
 
 class Cell(NamedTuple):
-    """What a row of the file and a square of the picture belong to; `share` is that of γ in the edge."""
+    """Settings of a square of the picture; `share` is that of γ in the edge."""
 
     optimizer: str
     local_steps: int
@@ -68,7 +69,7 @@ class Result:
 
     @property
     def gain(self) -> float:
-        """What training takes off the loss, mean over the seeds."""
+        """Decrease of the loss, mean over the seeds."""
         return statistics.fmean(self.starts[seed] - loss for seed, loss in self.finals.items())
 
     def trains(self, other: Result) -> bool:
@@ -169,6 +170,16 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> dict[Cell, dict[str, Result]]:
     return {cell: each for cell, each in found.items() if len(each) == most}
 
 
+def at_best_rates(found: Mapping[Cell, Mapping[str, Result]]) -> dict[Cell, Mapping[str, Result]]:
+    """The cells whose γ is the best one for averaging, of those that differ in γ alone: where a user would be."""
+    best: dict[Cell, Cell] = {}
+    for cell, each in found.items():
+        own = cell._replace(share=0.0)
+        if own not in best or each[AVERAGING].gain > found[best[own]][AVERAGING].gain:
+            best[own] = cell
+    return {cell: found[cell] for cell in best.values()}
+
+
 def summary(found: Mapping[Cell, Mapping[str, Result]]) -> list[dict[str, Any]]:
     """Regret over all cells, then by schedule and by optimizer, of each method."""
     kinds = ["all", *dict.fromkeys(c.schedule for c in found), *dict.fromkeys(c.optimizer for c in found)]
@@ -212,16 +223,18 @@ def draw(found: Mapping[Cell, Mapping[str, Result]], name: str, path: Path) -> N
                     y, x = lines.index((c.num_workers, c.share)), columns.index(c.local_steps)
                     values[y, x] = each[name].regret(each[BASELINE])
                     mark = f"{values[y, x]:+.2f}" if each[name].trains(each[AVERAGING]) else "lost"
-                    panel.text(x, y, mark, ha="center", va="center", fontsize=7)
-            image = panel.imshow(values.numpy(), cmap="RdBu_r", vmin=-0.5, vmax=0.5, origin="lower", aspect="auto")
+                    color = "white" if abs(values[y, x]) > 0.6 * LIMIT else "black"
+                    panel.text(x, y, mark, ha="center", va="center", fontsize=7, color=color)
+            image = panel.imshow(values.numpy(), cmap="RdBu_r", vmin=-LIMIT, vmax=LIMIT, origin="lower", aspect="auto")
             panel.set_title(f"{optimizer}, γ {schedule}", fontsize=9)
             panel.set_xticks(range(len(columns)), [str(h) for h in columns])
-            panel.set_yticks(range(len(lines)), [f"K {k}, {share:g} of the edge" for k, share in lines], fontsize=7)
+            panel.set_yticks(range(len(lines)), [f"K {k}, {share:g}" for k, share in lines], fontsize=7)
     for panel in axes[-1]:
         panel.set_xlabel("local steps H")
     assert image is not None
-    label = f"log(final loss of {name} / DiLoCo tuned)"
+    label = f"log of the final loss of {NAMES[OPTIONS[name][0]]} over that of DiLoCo"
     figure.colorbar(image, ax=axes, label=label, shrink=0.7, extend="both")
+    figure.supylabel("workers K, share of γ in the edge", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -268,7 +281,7 @@ def main(args: argparse.Namespace) -> None:
     found = cells(read_rows(args.out, (*KEYS, "name", "final")))
     if not found:
         raise UsageError(f"{args.out} holds no cell that is complete.")
-    print(f"\n{table(summary(found))}\n")
+    print(f"\n{table(summary(found))}\n\nWith averaging's best γ:\n{table(summary(at_best_rates(found)))}\n")
     print(f"{args.out}: {machine()}")
     if args.png:
         draw(found, args.methods[0], args.png)

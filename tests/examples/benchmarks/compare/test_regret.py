@@ -39,6 +39,13 @@ def test_regret_is_paired_by_seed_and_a_cell_is_lost_where_averaging_trains():
     assert summary["local_sgd", "2, all"]["worst"] == "+0.000"
 
 
+def test_the_best_rates_are_those_of_averaging():
+    cells = [Cell("sgd", 4, 2, "constant", share) for share in (0.25, 0.5, 0.8)]
+    losses = dict(zip(cells, (2.0, 1.0, 3.0), strict=True))
+    rows = [row for cell in cells for row in lines({"diloco": [1.0], "local_sgd": [losses[cell]]}, cell)]
+    assert list(regret.at_best_rates(regret.cells(rows))) == [cells[1]]
+
+
 def test_training_takes_half_as_much_off():
     best, half, less = (Result({0: 4.0}, {0: loss}) for loss in (1.0, 2.5, 2.6))
     assert half.trains(best)
