@@ -24,6 +24,7 @@ from lightning_lopt.meta import (
     LocalOptimizer,
     LocalTraining,
     controller_training,
+    local,
 )
 from lightning_lopt.meta.controller_training import RowAdam
 from lightning_lopt.meta.outer import controlled_step
@@ -48,7 +49,8 @@ def make(controller: Controller | None = None, count: int = 2, **keywords) -> Co
 
 
 def test_the_first_sweep_is_that_of_the_records_script(monkeypatch):
-    """Its inputs and slopes, of the random numbers of its seeds, and with the roots of its time."""
+    """Its inputs and slopes, of the random numbers of its seeds, with the roots and the momenta of its time."""
+    monkeypatch.setattr(local, "momentum_of_adam", lambda beta: 0.0)
     monkeypatch.setattr(blended, "base_forms", partial(blended.base_forms, polynomials=FORMER_POLYNOMIALS))
     seeds = {(0, "inputs"): 99, (0, "inputs", 0): 1000, (0, "inputs", 1): 1001, (0, 0): 10_000}
     seeds |= {(0, 0, 0): 7_000_000, (0, 0, 1): 7_000_001}
