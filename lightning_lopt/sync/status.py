@@ -122,8 +122,8 @@ class LocalSettings:
             workers are known to have them.
 
     Example:
-        >>> LocalSettings.of([{"lr": 0.1, "momentum": 0.9}, {"lr": 0.1, "betas": (0.8, 0.999)}, {"lr": None}])
-        LocalSettings(lrs=[0.1, 0.1, nan], momenta=[0.9, 0.64, 0.0], num_new=0)
+        >>> LocalSettings.of([{"lr": 0.1, "momentum": 0.9}, {"lr": 0.1, "betas": (0.5, 0.999)}, {"lr": None}])
+        LocalSettings(lrs=[0.1, 0.1, nan], momenta=[0.9, 0.25, 0.0], num_new=0)
     """
 
     lrs: list[float] = field(default_factory=list)
