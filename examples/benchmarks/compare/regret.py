@@ -38,7 +38,6 @@ RATES = [1.5**i for i in range(-25, 10)]  # 4e-5 to 38
 BASELINE, AVERAGING = "diloco", "local_sgd"
 LIMIT = 0.5  # of the colours
 METHODS = [name for name in OPTIONS if name not in (BASELINE, "its constants")]
-KEYS = ("optimizer", "local_steps", "num_workers", "schedule", "share")
 
 
 class Cell(NamedTuple):
@@ -88,7 +87,7 @@ class Map:
         self._args = args
         self._task: DataTask = load_task(args.task, args.data)
         self._network, self._controller = AdaMLP.bundled(), Controller.bundled()
-        self._rows = read_rows(args.out, (*KEYS, "name", "final")) if args.out.exists() else []
+        self._rows = read_rows(args.out, (*Cell._fields, "name", "final")) if args.out.exists() else []
 
     def edge(self, optimizer: OptimizerKind, local_steps: int) -> float:
         """Largest local learning rate with which averaging still trains."""
@@ -120,7 +119,7 @@ class Map:
         self, cell: Cell, name: str, settings: Sequence[Setting], seeds: Sequence[int], experiment: Experiment
     ) -> list[dict[str, Any]]:
         """Rows of all settings and seeds, side by side."""
-        found = [row for row in self._rows if row["name"] == name and Cell(*(row[key] for key in KEYS)) == cell]
+        found = [row for row in self._rows if row["name"] == name and Cell(*(row[key] for key in Cell._fields)) == cell]
         if len(found) >= len(settings) * len(seeds):
             return found
         rows = []
@@ -164,7 +163,7 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> dict[Cell, dict[str, Result]]:
     gathered: dict[Cell, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
         if row["name"] not in ("edge", "tuning"):
-            gathered[Cell(*(row[key] for key in KEYS))].append(row)
+            gathered[Cell(*(row[key] for key in Cell._fields))].append(row)
     found = {cell: results(own, by="name") for cell, own in gathered.items()}
     most = max((len(each) for each in found.values()), default=0)
     return {cell: each for cell, each in found.items() if len(each) == most}
@@ -243,7 +242,7 @@ def draw(found: Mapping[Cell, Mapping[str, Result]], name: str, path: Path) -> N
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command line."""
     add = parser.add_argument
-    add("out", type=Path, help="file that a line per run is appended to; runs that it holds are not repeated")
+    add("out", type=Path, help="file, one for each task, that a line per run is appended to; its runs are not repeated")
     add("--task", choices=TASKS, default="fashion_mnist_8x8")
     add("--data", type=Path, help="folder with the task's data, at any depth")
     add("--optimizers", nargs="+", choices=get_args(OptimizerKind), default=[*get_args(OptimizerKind)])
@@ -278,7 +277,7 @@ def main(args: argparse.Namespace) -> None:
                     for schedule in args.schedules:
                         for share in args.shares:
                             regret_map.fill(Cell(optimizer, local_steps, num_workers, schedule, share), edge)
-    found = cells(read_rows(args.out, (*KEYS, "name", "final")))
+    found = cells(read_rows(args.out, (*Cell._fields, "name", "final")))
     if not found:
         raise UsageError(f"{args.out} holds no cell that is complete.")
     print(f"\n{table(summary(found))}\n\nWith averaging's best γ:\n{table(summary(at_best_rates(found)))}\n")
