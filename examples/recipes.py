@@ -286,7 +286,7 @@ def default(data: Sequence[Images], seed: int) -> Recipe:
 
 
 def controller_tasks(data: Sequence[Images]) -> Pairs:
-    """The tasks of `default`, and others with Muon, attention, squared errors and wider models.
+    """The tasks of `default`, and others with Muon, attention, squared errors, wider models, and few local steps.
 
     None is a held-out task of the benchmarks: those have transformers of width 24 on 16×16 images of Fashion-MNIST and
     on Shakespeare, where these have 8×8 images of CIFAR-10 and Python's source code, and an autoencoder of
@@ -309,16 +309,19 @@ def controller_tasks(data: Sequence[Images]) -> Pairs:
     )
     return [
         *default(data, 0).tasks,
-        (images(fashion, (16, 16), 16), local(4, 4, 1e-3, 2e-2, "muon")),
-        (images(cifar, (32,), 8), local(4, 8, 1e-3, 2e-2, "muon")),
+        (images(fashion, (16, 16), 16), local(4, 4, 1e-3, 6e-2, "muon")),
+        (images(cifar, (32,), 8), local(4, 8, 1e-3, 6e-2, "muon")),
         (source_code((16,)), local(8, 2, 1e-3, 2e-2, "muon")),
-        (images(fashion, (24, 24), 8, 1000), local(2, 8, 1e-3, 1e-2, "muon")),
+        (images(fashion, (24, 24), 8, 1000), local(2, 8, 1e-3, 3e-2, "muon")),
         (vit(), local(4, 4, 3e-4, 1e-2, "adamw")),
         (vit(), local(2, 8, 1e-3, 2e-2, "muon")),
         (text, local(4, 8, 1e-3, 1e-2, "adamw")),
         (autoencoder(cifar[0], 8, 16, 16), local(4, 8, 3e-4, 1e-2, "adamw")),
         (autoencoder(cifar[0], 16, 32, 16), local(4, 8, 3e-4, 5e-3, "adamw")),
         (images(cifar, (128, 64), 16), local(4, 4, 3e-4, 1e-2, "adamw")),
+        (images(fashion, (32,), 16), local(4, 1, 1e-3, 6e-2, "muon")),
+        (images(fashion, (24, 16), 16), local(4, 1, 1e-3, 5e-2, "adamw")),
+        (images(cifar, (24,), 16), local(8, 1, 0.01, 0.5, "momentum")),
     ]
 
 
