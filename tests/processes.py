@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -10,9 +11,10 @@ import socket
 import subprocess
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ def _main(
         OMP_NUM_THREADS="1",  # Lightning would raise it, and OpenMP hangs in a fork of a process that has used it
     )
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR1, file=2)  # stderr; see _write_stacks
     try:
         if connect:
             dist.init_process_group("gloo", rank=rank, world_size=num_workers)
@@ -59,6 +62,8 @@ def run_workers(
     function: Callable[..., Any], num_workers: int, *args: Any, connect: bool = True, limit: float = 90
 ) -> list:
     """Call `function(rank, *args)` in forked processes; their results by rank.
+
+    Those that do not finish within the limit write to stderr where each of their threads stands.
 
     With `connect` the processes are in a process group; without, they have torchrun's environment for a Trainer.
     """
@@ -77,7 +82,9 @@ def run_workers(
         for _, send in pipes:
             send.close()
         return _results([receive for receive, _ in pipes], limit)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, TimeoutError):
+            _write_stacks(started)
         for process in started:
             process.kill()
         raise
@@ -87,6 +94,13 @@ def run_workers(
             if process.is_alive():
                 process.kill()
                 process.join()
+
+
+def _write_stacks(processes: Iterable[BaseProcess]) -> None:
+    for process in processes:
+        if process.is_alive() and process.pid:
+            os.kill(process.pid, signal.SIGUSR1)
+            time.sleep(0.2)  # one after the other
 
 
 def _results(pipes: list[Connection], limit: float) -> list:

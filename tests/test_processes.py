@@ -31,6 +31,7 @@ def test_the_first_error_ends_all_and_names_worker_and_case(request):
     assert time.monotonic() - start < 20
 
 
-def test_a_worker_that_does_not_end_is_an_error():
+def test_a_worker_that_does_not_end_is_an_error_and_says_where_it_stands(capfd):
     with pytest.raises(TimeoutError, match=r"did not finish within 0\.5 s"):
         run_workers(_fail, 1, 7, limit=0.5)
+    assert "in _fail\n" in capfd.readouterr().err
