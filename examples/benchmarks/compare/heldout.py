@@ -91,8 +91,10 @@ OPTIONS: dict[str, tuple[str, Mapping[str, Any]]] = {  # method and options of t
     "learned": ("learned", {}),
     "controlled": ("controlled", {}),
     "its constants": ("base_step", {}),  # those of `constants`
+    "searched": ("base_step", {}),  # those of --settings
 }
 SCHEDULES = {"constant": False, "decaying": True}
+SETTINGS = ("LR", "MOMENTUM", "PLAIN", "ORTHOGONAL", "WHITENED")  # the last three are the blend
 
 
 def constants(controller: Controller) -> dict[str, Any]:
@@ -190,7 +192,11 @@ def run(held_out: HeldOut, args: argparse.Namespace, done: set[tuple[str, str, s
             LocalOptimizer(held_out.optimizer),
             SCHEDULES[schedule],
         )
-        options = constants(controller) if name == "its constants" else options
+        if name == "its constants":
+            options = constants(controller)
+        elif name == "searched":
+            lr, momentum, *blend = args.settings
+            options = {"lr": lr, "momentum": momentum, "blend": tuple(blend)}
         weights = resolve_network(args.network) if method == "learned" else controller
         setting = Setting(method, held_out.local_lr, options)
         for group in groups(task, [setting], held_out.num_workers * len(seeds)):
@@ -228,12 +234,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reference", choices=list(OPTIONS), default="base_step", help="method that the others are compared with")
     add("--network", help="network of the method learned: a name or a file (default: the bundled default)")
     add("--controller", type=Path, help="file of the controller (default: the bundled one); each needs its own out")
+    add("--settings", nargs=5, type=float, metavar=SETTINGS, help="of the method searched: a blended Nesterov step")
     add("--seeds", nargs="+", type=int, default=list(range(10)))
     add("--threads", type=count, default=1, help="threads of torch")
 
 
 def main(args: argparse.Namespace) -> None:
     """Run the methods on the held-out tasks, and print the comparison."""
+    if "searched" in args.methods and not args.settings:
+        raise UsageError(f"The method searched needs its --settings {' '.join(SETTINGS)}.")
     torch.set_num_threads(args.threads)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rows = read_rows(args.out, ("task", "schedule", "name", "seed", "losses")) if args.out.exists() else []

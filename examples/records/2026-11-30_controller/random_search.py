@@ -1,8 +1,8 @@
 """Search the constants of the blended Nesterov step at random, on the tasks and unrolls of the recipe `controller`.
 
-PYTHONPATH=.:examples python examples/records/2026-11-30_controller/random_search.py FASHION_MNIST CIFAR10 OUT.jsonl [--unrolls 28800] [--points 256] [--seed 0]
+PYTHONPATH=.:examples python examples/records/2026-11-30_controller/random_search.py FASHION_MNIST CIFAR10 OUT.jsonl [--unrolls 31680] [--points 256] [--seed 0]
 
-The control of a meta-training with as many unrolls: 30 sweeps of 16 pairs on 30 tasks are 28,800. lr, 1 - momentum and the
+The control of a meta-training with as many unrolls: 30 sweeps of 16 pairs on 33 tasks are 31,680. lr, 1 - momentum and the
 blend are drawn at random; the first point is the base step. Successive halving: each stage has the same number of unrolls,
 and half of the points of the one before, down to eight. All points of a stage share their starts, data, γ and its schedules, and a point's
 score is the mean over tasks and unrolls of the objective's difference to the base step's, in units of its root mean square
@@ -63,7 +63,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs=2, type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--unrolls", type=int, default=115_200)
+    parser.add_argument("--unrolls", type=int, default=31_680)
     parser.add_argument("--points", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

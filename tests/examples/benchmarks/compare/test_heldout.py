@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from dataclasses import replace
@@ -68,3 +69,19 @@ def test_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "breast_cancer, decaying: its constants, 1 seeds" in printed
     assert "mean of 1 tasks" in printed
+
+
+def test_searched_settings_are_run(tmp_path, monkeypatch):
+    tasks = [replace(each, num_rounds=2, local_steps=2) for each in heldout.HELD_OUT["first"]]
+    monkeypatch.setattr(heldout, "HELD_OUT", {"second": [each for each in tasks if each.task == "breast_cancer"]})
+    out = tmp_path / "rows.jsonl"
+    command = ["heldout", str(out), "--data", str(tmp_path), "--seeds", "0", "--methods", "base_step", "searched"]
+    with pytest.raises(ValueError, match="needs its --settings LR MOMENTUM"):
+        bench.main(command)
+    for settings, equal in (([LR, MOMENTUM, *BLEND], True), ([0.5, 0.6, 1, 0, 0], False)):
+        out.unlink(missing_ok=True)
+        bench.main([*command, "--settings", *map(str, settings)])
+        losses = {
+            (row["schedule"], row["name"]): row["losses"] for row in map(json.loads, out.read_text().splitlines())
+        }
+        assert (losses["decaying", "searched"] == losses["decaying", "base_step"]) is equal
