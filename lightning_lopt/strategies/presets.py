@@ -170,7 +170,8 @@ class LearnedLocalSGD(LocalSGD):
     all-reduce's bytes and 1/K of the state with `sharded=True`).
 
     Fails on convolutions with momentum in the local optimizer and on low-rank factors (LoRA), at a large rate;
-    and on inputs of very unlike scales.
+    on inputs of very unlike scales; and in runs of fewer than four rounds, where `LocalSGD` ends lower: its first steps
+    turn away from the workers' mean, which pays off later.
 
     Source: arXiv 2312.02204.
 
