@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_lopt.functional import orthogonal, whitening
 from lightning_lopt.functional.ada import SQUARE_EPS, BaseState, Factoring, factoring, squared_norm
 from lightning_lopt.functional.damping import Total, damped, damping, local_total
 from lightning_lopt.functional.integers import as_number
 from lightning_lopt.functional.model import ModelTensor, groups_of_one_shape, step_together
-from lightning_lopt.functional.orthogonal import orthogonalise
+from lightning_lopt.functional.orthogonal import Polynomials, orthogonalise
 from lightning_lopt.functional.products import norm
-from lightning_lopt.functional.whitening import POLYNOMIALS, Polynomials, update_grams, whiten
+from lightning_lopt.functional.whitening import update_grams, whiten
 
 MOMENTUM_WARMUP = 2.0
 LR, MOMENTUM, BLEND = 1.1, 0.85, (0.05, 0.45, 0.5)  # made by hand
@@ -106,9 +107,22 @@ def nesterov(grad: Tensor, momentum: Tensor, complement: Tensor) -> Tensor:
     return torch.addcmul(grad, (1 - keep) / keep, momentum)
 
 
-def base_forms(
-    step: Tensor, state: BaseState, factors: Factoring, like: Tensor, polynomials: Polynomials = POLYNOMIALS
-) -> Tensor:
+class Roots(NamedTuple):
+    """Polynomials by which a step is brought to its forms.
+
+    Attributes:
+        orthogonal: Those with which it is orthogonalised.
+        whitened: Those with which it is whitened.
+    """
+
+    orthogonal: Polynomials = orthogonal.POLYNOMIALS
+    whitened: Polynomials = whitening.POLYNOMIALS
+
+
+ROOTS, FORMER_ROOTS = Roots(), Roots(orthogonal.FORMER_POLYNOMIALS, whitening.FORMER_POLYNOMIALS)
+
+
+def base_forms(step: Tensor, state: BaseState, factors: Factoring, like: Tensor, roots: Roots = ROOTS) -> Tensor:
     """Stack a Nesterov step as it is, orthogonalised (a vector as it is) and whitened.
 
     Args:
@@ -116,15 +130,15 @@ def base_forms(
         state: Memory of the parameter, already advanced.
         factors: Factoring of the parameter.
         like: Tensor of the parameter's shape, [P, *S].
-        polynomials: Coefficients of the roots with which the step is whitened.
+        roots: Polynomials of the forms.
 
     Returns:
         Forms of the step, all of one norm, [P, 3, B, a, b].
     """
     whole = factors.restore(step, like)
     size = norm(whole)
-    orthogonal = factors.matrices(orthogonalise(whole, size)) if factors.factored else step
-    return torch.cat([step, orthogonal, factors.matrices(whiten(whole, state, size, polynomials))], 1)
+    even = factors.matrices(orthogonalise(whole, size, roots.orthogonal)) if factors.factored else step
+    return torch.cat([step, even, factors.matrices(whiten(whole, state, size, roots.whitened))], 1)
 
 
 def zero_where_unused(step: Tensor, forms: Tensor) -> Tensor:

@@ -24,6 +24,9 @@ from typing_extensions import override
 
 from lightning_lopt.functional.ada import AdaState, Decays, Epsilons, Factoring, epsilons, sum_in_blocks
 from lightning_lopt.functional.blended import (
+    FORMER_ROOTS,
+    ROOTS,
+    Roots,
     base_forms,
     complement_of_round,
     damp_model,
@@ -34,7 +37,7 @@ from lightning_lopt.functional.blended import (
 from lightning_lopt.functional.damping import Total, local_total
 from lightning_lopt.functional.features import ALL_KINDS, PUBLISHED_KINDS, FeatureKind
 from lightning_lopt.functional.model import ModelTensor
-from lightning_lopt.functional.whitening import FORMER_POLYNOMIALS, POLYNOMIALS, Polynomials, update_grams
+from lightning_lopt.functional.whitening import update_grams
 
 GATE_RANGE = (-4.0, 0.5)  # of a gate's exponent: it damps more than it pushes
 MAX_CORRECTION = 1.0  # in units of the base step
@@ -210,12 +213,12 @@ class BlendedNesterovUpdate(Update):
     kept for weights and runs that were saved with it.
 
     Attributes:
-        polynomials: Coefficients of the roots with which the step is whitened.
+        roots: Polynomials of the base step's forms.
     """
 
     num_outputs = 4
     feature_kinds = ALL_KINDS
-    polynomials: ClassVar[Polynomials] = FORMER_POLYNOMIALS
+    roots: ClassVar[Roots] = FORMER_ROOTS
 
     @override
     def init_state(
@@ -254,7 +257,7 @@ class BlendedNesterovUpdate(Update):
     @override
     def base_forms(self, grad: Tensor, state: AdaState, decays: Decays, factors: Factoring, like: Tensor) -> Tensor:
         step = nesterov(grad, state.momentum[:, :1], decays.momentum[:, :1])
-        return base_forms(step, state.base, factors, like, self.polynomials)
+        return base_forms(step, state.base, factors, like, self.roots)
 
     @override
     def step(self, output: Tensor, base: Base | None) -> Tensor:
@@ -277,10 +280,10 @@ class BlendedNesterovUpdate(Update):
 class MaskedBlendedNesterovUpdate(BlendedNesterovUpdate):
     """The update `BlendedNesterovUpdate`, but 0 for coordinates whose pseudo-gradient is and was exactly 0.
 
-    And its roots are nearer, from fewer products.
+    And the roots of its forms are nearer, from fewer products.
     """
 
-    polynomials = POLYNOMIALS
+    roots = ROOTS
 
     @override
     def step(self, output: Tensor, base: Base | None) -> Tensor:

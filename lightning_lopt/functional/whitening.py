@@ -9,16 +9,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_lopt.functional.ada import BaseState
-from lightning_lopt.functional.orthogonal import COEFFICIENTS
+from lightning_lopt.functional.orthogonal import MUON, Polynomials
 from lightning_lopt.functional.products import as_matrix, grafted, norm, product, symmetric_product
 
 KEEP = 0.7  # of the Gram matrices, from round to round
 FLOOR = 0.005  # of their eigenvalues, in units of their norm
-Polynomials = tuple[tuple[float, float, float], ...]
 # Coefficients of 1, x and x² in the polynomials of the iterations: of all such pairs those with the least error of the
 # root on [FLOOR, 1 + FLOOR], 13 %; the former ones are right up to a factor between 0.68 and 1.2.
 POLYNOMIALS: Polynomials = ((6.2094, -16.1710, 11.4899), (2.3126, -1.6796, 0.4200))
-FORMER_POLYNOMIALS: Polynomials = (COEFFICIENTS,) * 3
+FORMER_POLYNOMIALS: Polynomials = (MUON,) * 3
 # Elements of the Gram matrices whose roots are in memory together: on a CPU they stay in the cache.
 GROUP = {"cpu": 1 << 16, "other": 1 << 20}
 

@@ -62,7 +62,7 @@ def test_the_published_and_the_former_update_move_what_is_unused(update):
 @pytest.mark.parametrize(("update", "former"), FORMER_UPDATES.items())
 def test_what_is_used_for_the_first_time_moves_as_with_the_former_update(update, former, monkeypatch):
     """But for the roots."""
-    monkeypatch.setattr(type(UPDATES[former]), "polynomials", UPDATES[update].polynomials)
+    monkeypatch.setattr(type(UPDATES[former]), "roots", UPDATES[update].roots)
     network, param, state, used = make(update, (5, 6))
     param = steps(network, param, state, used)
     in_use, others = torch.ones_like(used), copy.deepcopy(state)

@@ -15,7 +15,6 @@ from torch import nn
 from lightning_lopt import ControlledNesterov, Controller
 from lightning_lopt.functional import blended
 from lightning_lopt.functional.control import INPUTS
-from lightning_lopt.functional.whitening import FORMER_POLYNOMIALS
 from lightning_lopt.meta import (
     ControllerTraining,
     Evaluation,
@@ -51,7 +50,7 @@ def make(controller: Controller | None = None, count: int = 2, **keywords) -> Co
 def test_the_first_sweep_is_that_of_the_records_script(monkeypatch):
     """Its inputs and slopes, of the random numbers of its seeds, with the roots and the momenta of its time."""
     monkeypatch.setattr(local, "momentum_of_adam", lambda beta: 0.0)
-    monkeypatch.setattr(blended, "base_forms", partial(blended.base_forms, polynomials=FORMER_POLYNOMIALS))
+    monkeypatch.setattr(blended, "base_forms", partial(blended.base_forms, roots=blended.FORMER_ROOTS))
     seeds = {(0, "inputs"): 99, (0, "inputs", 0): 1000, (0, "inputs", 1): 1001, (0, 0): 10_000}
     seeds |= {(0, 0, 0): 7_000_000, (0, 0, 1): 7_000_001}
     monkeypatch.setattr(controller_training, "seeded", lambda *key: torch.Generator().manual_seed(seeds[key]))
