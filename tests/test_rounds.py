@@ -334,6 +334,7 @@ def _unused(rank, make_comm, outer, options, dtype=torch.float32):
     generator.manual_seed(rank + 1)
     moved = []
     for some_unused in (True, False):
+        moved.append({name: torch.zeros_like(p, dtype=torch.bool)[UNUSED[name]] for name, p in model.items()})
         for _ in range(6):
             for name, p in model.items():
                 p.grad = torch.randn(p.shape, generator=generator).to(dtype) + 0.5
@@ -341,7 +342,8 @@ def _unused(rank, make_comm, outer, options, dtype=torch.float32):
                     p.grad[UNUSED[name]] = 0
             optimizer.step()
             rounds.step()
-        moved.append({name: (p != start[name])[UNUSED[name]] for name, p in model.items()})
+            for name, p in model.items():  # in bfloat16 some come back
+                moved[-1][name] |= (p != start[name])[UNUSED[name]]
     return moved
 
 
