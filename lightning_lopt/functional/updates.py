@@ -280,7 +280,7 @@ class BlendedNesterovUpdate(Update):
 class MaskedBlendedNesterovUpdate(BlendedNesterovUpdate):
     """The update `BlendedNesterovUpdate`, but 0 for coordinates whose pseudo-gradient is and was exactly 0.
 
-    And the roots of its forms are nearer, from fewer products.
+    And its forms are made by other polynomials, of fewer products.
     """
 
     roots = ROOTS

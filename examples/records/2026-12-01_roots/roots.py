@@ -28,8 +28,8 @@ BASE_FORMS = blended.base_forms
 
 def use_roots(former):
     """Both steps take their roots from here on with the former polynomials, or the new ones."""
-    polynomials = whitening.FORMER_POLYNOMIALS if former else whitening.POLYNOMIALS
-    blended.base_forms = lambda step, state, factors, like, _=None: BASE_FORMS(step, state, factors, like, polynomials)
+    roots = blended.Roots(whitened=whitening.FORMER_POLYNOMIALS if former else whitening.POLYNOMIALS)
+    blended.base_forms = lambda step, state, factors, like, _=None: BASE_FORMS(step, state, factors, like, roots)
     updates.base_forms = blended.base_forms
 
 

@@ -3,13 +3,13 @@ import sys,time,statistics as st,json
 import torch
 torch.set_num_threads(1)
 from examples.benchmarks.speed.outer_step import parameters, MODELS, _torchvision
-from lightning_lopt.functional import whitening, grams, updates
+from lightning_lopt.functional import blended, whitening, grams, updates
 from lightning_lopt.optim import LearnedOptimizer, BlendedNesterov
 name,reps=sys.argv[1],int(sys.argv[2]); variants=sys.argv[3].split(',')
 shapes=(MODELS[name]() if name in MODELS else _torchvision(name))
 U=updates.UPDATES["masked_blended_nesterov"]
 def use(v):
-    U.__class__.polynomials=whitening.POLYNOMIALS if 'new' in v else whitening.FORMER_POLYNOMIALS
+    U.__class__.roots=blended.Roots(whitened=whitening.POLYNOMIALS if 'new' in v else whitening.FORMER_POLYNOMIALS)
     grams.LONG=4096 if 'long' in v else 10**9
     grams.gram_shapes.cache_clear()
 params=parameters(shapes); opts={}; t={v:[] for v in variants}
