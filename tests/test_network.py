@@ -68,7 +68,8 @@ def test_wrong_arguments_of_the_base_step(options):
         AdaMLP.base_step(**options)
 
 
-# Sums of three tensors and their first number after four steps, as the first release with the name computed them.
+# Sums of three tensors and their first number after four steps, as the first release with the name computed them; the
+# default's as its update of 0.2 does (CHANGELOG, numerics).
 STEPS_OF_BUNDLED = {
     "default": [-19.586697079022, -0.886528138803, 21.213512049635, 1.5570488516490024],
     "lagg_a_short": [-3.148743539912, -1.273139408679, -0.978794702537, 1.5405628831758833],

@@ -137,8 +137,8 @@ def base_forms(step: Tensor, state: BaseState, factors: Factoring, like: Tensor,
     """
     whole = factors.restore(step, like)
     size = norm(whole)
-    even = factors.matrices(orthogonalise(whole, size, roots.orthogonal)) if factors.factored else step
-    return torch.cat([step, even, factors.matrices(whiten(whole, state, size, roots.whitened))], 1)
+    orthogonalised = factors.matrices(orthogonalise(whole, size, roots.orthogonal)) if factors.factored else step
+    return torch.cat([step, orthogonalised, factors.matrices(whiten(whole, state, size, roots.whitened))], 1)
 
 
 def zero_where_unused(step: Tensor, forms: Tensor) -> Tensor:

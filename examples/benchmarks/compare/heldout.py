@@ -93,6 +93,7 @@ OPTIONS: dict[str, tuple[str, Mapping[str, Any]]] = {  # method and options of t
     "its constants": ("base_step", {}),  # those of `constants`
     "searched": ("base_step", {}),  # those of --settings
 }
+GIVEN = ("its constants", "searched")  # their options come from elsewhere
 SCHEDULES = {"constant": False, "decaying": True}
 SETTINGS = ("LR", "MOMENTUM", "PLAIN", "ORTHOGONAL", "WHITENED")  # the last three are the blend
 

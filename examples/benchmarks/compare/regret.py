@@ -23,7 +23,7 @@ import torch
 
 from examples.benchmarks.compare.clients import Shared
 from examples.benchmarks.compare.data import TASKS, load_task
-from examples.benchmarks.compare.heldout import OPTIONS, SCHEDULES
+from examples.benchmarks.compare.heldout import GIVEN, OPTIONS, SCHEDULES
 from examples.benchmarks.compare.methods import GRIDS, NAMES, Setting
 from examples.benchmarks.compare.plot import smooth
 from examples.benchmarks.compare.simulate import Experiment, groups, simulate
@@ -37,7 +37,7 @@ from lightning_lopt.network import AdaMLP
 RATES = [1.5**i for i in range(-25, 10)]  # 4e-5 to 38
 BASELINE, AVERAGING = "diloco", "local_sgd"
 LIMIT = 0.5  # of the colours
-METHODS = [name for name in OPTIONS if name not in (BASELINE, "its constants")]
+METHODS = [name for name in OPTIONS if name not in (BASELINE, *GIVEN)]
 
 
 class Cell(NamedTuple):
